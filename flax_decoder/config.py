@@ -1,0 +1,456 @@
+"""What a run is: frozen, typed and checked before anything is computed.
+
+A run is one TOML file. `load_config` reads it, puts overrides on top, and either returns a `Config` in which every
+setting is known to fit the others, or raises `UserError` with the file, the field and the value.
+"""
+
+import dataclasses
+import difflib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from flax_decoder.errors import UserError
+
+_RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """TOML knows lists only; a frozen, hashable config wants tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, config=_RULES)
+class ModelConfig:
+    """The network. The letters are those of the array names: `q_BTNH` is [batch, position, head, head width]."""
+
+    vocab_size: PositiveInt | None = None
+    """V, number of tokens; left out, the tokenizer says it"""
+    context_length: PositiveInt = 64
+    """T, the longest sequence the model is trained on, in tokens"""
+    num_layers: PositiveInt = 4
+    """L, number of blocks"""
+    embed_dim: PositiveInt = 128
+    """D, width of the residual stream"""
+    num_heads: PositiveInt = 4
+    """N, number of query heads"""
+    num_kv_heads: PositiveInt | None = None
+    """K, number of key/value heads: N (left out) is multi-head, 1 multi-query, between them grouped-query attention"""
+    head_dim: PositiveInt | None = None
+    """H, width of one head; left out, D / N"""
+    mlp_dim: PositiveInt | None = None
+    """F, width of the feed-forward layer; left out, 4 D"""
+    feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu", "geglu"] = "gelu"
+    """what stands between the two feed-forward matrices; `gelu` is the exact one (erf); the GLUs have a third, gating matrix"""
+    dropout: Fraction = 0.0
+    """probability of zeroing an activation in training: embeddings, attention weights, outputs of both parts of a block"""
+
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "learned"
+    """how the model knows the order of its tokens"""
+    rotary_base: Annotated[float, Field(gt=1)] = 10_000.0
+    """base of the rotary wavelengths (theta)"""
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """part of each head's width that is rotated"""
+    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    """how rotary wavelengths are stretched to reach beyond the length of the first training"""
+    rotary_scaling_factor: Annotated[float, Field(ge=1)] = 8.0
+    """by how much they are stretched"""
+    rotary_low_frequency_factor: PositiveFloat = 1.0
+    """llama3: wavelengths over original context / this are stretched in full"""
+    rotary_high_frequency_factor: PositiveFloat = 4.0
+    """llama3: wavelengths under original context / this stay as they are"""
+    rotary_original_context: PositiveInt = 8192
+    """llama3: the context length of the first training, in tokens"""
+    embed_scale: PositiveFloat = 1.0
+    """token embeddings are multiplied by this"""
+
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """how activations are normalised"""
+    norm_epsilon: PositiveFloat = 1e-5
+    """added to the variance before the square root"""
+    norm_position: Literal["pre", "post", "both", "output"] = "pre"
+    """pre: x + f(norm(x)); post: norm(x + f(x)); both: x + norm(f(norm(x))); output: x + norm(f(x))"""
+    parallel_residual: bool = False
+    """attention and feed-forward read the same input: x + attention(norm(x)) + feed_forward(norm(x))"""
+    qk_norm: bool = False
+    """normalises each query and key over its head width (RMS), before the rotation"""
+
+    norm_bias: bool = False
+    """LayerNorm also learns a shift"""
+    attention_in_bias: bool = False
+    """query, key and value projections have a bias"""
+    attention_out_bias: bool = False
+    """the attention output projection has a bias"""
+    mlp_bias: bool = False
+    """the feed-forward matrices have biases"""
+    tied_head: bool = True
+    """the head that makes logits is the embedding, transposed"""
+
+    window: PositiveInt | None = None
+    """a position sees itself and the window - 1 positions before it; left out, all before it"""
+    window_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (True,)
+    """which layers have the window, repeated over the stack: [true, false] is every other layer"""
+    attention_soft_cap: PositiveFloat | None = None
+    """scores are squashed into ± this by tanh"""
+    logit_soft_cap: PositiveFloat | None = None
+    """logits are squashed into ± this by tanh"""
+
+    init_stddev: PositiveFloat = 0.02
+    """standard deviation of the matrices at the start"""
+    output_init: Literal["scaled", "zero"] = "scaled"
+    """matrices that write into the residual stream start at init_stddev / sqrt(2 L), or at zero"""
+
+    attention: Literal["auto", "reference", "blockwise"] = "auto"
+    """which implementation computes attention; all give the same numbers, `reference` is the one to read"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """what activations are computed in; params, norms, softmax and loss stay float32"""
+    scan_layers: bool = False
+    """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
+    remat: bool = False
+    """computes a block's activations again in the backward pass instead of keeping them: less memory, more time"""
+
+    @property
+    def kv_heads(self) -> int:
+        """K, number of key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """H, width of one head."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """F, width of the feed-forward layer."""
+        return self.mlp_dim or 4 * self.embed_dim
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer in tokens, None where a layer sees everything before it."""
+        pattern = self.window_pattern
+        return tuple(self.window if pattern[i % len(pattern)] else None for i in range(self.num_layers))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        def refuse_if(wrong: bool, reason: str) -> None:
+            if wrong:
+                raise ValueError(reason)
+
+        heads = self.num_heads
+        refuse_if(
+            self.head_dim is None and self.embed_dim % heads != 0,
+            f"embed_dim = {self.embed_dim} is not a multiple of num_heads = {heads}; change one, or give head_dim",
+        )
+        refuse_if(
+            heads % self.kv_heads != 0, f"num_heads = {heads} is not a multiple of num_kv_heads = {self.kv_heads}"
+        )
+        rotary = self.positions == "rotary"
+        rotated = int(self.head_width * self.rotary_fraction)
+        refuse_if(
+            rotary and (rotated < 2 or rotated % 2 != 0),
+            f"rotary positions turn pairs of numbers, but head_dim = {self.head_width} times rotary_fraction = "
+            f"{self.rotary_fraction} gives {rotated}, not an even number",
+        )
+        refuse_if(
+            not rotary and (self.rotary_scaling != "none" or self.rotary_fraction != 1.0),
+            f'rotary settings need positions = "rotary", not "{self.positions}"',
+        )
+        refuse_if(
+            self.rotary_low_frequency_factor >= self.rotary_high_frequency_factor,
+            f"rotary_low_frequency_factor = {self.rotary_low_frequency_factor} must be under "
+            f"rotary_high_frequency_factor = {self.rotary_high_frequency_factor}",
+        )
+        refuse_if(
+            self.positions == "sinusoidal" and self.embed_dim % 2 != 0,
+            f"sinusoidal positions come in pairs of sine and cosine, but embed_dim = {self.embed_dim} is odd",
+        )
+        refuse_if(
+            self.norm == "rmsnorm" and self.norm_bias,
+            'norm_bias = true needs norm = "layernorm": RMSNorm has no shift',
+        )
+        refuse_if(
+            self.parallel_residual and self.norm_position != "pre",
+            f'parallel_residual = true needs norm_position = "pre", not "{self.norm_position}"',
+        )
+        refuse_if(
+            self.window is None and self.window_pattern != (True,),
+            "window_pattern says which layers have a window, but window is not set",
+        )
+        refuse_if(
+            self.attention == "blockwise" and self.dropout > 0,
+            'attention = "blockwise" never holds the weights that dropout = '
+            f'{self.dropout} would zero; use attention = "auto"',
+        )
+        return self
+
+
+@dataclass(frozen=True, config=_RULES)
+class DataConfig:
+    """The text, and how it becomes tokens."""
+
+    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple)] = None
+    """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's own help texts"""
+    tokenizer: str = "char"
+    """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
+    bpe_vocab_size: Annotated[int, Field(ge=257)] = 1024
+    """number of tokens a bpe tokenizer is trained to have"""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """the last part of the text, in characters, is kept for validation"""
+
+
+@dataclass(frozen=True, config=_RULES)
+class OptimizerConfig:
+    """How gradients become updates."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of attention and feed-forward, AdamW for all else"""
+    learning_rate: PositiveFloat = 1e-3
+    """peak learning rate of AdamW"""
+    muon_learning_rate: PositiveFloat = 0.02
+    """peak learning rate of Muon; it follows the same schedule"""
+    muon_momentum: Fraction = 0.95
+    """decay of Muon's momentum"""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """shape of the learning rate after the warm-up; wsd (warm-up, stable, decay) stays at the peak, then falls in a line"""
+    warmup_steps: NonNegativeInt | None = None
+    """steps in which the learning rate rises from 0; left out, a twentieth of all steps"""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd: the last part of all steps, in which the rate falls"""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """learning rate at the last step, as a fraction of the peak"""
+    beta1: Fraction = 0.9
+    """decay of AdamW's mean of gradients"""
+    beta2: Fraction = 0.99
+    """decay of AdamW's mean of squared gradients"""
+    epsilon: PositiveFloat = 1e-8
+    """added to the root in AdamW's denominator"""
+    weight_decay: NonNegativeFloat = 0.1
+    """decoupled weight decay, times the learning rate"""
+    decay: Literal["matrices", "all"] = "matrices"
+    """what decays: matrices and embeddings only, or biases and norms too"""
+    clip_norm: NonNegativeFloat = 1.0
+    """gradients longer than this are scaled down to it; 0 is off"""
+
+
+@dataclass(frozen=True, config=_RULES)
+class TrainingConfig:
+    """How long, how much at once, and what is kept."""
+
+    num_steps: PositiveInt = 2000
+    """number of optimizer steps"""
+    batch_size: PositiveInt = 12
+    """B, sequences a step, over all devices"""
+    accumulation_steps: PositiveInt = 1
+    """a step's batch is computed in this many parts, one after the other: less memory, the same result"""
+    eval_every: PositiveInt = 250
+    """steps between evaluations"""
+    eval_batches: NonNegativeInt = 0
+    """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
+    save_every: PositiveInt = 500
+    """steps between checkpoints; the last step is always saved"""
+    keep_newest: PositiveInt = 2
+    """newest checkpoints to keep, beside the best one"""
+    log_every: PositiveInt = 10
+    """steps between lines in metrics.jsonl"""
+    z_loss: NonNegativeFloat = 0.0
+    """weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (PaLM uses 1e-4)"""
+    sample_tokens: NonNegativeInt = 500
+    """length of the text written after training, in tokens; 0 writes none"""
+    seed: NonNegativeInt = 0
+    """start of all randomness: weights, order of the text, dropout, sample"""
+
+
+@dataclass(frozen=True, config=_RULES)
+class RunConfig:
+    """Where a run lives, and whom it tells."""
+
+    folder: str | None = None
+    """where everything of the run is kept; left out, runs/<name of the config file>"""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue where there is a checkpoint; never: refuse where there is one; must: refuse where there is none"""
+    tensorboard: bool = False
+    """also write TensorBoard events into the run folder (pip install "flax-decoder[tensorboard]")"""
+    wandb: str | None = None
+    """also send metrics to this Weights & Biases project (pip install "flax-decoder[wandb]")"""
+
+
+@dataclass(frozen=True, config=_RULES)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        batch, parts = self.training.batch_size, self.training.accumulation_steps
+        if batch % parts != 0:
+            raise ValueError(f"training.batch_size = {batch} is not a multiple of accumulation_steps = {parts}")
+        steps, warmup = self.training.num_steps, self.optimizer.warmup_steps
+        if warmup is not None and warmup >= steps:
+            raise ValueError(f"optimizer.warmup_steps = {warmup} must be under training.num_steps = {steps}")
+        return self
+
+
+def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads a run's settings from a TOML file.
+
+    Args:
+        path: the file; None is the embedded default.
+        overrides: values that take precedence, by dotted name: `{"model.num_layers": 2}`. Hyphens count as
+            underscores. A string for a field that is no string is read as TOML, as on the command line.
+
+    Returns:
+        The settings, checked. `run.folder` is filled in; `model.vocab_size` stays None where the tokenizer decides it.
+
+    Raises:
+        UserError: an unreadable file, an unknown field, a wrong type, or settings that do not go together.
+    """
+    settings, source = {}, "the default config"
+    if path is not None:
+        source = os.fspath(path)
+        settings = _read_toml(Path(path))
+    for name, value in (overrides or {}).items():
+        section, field = _find_field(name)
+        values = settings.setdefault(section, {})
+        if isinstance(values, dict):
+            values[field] = _plain_value(section, field, value)
+    overridden = {override.replace("-", "_") for override in overrides or {}}
+    parts = {}
+    for section, values in settings.items():
+        if section not in SECTIONS:
+            raise UserError(f"{source}: there is no section [{section}]{_nearest(section, list(SECTIONS))}")
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: {section} must be a table, [{section}]")
+        try:
+            parts[section] = SECTIONS[section](**values)
+        except ValidationError as error:
+            raise UserError(_first_complaint(error, section, source, overridden)) from None
+    try:
+        config = Config(**parts)
+    except ValidationError as error:
+        raise UserError(_first_complaint(error, "", source, overridden)) from None
+    if config.run.folder is None:
+        run = dataclasses.replace(config.run, folder=str(_default_folder(path)))
+        config = dataclasses.replace(config, run=run)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """Writes settings so that `load_config` reads the same ones back. Fields that are None are left out."""
+    sections = dataclasses.asdict(config)
+    return tomli_w.dumps(
+        {
+            section: {name: _as_list(value) for name, value in fields.items() if value is not None}
+            for section, fields in sections.items()
+        }
+    )
+
+
+def fields_of(section: str) -> dict[str, Any]:
+    """The fields of a config section by name, as pydantic describes them (annotation, default, description)."""
+    return SECTIONS[section].__pydantic_fields__
+
+
+SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: is not valid TOML: {error}") from None
+
+
+def _find_field(name: str) -> tuple[str, str]:
+    section, _, field = name.replace("-", "_").partition(".")
+    if section not in SECTIONS or field not in fields_of(section):
+        known = [f"{s}.{f}" for s in SECTIONS for f in fields_of(s)]
+        raise UserError(f"{name}: there is no such setting{_nearest(name.replace('-', '_'), known)}")
+    return section, field
+
+
+def _plain_value(section: str, field: str, value: Any) -> Any:
+    """An override as TOML would give it; text for a field that holds text is taken as it stands."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, str):
+        return value
+    if str in _leaf_types(fields_of(section)[field].annotation) and not value.startswith("["):
+        return value
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def _leaf_types(annotation: Any) -> set[type]:
+    """The plain types a field may hold; a choice between words counts as text."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return {type(word) for word in typing.get_args(annotation)}
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*map(_leaf_types, typing.get_args(annotation)))
+    if origin is Annotated:
+        return _leaf_types(typing.get_args(annotation)[0])
+    return {annotation}
+
+
+def _first_complaint(error: ValidationError, section: str, source: str, overridden: set[str]) -> str:
+    complaint, *others = error.errors(include_url=False)
+    fields = [str(part) for part in complaint["loc"][:1]]  # deeper parts name branches of a union
+    name = ".".join(part for part in (section, *fields) if part)
+    if name in overridden:
+        source = "the command line or overrides"
+    if complaint["type"] == "unexpected_keyword_argument":
+        what = f"there is no setting {name}{_nearest(fields[0], list(fields_of(section)))}"
+    elif complaint["type"] == "value_error":
+        what = f"{name}: {complaint['msg']}".replace("Value error, ", "").removeprefix(": ")
+    else:
+        what = f"{name} = {complaint['input']!r}: {complaint['msg'].lower()}"
+    count = len({other["loc"][:1] for other in others} - {complaint["loc"][:1]})
+    return f"{source}: {what}" + (f" (and {count} more)" if count else "")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}" if len(known) < 20 else ""
+
+
+def _default_folder(path: str | os.PathLike[str] | None) -> Path:
+    if path is None:
+        return Path("runs/default")
+    path = Path(path)
+    inside_a_run = path.name == "config.toml" and (path.parent / "checkpoints").is_dir()
+    return path.parent if inside_a_run else Path("runs") / path.stem
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,12 @@
+"""What can go wrong, by whose hand: the commands turn each class into its exit code."""
+
+
+class UserError(ValueError):
+    """The user's input cannot be used: a setting, a file, a prompt. Exit code 2.
+
+    The message is one or two lines: it names the file, field and value, and says what to do.
+    """
+
+
+class Fault(RuntimeError):
+    """Something broke that the user did not ask for: a disk, a checkpoint, a loss that is not a number. Exit code 1."""
