@@ -6,6 +6,7 @@ setting is known to fit the others, or raises `UserError` with the file, the fie
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 import types
@@ -143,6 +144,14 @@ class ModelConfig:
     def mlp_width(self) -> int:
         """F, width of the feed-forward layer."""
         return self.mlp_dim or 4 * self.embed_dim
+
+    @property
+    def output_stddev(self) -> float:
+        """Standard deviation, at the start, of the two matrices of each block that write into the residual stream.
+
+        2 L such writes add up; dividing by sqrt(2 L) keeps the sum's size independent of depth (GPT-2).
+        """
+        return 0.0 if self.output_init == "zero" else self.init_stddev / math.sqrt(2 * self.num_layers)
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -1,0 +1,157 @@
+"""Queries, keys, values: the heart.
+
+Every position asks a question (its query), wears a label (its key) and holds a content (its value). It takes in the
+contents of the positions whose labels match its question, and no position sees what comes after it.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_decoder.config import ModelConfig
+from flax_decoder.nn.attention_kernels import blockwise
+from flax_decoder.nn.cache import write
+from flax_decoder.nn.linear import Linear
+from flax_decoder.nn.norm import Norm
+from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
+
+
+def dot_product_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    bias_BNTS: jax.Array | None = None,
+    soft_cap: float | None = None,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Averages the values, weighted by how well each key matches the query.
+
+        Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V        (Vaswani et al. 2017, eq. 1; d_k is H)
+
+    With K < N, each key/value head serves the G = N / K query heads that stand beside each other (grouped-query
+    attention, Ainslie et al. 2023; with K = 1 multi-query attention, Shazeer 2019).
+
+    Args:
+        q_BTNH: queries.
+        k_BSKH: keys.
+        v_BSKH: values.
+        mask_BTS: True where a query may look at a key, at least once for each query; B may be 1.
+        bias_BNTS: added to the scores; B may be 1.
+        soft_cap: scores go through soft_cap * tanh(score / soft_cap) first (Gemma 2).
+        drop: applied to the weights, for dropout.
+
+    Returns:
+        The averages heads_BTNH in the dtype of the values; and in float32, for those who want to look, the scores
+        (minus infinity behind the mask) and the weights, both (B, K, G, T, S).
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+
+    # Var(q . k) grows as H; dividing by sqrt(H) keeps the softmax off its flat ends.
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    if soft_cap is not None:
+        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+    if bias_BNTS is not None:
+        scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, S)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    heads_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", drop(weights_BKGTS).astype(v_BSKH.dtype), v_BSKH)
+    return heads_BTKGH.reshape(B, T, N, H), scores_BKGTS, weights_BKGTS
+
+
+class SelfAttention(nn.Module):
+    """Multi-head causal self-attention.
+
+    Asked for "intermediates", it hands out q, k (before and after rotation), v, scores, weights and heads.
+
+    Attributes:
+        config: the model.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        window: jax.Array | int,
+        cached: tuple[jax.Array, jax.Array] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Lets each position gather from itself and from those before it.
+
+        Args:
+            x_BTD: what the positions hold.
+            positions_BT: where they stand, counted from 0; B may be 1.
+            window: how many positions a query sees, its own included.
+            cached: k_BSKH and v_BSKH of this layer, with the tokens before in the slots of their positions.
+            deterministic: False drops weights at random.
+
+        Returns:
+            What each position gathered, (B, T, D), and `cached` with the new keys and values in it.
+        """
+        config = self.config
+
+        def project(name: str, num_heads: int) -> jax.Array:
+            shape = (num_heads, config.head_width)
+            return Linear(shape, 1, config.attention_in_bias, config.init_stddev, config.dtype, name=name)(x_BTD)
+
+        q_BTNH = project("query", config.num_heads)
+        k_BSKH = project("key", config.kv_heads)
+        v_BSKH = project("value", config.kv_heads)
+
+        if config.qk_norm:
+            q_BTNH = Norm("rmsnorm", config.norm_epsilon, name="query_norm")(q_BTNH)
+            k_BSKH = Norm("rmsnorm", config.norm_epsilon, name="key_norm")(k_BSKH)
+        self.sow("intermediates", "q", q_BTNH)
+        self.sow("intermediates", "k", k_BSKH)
+        self.sow("intermediates", "v", v_BSKH)
+        if config.positions == "rotary":
+            frequencies = rotary_frequencies(config)
+            q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
+            k_BSKH = rotate(k_BSKH, positions_BT, frequencies)
+            self.sow("intermediates", "q_rotated", q_BTNH)
+            self.sow("intermediates", "k_rotated", k_BSKH)
+        if cached is not None:
+            k_BSKH, v_BSKH = cached = (
+                write(cached[0], k_BSKH, positions_BT),
+                write(cached[1], v_BSKH, positions_BT),
+            )
+
+        # Slot s of the keys holds position s, with a cache and without.
+        distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1])[None, None]
+        mask_BTS = (distance_BTS >= 0) & (distance_BTS < window)
+        bias_BNTS = None
+        if config.positions == "alibi":
+            bias_BNTS = -alibi_slopes(config.num_heads)[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
+
+        drops_weights = config.dropout > 0 and not deterministic
+        wants_weights = self.is_mutable_collection("intermediates")
+        if cached is None and not drops_weights and not wants_weights and self.blockwise_is_chosen():
+            heads_BTNH = blockwise(
+                dot_product_attention, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, config.attention_soft_cap
+            )
+        else:
+            dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+            heads_BTNH, scores_BKGTS, weights_BKGTS = dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, config.attention_soft_cap, dropout
+            )
+            self.sow("intermediates", "scores", scores_BKGTS)
+            self.sow("intermediates", "weights", weights_BKGTS)
+        self.sow("intermediates", "heads", heads_BTNH)
+
+        out_shape, bias = (config.embed_dim,), config.attention_out_bias
+        out_BTD = Linear(out_shape, 2, bias, config.output_stddev, config.dtype, name="out")(heads_BTNH)
+        return out_BTD, cached
+
+    def blockwise_is_chosen(self) -> bool:
+        """Whether the config asks for blocks, or leaves the choice and they are fast here."""
+        choice = self.config.attention
+        return choice == "blockwise" or (choice == "auto" and jax.default_backend() == "cpu")

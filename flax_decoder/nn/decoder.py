@@ -1,0 +1,205 @@
+"""Tokens to logits: embedding, a stack of blocks, a head."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from flax_decoder.config import ModelConfig
+from flax_decoder.nn.attention import SelfAttention
+from flax_decoder.nn.cache import KVCache
+from flax_decoder.nn.feed_forward import FeedForward
+from flax_decoder.nn.norm import Norm
+from flax_decoder.nn.positions import sinusoidal
+
+# A window that no sequence fills: a layer without one.
+NO_WINDOW = 2**30
+
+
+class Block(nn.Module):
+    """One layer: attention moves information between positions, the feed-forward network works on it at each.
+
+    Attributes:
+        config: the model.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        window: jax.Array,
+        cached: tuple[jax.Array, jax.Array] | None,
+        positions_BT: jax.Array,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Adds to the residual stream what this layer finds; see `SelfAttention` for the arguments."""
+        config = self.config
+        norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.norm_bias)
+        before = config.norm_position in ("pre", "both")
+        after = config.norm_position in ("both", "output")
+        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+
+        h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
+        h_BTD, cached = SelfAttention(config, name="attention")(
+            h_BTD, positions_BT, window, cached, deterministic=deterministic
+        )
+        h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
+        attended_BTD = x_BTD + dropout(h_BTD)
+        if config.norm_position == "post":
+            attended_BTD = norm(name="attention_norm")(attended_BTD)
+
+        h_BTD = x_BTD if config.parallel_residual else attended_BTD
+        h_BTD = norm(name="feed_forward_norm")(h_BTD) if before else h_BTD
+        h_BTD = FeedForward(config, name="feed_forward")(h_BTD)
+        h_BTD = norm(name="feed_forward_output_norm")(h_BTD) if after else h_BTD
+        x_BTD = attended_BTD + dropout(h_BTD)
+        if config.norm_position == "post":
+            x_BTD = norm(name="feed_forward_norm")(x_BTD)
+        return x_BTD, cached
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer: each position predicts the token that comes next.
+
+    The parameters of the blocks are stacked: each array under "layers" has a leading layer axis, whether the layers
+    are scanned or unrolled.
+
+    Attributes:
+        config: the model; its `vocab_size` must be set.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: jax.Array, cache: KVCache | None = None, *, deterministic: bool = True
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
+        """Maps tokens to the logits of the tokens that follow them.
+
+        Args:
+            tokens_BT: token ids, integers.
+            cache: keys and values of the tokens before, from `empty_cache` or an earlier call.
+            deterministic: False applies dropout and needs `rngs={"dropout": rng}`.
+
+        Returns:
+            logits_BTV in float32; with a cache, also the cache with these tokens in it.
+
+        Raises:
+            ValueError: ids outside the vocabulary or more tokens than the cache holds (both where their values are
+                known, that is outside of jit), or more positions than learned ones reach.
+        """
+        config = self.config
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: give it, or take it from the tokenizer")
+        check_tokens(tokens_BT, config.vocab_size)
+        B, T = tokens_BT.shape
+        if config.positions == "learned" and T > config.context_length:
+            raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
+        positions_BT = jnp.arange(T)[None]
+        if cache is not None:
+            if not isinstance(cache.length_B, jax.core.Tracer) and int(np.max(cache.length_B)) + T > cache.capacity:
+                raise ValueError(f"{T} more tokens do not fit into a cache of {cache.capacity}")
+            positions_BT = cache.length_B[:, None] + positions_BT
+
+        normal = nn.initializers.normal(config.init_stddev)
+        embedding_VD = self.param("embedding", normal, (config.vocab_size, config.embed_dim)).astype(config.dtype)
+        # Under jit an id outside the vocabulary cannot raise: it gives NaN instead of somebody else's row.
+        x_BTD = embedding_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
+        if config.embed_scale != 1:
+            x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
+        if config.positions == "learned":
+            positions_SD = self.param("positions", normal, (config.context_length, config.embed_dim))
+            x_BTD += positions_SD.at[positions_BT].get(mode="fill", fill_value=jnp.nan).astype(config.dtype)
+        elif config.positions == "sinusoidal":
+            x_BTD += sinusoidal(positions_BT, config.embed_dim).astype(config.dtype)
+        x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
+
+        cached = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
+        x_BTD, cached = self.run_layers(x_BTD, cached, positions_BT, deterministic)
+
+        x_BTD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BTD)
+        self.sow("intermediates", "final", x_BTD)
+        if config.tied_head:
+            head_DV = embedding_VD.T
+        else:
+            head_DV = self.param("head", normal, (config.embed_dim, config.vocab_size)).astype(config.dtype)
+        x_RD = x_BTD.reshape(B * T, config.embed_dim)
+        logits_BTV = jnp.dot(x_RD, head_DV, preferred_element_type=jnp.float32).reshape(B, T, -1)
+        if config.logit_soft_cap is not None:
+            logits_BTV = config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap)
+        if cache is None:
+            return logits_BTV
+        return logits_BTV, KVCache(*cached, cache.length_B + T)
+
+    def run_layers(
+        self,
+        x_BTD: jax.Array,
+        cached: tuple[jax.Array, jax.Array] | None,
+        positions_BT: jax.Array,
+        deterministic: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Applies the blocks one after the other, each with its part of the stacked parameters and of the cache."""
+        config = self.config
+        block = Block(config, parent=None)
+        if self.is_initializing():
+            rngs_L = jax.random.split(self.make_rng("params"), config.num_layers)
+            init = functools.partial(block.init, x_BTD=x_BTD, window=1, cached=None, positions_BT=positions_BT)
+            self.put_variable("params", "layers", jax.vmap(lambda rng: init(rng)["params"])(rngs_L))
+        needs_rngs = config.dropout > 0 and not deterministic
+        rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if needs_rngs else None
+        looks_inside = self.is_mutable_collection("intermediates")
+
+        def layer(x_BTD: jax.Array, own: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, Any]]:
+            params, window, cached, rng = own
+            (x_BTD, cached), seen = block.apply(
+                {"params": params},
+                x_BTD,
+                window,
+                cached,
+                positions_BT,
+                deterministic,
+                rngs=None if rng is None else {"dropout": rng},
+                mutable=["intermediates"] if looks_inside else [],
+            )
+            return x_BTD, (cached, seen.get("intermediates"))
+
+        if config.remat:
+            # Unrolled, the compiler would merge the second computation with the first; inside a scan it cannot.
+            layer = jax.checkpoint(layer, prevent_cse=not config.scan_layers)
+        windows_L = [window or NO_WINDOW for window in config.windows]
+        stacked = self.get_variable("params", "layers"), np.asarray(windows_L, np.int32), cached, rngs_L
+        if config.scan_layers:
+            x_BTD, (cached, seen) = jax.lax.scan(layer, x_BTD, stacked)
+        else:
+            x_BTD, (cached, seen) = unrolled_scan(layer, x_BTD, stacked)
+        if looks_inside:
+            self.put_variable("intermediates", "layers", seen)
+        return x_BTD, cached
+
+
+def unrolled_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` without a loop: faster to run on CPU, slower to compile."""
+    leaves, structure = jax.tree.flatten(stacked)
+    results = []
+    # Unstacking at once lets the gradient of a stacked array be one concatenation.
+    for own in zip(*map(jnp.unstack, leaves), strict=True):
+        carry, result = step(carry, structure.unflatten(own))
+        results.append(result)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+
+
+def check_tokens(tokens_BT: jax.Array, vocab_size: int) -> None:
+    """Raises ValueError where token ids are known and lie outside of the vocabulary."""
+    if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(f"token ids must be integers, not {tokens_BT.dtype}")
+    if isinstance(tokens_BT, jax.core.Tracer) or tokens_BT.size == 0:
+        return
+    lowest, highest = int(np.min(tokens_BT)), int(np.max(tokens_BT))
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(f"token ids lie between {lowest} and {highest}, but the vocabulary is 0 to {vocab_size - 1}")

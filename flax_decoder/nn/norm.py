@@ -1,0 +1,37 @@
+"""Bringing activations to unit size, in float32 whatever they come in."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis.
+
+        LayerNorm(x) = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
+        RMSNorm(x)   =  x            / sqrt(mean(x^2) + epsilon) * scale
+
+    Attributes:
+        kind: which of the two.
+        epsilon: keeps a constant input from being divided by zero.
+        use_bias: whether LayerNorm learns a shift.
+    """
+
+    kind: Literal["layernorm", "rmsnorm"]
+    epsilon: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (..., width) to the same shape and dtype."""
+        shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        y *= self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(shape)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(shape)
+        return y.astype(x.dtype)

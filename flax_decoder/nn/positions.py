@@ -1,0 +1,94 @@
+"""Where a token stands: attention by itself sees a set, these give it an order."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_decoder.config import ModelConfig
+
+
+def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
+    """Position vectors of fixed waves, for positions = "sinusoidal" (Vaswani et al. 2017, section 3.5).
+
+        P(t, 2i) = sin(t / 10000^(2i/D)),   P(t, 2i+1) = cos(t / 10000^(2i/D))
+
+    Args:
+        positions_BT: position of each token, counted from 0.
+        width: D, an even number.
+
+    Returns:
+        (B, T, D), float32.
+    """
+    frequencies = 10_000.0 ** (-np.arange(0, width, 2, dtype=np.float32) / width)
+    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None]
+    waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return waves.reshape(*positions_BT.shape, width)
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle per position, in radians, of each rotated pair of numbers (Su et al. 2021, equation 15).
+
+        theta_i = base^(-2i / R),   R the rotated part of the head width
+
+    `linear` scaling divides all of them by the factor (Chen et al. 2023). `llama3` divides only those whose wavelength
+    is long beside the original context, keeps the short ones, and blends between (Llama 3.1).
+
+    Returns:
+        (R / 2,), float32.
+    """
+    rotated = int(config.head_width * config.rotary_fraction)
+    frequencies = config.rotary_base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    factor = config.rotary_scaling_factor
+    if config.rotary_scaling == "linear":
+        frequencies /= factor
+    elif config.rotary_scaling == "llama3":
+        turns_in_original_context = config.rotary_original_context * frequencies / (2 * math.pi)
+        low, high = config.rotary_low_frequency_factor, config.rotary_high_frequency_factor
+        kept = np.clip((turns_in_original_context - low) / (high - low), 0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
+    return frequencies.astype(np.float32)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Turns pairs of numbers of each head by an angle that grows with the position.
+
+    The score of a turned query and a turned key then depends on the distance of their positions alone. Number i is
+    paired with number i + R/2, as in GPT-NeoX and Llama; numbers from R on are left as they are.
+
+    Args:
+        x_BTNH: queries or keys.
+        positions_BT: position of each token; B may be 1.
+        frequencies: (R / 2,), from `rotary_frequencies`.
+
+    Returns:
+        The same shape and dtype.
+    """
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    half = len(frequencies)
+    x = x_BTNH.astype(jnp.float32)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """How much each head's scores fall per position of distance (Press et al. 2021, section 3).
+
+        slope_n = 2^(-8 n / N),   n = 1 ... N
+
+    Where N is no power of two, the slopes of the power below it come first, then every other one of the power above,
+    as in the authors' code.
+
+    Returns:
+        (N,), float32.
+    """
+
+    def geometric(count: int) -> np.ndarray:
+        return 2.0 ** (-8.0 * np.arange(1, count + 1) / count)
+
+    below = 2 ** int(math.log2(num_heads))
+    slopes = np.concatenate([geometric(below), geometric(2 * below)[::2][: num_heads - below]])
+    return slopes.astype(np.float32)
