@@ -1,0 +1,88 @@
+"""Gradients to updates: the schedule, the optimizer, and which parameters decay."""
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from flax_decoder.config import OptimizerConfig
+
+# Axes of the stacked kernels of a block: (those summed over, those written to). The layer axis in front is a batch.
+# Heads are joined: the matrix that Muon straightens is the one that multiplies the residual stream.
+MATRICES = {
+    "query": MuonDimensionNumbers((1,), (2, 3)),
+    "key": MuonDimensionNumbers((1,), (2, 3)),
+    "value": MuonDimensionNumbers((1,), (2, 3)),
+    "out": MuonDimensionNumbers((1, 2), (3,)),
+    "up": MuonDimensionNumbers((1,), (2,)),
+    "gate": MuonDimensionNumbers((1,), (2,)),
+    "down": MuonDimensionNumbers((1,), (2,)),
+}
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float | None = None) -> optax.Schedule:
+    """Learning rate by step: a warm-up in a line from 0, then the shape that `config.schedule` names.
+
+    Args:
+        config: shape, warm-up and end.
+        num_steps: the step at which the final rate is reached.
+        peak: highest rate; None is that of AdamW.
+    """
+    peak = config.learning_rate if peak is None else peak
+    final = peak * config.final_fraction
+    warmup = num_steps // 20 if config.warmup_steps is None else config.warmup_steps
+    rest = max(num_steps - warmup, 1)
+    match config.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+        case "linear":
+            after = optax.linear_schedule(peak, final, rest)
+        case "wsd":
+            decay = min(round(config.decay_fraction * num_steps), rest)
+            after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
+        case "constant":
+            after = optax.constant_schedule(peak)
+    # The first step already learns: with a warm-up of w steps, step i has the rate (i + 1) / w of the peak.
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """The chain clip, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024) with AdamW for the rest."""
+    rate = learning_rate_schedule(config, num_steps)
+    decays = is_decayed if config.decay == "matrices" else None
+    if config.name == "adamw":
+        update = optax.adamw(
+            rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decays
+        )
+    else:
+        update = optax.contrib.muon(
+            learning_rate_schedule(config, num_steps, config.muon_learning_rate),
+            beta=config.muon_momentum,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decays,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=muon_matrices,
+        )
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    return optax.chain(clip, update)
+
+
+def is_decayed(params: Any) -> Any:
+    """True for matrices and embeddings, False for the scales of norms and for biases; a tree like `params`."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+
+
+def muon_matrices(params: Any) -> Any:
+    """Which axes of each parameter make the matrix that Muon straightens; None where AdamW does the work."""
+
+    def dimensions(path: tuple[Any, ...], _: jax.Array) -> MuonDimensionNumbers | None:
+        names = [part.key for part in path]
+        return MATRICES[names[-2]] if names[0] == "layers" and names[-1] == "kernel" else None
+
+    return jax.tree.map_with_path(dimensions, params)

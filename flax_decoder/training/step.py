@@ -1,0 +1,124 @@
+"""One step of training: a pure function from state and batch to the next state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from flax.training import train_state
+
+from flax_decoder.config import Config
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.training.loss import cross_entropy
+from flax_decoder.training.optimizer import make_optimizer
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(train_state.TrainState):
+    """All that changes in training: `step`, `params` and `opt_state`; and, fixed, how they change.
+
+    It holds no random generator: randomness is a function of (seed, step).
+
+    Attributes:
+        seed: start of the dropout's randomness.
+        accumulation_steps: a step computes its batch in this many parts.
+        z_loss: weight of the penalty on the softmax's normaliser.
+    """
+
+    seed: int = struct.field(pytree_node=False)
+    accumulation_steps: int = struct.field(pytree_node=False)
+    z_loss: float = struct.field(pytree_node=False)
+
+
+def init_state(model: Decoder, config: Config, *, rng: jax.Array) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        model: the network.
+        config: optimizer, number of steps, seed, accumulation and loss of the run.
+        rng: from which the parameters are drawn.
+    """
+    # The parameters do not depend on the tokens, nor on their number.
+    params = jax.jit(model.init)(rng, np.zeros((1, 1), np.int32))["params"]
+    tx = make_optimizer(config.optimizer, config.training.num_steps)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        apply_fn=model.apply,
+        params=params,
+        tx=tx,
+        opt_state=jax.jit(tx.init)(params),
+        seed=config.training.seed,
+        accumulation_steps=config.training.accumulation_steps,
+        z_loss=config.training.z_loss,
+    )
+
+
+def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
+    """Moves the parameters one step down the gradient of the loss on a batch.
+
+    Pure, and not compiled: wrap it in `jax.jit`, `jax.pmap` or `jax.shard_map`.
+
+    Args:
+        state: where training stands; not changed.
+        batch: "inputs" and "targets", token ids (B, T), and optionally "mask" (B, T): the weight of each target in the
+            loss, 0 leaves it out.
+        axis_name: the mapped axis over which the batch is spread, under `pmap` or `shard_map`.
+
+    Returns:
+        The next state, and metrics: "loss", the mean cross-entropy in nats a token, and "gradient_norm" before clipping.
+
+    Raises:
+        ValueError: token ids outside of the vocabulary, where their values are known.
+    """
+    # Targets pass the same check as inputs do in the model: under jit both give NaN instead.
+    rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    if axis_name is not None:
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+    sums, gradients = accumulate(state, batch, rng)
+    if axis_name is not None:
+        sums, gradients = jax.lax.psum((sums, gradients), axis_name)
+    # Dividing sums by the weight of the whole batch, however it was split, gives every token the same weight.
+    num_tokens = jnp.maximum(sums["num_tokens"], 1)
+    gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
+    metrics = {"loss": sums["loss"] / num_tokens, "gradient_norm": optax.tree.norm(gradients)}
+    return state.apply_gradients(grads=gradients), metrics
+
+
+def eval_step(state: TrainState, batch: Batch) -> Metrics:
+    """The sums "loss" (nats) and "num_tokens" over a batch as in `train_step`, without dropout."""
+    return loss_sum(state.params, state, batch, rng=None)[1]
+
+
+def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
+    """Sums of losses and of their gradients over a batch, computed in `state.accumulation_steps` parts."""
+    gradient_of = jax.grad(loss_sum, has_aux=True)
+    num_parts = state.accumulation_steps
+    if num_parts == 1:
+        gradients, sums = gradient_of(state.params, state, batch, rng)
+        return sums, gradients
+
+    def add_part(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient_of(state.params, state, *part)), None
+
+    # Part i takes every num_parts-th row: rows that lie on one device stay on it.
+    parts = jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1), batch)
+    shapes = jax.eval_shape(gradient_of, state.params, state, jax.tree.map(lambda rows: rows[0], parts), rng)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (gradients, sums), _ = jax.lax.scan(add_part, zeros, (parts, jax.random.split(rng, num_parts)))
+    return sums, gradients
+
+
+def loss_sum(params: Any, state: TrainState, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, Metrics]:
+    """The sum to be minimised over a batch, and the sums "loss" and "num_tokens"; `rng` turns dropout on."""
+    rngs = {} if rng is None else {"dropout": rng}
+    logits_BTV = state.apply_fn({"params": params}, batch["inputs"], deterministic=rng is None, rngs=rngs)
+    losses_BT, penalties_BT = cross_entropy(logits_BTV, batch["targets"], state.z_loss)
+    mask_BT = batch["mask"].astype(jnp.float32) if "mask" in batch else jnp.ones_like(losses_BT)
+    # A target that does not count may be any number, such as -100: its loss must not become 0 * NaN.
+    losses_BT = jnp.where(mask_BT > 0, losses_BT, 0.0)
+    sums = {"loss": jnp.sum(losses_BT * mask_BT), "num_tokens": jnp.sum(mask_BT)}
+    return jnp.sum((losses_BT + penalties_BT) * mask_BT), sums
