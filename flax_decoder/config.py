@@ -62,9 +62,9 @@ class ModelConfig:
     mlp_dim: PositiveInt | None = None
     """F, width of the feed-forward layer; left out, 4 D"""
     feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu", "geglu"] = "gelu"
-    """what stands between the two feed-forward matrices; `gelu` is the exact one (erf); the GLUs have a third, gating matrix"""
+    """between the two feed-forward matrices; `gelu` is the exact one (erf); the GLUs have a third matrix, the gate"""
     dropout: Fraction = 0.0
-    """probability of zeroing an activation in training: embeddings, attention weights, outputs of both parts of a block"""
+    """probability of zeroing, in training: embeddings, attention weights, outputs of a block's two parts"""
 
     positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "learned"
     """how the model knows the order of its tokens"""
@@ -129,6 +129,10 @@ class ModelConfig:
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
     remat: bool = False
     """computes a block's activations again in the backward pass instead of keeping them: less memory, more time"""
+
+    def with_vocab_size(self, vocab_size: int) -> Self:
+        """The same model with V filled in where it was left out."""
+        return dataclasses.replace(self, vocab_size=self.vocab_size or vocab_size)
 
     @property
     def kv_heads(self) -> int:
@@ -218,7 +222,7 @@ class DataConfig:
     """The text, and how it becomes tokens."""
 
     path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple)] = None
-    """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's own help texts"""
+    """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's help texts"""
     tokenizer: str = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
     bpe_vocab_size: Annotated[int, Field(ge=257)] = 1024
@@ -240,7 +244,7 @@ class OptimizerConfig:
     muon_momentum: Fraction = 0.95
     """decay of Muon's momentum"""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """shape of the learning rate after the warm-up; wsd (warm-up, stable, decay) stays at the peak, then falls in a line"""
+    """learning rate after the warm-up; wsd (warm-up, stable, decay) stays at the peak, then falls in a line"""
     warmup_steps: NonNegativeInt | None = None
     """steps in which the learning rate rises from 0; left out, a twentieth of all steps"""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2

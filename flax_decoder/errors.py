@@ -8,5 +8,5 @@ class UserError(ValueError):
     """
 
 
-class Fault(RuntimeError):
+class FaultError(RuntimeError):
     """Something broke that the user did not ask for: a disk, a checkpoint, a loss that is not a number. Exit code 1."""

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention_kernels import blockwise
-from flax_decoder.nn.cache import write
+from flax_decoder.nn.cache import LayerKV, write
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
@@ -81,10 +81,10 @@ class SelfAttention(nn.Module):
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         window: jax.Array | int,
-        cached: tuple[jax.Array, jax.Array] | None = None,
+        cached: LayerKV | None = None,
         *,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, LayerKV | None]:
         """Lets each position gather from itself and from those before it.
 
         Args:
@@ -128,9 +128,10 @@ class SelfAttention(nn.Module):
         # Slot s of the keys holds position s, with a cache and without.
         distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1])[None, None]
         mask_BTS = (distance_BTS >= 0) & (distance_BTS < window)
-        bias_BNTS = None
+        bias_BNTS: jax.Array | None = None
         if config.positions == "alibi":
-            bias_BNTS = -alibi_slopes(config.num_heads)[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
+            slopes_N = jnp.asarray(alibi_slopes(config.num_heads))
+            bias_BNTS = -slopes_N[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
 
         drops_weights = config.dropout > 0 and not deterministic
         wants_weights = self.is_mutable_collection("intermediates")

@@ -11,8 +11,11 @@ from flax import struct
 from flax_decoder.config import ModelConfig
 
 
-@struct.dataclass
-class KVCache:
+LayerKV = tuple[jax.Array, jax.Array]
+"""The part of one layer: k_BSKH and v_BSKH."""
+
+
+class KVCache(struct.PyTreeNode):
     """Slot s of each row holds the key and value of position s.
 
     Attributes:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention import SelfAttention
-from flax_decoder.nn.cache import KVCache
+from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
@@ -34,10 +35,10 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         window: jax.Array,
-        cached: tuple[jax.Array, jax.Array] | None,
+        cached: LayerKV | None,
         positions_BT: jax.Array,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, LayerKV | None]:
         """Adds to the residual stream what this layer finds; see `SelfAttention` for the arguments."""
         config = self.config
         norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.norm_bias)
@@ -108,20 +109,20 @@ class Decoder(nn.Module):
             positions_BT = cache.length_B[:, None] + positions_BT
 
         normal = nn.initializers.normal(config.init_stddev)
-        embedding_VD = self.param("embedding", normal, (config.vocab_size, config.embed_dim)).astype(config.dtype)
-        # Under jit an id outside the vocabulary cannot raise: it gives NaN instead of somebody else's row.
-        x_BTD = embedding_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
+        embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
+        embedding_VD = embedding_VD.astype(config.dtype)
+        x_BTD = look_up(embedding_VD, tokens_BT)
         if config.embed_scale != 1:
             x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
         if config.positions == "learned":
             positions_SD = self.param("positions", normal, (config.context_length, config.embed_dim))
-            x_BTD += positions_SD.at[positions_BT].get(mode="fill", fill_value=jnp.nan).astype(config.dtype)
+            x_BTD += look_up(positions_SD.astype(config.dtype), positions_BT)
         elif config.positions == "sinusoidal":
             x_BTD += sinusoidal(positions_BT, config.embed_dim).astype(config.dtype)
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
-        cached = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
-        x_BTD, cached = self.run_layers(x_BTD, cached, positions_BT, deterministic)
+        cached_L = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
+        x_BTD, cached_L = self.run_layers(x_BTD, cached_L, positions_BT, deterministic)
 
         x_BTD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BTD)
         self.sow("intermediates", "final", x_BTD)
@@ -133,17 +134,17 @@ class Decoder(nn.Module):
         logits_BTV = jnp.dot(x_RD, head_DV, preferred_element_type=jnp.float32).reshape(B, T, -1)
         if config.logit_soft_cap is not None:
             logits_BTV = config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap)
-        if cache is None:
+        if cache is None or cached_L is None:
             return logits_BTV
-        return logits_BTV, KVCache(*cached, cache.length_B + T)
+        return logits_BTV, KVCache(*cached_L, cache.length_B + T)
 
     def run_layers(
         self,
         x_BTD: jax.Array,
-        cached: tuple[jax.Array, jax.Array] | None,
+        cached_L: LayerKV | None,
         positions_BT: jax.Array,
         deterministic: bool,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, LayerKV | None]:
         """Applies the blocks one after the other, each with its part of the stacked parameters and of the cache."""
         config = self.config
         block = Block(config, parent=None)
@@ -173,14 +174,12 @@ class Decoder(nn.Module):
             # Unrolled, the compiler would merge the second computation with the first; inside a scan it cannot.
             layer = jax.checkpoint(layer, prevent_cse=not config.scan_layers)
         windows_L = [window or NO_WINDOW for window in config.windows]
-        stacked = self.get_variable("params", "layers"), np.asarray(windows_L, np.int32), cached, rngs_L
-        if config.scan_layers:
-            x_BTD, (cached, seen) = jax.lax.scan(layer, x_BTD, stacked)
-        else:
-            x_BTD, (cached, seen) = unrolled_scan(layer, x_BTD, stacked)
+        stacked: Any = self.get_variable("params", "layers"), np.asarray(windows_L, np.int32), cached_L, rngs_L
+        scan = jax.lax.scan if config.scan_layers else unrolled_scan
+        x_BTD, (cached_L, seen) = scan(layer, x_BTD, stacked)
         if looks_inside:
             self.put_variable("intermediates", "layers", seen)
-        return x_BTD, cached
+        return x_BTD, cached_L
 
 
 def unrolled_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any) -> tuple[Any, Any]:
@@ -189,17 +188,23 @@ def unrolled_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stack
     results = []
     # Unstacking at once lets the gradient of a stacked array be one concatenation.
     for own in zip(*map(jnp.unstack, leaves), strict=True):
-        carry, result = step(carry, structure.unflatten(own))
+        carry, result = step(carry, jax.tree.unflatten(structure, own))
         results.append(result)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
-def check_tokens(tokens_BT: jax.Array, vocab_size: int) -> None:
-    """Raises ValueError where token ids are known and lie outside of the vocabulary."""
-    if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-        raise ValueError(f"token ids must be integers, not {tokens_BT.dtype}")
-    if isinstance(tokens_BT, jax.core.Tracer) or tokens_BT.size == 0:
+def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """The rows of a table; NaN, instead of some other row, for an id outside of it."""
+    return table.at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def check_tokens(tokens_BT: ArrayLike, vocab_size: int, mask_BT: ArrayLike | None = None) -> None:
+    """Raises ValueError where token ids are known and, at a position that counts, lie outside of the vocabulary."""
+    if not jnp.issubdtype(jnp.result_type(tokens_BT), jnp.integer):
+        raise ValueError(f"token ids must be integers, not {jnp.result_type(tokens_BT)}")
+    if isinstance(tokens_BT, jax.core.Tracer) or isinstance(mask_BT, jax.core.Tracer):
         return
-    lowest, highest = int(np.min(tokens_BT)), int(np.max(tokens_BT))
-    if lowest < 0 or highest >= vocab_size:
-        raise ValueError(f"token ids lie between {lowest} and {highest}, but the vocabulary is 0 to {vocab_size - 1}")
+    ids = np.asarray(tokens_BT) if mask_BT is None else np.asarray(tokens_BT)[np.asarray(mask_BT) > 0]
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size > 0:
+        raise ValueError(f"token id {outside[0]} is not in the vocabulary: 0 to {vocab_size - 1}")

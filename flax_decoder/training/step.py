@@ -1,5 +1,6 @@
 """One step of training: a pure function from state and batch to the next state."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import struct
 from flax.training import train_state
 
 from flax_decoder.config import Config
-from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.decoder import Decoder, check_tokens
 from flax_decoder.training.loss import cross_entropy
 from flax_decoder.training.optimizer import make_optimizer
 
@@ -69,12 +70,12 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
         axis_name: the mapped axis over which the batch is spread, under `pmap` or `shard_map`.
 
     Returns:
-        The next state, and metrics: "loss", the mean cross-entropy in nats a token, and "gradient_norm" before clipping.
+        The next state, and the metrics "loss", the mean cross-entropy in nats a token, and "gradient_norm", its length
+        before clipping.
 
     Raises:
         ValueError: token ids outside of the vocabulary, where their values are known.
     """
-    # Targets pass the same check as inputs do in the model: under jit both give NaN instead.
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
@@ -90,33 +91,45 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """The sums "loss" (nats) and "num_tokens" over a batch as in `train_step`, without dropout."""
-    return loss_sum(state.params, state, batch, rng=None)[1]
+    return loss_sum(state.params, state.apply_fn, batch)[1]
 
 
 def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
     """Sums of losses and of their gradients over a batch, computed in `state.accumulation_steps` parts."""
-    gradient_of = jax.grad(loss_sum, has_aux=True)
-    num_parts = state.accumulation_steps
-    if num_parts == 1:
-        gradients, sums = gradient_of(state.params, state, batch, rng)
+
+    def sums_and_gradients(batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
+        compute = jax.grad(loss_sum, has_aux=True)
+        gradients, sums = compute(state.params, state.apply_fn, batch, z_loss=state.z_loss, rng=rng)
         return sums, gradients
 
+    num_parts = state.accumulation_steps
+    if num_parts == 1:
+        return sums_and_gradients(batch, rng)
+
     def add_part(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient_of(state.params, state, *part)), None
+        return jax.tree.map(jnp.add, total, sums_and_gradients(*part)), None
 
     # Part i takes every num_parts-th row: rows that lie on one device stay on it.
     parts = jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(gradient_of, state.params, state, jax.tree.map(lambda rows: rows[0], parts), rng)
+    rngs = jax.random.split(rng, num_parts)
+    shapes = jax.eval_shape(sums_and_gradients, jax.tree.map(lambda part: part[0], parts), rngs[0])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (gradients, sums), _ = jax.lax.scan(add_part, zeros, (parts, jax.random.split(rng, num_parts)))
-    return sums, gradients
+    return jax.lax.scan(add_part, zeros, (parts, rngs))[0]
 
 
-def loss_sum(params: Any, state: TrainState, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, Metrics]:
+def loss_sum(
+    params: Any,
+    apply_fn: Callable[..., Any],
+    batch: Batch,
+    *,
+    z_loss: float = 0.0,
+    rng: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
     """The sum to be minimised over a batch, and the sums "loss" and "num_tokens"; `rng` turns dropout on."""
-    rngs = {} if rng is None else {"dropout": rng}
-    logits_BTV = state.apply_fn({"params": params}, batch["inputs"], deterministic=rng is None, rngs=rngs)
-    losses_BT, penalties_BT = cross_entropy(logits_BTV, batch["targets"], state.z_loss)
+    rngs = None if rng is None else {"dropout": rng}
+    logits_BTV = apply_fn({"params": params}, batch["inputs"], deterministic=rng is None, rngs=rngs)
+    check_tokens(batch["targets"], logits_BTV.shape[-1], batch.get("mask"))
+    losses_BT, penalties_BT = cross_entropy(logits_BTV, batch["targets"], z_loss)
     mask_BT = batch["mask"].astype(jnp.float32) if "mask" in batch else jnp.ones_like(losses_BT)
     # A target that does not count may be any number, such as -100: its loss must not become 0 * NaN.
     losses_BT = jnp.where(mask_BT > 0, losses_BT, 0.0)

@@ -1,0 +1,57 @@
+"""A decoder-only transformer in JAX and Flax Linen: readable attention, real training.
+
+model, params, tokenizer = flax_decoder.load("runs/default")
+logits_BTV = model.apply({"params": params}, tokens_BT)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flax_decoder.config import Config, load_config
+from flax_decoder.errors import FaultError, UserError
+
+if TYPE_CHECKING:
+    from flax_decoder.generation.generate import generate
+    from flax_decoder.loading import load
+    from flax_decoder.nn.cache import KVCache, empty_cache
+    from flax_decoder.nn.decoder import Decoder
+    from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
+
+# Names whose modules import JAX come when first used: a wrong setting is refused, and help shown, without that wait.
+_HOMES = {
+    "Decoder": "nn.decoder",
+    "KVCache": "nn.cache",
+    "TrainState": "training.step",
+    "empty_cache": "nn.cache",
+    "eval_step": "training.step",
+    "generate": "generation.generate",
+    "init_state": "training.step",
+    "load": "loading",
+    "train_step": "training.step",
+}
+
+__all__ = [
+    "Config",
+    "Decoder",
+    "FaultError",
+    "KVCache",
+    "TrainState",
+    "UserError",
+    "empty_cache",
+    "eval_step",
+    "generate",
+    "init_state",
+    "load",
+    "load_config",
+    "train_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

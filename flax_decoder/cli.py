@@ -1,0 +1,229 @@
+"""The commands, one short function each. JAX is imported inside of them: help and refusals do not wait for it."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flax_decoder.config import SECTIONS, fields_of, load_config
+from flax_decoder.errors import FaultError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 done, 1 a fault, 2 the user's input, 130 interrupted."""
+    try:
+        options = build_parser().parse_args(_with_hyphens(sys.argv[1:] if arguments is None else arguments))
+        command: Callable[[argparse.Namespace], int] = options.command
+        _keep_compilations()
+        return command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FaultError as error:
+        print(f"fault: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader has gone, as `head` does; Python must not try to flush to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def train(options: argparse.Namespace) -> int:
+    """Trains on a text, then writes new text."""
+    config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    from flax_decoder.training import loop
+
+    return loop.train(config, Path(config.run.folder or "."))
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Streams text that continues a prompt."""
+    from flax_decoder.generation.generate import stream
+    from flax_decoder.generation.sampling import Sampling
+    from flax_decoder.generation.text import decode_stream
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    if options.num_samples < 1 or options.max_new_tokens < 0:
+        raise UserError("--num-samples must be at least 1, and --max-new-tokens at least 0")
+    import jax
+    import numpy as np
+
+    from flax_decoder.loading import load
+
+    model, params, tokenizer = load(options.path, step=options.step)
+    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    tokens = tokenizer.encode(prompt) or [token for token in [tokenizer.start_id] if token is not None]
+    if not tokens:
+        raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
+    sampling = dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size)
+    for number in range(options.num_samples):
+        rng = jax.random.fold_in(jax.random.key(options.seed), number)
+        chunks = stream(model, params, np.asarray([tokens]), options.max_new_tokens, rng, sampling)
+        pieces = decode_stream(tokenizer, (chunk[0] for chunk in chunks), options.stop)
+        if options.no_stream:
+            pieces = iter(["".join(pieces)])
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print("\n" if number + 1 < options.num_samples else "")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Prints loss, perplexity and bits per byte of a model on a text."""
+    from flax_decoder.data.corpus import read_text
+
+    text = read_text(options.file).text
+    from flax_decoder.loading import load
+    from flax_decoder.training import evaluation
+
+    model, params, tokenizer = load(options.path, step=options.step)
+    tokens = tokenizer.encode_array(text)
+    if len(tokens) < 2:
+        raise UserError(f"{options.file}: is a single token; there is nothing to predict")
+    # As many tokens at once as keep two cores busy without taking much memory.
+    batch_size = max(4096 // model.config.context_length, 1)
+    result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{options.file}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
+            f"{result['bits_per_byte']:.4f} bits per byte, over {result['num_tokens']:,} tokens"
+        )
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Measures the speed of training and of generation."""
+    from flax_decoder.training.speed import measure_speed
+
+    config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    result = measure_speed(config)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:>28}  {value if isinstance(value, str) else format(value, ',.6g')}")
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and where help is in a second."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError instead of printing all the usage."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            name = unknown.split()[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(name, known, n=1)
+            message = f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else "")
+        raise UserError(f"{message}\nhelp: {self.prog} --help")
+
+
+def build_parser() -> Parser:
+    """The command line of `flax-decoder`."""
+    parser = Parser(prog="flax-decoder", description=sys.modules["flax_decoder"].__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int]) -> Parser:
+        made: Parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
+        made.set_defaults(command=command)
+        return made
+
+    sub = add("train", train)
+    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
+    _add_config_fields(sub)
+
+    sub = add("generate", generate)
+    sub.add_argument("path", metavar="PATH", help="a run folder")
+    sub.add_argument("--prompt", metavar="TEXT", help="what to continue; left out, it is read from standard input")
+    sub.add_argument("--max-new-tokens", metavar="N", type=int, default=500)
+    sub.add_argument("--temperature", metavar="F", type=float, default=0.8, help="0 always takes the likeliest token")
+    sub.add_argument("--top-k", metavar="N", type=int, default=0, help="draw from the N likeliest tokens only")
+    sub.add_argument("--top-p", metavar="F", type=float, default=1.0, help="draw from the likeliest tokens up to F")
+    sub.add_argument("--min-p", metavar="F", type=float, default=0.0, help="as likely as F times the likeliest")
+    sub.add_argument("--repetition-penalty", metavar="F", type=float, default=1.0)
+    sub.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same text")
+    sub.add_argument("--num-samples", metavar="N", type=int, default=1)
+    sub.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
+    )
+    sub.add_argument("--no-stream", action="store_true", help="print when all is written")
+    _add_step(sub)
+
+    sub = add("eval", evaluate)
+    sub.add_argument("path", metavar="PATH", help="a run folder")
+    sub.add_argument("file", metavar="FILE", help="a text")
+    sub.add_argument("--json", action="store_true", help="one JSON object")
+    _add_step(sub)
+
+    sub = add("bench", bench)
+    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
+    sub.add_argument("--json", action="store_true", help="one JSON object")
+    _add_config_fields(sub)
+    return parser
+
+
+def _add_step(parser: Parser) -> None:
+    parser.add_argument(
+        "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
+    )
+
+
+def _step(text: str) -> str | int:
+    return text if text in ("best", "latest") else int(text)
+
+
+def _add_config_fields(parser: Parser) -> None:
+    """An argument for every field of the config; values are written as in TOML, text without quotes."""
+    for section in SECTIONS:
+        group = parser.add_argument_group(f"[{section}]")
+        for name, field in fields_of(section).items():
+            default = "" if field.default is None else f" ({_shown(field.default)})"
+            group.add_argument(
+                f"--{section}.{name}".replace("_", "-"),
+                dest=f"{section}.{name}",
+                metavar=_kind(field.annotation),
+                default=argparse.SUPPRESS,
+                help=(field.description + default).replace("%", "%%"),
+            )
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def _kind(annotation: Any) -> str:
+    """What a value looks like in the help, such as INT or pre|post."""
+    words = getattr(annotation, "__args__", ())
+    if words and all(isinstance(word, str) for word in words):
+        return "|".join(words)
+    names = [getattr(part, "__name__", "") for part in (*words, annotation)]
+    return next((name.upper() for name in names if name in ("int", "float", "bool", "str")), "LIST")
+
+
+def _with_hyphens(arguments: Sequence[str]) -> list[str]:
+    """Underscores and hyphens are the same in the names of arguments."""
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        result.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return result
+
+
+def _keep_compilations() -> None:
+    """Keeps compiled programs in the user's cache folder: the next start of the same program need not compile."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "flax_decoder"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -1,0 +1,275 @@
+"""Text <-> token ids.
+
+Three kinds: one token a character, one token a byte, or subwords (byte-level BPE trained on the text, or any
+tokenizer.json made elsewhere). Each writes a tokenizer.json that the Hugging Face `tokenizers` library reads and that
+encodes and decodes the same there. The first two do not need that library, and encode a megabyte in milliseconds.
+"""
+
+import json
+import operator
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
+from flax_decoder.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NUM_CODE_POINTS = 0x110000  # all of Unicode
+
+# Names of the tokens that open and close a text, in the tokenizer.json files of well-known models.
+_START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
+_END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
+
+# A long text is encoded in pieces: the library keeps some 100 bytes a token while it works.
+_PIECE_CHARACTERS = 1_000_000
+_CUT_CONTEXT_CHARACTERS = 200  # far longer than any token that a cut after a newline could split
+_CUT_TRIES = 100
+
+
+class Tokenizer(ABC):
+    """Turns text into token ids and back, so that `decode(encode(text)) == text`.
+
+    Attributes:
+        vocab_size: V; ids run from 0 to V - 1.
+        start_id: the token that opens a text, where the vocabulary has one.
+        end_id: the token that closes a text, where the vocabulary has one.
+    """
+
+    vocab_size: int
+    start_id: int | None = None
+    end_id: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text. Raises UserError where the vocabulary cannot express it."""
+        return self.encode_array(text).tolist()
+
+    @abstractmethod
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids as an int32 array; made for whole corpora."""
+
+    def decode(self, ids: Iterable[Any]) -> str:
+        """The text of token ids: integers from a list, a generator, or a one-dimensional NumPy or JAX array.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        if hasattr(ids, "__array__"):
+            ids = np.asarray(ids)  # one copy from the device, where iterating would make one an element
+        array = np.fromiter(map(operator.index, ids), np.int64)
+        outside = (array < 0) | (array >= self.vocab_size)
+        if outside.any():
+            raise ValueError(f"token id {array[outside][0]} is not in the vocabulary: 0 to {self.vocab_size - 1}")
+        return self._decode(array)
+
+    @abstractmethod
+    def _decode(self, ids: np.ndarray) -> str:
+        """The text of ids that are known to be in the vocabulary."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """The text of the tokenizer.json."""
+
+
+class CharTokenizer(Tokenizer):
+    """One token a character: ids are the ranks of the characters by code point."""
+
+    def __init__(self, text: str):
+        """Takes the characters of `text`, each once, as the vocabulary."""
+        present = np.zeros(_NUM_CODE_POINTS, bool)  # marking is linear in the text, where sorting is not
+        present[_code_points(text)] = True
+        self._code_points = np.flatnonzero(present).astype("<u4")
+        self.characters = self._code_points.tobytes().decode("utf-32-le", "surrogatepass")
+        _utf8(self.characters)
+        self.vocab_size = len(self._code_points)
+        self._ids = np.full(_NUM_CODE_POINTS, -1, np.int32)
+        self._ids[self._code_points] = np.arange(self.vocab_size)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """One look-up in a table a character."""
+        ids = self._ids[_code_points(text)]
+        lacking = ids < 0
+        if lacking.any():
+            character = text[int(lacking.argmax())]
+            raise UserError(
+                f"the text has {character!r} (U+{ord(character):04X}), which this char vocabulary of {self.vocab_size} "
+                'characters lacks; use one of its characters, or train with data.tokenizer = "byte"'
+            )
+        return ids
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._code_points[ids].tobytes().decode("utf-32-le")
+
+    def to_json(self) -> str:
+        """A WordLevel model whose words are single characters."""
+        return json.dumps(char_document(self.characters), ensure_ascii=False)
+
+
+class ByteTokenizer(Tokenizer):
+    """One token a byte of the UTF-8 text. Ids that are no UTF-8 decode to the replacement character U+FFFD."""
+
+    vocab_size = 256
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The bytes of the text in UTF-8."""
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_json(self) -> str:
+        """Byte-level BPE that never merges."""
+        return json.dumps(byte_document(), ensure_ascii=False)
+
+
+class SubwordTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library: BPE trained here, or any tokenizer.json."""
+
+    def __init__(self, tokenizer: "tokenizers.Tokenizer"):
+        """Wraps a tokenizer, which from then on neither cuts nor pads a text."""
+        tokenizer.no_truncation()  # a file made for a classifier may cut each text at 512 tokens
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # ids may have gaps
+        added_tokens = tokenizer.get_added_tokens_decoder()
+        special_ids = {token.content: id for id, token in added_tokens.items() if token.special}
+        self.start_id = next((special_ids[name] for name in _START_TOKENS if name in special_ids), None)
+        self.end_id = next((special_ids[name] for name in _END_TOKENS if name in special_ids), None)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As the library encodes the text, without the special tokens it may put around it."""
+        _utf8(text)
+        pieces = [np.array(self._encode_piece(piece), np.int32) for piece in self._pieces(text)]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(piece, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"the tokenizer cannot encode this text: {error}") from None
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        start = 0
+        while start < len(text):
+            end = self._find_cut(text, start + _PIECE_CHARACTERS)
+            yield text[start:end]
+            start = end
+
+    def _find_cut(self, text: str, earliest: int) -> int:
+        """Where, from `earliest` on, the text can be cut with no change to its tokens: after some newline, or its end.
+
+        What may happen at a cut depends on the tokenizer (some put a space before each text), so it is tried out.
+        """
+        cut = earliest
+        for _ in range(_CUT_TRIES):
+            cut = text.find("\n", cut) + 1
+            if cut == 0:
+                break
+            before = text[max(cut - _CUT_CONTEXT_CHARACTERS, 0) : cut]
+            after = text[cut : cut + _CUT_CONTEXT_CHARACTERS]
+            if self._encode_piece(before + after) == self._encode_piece(before) + self._encode_piece(after):
+                return cut
+        return len(text)
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """As the library writes it."""
+        return self._tokenizer.to_str()
+
+
+def make_tokenizer(kind: str, text: str, bpe_vocab_size: int) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` asks for.
+
+    Args:
+        kind: "char", "byte", "bpe", or the path of a tokenizer.json.
+        text: what a char vocabulary is collected from and a bpe vocabulary trained on.
+        bpe_vocab_size: tokens a bpe tokenizer is trained to have; a short text may give fewer.
+
+    Raises:
+        UserError: `kind` is none of these, or the file cannot be used.
+    """
+    if kind == "char":
+        return CharTokenizer(text)
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "bpe":
+        return _train_bpe(text, bpe_vocab_size)
+    if not os.path.exists(kind):
+        raise UserError(
+            f'data.tokenizer = "{kind}": there is no such file; choose "char", "byte", "bpe" or the path of a '
+            "tokenizer.json"
+        )
+    return load_tokenizer(kind)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a tokenizer.json: one written by this package, or any that the `tokenizers` library reads.
+
+    Raises:
+        UserError: the file is missing or is no tokenizer.json.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes().decode("utf-8")
+        document = json.loads(content)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such tokenizer.json") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give the path of a tokenizer.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON, so no tokenizer.json: {error}") from None
+    own = _recognise(document)
+    if own is not None:
+        return own
+    import tokenizers
+
+    try:
+        return SubwordTokenizer(tokenizers.Tokenizer.from_str(content))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path}: is not a tokenizer.json that the tokenizers library can use: {error}") from None
+
+
+def _recognise(document: Any) -> Tokenizer | None:
+    """The fast tokenizer that would write this very document, if there is one."""
+    if document == byte_document():
+        return ByteTokenizer()
+    match document:
+        case {"model": {"type": "WordLevel", "vocab": dict(vocab)}}:
+            characters = "".join(sorted(vocab))
+            if document == char_document(characters):
+                return CharTokenizer(characters)
+    return None
+
+
+def _train_bpe(text: str, vocab_size: int) -> SubwordTokenizer:
+    """Byte-level BPE as in GPT-2. All 256 bytes are tokens, so any text can be encoded, not only the one trained on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = list(byte_characters())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return SubwordTokenizer(tokenizer)
+
+
+def _code_points(text: str) -> np.ndarray:
+    # Half a surrogate pair passes here, and is then refused like any character that a vocabulary lacks.
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise UserError(f"the text has U+{code:04X}, half a surrogate pair, which is no character; remove it") from None

@@ -1,0 +1,63 @@
+"""The tokenizer.json of char and byte vocabularies, as the `tokenizers` library writes it.
+
+All its fields are there, so a file that the library has read and saved is still known as one of ours.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def char_document(characters: str) -> dict[str, Any]:
+    """The tokenizer.json of a char vocabulary.
+
+    Its unknown token is not in the vocabulary, so the library refuses a character that it lacks, as CharTokenizer does.
+    """
+    vocab = {character: rank for rank, character in enumerate(characters)}
+    return _document(
+        model={"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
+        decoder={"type": "Fuse"},
+    )
+
+
+def byte_document() -> dict[str, Any]:
+    """The tokenizer.json of the byte vocabulary."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {character: byte for byte, character in enumerate(byte_characters())},
+        "merges": [],
+    }
+    return _document(model, pre_tokenizer=byte_level, decoder=byte_level)
+
+
+def _document(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def byte_characters() -> Iterator[str]:
+    """How GPT-2's files write the bytes 0 to 255: visible Latin-1 as it is, the others as U+0100, U+0101, ..."""
+    num_invisible = 0
+    for byte in range(256):
+        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE:
+            yield chr(byte)
+        else:
+            yield chr(0x100 + num_invisible)
+            num_invisible += 1

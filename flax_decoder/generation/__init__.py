@@ -1,0 +1,1 @@
+"""From a prompt and a trained model to new text."""

@@ -1,0 +1,47 @@
+"""How well a model predicts a text that it was not trained on."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_decoder.data.batches import validation_batches
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.training.metrics import bits_per_byte
+from flax_decoder.training.step import Batch, Metrics, loss_sum
+
+
+def evaluate(
+    model: Decoder, params: Any, tokens: np.ndarray, num_bytes: int, *, batch_size: int, limit: int = 0
+) -> dict[str, float]:
+    """The loss on a text, read in windows of the context length that do not overlap.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        tokens: the text, one-dimensional; each token but the first is predicted once.
+        num_bytes: size of the text in UTF-8.
+        batch_size: windows at once.
+        limit: read only this many batches, evenly spaced; 0 reads all.
+
+    Returns:
+        "loss" in nats a token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" that were predicted.
+    """
+    batches = validation_batches(tokens, batch_size=batch_size, context_length=model.config.context_length, limit=limit)
+    sums = [_loss_sums(model, params, batch) for batch in batches]
+    # Summed on the host in float64: float32 would lose digits over a long text.
+    total, num_tokens = (math.fsum(float(part[name]) for part in sums) for name in ("loss", "num_tokens"))
+    loss = total / num_tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": bits_per_byte(loss, len(tokens), num_bytes),
+        "num_tokens": int(num_tokens),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _loss_sums(model: Decoder, params: Any, batch: Batch) -> Metrics:
+    return loss_sum(params, model.apply, batch)[1]

@@ -1,0 +1,194 @@
+"""The story of a run, top to bottom."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_decoder.config import Config
+from flax_decoder.data.batches import train_batch
+from flax_decoder.data.corpus import BUILT_IN, Corpus
+from flax_decoder.data.tokenizer import Tokenizer
+from flax_decoder.errors import FaultError, UserError
+from flax_decoder.files import write_text
+from flax_decoder.generation.generate import generate
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.training.checkpoint import Checkpoints
+from flax_decoder.training.evaluation import evaluate
+from flax_decoder.training.interruption import Interruption
+from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses
+from flax_decoder.training.optimizer import learning_rate_schedule
+from flax_decoder.training.progress import Progress
+from flax_decoder.training.run_folder import open_run
+from flax_decoder.training.step import TrainState, init_state, train_step
+
+# A little under 1: fewer slips of the pen than the model's own distribution has.
+SAMPLE_TEMPERATURE = 0.8
+
+
+def train(config: Config, folder: Path) -> int:
+    """Trains a model as the config says, or continues to; then writes a sample.
+
+    Args:
+        config: the run.
+        folder: where it lives.
+
+    Returns:
+        0, or where a signal stopped it 128 plus the signal's number; what was done until then is saved.
+
+    Raises:
+        UserError: the text, the folder or the settings cannot be used; nothing is written.
+        FaultError: the loss is not a number, or something cannot be read or written.
+    """
+    config, tokenizer, corpus = open_run(config, folder)
+    model = Decoder(config.model)
+    state = init_state(model, config, rng=jax.random.key(config.training.seed))
+    checkpoints = Checkpoints(folder, keep_newest=config.training.keep_newest)
+    done = checkpoints.latest()
+    if done is not None:
+        state = checkpoints.restore(state, done)
+        print(f"continuing {folder} from step {done}")
+    log = MetricsLog(config.run, folder, done or 0)
+    describe(model, state.params, tokenizer, corpus)
+
+    if (done or 0) >= config.training.num_steps:
+        print(
+            f"{folder} is finished: {done} steps are done. Go on with --training.num-steps {2 * (done or 0)}, "
+            "or start another run with --run.folder"
+        )
+        return 0
+    with Interruption() as interruption:
+        state = run_steps(config, model, state, corpus, checkpoints, log, interruption)
+        if interruption.signal is not None:
+            print(f"stopped by {interruption.signal.name}: saved at step {int(state.step)}; the same command continues")
+            return 128 + interruption.signal
+        write_results(config, folder, model, state, tokenizer, log)
+    return 0
+
+
+def run_steps(
+    config: Config,
+    model: Decoder,
+    state: TrainState,
+    corpus: Corpus,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    interruption: Interruption,
+) -> TrainState:
+    """Takes steps until all are done or a signal asks to stop; evaluates, saves and reports on the way."""
+    training, context_length = config.training, config.model.context_length
+    take_step = jax.jit(train_step, donate_argnums=0)
+    schedule = learning_rate_schedule(config.optimizer, training.num_steps)
+    tokens_a_step = training.batch_size * context_length
+    step = start = int(state.step)
+    with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
+        stops = False
+        while not stops:
+            batch = train_batch(
+                corpus.train_tokens,
+                seed=training.seed,
+                step=step,
+                batch_size=training.batch_size,
+                context_length=context_length,
+            )
+            state, metrics = take_step(state, batch)
+            step += 1
+            if step == start + 1:
+                jax.block_until_ready(state)
+                progress.restart_lap(step)  # the first step compiled
+
+            interrupted = interruption.signal is not None
+            stops = interrupted or step == training.num_steps
+            saves = stops or step % training.save_every == 0
+            # A signal wants an end soon: it gets its checkpoint, but no evaluation.
+            evaluates = not interrupted and (saves or step % training.eval_every == 0)
+            if not (saves or evaluates or step % training.log_every == 0):
+                continue
+            train_loss = float(metrics["loss"])  # waits for the step, so that the time measured next is all of it
+            row = as_row(
+                step,
+                tokens=step * tokens_a_step,
+                train_loss=train_loss,
+                learning_rate=schedule(step - 1),
+                gradient_norm=metrics["gradient_norm"],
+                **progress.measure(step),
+            )
+            if not np.isfinite(train_loss):
+                raise FaultError(f"the loss is {train_loss} at step {step}; try a lower optimizer.learning_rate")
+            if evaluates:
+                result = evaluate(
+                    model,
+                    state.params,
+                    corpus.validation_tokens,
+                    corpus.validation_bytes,
+                    batch_size=training.batch_size,
+                    limit=training.eval_batches,
+                )
+                row |= {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
+            log.add(row)
+            progress.show(row)
+            if saves:
+                checkpoints.save(state, row.get("val_loss"))
+            progress.restart_lap(step)
+    checkpoints.close()
+    return state
+
+
+def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """Says what is about to be trained, on what, and where."""
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if corpus.source == BUILT_IN:
+        print("text: Python's own help texts; for your own, put an input.txt here or give --data.path FILE")
+    else:
+        print(f"text: {corpus.source}")
+    print(
+        f"      {len(corpus.train_tokens):,} tokens to train on, {len(corpus.validation_tokens):,} to validate, "
+        f"vocabulary {tokenizer.vocab_size:,}"
+    )
+    config = model.config
+    print(
+        f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
+        f"{config.embed_dim} wide, context {config.context_length}; on {jax.devices()[0].device_kind}"
+    )
+
+
+def write_results(
+    config: Config, folder: Path, model: Decoder, state: TrainState, tokenizer: Tokenizer, log: MetricsLog
+) -> None:
+    """What a user looks at afterwards: the curve, the best loss, advice, and a text."""
+    plot_losses(log.rows, folder / "loss.png")
+    best = min((row for row in log.rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    print(
+        f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
+        f"at step {best['step']}; curve in {folder / 'loss.png'}"
+    )
+    print(advice(log.rows))
+    if config.training.sample_tokens > 0:
+        text = write_sample(config, model, state.params, tokenizer)
+        write_text(folder / "sample.txt", text)
+        print(f"a sample, also in {folder / 'sample.txt'}:\n\n{text}")
+
+
+def write_sample(config: Config, model: Decoder, params: Any, tokenizer: Tokenizer) -> str:
+    """A text by the model, out of nothing: it starts from a start token, a newline, or the first token there is."""
+    tokens_1T = generate(
+        model,
+        params,
+        np.array([opening(tokenizer)]),
+        config.training.sample_tokens,
+        jax.random.key(config.training.seed),
+        temperature=SAMPLE_TEMPERATURE,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return tokenizer.decode(tokens_1T[0]).removeprefix("\n")
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that a text can begin with."""
+    if tokenizer.start_id is not None:
+        return [tokenizer.start_id]
+    try:
+        return tokenizer.encode("\n")
+    except UserError:  # a char vocabulary without a newline
+        return [0]

@@ -1,0 +1,135 @@
+"""What a run reports: metrics.jsonl, and on request TensorBoard and Weights & Biases."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flax_decoder.config import RunConfig
+from flax_decoder.errors import UserError
+from flax_decoder.files import replacing, write_text
+
+Row = dict[str, float | int]
+
+
+class MetricsLog:
+    """Appends one JSON object a line: what is known after a step.
+
+    Attributes:
+        rows: all lines so far, those of earlier sittings included.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, step: int):
+        """Opens the log of a run that stands at `step`; lines of steps after it, which will come again, are dropped.
+
+        Raises:
+            UserError: a reporter is asked for that is not installed.
+        """
+        self._path = folder / "metrics.jsonl"
+        self._reporters = open_reporters(config, folder)
+        self.rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, row: Row) -> None:
+        """Writes a line to disk and tells the other reporters."""
+        self.rows.append(row)
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for report in self._reporters:
+            report(row)
+
+    def seconds(self) -> float:
+        """Time that the run has taken so far, in seconds."""
+        return self.rows[-1]["seconds"] if self.rows else 0.0
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The lines of a metrics.jsonl; none where there is no file. A last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[Row], None]]:
+    """The functions that take each line elsewhere, as the config asks."""
+    reporters: list[Callable[[Row], None]] = []
+    if config.tensorboard:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError('run.tensorboard = true needs: pip install "flax-decoder[tensorboard]"') from None
+        writer = SummaryWriter(os.fspath(folder / "tensorboard"))
+
+        def to_tensorboard(row: Row) -> None:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["step"])
+            writer.flush()
+
+        reporters.append(to_tensorboard)
+    if config.wandb is not None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('run.wandb needs: pip install "flax-decoder[wandb]"') from None
+        # The folder's name as the id lets a continued run go on in the same chart.
+        run = wandb.init(project=config.wandb, name=folder.name, id=folder.name, dir=folder, resume="allow")
+        reporters.append(lambda row: run.log(dict(row), step=int(row["step"])))
+    return reporters
+
+
+def plot_losses(rows: list[Row], path: Path) -> None:
+    """Draws training and validation loss over the steps as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training, single batches")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color="#d94801", label="validation")
+        step, loss = min(validation, key=lambda point: point[1])
+        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def advice(rows: list[Row]) -> str:
+    """One line on what to try next, from how the validation loss went."""
+    losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    if len(losses) < 2:
+        return "Only one evaluation so far: train longer to see a trend."
+    (best_step, best), (last_step, last) = min(losses, key=lambda point: point[1]), losses[-1]
+    if last > best * 1.005:
+        return (
+            f"Validation loss has risen since step {best_step}: overfitting. Try more text, model.dropout, "
+            f"a smaller model, or {best_step} steps."
+        )
+    # The loss a fifth of the run ago: what fell by less than half a percent since then has settled.
+    before = [loss for step, loss in losses if step <= 0.8 * last_step] or [losses[0][1]]
+    if last < before[-1] * 0.995:
+        return f"Still falling: train longer, for example --training.num-steps {2 * last_step}."
+    return "The loss has settled: a larger model or more text would take it further."
+
+
+def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
+    """Loss in bits a byte of text: unlike nats a token, it can be compared between tokenizers.
+
+    Args:
+        loss: mean cross-entropy in nats a token.
+        num_tokens: tokens of the text.
+        num_bytes: bytes of the same text in UTF-8.
+    """
+    return loss / math.log(2) * num_tokens / num_bytes
+
+
+def as_row(step: int, **values: Any) -> Row:
+    """A line for the log; numbers that came from a device become Python's."""
+    return {"step": step, **{name: value if isinstance(value, int) else float(value) for name, value in values.items()}}

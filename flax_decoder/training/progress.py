@@ -1,0 +1,72 @@
+"""What a user sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from flax_decoder.training.metrics import Row
+
+# Where there is no terminal, this many lines tell of a whole run, beside those of evaluations.
+NUM_PLAIN_LINES = 20
+
+
+class Progress:
+    """Shows how far a run is, and measures how fast.
+
+    Time spent on evaluation and saving does not count as training time.
+    """
+
+    def __init__(self, num_steps: int, step: int, tokens_a_step: int, seconds_before: float = 0.0):
+        """Starts at `step`; `seconds_before` were spent in earlier sittings."""
+        self._num_steps = num_steps
+        self._tokens_a_step = tokens_a_step
+        self._start = time.perf_counter() - seconds_before
+        self._lap_start, self._lap_step = time.perf_counter(), step
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("compiling", total=num_steps, completed=step)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def restart_lap(self, step: int) -> None:
+        """Leaves the time until now out of the speed: compilation, evaluation, saving."""
+        self._lap_start, self._lap_step = time.perf_counter(), step
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Tokens a second since the last lap, and seconds since the start of the run."""
+        now = time.perf_counter()
+        num_tokens = (step - self._lap_step) * self._tokens_a_step
+        speed = num_tokens / max(now - self._lap_start, 1e-9)
+        self.restart_lap(step)
+        return {"tokens_per_second": speed, "seconds": now - self._start}
+
+    def show(self, row: Row) -> None:
+        """Moves the bar to a line of the log, and prints what is worth keeping on the screen."""
+        step, loss, speed = int(row["step"]), row["train_loss"], row["tokens_per_second"]
+        self._bar.update(self._task, completed=step, description=f"loss {loss:.3f}  {speed:,.0f} tokens/s")
+        line = f"step {step:>{len(str(self._num_steps))}}  loss {loss:.4f}"
+        if "val_loss" in row:
+            bits = row["val_bits_per_byte"]
+            self._console.print(f"{line}  validation {row['val_loss']:.4f} ({bits:.3f} bits per byte)")
+        elif not self._console.is_terminal and step % max(self._num_steps // NUM_PLAIN_LINES, 1) == 0:
+            left = (self._num_steps - step) * self._tokens_a_step / speed
+            self._console.print(f"{line}  {speed:,.0f} tokens/s  {left:,.0f} s left")

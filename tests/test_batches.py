@@ -1,0 +1,133 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_decoder.data.batches import train_batch, validation_batches
+
+T, NUM_TOKENS = 7, 107
+NUM_WINDOWS = (NUM_TOKENS - T) // T  # 14
+TOKENS = np.arange(NUM_TOKENS, dtype=np.uint16)  # each token says where it stands
+
+
+def rows(num_rows, *, tokens=TOKENS, batch_size=1, seed=3, context_length=T):
+    """The first rows of training, as first tokens and whole batches."""
+    steps = range(-(-num_rows // batch_size))
+    batches = [
+        train_batch(tokens, seed=seed, step=step, batch_size=batch_size, context_length=context_length)
+        for step in steps
+    ]
+    return np.concatenate([batch["inputs"] for batch in batches])[:num_rows]
+
+
+def test_targets_are_the_inputs_moved_on_by_one():
+    batch = train_batch(TOKENS, seed=3, step=5, batch_size=4, context_length=T)
+    assert batch.keys() == {"inputs", "targets"}
+    for array in batch.values():
+        assert array.shape == (4, T) and array.dtype == np.int32 and array.flags.c_contiguous
+    np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)  # TOKENS count up
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(0, 60), st.integers(0, 99))
+def test_each_epoch_visits_each_window_once_without_overlap(context_length, extra, seed):
+    num_tokens = context_length + 1 + extra
+    num_windows = max((num_tokens - context_length) // context_length, 1)
+    starts = rows(3 * num_windows, tokens=np.arange(num_tokens), seed=seed, context_length=context_length)[:, 0]
+    for epoch in starts.reshape(3, num_windows):
+        steps = np.diff(np.sort(epoch))
+        assert (steps == context_length).all()
+        assert 0 <= epoch.min() < context_length
+        assert epoch.max() + context_length < num_tokens
+
+
+def test_epochs_have_their_own_order_and_offset():
+    epochs = rows(20 * NUM_WINDOWS)[:, 0].reshape(20, NUM_WINDOWS)
+    assert {int(epoch.min()) for epoch in epochs} == set(range(T))  # 20 draws of 7 offsets; this seed shows all
+    orders = {tuple((epoch - epoch.min()) // T) for epoch in epochs}
+    assert len(orders) == 20
+    assert tuple(range(NUM_WINDOWS)) not in orders
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 14, 33])  # 33 windows a batch span three epochs
+def test_the_order_does_not_depend_on_the_batch_size(batch_size):
+    np.testing.assert_array_equal(rows(70, batch_size=batch_size), rows(70, batch_size=1))
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    def batch(seed, step):
+        return train_batch(TOKENS, seed=seed, step=step, batch_size=4, context_length=T)["inputs"]
+
+    before = batch(seed=0, step=9).copy()
+    assert not np.array_equal(batch(seed=1, step=9), before)
+    assert not np.array_equal(batch(seed=0, step=10), before)
+    for epoch in range(10):  # more epochs than the cache keeps
+        batch(seed=0, step=epoch * NUM_WINDOWS)[:] = 0  # the caller may do with a batch what it likes
+    np.testing.assert_array_equal(batch(seed=0, step=9), before)
+    np.testing.assert_array_equal(batch(seed=np.int64(0), step=np.int64(9)), before)
+
+
+def test_the_order_stays_what_it_was():
+    """A run that is continued by a later version of this package must see the batches it would have seen."""
+    starts = rows(NUM_WINDOWS + 3, seed=3)[:, 0].tolist()
+    assert starts == [82, 68, 61, 19, 96, 5, 75, 12, 33, 54, 47, 89, 40, 26, 55, 34, 6]
+
+
+def test_a_text_of_one_window():
+    tokens = np.arange(T + 1)
+    for step in range(5):
+        batch = train_batch(tokens, seed=step, step=step, batch_size=2, context_length=T)
+        np.testing.assert_array_equal(batch["inputs"], [tokens[:-1]] * 2)
+        np.testing.assert_array_equal(batch["targets"], [tokens[1:]] * 2)
+
+
+def test_a_text_shorter_than_a_window_is_refused():
+    with pytest.raises(ValueError, match="7 tokens hold no window: context_length = 7 needs at least 8"):
+        train_batch(TOKENS[:T], seed=0, step=0, batch_size=1, context_length=T)
+
+
+def test_memory_mapped_tokens_give_plain_arrays(tmp_path):
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    mapped = np.load(tmp_path / "tokens.npy", mmap_mode="r")
+    batches = [train_batch(mapped, seed=3, step=0, batch_size=5, context_length=T)]
+    batches += validation_batches(mapped, batch_size=5, context_length=T)
+    for array in itertools.chain.from_iterable(batch.values() for batch in batches):
+        assert type(array) is np.ndarray
+    np.testing.assert_array_equal(batches[0]["inputs"], rows(5))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(2, 80), st.integers(1, 9), st.integers(1, 5))
+def test_validation_scores_each_target_once(num_tokens, context_length, batch_size):
+    tokens = np.arange(1, num_tokens + 1, dtype=np.uint16)
+    scored = []
+    for batch in validation_batches(tokens, batch_size=batch_size, context_length=context_length):
+        real = batch["mask"] == 1
+        assert all(array.shape == (batch_size, context_length) for array in batch.values())
+        assert [array.dtype for array in batch.values()] == [np.int32, np.int32, np.float32]
+        np.testing.assert_array_equal(batch["mask"][~real], 0)
+        np.testing.assert_array_equal(batch["inputs"][~real], 0)
+        np.testing.assert_array_equal(batch["targets"][~real], 0)
+        np.testing.assert_array_equal(batch["targets"][real], batch["inputs"][real] + 1)
+        np.testing.assert_array_equal(np.diff(batch["inputs"], axis=1)[real[:, 1:]], 1)
+        assert real.any()
+        scored += batch["targets"][real].tolist()
+    assert scored == tokens[1:].tolist()
+
+
+def test_limited_validation_is_evenly_spaced():
+    def first_tokens(limit):
+        batches = validation_batches(TOKENS, batch_size=2, context_length=T, limit=limit)
+        return [int(batch["inputs"][0, 0]) for batch in batches]
+
+    assert first_tokens(0) == [0, 14, 28, 42, 56, 70, 84, 98]
+    assert first_tokens(4) == [0, 28, 56, 84]
+    assert first_tokens(3) == [0, 28, 70]
+    assert first_tokens(8) == first_tokens(99) == first_tokens(0)
+
+
+def test_validation_without_a_target_is_refused():
+    with pytest.raises(ValueError, match="at least 2 tokens, this one has 1"):
+        next(validation_batches(TOKENS[:1], batch_size=2, context_length=T))

@@ -1,0 +1,270 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_decoder.data import tokenizer as module
+from flax_decoder.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+)
+from flax_decoder.errors import UserError
+
+ODD_TEXT = (
+    "To be,\r\n\r\n  or not\t to be:\n\né e\u0301 ﬁ ß İ 日本語 العربية हिन्दी \U0001f468\u200d\U0001f469\u200d\U0001f467"
+    " \U0001f3f3\ufe0f\u200d\U0001f308 \u2028\x00\x85\ufeff<unk></s> \n"
+)
+ALL_SCRIPTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+ROUNDS = settings(deadline=None, max_examples=100)
+BPE = make_tokenizer("bpe", "the cat sat on the mat; the cat sat again\n\nand again " * 5, 300)
+
+
+def every_kind(text: str) -> list[Tokenizer]:
+    return [CharTokenizer(text), ByteTokenizer(), BPE]
+
+
+@ROUNDS
+@given(ALL_SCRIPTS)
+def test_round_trip_is_exact(text):
+    for tokenizer in every_kind(text):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= id < tokenizer.vocab_size for id in ids)
+
+
+@ROUNDS
+@given(ALL_SCRIPTS.filter(bool))
+def test_tokenizers_library_agrees(text):
+    for tokenizer in every_kind(text):
+        assert_library_agrees(tokenizer, text)
+
+
+def test_tokenizers_library_agrees_on_odd_text():
+    for tokenizer in every_kind(ODD_TEXT):
+        assert_library_agrees(tokenizer, ODD_TEXT)
+
+
+def assert_library_agrees(tokenizer: Tokenizer, text: str) -> None:
+    theirs = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    assert ids == tokenizer.encode(text) == tokenizer.encode_array(text).tolist()
+    assert theirs.decode(ids, skip_special_tokens=False) == text
+    assert theirs.get_vocab_size() == tokenizer.vocab_size
+
+
+@given(st.lists(st.integers(0, 255), max_size=20))
+@ROUNDS
+def test_bytes_that_are_no_utf8_decode_as_in_the_library(ids):
+    theirs = tokenizers.Tokenizer.from_str(ByteTokenizer().to_json())
+    assert ByteTokenizer().decode(ids) == theirs.decode(ids)
+
+
+def test_char_ids_are_ranks_by_code_point():
+    tokenizer = CharTokenizer("b\na😀é")
+    assert tokenizer.characters == "\nabé😀"
+    assert tokenizer.encode("😀ab\n") == [4, 1, 2, 0]
+    assert tokenizer.vocab_size == 5
+
+
+def test_byte_ids_are_byte_values():
+    assert ByteTokenizer().encode("é\n") == [0xC3, 0xA9, 0x0A]
+    assert ByteTokenizer().vocab_size == 256
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_encode_array_is_int32(kind):
+    ids = make_tokenizer(kind, "hello", 260).encode_array("hello")
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert make_tokenizer(kind, "hello", 260).encode_array("").shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_decode_takes_any_iterable_of_integers(kind):
+    tokenizer = make_tokenizer(kind, "hello", 260)
+    ids = tokenizer.encode("hello")
+    for form in (ids, tuple(ids), iter(ids), np.array(ids, np.uint16), [np.int32(id) for id in ids]):
+        assert tokenizer.decode(form) == "hello"
+    assert tokenizer.decode([]) == ""
+    with pytest.raises(TypeError):
+        tokenizer.decode([1.5])
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+@pytest.mark.parametrize("past_the_end", [-1, 0, 7])
+def test_decode_refuses_ids_outside_the_vocabulary(kind, past_the_end):
+    tokenizer = make_tokenizer(kind, "hello", 260)
+    id = -1 if past_the_end < 0 else tokenizer.vocab_size + past_the_end
+    with pytest.raises(ValueError, match=f"token id {id} is not in the vocabulary"):
+        tokenizer.decode([0, id])
+
+
+def test_char_names_the_character_it_lacks():
+    with pytest.raises(UserError, match=r"'é' \(U\+00E9\), which this char vocabulary of 4 characters lacks"):
+        CharTokenizer("hello").encode("hellé")
+    with pytest.raises(Exception, match="UNK"):  # and the library refuses it as well
+        tokenizers.Tokenizer.from_str(CharTokenizer("hello").to_json()).encode("hellé")
+
+
+def test_half_a_surrogate_pair_is_refused():
+    for tokenizer in every_kind("a"):
+        with pytest.raises(UserError, match=r"U\+DC80"):
+            tokenizer.encode("a\udc80")
+    with pytest.raises(UserError, match=r"U\+DC80"):
+        CharTokenizer("a\udc80")
+
+
+def test_own_files_are_recognised(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for tokenizer in every_kind(ODD_TEXT):
+        saved_by_library = tokenizers.Tokenizer.from_str(tokenizer.to_json()).to_str(pretty=True)
+        for content in (tokenizer.to_json(), saved_by_library):
+            path.write_text(content, encoding="utf-8")
+            loaded = load_tokenizer(path)
+            assert type(loaded) is type(tokenizer)
+            assert loaded.encode(ODD_TEXT) == tokenizer.encode(ODD_TEXT)
+            assert loaded.to_json() == tokenizer.to_json()
+
+
+def test_a_file_nearly_like_ours_is_left_to_the_library(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for tokenizer in (CharTokenizer("abAB"), ByteTokenizer()):
+        document = json.loads(tokenizer.to_json())
+        document["normalizer"] = {"type": "Lowercase"}
+        path.write_text(json.dumps(document), encoding="utf-8")
+        loaded = load_tokenizer(path)
+        assert isinstance(loaded, SubwordTokenizer)
+        assert loaded.decode(loaded.encode("AB")) == "ab"
+
+
+def test_bpe_learns_the_text_and_is_deterministic():
+    text = "the cat sat on the mat\n" * 50
+    tokenizer = make_tokenizer("bpe", text, 270)
+    assert 256 < tokenizer.vocab_size <= 270  # the text may have fewer pairs to merge
+    assert make_tokenizer("bpe", text, 260).vocab_size == 260
+    assert len(tokenizer.encode(text)) < len(text) / 2
+    assert make_tokenizer("bpe", text, 270).to_json() == tokenizer.to_json()
+    assert tokenizer.start_id is None and tokenizer.end_id is None
+
+
+def test_file_made_elsewhere_is_neither_cut_nor_padded_nor_framed(tmp_path):
+    assert BPE.vocab_size < 300
+    path = tmp_path / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_str(BPE.to_json())
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    start, end = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start), ("</s>", end)]
+    )
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(path))
+    loaded = load_tokenizer(path)
+    text = "the cat sat on a mat</s>"
+    assert loaded.encode(text) == [*BPE.encode("the cat sat on a mat"), end]
+    assert loaded.decode(loaded.encode(text)) == text
+    assert (loaded.start_id, loaded.end_id) == (start, end)
+    assert loaded.vocab_size == BPE.vocab_size + 2
+    path.write_text(loaded.to_json())
+    assert load_tokenizer(path).encode(text) == loaded.encode(text)
+
+
+def test_end_of_text_counts_only_as_a_special_token(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_str(BPE.to_json())
+    tokenizer.add_tokens(["</s>"])
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path))
+    loaded = load_tokenizer(path)
+    assert loaded.start_id == loaded.end_id == tokenizer.token_to_id("<|endoftext|>")
+
+
+def test_vocabulary_reaches_to_the_largest_id(tmp_path):
+    document = json.loads(BPE.to_json())
+    document["model"]["vocab"]["gap"] = 1000
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    assert load_tokenizer(path).vocab_size == 1001
+
+
+def test_a_long_text_is_encoded_in_pieces_without_a_trace(monkeypatch):
+    text = "the cat\n\nsat on\n the\n\n\nmat;\r\n" * 200
+    whole = BPE.encode(text)
+    encoded = []
+    encode_piece = SubwordTokenizer._encode_piece
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(module, "_CUT_CONTEXT_CHARACTERS", 20)
+    monkeypatch.setattr(
+        SubwordTokenizer, "_encode_piece", lambda self, piece: encoded.append(len(piece)) or encode_piece(self, piece)
+    )
+    assert BPE.encode(text) == whole
+    assert 90 < max(encoded) < 200
+
+
+def test_a_text_is_not_cut_where_that_would_change_tokens(monkeypatch):
+    """Metaspace puts a space before each text, so here no cut is safe."""
+    vocab = {"▁": 0, "a": 1, "\n": 2}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer = SubwordTokenizer(library)
+    whole = tokenizer.encode("a\n" * 100)
+    assert len(whole) == 201
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 10)
+    assert tokenizer.encode("a\n" * 100) == whole
+
+
+def test_a_text_the_library_cannot_encode_is_a_users_error():
+    model = tokenizers.models.WordLevel({"a": 0}, unk_token="<unk>")
+    with pytest.raises(UserError, match="cannot encode this text"):
+        SubwordTokenizer(tokenizers.Tokenizer(model)).encode("b")
+
+
+def test_unknown_kind_names_the_choices(tmp_path):
+    with pytest.raises(UserError, match=r'"sentencepiece".*"char", "byte", "bpe" or the path'):
+        make_tokenizer("sentencepiece", "text", 300)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(ByteTokenizer().to_json(), encoding="utf-8")
+    assert isinstance(make_tokenizer(str(path), "text", 300), ByteTokenizer)
+
+
+EMPTY_MODEL = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe{", b"[" * 100_000, b"[]", b"3", b'{"model": {}}', EMPTY_MODEL.encode()]
+)
+def test_files_that_are_no_tokenizer_json_are_refused(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not"):
+        load_tokenizer(path)
+
+
+def test_missing_file_and_folder_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no such"):
+        load_tokenizer(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_char_and_byte_never_import_the_library(tmp_path):
+    """Start-up time: the library takes a noticeable part of a second to import."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(CharTokenizer("hello").to_json(), encoding="utf-8")
+    program = (
+        "import sys\n"
+        "from flax_decoder.data.tokenizer import load_tokenizer, make_tokenizer\n"
+        f"load_tokenizer({os.fspath(path)!r}); make_tokenizer('byte', '', 300)\n"
+        "print('tokenizers' in sys.modules, 'jax' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
