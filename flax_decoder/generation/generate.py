@@ -166,8 +166,8 @@ def _decode(
 
 def apply_cached(model: Decoder, params: Any, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """The model on tokens that follow those in the cache: logits_BTV, and the cache with them in it."""
-    logits_BTV, cache = model.apply({"params": params}, tokens_BT, cache=cache)  # type: ignore[assignment]
-    return logits_BTV, cache
+    logits_and_cache: Any = model.apply({"params": params}, tokens_BT, cache=cache)
+    return logits_and_cache
 
 
 def _draw(

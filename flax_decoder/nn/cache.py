@@ -10,7 +10,6 @@ from flax import struct
 
 from flax_decoder.config import ModelConfig
 
-
 LayerKV = tuple[jax.Array, jax.Array]
 """The part of one layer: k_BSKH and v_BSKH."""
 

@@ -149,9 +149,9 @@ class Decoder(nn.Module):
         config = self.config
         block = Block(config, parent=None)
         if self.is_initializing():
-            rngs_L = jax.random.split(self.make_rng("params"), config.num_layers)
+            init_rngs_L = jax.random.split(self.make_rng("params"), config.num_layers)
             init = functools.partial(block.init, x_BTD=x_BTD, window=1, cached=None, positions_BT=positions_BT)
-            self.put_variable("params", "layers", jax.vmap(lambda rng: init(rng)["params"])(rngs_L))
+            self.put_variable("params", "layers", jax.vmap(lambda rng: init(rng)["params"])(init_rngs_L))
         needs_rngs = config.dropout > 0 and not deterministic
         rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if needs_rngs else None
         looks_inside = self.is_mutable_collection("intermediates")
