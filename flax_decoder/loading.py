@@ -11,7 +11,7 @@ from flax_decoder.config import load_config
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training.checkpoint import Checkpoints, choose_step, has_checkpoint
+from flax_decoder.training.checkpoint import choose_step, restore_params
 
 
 def load(
@@ -33,12 +33,10 @@ def load(
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run folder, such as runs/default")
-    if not (folder / "config.toml").is_file() or not has_checkpoint(folder):
-        raise UserError(f"{folder}: is not a run folder with a checkpoint; train first: python train.py")
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder}: is not a run folder: it has no config.toml")
+    step = choose_step(folder, step)
     config = load_config(folder / "config.toml")
     model = Decoder(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    checkpoints = Checkpoints(folder, read_only=True)
-    params = checkpoints.restore_params(shapes, choose_step(checkpoints, step, folder))
-    checkpoints.close()
-    return model, params, load_tokenizer(folder / "tokenizer.json")
+    return model, restore_params(folder, step, shapes), load_tokenizer(folder / "tokenizer.json")

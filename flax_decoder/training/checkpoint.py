@@ -4,52 +4,42 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from flax_decoder.errors import FaultError, UserError
+from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.step import TrainState
+
+# Written last by Orbax into a checkpoint that is whole.
+COMMITTED = "commit_success.txt"
 
 
 class Checkpoints:
-    """The checkpoints of a run folder, each named by the number of steps that were done.
+    """Writes the checkpoints of a run, each named by the number of steps that were done.
 
     Parameters and optimizer state are separate items, so that generation reads the parameters alone.
     """
 
-    def __init__(self, folder: Path, *, keep_newest: int = 1, read_only: bool = False):
-        """Opens the checkpoints of a run.
-
-        Args:
-            folder: the run folder.
-            keep_newest: how many of the newest to keep when saving, beside the one with the lowest validation loss.
-            read_only: only look: create, clean up and delete nothing.
-        """
+    def __init__(self, folder: Path, keep_newest: int):
+        """Opens the checkpoints of a run; the newest few are kept, and the one with the lowest validation loss."""
         self._folder = folder / "checkpoints"
-        best = BestN(
-            get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
+
+        def val_loss(metrics: dict[str, float]) -> float:
+            return metrics["val_loss"]
+
+        # Orbax saves metrics only where there is a best_fn; what is kept, the policy alone decides.
+        best = BestN(get_metric_fn=val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            # Both the ranking of `best` and the saving of metrics need best_fn; the policy alone decides what is kept.
-            best_fn=lambda metrics: metrics["val_loss"],
+            best_fn=val_loss,
             best_mode="min",
             preservation_policy=AnyPreservationPolicy([LatestN(n=keep_newest), best]),
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
+            cleanup_tmp_directories=True,
         )
-        # Orbax wants an absolute path.
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(), item_names=("params", "optimizer"), options=options
         )
-
-    def latest(self) -> int | None:
-        """Steps done at the newest checkpoint; None where there is none."""
-        return self._manager.latest_step()
-
-    def best(self) -> int | None:
-        """Steps done at the checkpoint with the lowest validation loss; None where there is none."""
-        return self._manager.best_step()
 
     def save(self, state: TrainState, val_loss: float | None) -> None:
         """Copies the state and writes it in the background; without a loss it cannot become the best one.
@@ -66,33 +56,6 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise FaultError(f"{self._folder}: cannot save a checkpoint: {error}") from error
 
-    def restore(self, state: TrainState, step: int) -> TrainState:
-        """The state at a checkpoint, in the shapes, dtypes and places of the given one.
-
-        Raises:
-            FaultError: the checkpoint cannot be read.
-        """
-        restored = self._restore(step, params=state.params, optimizer=state.opt_state)
-        return state.replace(
-            step=jax.numpy.asarray(step, jax.numpy.int32),
-            params=restored["params"],
-            opt_state=restored["optimizer"],
-        )
-
-    def restore_params(self, params: Any, step: int) -> Any:
-        """The parameters alone, in the shapes, dtypes and places of the given ones (or of their abstract values)."""
-        return self._restore(step, params=params)["params"]
-
-    def _restore(self, step: int, **items: Any) -> Any:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, items)
-        try:
-            return self._manager.restore(
-                step,
-                args=ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}),
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise FaultError(f"{self._folder / str(step)}: cannot be restored: {error}") from error
-
     def close(self) -> None:
         """Waits until all is written.
 
@@ -106,19 +69,55 @@ class Checkpoints:
             raise FaultError(f"{self._folder}: cannot save a checkpoint: {error}") from error
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a folder has a `checkpoints` folder with a finished checkpoint in it; imports and opens nothing."""
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the finished checkpoints in a run folder, oldest first."""
+    entries = folder.glob("checkpoints/*")
+    return sorted(int(entry.name) for entry in entries if entry.name.isdigit() and (entry / COMMITTED).is_file())
 
 
-def choose_step(checkpoints: Checkpoints, wanted: int | Literal["latest", "best"], folder: Path) -> int:
-    """The step of the checkpoint that is wanted.
+def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
+    """The step of a checkpoint: the newest, the one of the lowest validation loss, or the one after so many steps.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint.
     """
-    step = {"latest": checkpoints.latest, "best": checkpoints.best}.get(str(wanted), lambda: wanted)()
-    if step is None:
-        raise UserError(f"{folder}: has no checkpoint yet; train first")
-    return int(step)
+    steps = saved_steps(folder)
+    if not steps:
+        raise UserError(f"{folder}: has no checkpoint; train first: python train.py")
+    if wanted == "latest":
+        return steps[-1]
+    if wanted == "best":
+        losses = {row["step"]: row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row}
+        return min(steps, key=lambda step: losses.get(step, float("inf")))
+    if wanted not in steps:
+        raise UserError(f"{folder}: has no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}")
+    return wanted
+
+
+def restore_state(folder: Path, step: int, state: TrainState) -> TrainState:
+    """The state at a checkpoint, in the shapes, dtypes and places of the given one.
+
+    Raises:
+        FaultError: the checkpoint cannot be read.
+    """
+    params = restore_params(folder, step, state.params)
+    opt_state = _restore(folder / "checkpoints" / str(step) / "optimizer", state.opt_state)
+    return state.replace(step=jnp.asarray(step, jnp.int32), params=params, opt_state=opt_state)
+
+
+def restore_params(folder: Path, step: int, params: Any) -> Any:
+    """The parameters alone, in the shapes, dtypes and places of the given ones (or of abstract ones).
+
+    Raises:
+        FaultError: the checkpoint cannot be read.
+    """
+    return _restore(folder / "checkpoints" / str(step) / "params", params)
+
+
+def _restore(path: Path, like: Any) -> Any:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), abstract)
+    except (OSError, ValueError, KeyError) as error:
+        raise FaultError(f"{path}: cannot be restored: {error}") from error

@@ -14,7 +14,7 @@ from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training.checkpoint import Checkpoints
+from flax_decoder.training.checkpoint import Checkpoints, restore_state, saved_steps
 from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses
@@ -25,6 +25,8 @@ from flax_decoder.training.step import TrainState, init_state, train_step
 
 # A little under 1: fewer slips of the pen than the model's own distribution has.
 SAMPLE_TEMPERATURE = 0.8
+# What a finished run leaves, in the order in which it is written.
+RESULTS = ("sample.txt", "loss.png")
 
 
 def train(config: Config, folder: Path) -> int:
@@ -42,22 +44,21 @@ def train(config: Config, folder: Path) -> int:
         FaultError: the loss is not a number, or something cannot be read or written.
     """
     config, tokenizer, corpus = open_run(config, folder)
-    model = Decoder(config.model)
-    state = init_state(model, config, rng=jax.random.key(config.training.seed))
-    checkpoints = Checkpoints(folder, keep_newest=config.training.keep_newest)
-    done = checkpoints.latest()
-    if done is not None:
-        state = checkpoints.restore(state, done)
-        print(f"continuing {folder} from step {done}")
-    log = MetricsLog(config.run, folder, done or 0)
-    describe(model, state.params, tokenizer, corpus)
-
-    if (done or 0) >= config.training.num_steps:
+    done = max(saved_steps(folder), default=0)
+    if done >= config.training.num_steps and (folder / RESULTS[-1]).exists():
         print(
-            f"{folder} is finished: {done} steps are done. Go on with --training.num-steps {2 * (done or 0)}, "
+            f"{folder} is finished: {done} steps are done. Go on with --training.num-steps {2 * done}, "
             "or start another run with --run.folder"
         )
         return 0
+    model = Decoder(config.model)
+    state = init_state(model, config, rng=jax.random.key(config.training.seed))
+    if done > 0:
+        state = restore_state(folder, done, state)
+        print(f"continuing {folder} from the checkpoint of step {done}")
+    log = MetricsLog(config.run, folder, done)
+    checkpoints = Checkpoints(folder, config.training.keep_newest)
+    describe(model, state.params, tokenizer, corpus)
     with Interruption() as interruption:
         state = run_steps(config, model, state, corpus, checkpoints, log, interruption)
         if interruption.signal is not None:
@@ -82,8 +83,8 @@ def run_steps(
     schedule = learning_rate_schedule(config.optimizer, training.num_steps)
     tokens_a_step = training.batch_size * context_length
     step = start = int(state.step)
+    stops = step >= training.num_steps  # a run that was killed after its last step has only its results to write
     with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
-        stops = False
         while not stops:
             batch = train_batch(
                 corpus.train_tokens,
@@ -157,17 +158,18 @@ def write_results(
     config: Config, folder: Path, model: Decoder, state: TrainState, tokenizer: Tokenizer, log: MetricsLog
 ) -> None:
     """What a user looks at afterwards: the curve, the best loss, advice, and a text."""
-    plot_losses(log.rows, folder / "loss.png")
     best = min((row for row in log.rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    sample, curve = (folder / name for name in RESULTS)
     print(
         f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
-        f"at step {best['step']}; curve in {folder / 'loss.png'}"
+        f"at step {best['step']}; curve in {curve}"
     )
     print(advice(log.rows))
     if config.training.sample_tokens > 0:
         text = write_sample(config, model, state.params, tokenizer)
-        write_text(folder / "sample.txt", text)
-        print(f"a sample, also in {folder / 'sample.txt'}:\n\n{text}")
+        write_text(sample, text)
+        print(f"a sample, also in {sample}:\n\n{text}")
+    plot_losses(log.rows, curve)
 
 
 def write_sample(config: Config, model: Decoder, params: Any, tokenizer: Tokenizer) -> str:

@@ -11,7 +11,7 @@ from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_t
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
-from flax_decoder.training.checkpoint import has_checkpoint
+from flax_decoder.training.checkpoint import saved_steps
 
 # What may differ when a run is continued, because the losses of its steps do not hang on it.
 FREE_FIELDS = {
@@ -37,7 +37,7 @@ def open_run(config: Config, folder: Path) -> tuple[Config, Tokenizer, Corpus]:
         FaultError: the folder cannot be read or written.
     """
     started = (folder / "config.toml").is_file() and (folder / "corpus").is_dir()
-    if config.run.resume == "must" and not has_checkpoint(folder):
+    if config.run.resume == "must" and not saved_steps(folder):
         raise UserError(f'{folder}: has no checkpoint to continue from, but run.resume = "must"')
     if config.run.resume == "never" and started:
         raise UserError(f'{folder}: holds a run already, but run.resume = "never"; give another --run.folder')
