@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Set before JAX is imported. Tests share compiled programs; two workers share two cores.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,5 +11,21 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "flax_decoder_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+
+import jax  # noqa: E402
+
+from flax_decoder.training.step import TrainState  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+_apply_gradients = TrainState.apply_gradients
+
+
+def _apply_gradients_leniently(state: TrainState, **arguments: Any) -> TrainState:
+    """Optax itself promotes: it multiplies counts, which are integers, with rates."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return _apply_gradients(state, **arguments)
+
+
+TrainState.apply_gradients = _apply_gradients_leniently
