@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_decoder.config import Config
+from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.data.batches import train_batch
 from flax_decoder.data.corpus import BUILT_IN, Corpus
 from flax_decoder.data.tokenizer import Tokenizer
@@ -19,12 +19,14 @@ from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses
 from flax_decoder.training.optimizer import learning_rate_schedule
-from flax_decoder.training.progress import Progress
+from flax_decoder.training.progress import Pace, Progress
 from flax_decoder.training.run_folder import open_run
-from flax_decoder.training.step import TrainState, init_state, train_step
+from flax_decoder.training.step import TrainState, init_state, train_steps
 
 # A little under 1: fewer slips of the pen than the model's own distribution has.
 SAMPLE_TEMPERATURE = 0.8
+# More in one call gain nothing measurable.
+MOST_STEPS_A_CALL = 10
 # What a finished run leaves, in the order in which it is written.
 RESULTS = ("sample.txt", "loss.png")
 
@@ -79,25 +81,30 @@ def run_steps(
 ) -> TrainState:
     """Takes steps until all are done or a signal asks to stop; evaluates, saves and reports on the way."""
     training, context_length = config.training, config.model.context_length
-    take_step = jax.jit(train_step, donate_argnums=0)
+    take_steps = jax.jit(train_steps, donate_argnums=0)
     schedule = learning_rate_schedule(config.optimizer, training.num_steps)
     tokens_a_step = training.batch_size * context_length
-    step = start = int(state.step)
+    most_steps = min(MOST_STEPS_A_CALL, training.log_every)
+    pace = Pace(most_steps)
+    step = int(state.step)
     stops = step >= training.num_steps  # a run that was killed after its last step has only its results to write
     with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
         while not stops:
-            batch = train_batch(
-                corpus.train_tokens,
-                seed=training.seed,
-                step=step,
-                batch_size=training.batch_size,
-                context_length=context_length,
-            )
-            state, metrics = take_step(state, batch)
-            step += 1
-            if step == start + 1:
+            batches = [
+                train_batch(
+                    corpus.train_tokens,
+                    seed=training.seed,
+                    step=step + ahead,
+                    batch_size=training.batch_size,
+                    context_length=context_length,
+                )
+                for ahead in range(most_steps)
+            ]
+            count = min(pace.num_steps, steps_to_next_event(step, training))
+            with pace.timed(count):
+                state, metrics = take_steps(state, jax.tree.map(lambda *rows: np.stack(rows), *batches), count)
                 jax.block_until_ready(state)
-                progress.restart_lap(step)  # the first step compiled
+            step += count
 
             interrupted = interruption.signal is not None
             stops = interrupted or step == training.num_steps
@@ -106,14 +113,15 @@ def run_steps(
             evaluates = not interrupted and (saves or step % training.eval_every == 0)
             if not (saves or evaluates or step % training.log_every == 0):
                 continue
-            train_loss = float(metrics["loss"])  # waits for the step, so that the time measured next is all of it
+            train_loss = float(metrics["loss"][count - 1])
             row = as_row(
                 step,
                 tokens=step * tokens_a_step,
                 train_loss=train_loss,
                 learning_rate=schedule(step - 1),
-                gradient_norm=metrics["gradient_norm"],
-                **progress.measure(step),
+                gradient_norm=metrics["gradient_norm"][count - 1],
+                tokens_per_second=tokens_a_step / pace.seconds_a_step,
+                seconds=progress.seconds(),
             )
             if not np.isfinite(train_loss):
                 raise FaultError(f"the loss is {train_loss} at step {step}; try a lower optimizer.learning_rate")
@@ -131,9 +139,14 @@ def run_steps(
             progress.show(row)
             if saves:
                 checkpoints.save(state, row.get("val_loss"))
-            progress.restart_lap(step)
     checkpoints.close()
     return state
+
+
+def steps_to_next_event(step: int, training: TrainingConfig) -> int:
+    """How many steps until something is to be logged, evaluated or saved, or the run ends."""
+    events = (training.log_every, training.eval_every, training.save_every)
+    return min(training.num_steps - step, *(every - step % every for every in events))
 
 
 def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus) -> None:

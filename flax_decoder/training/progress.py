@@ -1,6 +1,8 @@
 """What a user sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -14,18 +16,44 @@ from flax_decoder.training.metrics import Row
 NUM_PLAIN_LINES = 20
 
 
-class Progress:
-    """Shows how far a run is, and measures how fast.
+# A call of this length hardly feels the cost of starting it, and a user who interrupts does not wait long for its end.
+CALL_SECONDS = 2.0
 
-    Time spent on evaluation and saving does not count as training time.
+
+class Pace:
+    """How many steps to take in one call, from how long the last ones took.
+
+    Attributes:
+        num_steps: steps for the next call.
+        seconds_a_step: what a step of the last calls took, compilation left out.
     """
+
+    def __init__(self, most_steps: int):
+        """Begins with a single step, which compiles and tells nothing yet."""
+        self._most_steps = most_steps
+        self._compiled = False
+        self.num_steps = 1
+        self.seconds_a_step = float("nan")
+
+    @contextlib.contextmanager
+    def timed(self, num_steps: int) -> Iterator[None]:
+        """Learns from the time that the steps inside of the block take."""
+        start = time.perf_counter()
+        yield
+        self.seconds_a_step = (time.perf_counter() - start) / num_steps
+        if self._compiled:
+            self.num_steps = min(max(int(CALL_SECONDS / self.seconds_a_step), 1), self._most_steps)
+        self._compiled = True
+
+
+class Progress:
+    """Shows how far a run is: a bar in a terminal, lines elsewhere."""
 
     def __init__(self, num_steps: int, step: int, tokens_a_step: int, seconds_before: float = 0.0):
         """Starts at `step`; `seconds_before` were spent in earlier sittings."""
         self._num_steps = num_steps
         self._tokens_a_step = tokens_a_step
         self._start = time.perf_counter() - seconds_before
-        self._lap_start, self._lap_step = time.perf_counter(), step
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = Bar(
             TextColumn("step"),
@@ -47,17 +75,9 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def restart_lap(self, step: int) -> None:
-        """Leaves the time until now out of the speed: compilation, evaluation, saving."""
-        self._lap_start, self._lap_step = time.perf_counter(), step
-
-    def measure(self, step: int) -> dict[str, float]:
-        """Tokens a second since the last lap, and seconds since the start of the run."""
-        now = time.perf_counter()
-        num_tokens = (step - self._lap_step) * self._tokens_a_step
-        speed = num_tokens / max(now - self._lap_start, 1e-9)
-        self.restart_lap(step)
-        return {"tokens_per_second": speed, "seconds": now - self._start}
+    def seconds(self) -> float:
+        """Time since the start of the run, earlier sittings included."""
+        return time.perf_counter() - self._start
 
     def show(self, row: Row) -> None:
         """Moves the bar to a line of the log, and prints what is worth keeping on the screen."""
