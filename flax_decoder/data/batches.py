@@ -11,9 +11,9 @@ import numpy as np
 
 
 def train_batch(
-    tokens: np.ndarray, *, seed: int, step: int, batch_size: int, context_length: int
+    tokens: np.ndarray, *, seed: int, step: int, batch_size: int, context_length: int, num_steps: int | None = None
 ) -> dict[str, np.ndarray]:
-    """The training batch of one step.
+    """The training batch of a step, or of several steps in a row.
 
     Args:
         tokens: the training split, one-dimensional; may be memory-mapped.
@@ -21,9 +21,10 @@ def train_batch(
         step: number of the step, from 0.
         batch_size: B, windows a step.
         context_length: T, tokens a window.
+        num_steps: give the batches of this many steps, with a leading axis.
 
     Returns:
-        `inputs` and `targets`, int32 [B, T]; targets are the inputs moved on by one token.
+        `inputs` and `targets`, int32 [B, T] or [num_steps, B, T]; targets are the inputs moved on by one token.
 
     Raises:
         ValueError: the tokens are fewer than T + 1.
@@ -31,7 +32,7 @@ def train_batch(
     T = context_length
     num_windows, num_offsets = _count_windows(len(tokens), T)
     first = int(step) * batch_size  # samples are numbered through all epochs, whatever the batch size
-    end = first + batch_size
+    end = first + (num_steps or 1) * batch_size
     starts = []
     for epoch in range(first // num_windows, (end - 1) // num_windows + 1):
         offset, order = _epoch_order(seed, epoch, num_windows, num_offsets)
@@ -39,7 +40,9 @@ def train_batch(
         starts.append(offset + T * order[max(first - epoch_start, 0) : end - epoch_start])
     starts_B = np.concatenate(starts)
     windows = tokens[starts_B[:, None] + np.arange(T + 1)]
-    return {"inputs": windows[:, :-1].astype(np.int32), "targets": windows[:, 1:].astype(np.int32)}
+    if num_steps is not None:
+        windows = windows.reshape(num_steps, batch_size, T + 1)
+    return {"inputs": windows[..., :-1].astype(np.int32), "targets": windows[..., 1:].astype(np.int32)}
 
 
 def validation_batches(

@@ -4,6 +4,7 @@ Every position asks a question (its query), wears a label (its key) and holds a 
 contents of the positions whose labels match its question, and no position sees what comes after it.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -98,33 +99,12 @@ class SelfAttention(nn.Module):
             What each position gathered, (B, T, D), and `cached` with the new keys and values in it.
         """
         config = self.config
-
-        def project(name: str, num_heads: int) -> jax.Array:
-            shape = (num_heads, config.head_width)
-            return Linear(shape, 1, config.attention_in_bias, config.init_stddev, config.dtype, name=name)(x_BTD)
-
-        q_BTNH = project("query", config.num_heads)
-        k_BSKH = project("key", config.kv_heads)
-        v_BSKH = project("value", config.kv_heads)
-
-        if config.qk_norm:
-            q_BTNH = Norm("rmsnorm", config.norm_epsilon, name="query_norm")(q_BTNH)
-            k_BSKH = Norm("rmsnorm", config.norm_epsilon, name="key_norm")(k_BSKH)
-        self.sow("intermediates", "q", q_BTNH)
-        self.sow("intermediates", "k", k_BSKH)
-        self.sow("intermediates", "v", v_BSKH)
-        if config.positions == "rotary":
-            frequencies = rotary_frequencies(config)
-            q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
-            k_BSKH = rotate(k_BSKH, positions_BT, frequencies)
-            self.sow("intermediates", "q_rotated", q_BTNH)
-            self.sow("intermediates", "k_rotated", k_BSKH)
+        q_BTNH, k_BSKH, v_BSKH = self.queries_keys_values(x_BTD, positions_BT)
         if cached is not None:
             k_BSKH, v_BSKH = cached = (
                 write(cached[0], k_BSKH, positions_BT),
                 write(cached[1], v_BSKH, positions_BT),
             )
-
         # Slot s of the keys holds position s, with a cache and without.
         distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1])[None, None]
         mask_BTS = (distance_BTS >= 0) & (distance_BTS < window)
@@ -135,22 +115,44 @@ class SelfAttention(nn.Module):
 
         drops_weights = config.dropout > 0 and not deterministic
         wants_weights = self.is_mutable_collection("intermediates")
-        if cached is None and not drops_weights and not wants_weights and self.blockwise_is_chosen():
-            heads_BTNH = blockwise(
-                dot_product_attention, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, config.attention_soft_cap
-            )
+        attend = functools.partial(dot_product_attention, soft_cap=config.attention_soft_cap)
+        if self.blockwise_is_chosen() and cached is None and not drops_weights and not wants_weights:
+            heads_BTNH = blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
         else:
             dropout = nn.Dropout(config.dropout, deterministic=deterministic)
-            heads_BTNH, scores_BKGTS, weights_BKGTS = dot_product_attention(
-                q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, config.attention_soft_cap, dropout
-            )
+            heads_BTNH, scores_BKGTS, weights_BKGTS = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, drop=dropout)
             self.sow("intermediates", "scores", scores_BKGTS)
             self.sow("intermediates", "weights", weights_BKGTS)
         self.sow("intermediates", "heads", heads_BTNH)
 
-        out_shape, bias = (config.embed_dim,), config.attention_out_bias
-        out_BTD = Linear(out_shape, 2, bias, config.output_stddev, config.dtype, name="out")(heads_BTNH)
-        return out_BTD, cached
+        out = Linear((config.embed_dim,), 2, config.attention_out_bias, config.output_stddev, config.dtype, name="out")
+        return out(heads_BTNH), cached
+
+    def queries_keys_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What each position asks, how it can be found, and what it has to give: q_BTNH, k_BTKH and v_BTKH."""
+        config = self.config
+
+        def project(name: str, num_heads: int) -> jax.Array:
+            shape = (num_heads, config.head_width)
+            return Linear(shape, 1, config.attention_in_bias, config.init_stddev, config.dtype, name=name)(x_BTD)
+
+        q_BTNH = project("query", config.num_heads)
+        k_BTKH = project("key", config.kv_heads)
+        v_BTKH = project("value", config.kv_heads)
+
+        if config.qk_norm:
+            q_BTNH = Norm("rmsnorm", config.norm_epsilon, name="query_norm")(q_BTNH)
+            k_BTKH = Norm("rmsnorm", config.norm_epsilon, name="key_norm")(k_BTKH)
+        self.sow("intermediates", "q", q_BTNH)
+        self.sow("intermediates", "k", k_BTKH)
+        self.sow("intermediates", "v", v_BTKH)
+        if config.positions == "rotary":
+            frequencies = rotary_frequencies(config)
+            q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
+            k_BTKH = rotate(k_BTKH, positions_BT, frequencies)
+            self.sow("intermediates", "q_rotated", q_BTNH)
+            self.sow("intermediates", "k_rotated", k_BTKH)
+        return q_BTNH, k_BTKH, v_BTKH
 
     def blockwise_is_chosen(self) -> bool:
         """Whether the config asks for blocks, or leaves the choice and they are fast here."""

@@ -16,7 +16,6 @@ def blockwise(
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
     bias_BNTS: jax.Array | None = None,
-    soft_cap: float | None = None,
 ) -> jax.Array:
     """Attention of a whole sequence, one block of queries at a time.
 
@@ -30,7 +29,6 @@ def blockwise(
         v_BSKH: values.
         mask_BTS: True where a query may look, never at a later key; B may be 1.
         bias_BNTS: added to the scores; B may be 1.
-        soft_cap: as in `dot_product_attention`.
 
     Returns:
         heads_BTNH.
@@ -40,5 +38,5 @@ def blockwise(
         stop = min(start + BLOCK_TOKENS, q_BTNH.shape[1])
         bias = None if bias_BNTS is None else bias_BNTS[:, :, start:stop, :stop]
         mask = mask_BTS[:, start:stop, :stop]
-        blocks.append(attend(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask, bias, soft_cap)[0])
+        blocks.append(attend(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask, bias)[0])
     return jnp.concatenate(blocks, axis=1)

@@ -111,14 +111,7 @@ class Decoder(nn.Module):
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
         embedding_VD = embedding_VD.astype(config.dtype)
-        x_BTD = look_up(embedding_VD, tokens_BT)
-        if config.embed_scale != 1:
-            x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
-        if config.positions == "learned":
-            positions_SD = self.param("positions", normal, (config.context_length, config.embed_dim))
-            x_BTD += look_up(positions_SD.astype(config.dtype), positions_BT)
-        elif config.positions == "sinusoidal":
-            x_BTD += sinusoidal(positions_BT, config.embed_dim).astype(config.dtype)
+        x_BTD = self.embed(embedding_VD, tokens_BT, positions_BT)
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
         cached_L = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
@@ -137,6 +130,20 @@ class Decoder(nn.Module):
         if cache is None or cached_L is None:
             return logits_BTV
         return logits_BTV, KVCache(*cached_L, cache.length_B + T)
+
+    def embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """x_BTD: a vector for what each token is, and where the config says so, for where it stands."""
+        config = self.config
+        x_BTD = look_up(embedding_VD, tokens_BT)
+        if config.embed_scale != 1:
+            x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
+        if config.positions == "learned":
+            normal = nn.initializers.normal(config.init_stddev)
+            positions_SD = self.param("positions", normal, (config.context_length, config.embed_dim))
+            x_BTD += look_up(positions_SD.astype(config.dtype), positions_BT)
+        elif config.positions == "sinusoidal":
+            x_BTD += sinusoidal(positions_BT, config.embed_dim).astype(config.dtype)
+        return x_BTD
 
     def run_layers(
         self,

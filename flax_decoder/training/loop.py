@@ -80,29 +80,27 @@ def run_steps(
     interruption: Interruption,
 ) -> TrainState:
     """Takes steps until all are done or a signal asks to stop; evaluates, saves and reports on the way."""
-    training, context_length = config.training, config.model.context_length
+    training = config.training
     take_steps = jax.jit(train_steps, donate_argnums=0)
     schedule = learning_rate_schedule(config.optimizer, training.num_steps)
-    tokens_a_step = training.batch_size * context_length
+    tokens_a_step = training.batch_size * config.model.context_length
     most_steps = min(MOST_STEPS_A_CALL, training.log_every)
     pace = Pace(most_steps)
     step = int(state.step)
     stops = step >= training.num_steps  # a run that was killed after its last step has only its results to write
     with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
         while not stops:
-            batches = [
-                train_batch(
-                    corpus.train_tokens,
-                    seed=training.seed,
-                    step=step + ahead,
-                    batch_size=training.batch_size,
-                    context_length=context_length,
-                )
-                for ahead in range(most_steps)
-            ]
+            batches = train_batch(
+                corpus.train_tokens,
+                seed=training.seed,
+                step=step,
+                batch_size=training.batch_size,
+                context_length=config.model.context_length,
+                num_steps=most_steps,
+            )
             count = min(pace.num_steps, steps_to_next_event(step, training))
             with pace.timed(count):
-                state, metrics = take_steps(state, jax.tree.map(lambda *rows: np.stack(rows), *batches), count)
+                state, metrics = take_steps(state, batches, count)
                 jax.block_until_ready(state)
             step += count
 
@@ -126,21 +124,26 @@ def run_steps(
             if not np.isfinite(train_loss):
                 raise FaultError(f"the loss is {train_loss} at step {step}; try a lower optimizer.learning_rate")
             if evaluates:
-                result = evaluate(
-                    model,
-                    state.params,
-                    corpus.validation_tokens,
-                    corpus.validation_bytes,
-                    batch_size=training.batch_size,
-                    limit=training.eval_batches,
-                )
-                row |= {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
+                row |= validate(model, state, corpus, training)
             log.add(row)
             progress.show(row)
             if saves:
                 checkpoints.save(state, row.get("val_loss"))
     checkpoints.close()
     return state
+
+
+def validate(model: Decoder, state: TrainState, corpus: Corpus, training: TrainingConfig) -> dict[str, float]:
+    """What the log says of the validation split."""
+    result = evaluate(
+        model,
+        state.params,
+        corpus.validation_tokens,
+        corpus.validation_bytes,
+        batch_size=training.batch_size,
+        limit=training.eval_batches,
+    )
+    return {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
 
 
 def steps_to_next_event(step: int, training: TrainingConfig) -> int:
