@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from flax_decoder.errors import FaultError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 1 a fault, 2 the user's input, 130 interrupted."""
+    """Runs a command and returns its exit code: 0 done, 1 a fault, 2 the user's input, over 128 a signal."""
     try:
         options = build_parser().parse_args(_with_hyphens(sys.argv[1:] if arguments is None else arguments))
         command: Callable[[argparse.Namespace], int] = options.command
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has gone, as `head` does; Python must not try to flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

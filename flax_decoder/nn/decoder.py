@@ -202,7 +202,7 @@ def unrolled_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stack
 
 def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """The rows of a table; NaN, instead of some other row, for an id outside of it."""
-    return table.at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return jnp.asarray(table).at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def check_tokens(tokens_BT: ArrayLike, vocab_size: int, mask_BT: ArrayLike | None = None) -> None:

@@ -1,5 +1,6 @@
 """Save and restore, with Orbax: asynchronous, the newest few and the best one kept."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ class Checkpoints:
             return metrics["val_loss"]
 
         # Orbax saves metrics only where there is a best_fn; what is kept, the policy alone decides.
-        best = BestN(get_metric_fn=val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = BestN(get_metric_fn=val_loss, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=val_loss,
             best_mode="min",
@@ -50,7 +51,8 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(state.opt_state)
         )
-        metrics = None if val_loss is None else {"val_loss": val_loss}
+        # Without any metric Orbax would keep the checkpoint for ever; infinity is never the best.
+        metrics = {"val_loss": math.inf if val_loss is None else val_loss}
         try:
             self._manager.save(int(state.step), args=items, metrics=metrics)
         except (OSError, ValueError) as error:

@@ -1,0 +1,350 @@
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flax_decoder.config import (
+    SECTIONS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    fields_of,
+    load_config,
+    to_toml,
+)
+from flax_decoder.errors import UserError
+
+CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a config file and returns its path."""
+
+    def write(text, name="tiny.toml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refusal(path=None, overrides=None):
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 2
+    return message
+
+
+# --- What is read ---
+
+
+def test_the_default_is_the_default():
+    assert load_config() == dataclasses.replace(Config(), run=RunConfig(folder="runs/default"))
+
+
+def test_a_file_says_what_differs(write):
+    config = load_config(write('[model]\nnum_layers = 7\npositions = "rotary"\n[training]\nnum_steps = 11\n'))
+    assert config.model == ModelConfig(num_layers=7, positions="rotary")
+    assert config.training == TrainingConfig(num_steps=11)
+    assert config.optimizer == OptimizerConfig() and config.data == DataConfig()
+
+
+def test_lists_become_tuples(write):
+    path = write('[model]\nwindow = 3\nwindow_pattern = [true, false]\n[data]\npath = ["a.txt", "b.txt"]\n')
+    assert load_config(path).model.window_pattern == (True, False)
+    assert load_config(path).data.path == ("a.txt", "b.txt")
+    assert load_config(path).model.windows == (3, None, 3, None)
+
+
+def test_overrides_come_first(write):
+    path = write("[model]\nnum_layers = 7\nembed_dim = 44\nnum_heads = 11\n")
+    config = load_config(path, {"model.num_layers": 2, "training.num-steps": 13, "model.positions": "rotary"})
+    assert (config.model.num_layers, config.model.embed_dim, config.model.positions) == (2, 44, "rotary")
+    assert config.training.num_steps == 13
+
+
+def test_an_override_can_repair_what_the_file_says(write):
+    path = write("[model]\nembed_dim = 13\nnum_heads = 4\n")
+    assert load_config(path, {"model.num_heads": 13}).model.head_width == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("training.num_steps", "100", 100),
+        ("optimizer.learning_rate", "3e-4", 3e-4),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("model.scan_layers", "true", True),
+        ("model.window-pattern", "[true, false]", (True, False)),
+        ("model.dtype", "bfloat16", "bfloat16"),
+        ("data.path", "100", "100"),
+        ("data.path", '["a.txt", "b.txt"]', ("a.txt", "b.txt")),
+        ("data.path", Path("texts") / "a.txt", "texts/a.txt"),
+        ("run.folder", "true", "true"),
+        ("data.tokenizer", "byte", "byte"),
+    ],
+)
+def test_text_is_read_as_toml_where_the_field_is_no_text(name, text, value):
+    section, field = name.replace("-", "_").split(".")
+    config = load_config(overrides={name: text, "model.window": "3"})
+    assert getattr(getattr(config, section), field) == value
+    assert type(getattr(getattr(config, section), field)) is type(value)
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
+def test_every_config_file_loads(path):
+    config = load_config(path)
+    assert config.run.folder == f"runs/{path.stem}"
+    assert hash(config) == hash(load_config(path))
+
+
+# --- Where a run lives ---
+
+
+def test_a_run_is_named_after_its_config(write):
+    assert load_config(write("", "shakespeare.toml")).run.folder == "runs/shakespeare"
+    assert load_config(write('[run]\nfolder = "elsewhere"\n')).run.folder == "elsewhere"
+    assert load_config(write(""), {"run.folder": "there"}).run.folder == "there"
+
+
+def test_a_run_folders_own_config_means_that_folder(write, tmp_path):
+    path = write("", "config.toml")
+    assert load_config(path).run.folder == "runs/config"  # just a file of that name
+    (tmp_path / "checkpoints").mkdir()
+    assert load_config(path).run.folder == str(tmp_path)
+    assert load_config(write("", "other.toml")).run.folder == "runs/other"
+
+
+# --- What is written is what is read ---
+
+MODELS = st.fixed_dictionaries(
+    {
+        "num_layers": st.integers(1, 10**6),
+        "num_kv_heads": st.sampled_from([None, 1, 2, 4]),
+        "positions": st.sampled_from(["learned", "rotary", "alibi"]),
+        "rotary_base": st.floats(1, 1e9, exclude_min=True),
+        "window": st.integers(1, 99),
+        "window_pattern": st.lists(st.booleans(), min_size=1, max_size=4).map(tuple),
+        "logit_soft_cap": st.none() | st.floats(1e-300, 1e300),
+        "qk_norm": st.booleans(),
+    }
+)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(deadline=None, max_examples=100)
+@given(MODELS, TEXT, st.lists(TEXT).map(tuple) | TEXT, st.floats(0, 1e300))
+def test_settings_survive_toml(tmp_path_factory, model, folder, data_path, weight_decay):
+    config = Config(
+        model=ModelConfig(**model),
+        data=DataConfig(path=data_path),
+        optimizer=OptimizerConfig(weight_decay=weight_decay),
+        run=RunConfig(folder=folder),
+    )
+    path = tmp_path_factory.getbasetemp() / "round_trip.toml"
+    path.write_text(to_toml(config), encoding="utf-8", newline="")
+    assert load_config(path) == config
+
+
+def test_what_is_left_out_is_not_written():
+    assert "vocab_size" not in tomllib.loads(to_toml(Config()))["model"]
+    assert "None" not in to_toml(Config())
+
+
+# --- A config is a value ---
+
+
+def test_configs_are_frozen_and_hashable():
+    config = load_config()
+    for part in (config, config.model, config.data, config.optimizer, config.training, config.run):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            part.seed = 1
+        assert {part: 1}[dataclasses.replace(part)] == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.num_layers = 1
+    assert len({ModelConfig(), ModelConfig(), ModelConfig(num_layers=7)}) == 2
+    hash(load_config(overrides={"model.window": 3, "model.window_pattern": [True, False]}))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_says_what_it_is(section):
+    for name, field in fields_of(section).items():
+        assert field.description and len(field.description) > 5, f"{section}.{name}"
+
+
+def test_what_is_left_out_follows_from_the_rest():
+    model = ModelConfig(embed_dim=60, num_heads=4)
+    assert (model.kv_heads, model.head_width, model.mlp_width) == (4, 15, 240)
+    model = ModelConfig(embed_dim=60, num_heads=4, num_kv_heads=2, head_dim=7, mlp_dim=11)
+    assert (model.kv_heads, model.head_width, model.mlp_width) == (2, 7, 11)
+    assert model.with_vocab_size(17).vocab_size == 17
+    assert model.with_vocab_size(17).with_vocab_size(19).vocab_size == 17
+    assert model.windows == (None,) * 4
+    assert ModelConfig(window=3, num_layers=5, window_pattern=(True, True, False)).windows == (3, 3, None, 3, 3)
+    assert ModelConfig(num_layers=8, init_stddev=0.5).output_stddev == pytest.approx(0.125)
+    assert ModelConfig(output_init="zero").output_stddev == 0
+
+
+# --- Refusals ---
+
+# Each rule: what is set, and what the message must name.
+RULES = [
+    ({"model.embed_dim": 13}, "embed_dim = 13 is not a multiple of num_heads = 4"),
+    ({"model.num_kv_heads": 3}, "num_heads = 4 is not a multiple of num_kv_heads = 3"),
+    ({"model.num_kv_heads": 8}, "num_heads = 4 is not a multiple of num_kv_heads = 8"),
+    ({"model.positions": "rotary", "model.head_dim": 7}, "head_dim = 7 times rotary_fraction = 1.0 gives 7"),
+    ({"model.positions": "rotary", "model.rotary_fraction": 0.03}, "rotary_fraction = 0.03 gives 0"),
+    ({"model.rotary_scaling": "linear"}, 'need positions = "rotary", not "learned"'),
+    ({"model.rotary_fraction": 0.5}, 'need positions = "rotary", not "learned"'),
+    ({"model.rotary_low_frequency_factor": 4.0}, "rotary_low_frequency_factor = 4.0 must be under"),
+    (
+        {"model.positions": "sinusoidal", "model.embed_dim": 13, "model.num_heads": 13},
+        "embed_dim = 13 is odd",
+    ),
+    ({"model.norm": "rmsnorm", "model.norm_bias": True}, 'norm_bias = true needs norm = "layernorm"'),
+    (
+        {"model.parallel_residual": True, "model.norm_position": "post"},
+        'parallel_residual = true needs norm_position = "pre", not "post"',
+    ),
+    ({"model.window_pattern": [True, False]}, "window is not set"),
+    ({"model.attention": "blockwise", "model.dropout": 0.1}, "dropout = 0.1"),
+    ({"training.accumulation_steps": 5}, "training.batch_size = 12 is not a multiple of accumulation_steps = 5"),
+    (
+        {"optimizer.warmup_steps": 100, "training.num_steps": 100},
+        "optimizer.warmup_steps = 100 must be under training.num_steps = 100",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), RULES, ids=lambda value: value if isinstance(value, str) else "")
+def test_settings_that_do_not_go_together_are_refused(overrides, message, write):
+    assert message in refusal(overrides=overrides)
+    sections = {}
+    for name, value in overrides.items():
+        section, field = name.split(".")
+        toml = str(value).lower() if isinstance(value, bool | list) else repr(value)
+        sections.setdefault(section, []).append(f"{field} = {toml}\n")
+    path = write("".join(f"[{section}]\n{''.join(lines)}" for section, lines in sections.items()))
+    in_file = refusal(path)
+    assert message in in_file and in_file.startswith(f"{path}: ")
+
+
+# Values beyond what a field allows.
+VALUES = [
+    ("model.num_layers", 0),
+    ("model.num_layers", -3),
+    ("model.num_layers", 2.0),
+    ("model.num_layers", True),
+    ("model.num_layers", "many"),
+    ("model.vocab_size", 0),
+    ("model.dropout", 1.0),
+    ("model.dropout", -0.1),
+    ("model.dropout", float("nan")),
+    ("model.rotary_base", 1.0),
+    ("model.rotary_fraction", 0.0),
+    ("model.rotary_fraction", 1.5),
+    ("model.rotary_scaling_factor", 0.5),
+    ("model.norm_epsilon", 0.0),
+    ("model.window", 0),
+    ("model.window_pattern", []),
+    ("model.window_pattern", [1]),
+    ("model.positions", "rotatory"),
+    ("model.feed_forward", "GELU"),
+    ("model.attention", "flash"),
+    ("model.dtype", "float16"),
+    ("model.scan_layers", 1),
+    ("model.attention_soft_cap", 0.0),
+    ("data.bpe_vocab_size", 256),
+    ("data.validation_fraction", 0.0),
+    ("data.validation_fraction", 1.0),
+    ("data.path", 3),
+    ("optimizer.name", "adam"),
+    ("optimizer.learning_rate", float("inf")),
+    ("optimizer.learning_rate", float("nan")),
+    ("optimizer.learning_rate", 0.0),
+    ("optimizer.learning_rate", "fast"),
+    ("optimizer.decay_fraction", 0.0),
+    ("optimizer.final_fraction", 1.1),
+    ("optimizer.weight_decay", -0.1),
+    ("training.num_steps", 0),
+    ("training.seed", -1),
+    ("training.eval_batches", -1),
+    ("run.resume", "maybe"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES)
+def test_values_out_of_bounds_are_refused(name, value, write):
+    message = refusal(overrides={name: value})
+    assert message.startswith("the command line or overrides: ")
+    assert name in message and (repr(value) in message or value == [1])
+
+    section, field = name.split(".")
+    toml = str(value).lower() if isinstance(value, bool) else repr(value)  # nan, inf and the rest are TOML too
+    path = write(f"[{section}]\n{field} = {toml}\n")
+    in_file = refusal(path)
+    assert in_file.startswith(f"{path}: ") and name in in_file
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[model]\nnum_layer = 2\n", ["there is no setting model.num_layer", "did you mean num_layers?"]),
+        ("[model]\nxyzzy = 2\n", ["there is no setting model.xyzzy"]),
+        ("[run]\nxyzzy = 2\n", ["there is no setting run.xyzzy", "there are: folder, resume"]),
+        ("[modle]\nnum_layers = 2\n", ["there is no section [modle]", "did you mean model?"]),
+        ("[qqq]\n", ["there is no section [qqq]", "there are: model, data"]),
+        ("num_layers = 2\n", ["there is no section [num_layers]"]),
+        ("model = 2\n", ["model must be a table"]),
+        ("[model\n", ["is not valid TOML", "line 1"]),
+        ("[model]\nnum_layers = 0\nembed_dim = 0\nnum_heads = 0\n", ["model.num_layers = 0", "(and 2 more)"]),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(text, parts, write):
+    path = write(text)
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("model.num-layer", ["model.num-layer: there is no such setting", "did you mean model.num_layers?"]),
+        ("modle.num_layers", ["did you mean model.num_layers?"]),
+        ("num_layers", ["num_layers: there is no such setting", "did you mean model.num_layers?"]),
+        ("model", ["model: there is no such setting"]),
+        ("model.", ["model.: there is no such setting"]),
+        ("", ["there is no such setting"]),
+        ("model.num_layers.deep", ["model.num_layers.deep: there is no such setting"]),
+    ],
+)
+def test_an_override_of_nothing_is_refused(name, parts):
+    message = refusal(overrides={name: 2})
+    for part in parts:
+        assert part in message
+
+
+def test_a_fault_in_the_file_is_not_blamed_on_the_command_line(write):
+    path = write("[model]\nnum_layers = 0\n")
+    assert refusal(path, {"model.embed_dim": 8}).startswith(f"{path}: ")
+    assert refusal(path, {"model.num-layers": -1}).startswith("the command line or overrides: model.num_layers = -1")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    path = tmp_path / "absent.toml"
+    assert refusal(path) == f"{path}: there is no such config file"
+    assert refusal(tmp_path).startswith(f"{tmp_path}: cannot be read")
+    path.write_bytes(b"\xff\xfe\x00")
+    assert refusal(path).startswith(f"{path}: cannot be read")
+    path.write_text("# " + "é" * 5, encoding="latin-1")
+    assert refusal(path).startswith(f"{path}: cannot be read")
