@@ -146,6 +146,8 @@ def contestants(shape: tuple[int, ...]) -> dict[str, Step]:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
         use_cache=False,
     )
     steps = {

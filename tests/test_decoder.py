@@ -482,3 +482,9 @@ def test_a_model_without_a_vocabulary_is_refused():
     model = Decoder(ModelConfig())
     with pytest.raises(ValueError, match="vocab_size is not set"):
         model.init(jax.random.key(0), TOKENS_BT)
+
+
+def test_params_may_be_numpy_arrays():
+    model, params = make(positions="learned")
+    in_numpy = jax.tree.map(np.asarray, params)
+    jax.eval_shape(lambda: model.apply({"params": in_numpy}, TOKENS_BT))
