@@ -1,6 +1,6 @@
 """A training step beside PyTorch's: the same shapes, in turn, in one process.
 
-    pip install -e ".[torch]" && python benchmarks/train_step.py [--rounds N] [--json FILE]
+    pip install -e ".[torch]" && python benchmarks/train_step.py [--rounds N] [--shape S] [--json FILE]
 
 Four PyTorch models take part: Hugging Face's GPT2LMHeadModel and a plain one with fused attention, each eager and under
 torch.compile. All have GELU (erf), LayerNorm, learned positions, a tied head, no dropout; a step is forward, backward,
@@ -183,11 +183,13 @@ def main() -> None:
     """Prints a table for each shape, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="only this one; may be repeated")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(NUM_THREADS)
     results = {}
-    for name, shape in SHAPES.items():
+    for name in options.shape or SHAPES:
+        shape = SHAPES[name]
         medians = measure(contestants(shape), options.rounds)
         fastest = min(value for contestant, value in medians.items() if contestant.startswith("PyTorch"))
         results[name] = {"seconds": medians, "ratio": fastest / medians[OURS]}
