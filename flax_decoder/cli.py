@@ -18,7 +18,11 @@ from flax_decoder.errors import FaultError, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 1 a fault, 2 the user's input, over 128 a signal."""
     try:
-        options = build_parser().parse_args(_with_hyphens(sys.argv[1:] if arguments is None else arguments))
+        options, unknown = build_parser().parse_known_args(
+            _with_hyphens(sys.argv[1:] if arguments is None else arguments)
+        )
+        if unknown:
+            options.parser.refuse(unknown[0])
         command: Callable[[argparse.Namespace], int] = options.command
         _keep_compilations()
         return command(options)
@@ -53,8 +57,8 @@ def generate(options: argparse.Namespace) -> int:
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
-    if options.num_samples < 1 or options.max_new_tokens < 0:
-        raise UserError("--num-samples must be at least 1, and --max-new-tokens at least 0")
+    if options.num_samples < 1 or options.max_new_tokens < 0 or "" in options.stop:
+        raise UserError("--num-samples must be at least 1, --max-new-tokens at least 0, and --stop a text")
     import jax
     import numpy as np
 
@@ -123,13 +127,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing all the usage."""
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            name = unknown.split()[0].partition("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(name, known, n=1)
-            message = f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else "")
         raise UserError(f"{message}\nhelp: {self.prog} --help")
+
+    def refuse(self, argument: str) -> NoReturn:
+        """Raises UserError for an argument that this command does not know, with the nearest one that it does."""
+        name = argument.partition("=")[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(name, known, n=1)
+        self.error(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def build_parser() -> Parser:
@@ -139,7 +144,7 @@ def build_parser() -> Parser:
 
     def add(name: str, command: Callable[[argparse.Namespace], int]) -> Parser:
         made: Parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
-        made.set_defaults(command=command)
+        made.set_defaults(command=command, parser=made)
         return made
 
     sub = add("train", train)

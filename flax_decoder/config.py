@@ -366,7 +366,8 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         config = Config(**parts)
     except ValidationError as error:
         raise UserError(_first_complaint(error, "", source, overridden)) from None
-    if config.run.folder is None:
+    moved = _is_inside_a_run(path) and "run.folder" not in overridden
+    if config.run.folder is None or moved:
         run = dataclasses.replace(config.run, folder=str(_default_folder(path)))
         config = dataclasses.replace(config, run=run)
     return config
@@ -461,8 +462,12 @@ def _default_folder(path: str | os.PathLike[str] | None) -> Path:
     if path is None:
         return Path("runs/default")
     path = Path(path)
-    inside_a_run = path.name == "config.toml" and (path.parent / "checkpoints").is_dir()
-    return path.parent if inside_a_run else Path("runs") / path.stem
+    return path.parent if _is_inside_a_run(path) else Path("runs") / path.stem
+
+
+def _is_inside_a_run(path: str | os.PathLike[str] | None) -> bool:
+    """Whether a config is the one that a run keeps: wherever its folder was moved to, that is the run's folder."""
+    return path is not None and Path(path).name == "config.toml" and (Path(path).parent / "corpus").is_dir()
 
 
 def _as_list(value: Any) -> Any:

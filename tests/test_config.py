@@ -118,7 +118,7 @@ def test_a_run_is_named_after_its_config(write):
 def test_a_run_folders_own_config_means_that_folder(write, tmp_path):
     path = write("", "config.toml")
     assert load_config(path).run.folder == "runs/config"  # just a file of that name
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "corpus").mkdir()
     assert load_config(path).run.folder == str(tmp_path)
     assert load_config(write("", "other.toml")).run.folder == "runs/other"
 

@@ -26,6 +26,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_newest: int):
         """Opens the checkpoints of a run; the newest few are kept, and the one with the lowest validation loss."""
         self._folder = folder / "checkpoints"
+        set_broken_aside(folder)
 
         def val_loss(metrics: dict[str, float]) -> float:
             return metrics["val_loss"]
@@ -75,6 +76,20 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps of the finished checkpoints in a run folder, oldest first."""
     entries = folder.glob("checkpoints/*")
     return sorted(int(entry.name) for entry in entries if entry.name.isdigit() and (entry / COMMITTED).is_file())
+
+
+def commit_time(folder: Path, step: int) -> float:
+    """When the checkpoint of a step was finished, in seconds since 1970."""
+    return (folder / "checkpoints" / str(step) / COMMITTED).stat().st_mtime
+
+
+def set_broken_aside(folder: Path) -> None:
+    """Renames step folders that no save has finished: Orbax goes by names, and would count them as checkpoints."""
+    for entry in folder.glob("checkpoints/*"):
+        if entry.name.isdigit() and not (entry / COMMITTED).is_file():
+            aside = entry.with_name(f"{entry.name}.broken")
+            print(f"{entry}: is no finished checkpoint; it is now {aside.name}")
+            entry.rename(aside)
 
 
 def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:

@@ -12,6 +12,9 @@ from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.metrics import bits_per_byte
 from flax_decoder.training.step import Batch, Metrics, loss_sum
 
+# exp of more than this is no float64.
+LARGEST_EXPONENT = 709.0
+
 
 def evaluate(
     model: Decoder, params: Any, tokens: np.ndarray, num_bytes: int, *, batch_size: int, limit: int = 0
@@ -36,7 +39,7 @@ def evaluate(
     loss = total / num_tokens
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < LARGEST_EXPONENT else math.inf,
         "bits_per_byte": bits_per_byte(loss, len(tokens), num_bytes),
         "num_tokens": int(num_tokens),
     }

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flax_decoder.config import Config, TrainingConfig
+from flax_decoder.config import Config, TrainingConfig, to_toml
 from flax_decoder.data.batches import train_batch
 from flax_decoder.data.corpus import BUILT_IN, Corpus
 from flax_decoder.data.tokenizer import Tokenizer
@@ -14,10 +14,10 @@ from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training.checkpoint import Checkpoints, restore_state, saved_steps
+from flax_decoder.training.checkpoint import Checkpoints, commit_time, restore_state, saved_steps
 from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.interruption import Interruption
-from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses
+from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses, require_reporters
 from flax_decoder.training.optimizer import learning_rate_schedule
 from flax_decoder.training.progress import Pace, Progress
 from flax_decoder.training.run_folder import open_run
@@ -45,14 +45,16 @@ def train(config: Config, folder: Path) -> int:
         UserError: the text, the folder or the settings cannot be used; nothing is written.
         FaultError: the loss is not a number, or something cannot be read or written.
     """
+    require_reporters(config.run)
     config, tokenizer, corpus = open_run(config, folder)
     done = max(saved_steps(folder), default=0)
-    if done >= config.training.num_steps and (folder / RESULTS[-1]).exists():
+    if done >= config.training.num_steps and has_results(folder, done):
         print(
             f"{folder} is finished: {done} steps are done. Go on with --training.num-steps {2 * done}, "
             "or start another run with --run.folder"
         )
         return 0
+    write_text(folder / "config.toml", to_toml(config))
     model = Decoder(config.model)
     state = init_state(model, config, rng=jax.random.key(config.training.seed))
     if done > 0:
@@ -107,8 +109,8 @@ def run_steps(
             interrupted = interruption.signal is not None
             stops = interrupted or step == training.num_steps
             saves = stops or step % training.save_every == 0
-            # A signal wants an end soon: it gets its checkpoint, but no evaluation.
-            evaluates = not interrupted and (saves or step % training.eval_every == 0)
+            # A signal wants an end soon: it gets its checkpoint, but an evaluation only if it was due.
+            evaluates = step % training.eval_every == 0 or (saves and not interrupted)
             if not (saves or evaluates or step % training.log_every == 0):
                 continue
             train_loss = float(metrics["loss"][count - 1])
@@ -128,6 +130,7 @@ def run_steps(
             log.add(row)
             progress.show(row)
             if saves:
+                refuse_broken(state.params, step)
                 checkpoints.save(state, row.get("val_loss"))
     checkpoints.close()
     return state
@@ -152,6 +155,20 @@ def steps_to_next_event(step: int, training: TrainingConfig) -> int:
     return min(training.num_steps - step, *(every - step % every for every in events))
 
 
+def refuse_broken(params: Any, step: int) -> None:
+    """Raises FaultError where a parameter is not a number: such a state is worth no checkpoint."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not np.isfinite(leaf.sum()):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise FaultError(f"{name} is not finite after step {step}; try a lower optimizer.learning_rate")
+
+
+def has_results(folder: Path, step: int) -> bool:
+    """Whether the results in a run folder are those of the checkpoint at `step`, not of one before."""
+    last_result = folder / RESULTS[-1]
+    return last_result.exists() and last_result.stat().st_mtime >= commit_time(folder, step)
+
+
 def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus) -> None:
     """Says what is about to be trained, on what, and where."""
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -174,13 +191,15 @@ def write_results(
     config: Config, folder: Path, model: Decoder, state: TrainState, tokenizer: Tokenizer, log: MetricsLog
 ) -> None:
     """What a user looks at afterwards: the curve, the best loss, advice, and a text."""
-    best = min((row for row in log.rows if "val_loss" in row), key=lambda row: row["val_loss"])
     sample, curve = (folder / name for name in RESULTS)
-    print(
-        f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
-        f"at step {best['step']}; curve in {curve}"
-    )
-    print(advice(log.rows))
+    evaluated = [row for row in log.rows if "val_loss" in row]
+    if evaluated:
+        best = min(evaluated, key=lambda row: row["val_loss"])
+        print(
+            f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
+            f"at step {best['step']}; curve in {curve}"
+        )
+        print(advice(log.rows))
     if config.training.sample_tokens > 0:
         text = write_sample(config, model, state.params, tokenizer)
         write_text(sample, text)

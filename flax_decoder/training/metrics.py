@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, and on request TensorBoard and Weights & Biases."""
 
+import importlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ class MetricsLog:
         Raises:
             UserError: a reporter is asked for that is not installed.
         """
+        require_reporters(config)
         self._path = folder / "metrics.jsonl"
         self._reporters = open_reporters(config, folder)
         self.rows = [row for row in read_metrics(self._path) if row["step"] <= step]
@@ -53,14 +55,25 @@ def read_metrics(path: Path) -> list[Row]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def require_reporters(config: RunConfig) -> None:
+    """Raises UserError where the config asks for a reporter that is not installed."""
+    for asked, name, module in (
+        (config.tensorboard, "tensorboard", "tensorboardX"),
+        (config.wandb is not None, "wandb", "wandb"),
+    ):
+        try:
+            if asked:
+                importlib.import_module(module)
+        except ImportError:
+            raise UserError(f'run.{name} needs: pip install "flax-decoder[{name}]"') from None
+
+
 def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[Row], None]]:
     """The functions that take each line elsewhere, as the config asks."""
     reporters: list[Callable[[Row], None]] = []
     if config.tensorboard:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UserError('run.tensorboard = true needs: pip install "flax-decoder[tensorboard]"') from None
+        from tensorboardX import SummaryWriter
+
         writer = SummaryWriter(os.fspath(folder / "tensorboard"))
 
         def to_tensorboard(row: Row) -> None:
@@ -70,10 +83,8 @@ def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[Row], None
 
         reporters.append(to_tensorboard)
     if config.wandb is not None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError('run.wandb needs: pip install "flax-decoder[wandb]"') from None
+        import wandb
+
         # The folder's name as the id lets a continued run go on in the same chart.
         run = wandb.init(project=config.wandb, name=folder.name, id=folder.name, dir=folder, resume="allow")
         reporters.append(lambda row: run.log(dict(row), step=int(row["step"])))

@@ -50,25 +50,23 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """The chain clip, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024) with AdamW for the rest."""
-    rate = learning_rate_schedule(config, num_steps)
-    decays = is_decayed if config.decay == "matrices" else None
-    if config.name == "adamw":
-        update = optax.adamw(
-            rate, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decays
-        )
-    else:
-        update = optax.contrib.muon(
+    update = optax.adamw(
+        learning_rate_schedule(config, num_steps),
+        config.beta1,
+        config.beta2,
+        config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=is_decayed if config.decay == "matrices" else None,
+    )
+    if config.name == "muon":
+        muon = optax.contrib.muon(
             learning_rate_schedule(config, num_steps, config.muon_learning_rate),
             beta=config.muon_momentum,
-            eps=config.epsilon,
             weight_decay=config.weight_decay,
-            weight_decay_mask=decays,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=rate,
             muon_weight_dimension_numbers=muon_matrices,
         )
+        # Muon brings an Adam for other parameters, but one with Nesterov momentum that decays norms: ours takes those.
+        update = optax.partition({"muon": muon, "adamw": update}, optimizer_of_each)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
     return optax.chain(clip, update)
 
@@ -78,11 +76,17 @@ def is_decayed(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
+def optimizer_of_each(params: Any) -> Any:
+    """ "muon" for the matrices of attention and feed-forward, "adamw" for all else; a tree like `params`."""
+    return jax.tree.map_with_path(lambda path, _: "adamw" if muon_matrix(path) is None else "muon", params)
+
+
 def muon_matrices(params: Any) -> Any:
-    """Which axes of each parameter make the matrix that Muon straightens; None where AdamW does the work."""
+    """Which axes of each parameter make the matrix that Muon straightens; a tree like `params`."""
+    return jax.tree.map_with_path(lambda path, _: muon_matrix(path), params)
 
-    def dimensions(path: tuple[Any, ...], _: jax.Array) -> MuonDimensionNumbers | None:
-        names = [part.key for part in path]
-        return MATRICES[names[-2]] if names[0] == "layers" and names[-1] == "kernel" else None
 
-    return jax.tree.map_with_path(dimensions, params)
+def muon_matrix(path: tuple[Any, ...]) -> MuonDimensionNumbers | None:
+    """The axes of the matrix at a path in the parameters; None where AdamW does the work."""
+    names = [part.key for part in path]
+    return MATRICES[names[-2]] if names[0] == "layers" and names[-1] == "kernel" else None

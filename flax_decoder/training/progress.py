@@ -25,13 +25,12 @@ class Pace:
 
     Attributes:
         num_steps: steps for the next call.
-        seconds_a_step: what a step of the last calls took, compilation left out.
+        seconds_a_step: what a step of the last call took.
     """
 
     def __init__(self, most_steps: int):
-        """Begins with a single step, which compiles and tells nothing yet."""
+        """Begins with a single step: it compiles, and nothing is known yet."""
         self._most_steps = most_steps
-        self._compiled = False
         self.num_steps = 1
         self.seconds_a_step = float("nan")
 
@@ -41,9 +40,7 @@ class Pace:
         start = time.perf_counter()
         yield
         self.seconds_a_step = (time.perf_counter() - start) / num_steps
-        if self._compiled:
-            self.num_steps = min(max(int(CALL_SECONDS / self.seconds_a_step), 1), self._most_steps)
-        self._compiled = True
+        self.num_steps = min(max(int(CALL_SECONDS / self.seconds_a_step), 1), self._most_steps)
 
 
 class Progress:

@@ -45,9 +45,10 @@ def open_run(config: Config, folder: Path) -> tuple[Config, Tokenizer, Corpus]:
         corpus, tokenizer = load_corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer.json")
         config = _resolve(config, tokenizer, corpus)
         _refuse_another_run(config, load_config(folder / "config.toml"), corpus, folder)
-        write_text(folder / "config.toml", to_toml(config))
         return config, tokenizer, corpus
 
+    if folder.resolve() == Path.cwd():
+        raise UserError(f"{folder}: is the current folder; give a new --run.folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and holds no run; give an empty or a new --run.folder")
     tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)

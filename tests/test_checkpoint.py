@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.errors import FaultError, UserError
+from flax_decoder.training.checkpoint import (
+    COMMITTED,
+    Checkpoints,
+    choose_step,
+    restore_params,
+    restore_state,
+    saved_steps,
+)
+
+LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: None, 10: 2.5}
+KEPT = [4, 8, 10]
+
+
+def make_state():
+    sizes = {"vocab_size": 11, "context_length": 4, "num_layers": 1, "embed_dim": 8, "num_heads": 2}
+    config = fd.load_config(None, {f"model.{name}": value for name, value in sizes.items()})
+    return fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
+
+
+def after(state, step):
+    """A state whose every number says which step it is of."""
+
+    def mark(leaf):
+        return jnp.full(leaf.shape, step, leaf.dtype)
+
+    return state.replace(
+        step=jnp.asarray(step, jnp.int32),
+        params=jax.tree.map(mark, state.params),
+        opt_state=jax.tree.map(mark, state.opt_state),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder, state = tmp_path_factory.mktemp("run"), make_state()
+    checkpoints = Checkpoints(folder, keep_newest=2)
+    for step, loss in LOSSES.items():
+        checkpoints.save(after(state, step), loss)
+    checkpoints.close()
+    lines = [f'{{"step": {step}, "val_loss": {loss}}}\n' for step, loss in LOSSES.items() if loss is not None]
+    (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 11, "train_loss": 0.1}\n')
+    return folder, state
+
+
+def test_the_newest_and_the_best_are_kept(saved):
+    assert saved_steps(saved[0]) == KEPT
+
+
+@pytest.mark.parametrize("step", KEPT)
+def test_a_state_comes_back_to_the_last_bit(saved, step):
+    folder, state = saved
+    restored = restore_state(folder, step, state)
+    assert restored.step == step and restored.step.dtype == jnp.int32
+    expected = after(state, step)
+    for one, other in zip(
+        jax.tree.leaves((restored.params, restored.opt_state)),
+        jax.tree.leaves((expected.params, expected.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
+    abstract = jax.eval_shape(lambda: state.params)
+    jax.tree.map(np.testing.assert_array_equal, restore_params(folder, step, abstract), expected.params)
+
+
+@pytest.mark.parametrize(("wanted", "step"), [("latest", 10), ("best", 4), (8, 8)])
+def test_choosing_a_checkpoint(saved, wanted, step):
+    assert choose_step(saved[0], wanted) == step
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(saved, tmp_path):
+    with pytest.raises(UserError, match="step 6; there are 4, 8, 10"):
+        choose_step(saved[0], 6)
+    with pytest.raises(UserError, match="has no checkpoint; train first"):
+        choose_step(tmp_path, "latest")
+
+
+def test_only_whole_checkpoints_count(tmp_path):
+    for name in ("2", "4", "12", "12.orbax-checkpoint-tmp", "best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if name != "12":
+            (tmp_path / "checkpoints" / name / COMMITTED).touch()
+    assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_a_fault(saved):
+    folder, state = saved
+    with pytest.raises(FaultError, match="cannot be restored"):
+        restore_params(folder, 7, state.params)

@@ -1,0 +1,234 @@
+import hashlib
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flax_decoder.cli import main
+from flax_decoder.config import SECTIONS, fields_of
+
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
+ARGUMENTS = [
+    "--model.context-length=8",
+    "--model.num-layers=1",
+    "--model.embed-dim=8",
+    "--model.num-heads=2",
+    "--training.num-steps=4",
+    "--training.batch-size=2",
+    "--training.eval-every=4",
+    "--training.save-every=4",
+    "--training.log-every=4",
+    "--training.sample-tokens=9",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small run on TEXT."""
+    folder = tmp_path_factory.mktemp("run") / "x"
+    text = folder.parent / "hamlet.txt"
+    text.write_text(TEXT)
+    assert main(["train", *ARGUMENTS, f"--data.path={text}", f"--run.folder={folder}"]) == 0
+    return str(folder)
+
+
+def snapshot():
+    return {str(path): path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() for path in Path().rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs a command that must be refused: exit code 2, one or two lines, nothing written. Returns the message."""
+    monkeypatch.chdir(tmp_path)
+    Path("hamlet.txt").write_text(TEXT)
+
+    def run_command(*arguments):
+        before = snapshot()
+        assert main(arguments) == 2
+        out, error = capsys.readouterr()
+        assert error.startswith("error: ") and len(error.strip().splitlines()) <= 2 and "Traceback" not in error
+        assert out == ""
+        assert snapshot() == before
+        return error
+
+    return run_command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--training.num-stepz", "3"], ["--training.num-stepz", "did you mean --training.num-steps?"]),
+        (["--training.num-steps=many"], ["training.num_steps", "many"]),
+        (["--training.num-steps=0"], ["training.num_steps", "0"]),
+        (["--model.embed-dim=10", "--model.num-heads=4"], ["embed_dim = 10", "num_heads = 4"]),
+        (["--model.positions=spiral"], ["model.positions", "spiral", "rotary"]),
+        (["--data.path=missing.txt"], ["missing.txt", "no such file"]),
+        (["missing.toml"], ["missing.toml", "no such config file"]),
+        (["--data.path=hamlet.txt", "--model.context-length=500"], ["hamlet.txt", "context_length = 500"]),
+        (["--data.path=hamlet.txt", "--model.vocab-size=3"], ["model.vocab_size = 3"]),
+    ],
+)
+def test_train_refuses_wrong_input(refused, arguments, parts):
+    error = refused("train", *arguments)
+    assert all(part in error for part in parts), error
+
+
+@pytest.mark.parametrize(
+    ("toml", "parts"),
+    [
+        ("[model]\nnum_layerz = 2\n", ["mine.toml", "model.num_layerz", "did you mean num_layers?"]),
+        ('[model]\nnum_layers = "two"\n', ["mine.toml", "model.num_layers", "two"]),
+        ("[modle]\nnum_layers = 2\n", ["mine.toml", "modle", "model"]),
+        ("[model\n", ["mine.toml", "not valid TOML"]),
+    ],
+)
+def test_train_refuses_a_wrong_config(refused, toml, parts):
+    Path("mine.toml").write_text(toml)
+    error = refused("train", "mine.toml")
+    assert all(part in error for part in parts), error
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "is empty"),
+        (b" \n", "white space"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "PNG"),
+        (b"ab\0cd" * 99, "NUL"),
+        (b"ab", "tokens"),
+    ],
+)
+def test_train_refuses_what_is_no_text(refused, content, part):
+    Path("mine.txt").write_bytes(content)
+    error = refused("train", "--data.path=mine.txt")
+    assert part in error and "mine.txt" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--prompt", "To é"], ["é", "U+00E9"]),
+        (["--prompt", ""], ["prompt is empty"]),
+        (["--prompt", "To", "--temperature", "-1"], ["temperature = -1"]),
+        (["--prompt", "To", "--top-p", "0"], ["top_p = 0"]),
+        (["--prompt", "To", "--top-k", "-1"], ["top_k = -1"]),
+        (["--prompt", "To", "--max-new-tokens", "-1"], ["--max-new-tokens"]),
+        (["--prompt", "To", "--num-samples", "0"], ["--num-samples"]),
+        (["--prompt", "To", "--max-new-tokens", "some"], ["--max-new-tokens", "some"]),
+        (["--prompt", "To", "--step", "3"], ["step 3", "there are 4"]),
+        (["--promt", "To"], ["--promt", "did you mean --prompt?"]),
+    ],
+)
+def test_generate_refuses_wrong_input(refused, run, arguments, parts):
+    error = refused("generate", run, *arguments)
+    assert all(part in error for part in parts), error
+
+
+def test_generate_and_eval_refuse_what_is_no_run_or_no_text(refused, run):
+    assert "nowhere" in refused("generate", "nowhere", "--prompt", "To")
+    assert "missing.txt" in refused("eval", run, "missing.txt")
+    Path("mine.txt").write_text("To be é")
+    assert "é" in refused("eval", run, "mine.txt")
+    Path("mine.txt").write_text("T")
+    assert "mine.txt" in refused("eval", run, "mine.txt")
+
+
+def test_a_command_is_needed(refused):
+    assert "COMMAND" in refused()
+    assert "fly" in refused("fly")
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", "--help"])
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    names = [f"--{section}.{name}".replace("_", "-") for section in SECTIONS for name in fields_of(section)]
+    assert len(names) > 50
+    assert [name for name in names if f"{name} " not in shown] == []
+
+
+def test_underscores_and_hyphens_are_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for argument in ("--training.batch-size=7", "--training.batch_size=7"):
+        # Refused only after the value is understood.
+        assert main(["train", argument, "--training.accumulation_steps", "2"]) == 2
+        assert "training.batch_size = 7 is not a multiple of accumulation_steps = 2" in capsys.readouterr().err
+
+
+def generated(capsys, *arguments):
+    capsys.readouterr()
+    assert main(["generate", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_continues_a_prompt(run, capsys):
+    options = ["--max-new-tokens", "30", "--temperature", "1.5"]
+    text = generated(capsys, run, "--prompt", "To be", *options)
+    assert text.startswith("To be") and text.endswith("\n")
+    assert len(text) == len("To be") + 30 + 1 and set(text) <= set(TEXT)
+    assert generated(capsys, run, "--prompt", "To be", *options) == text
+    assert generated(capsys, run, "--prompt", "To be", *options, "--seed", "1") != text
+    assert generated(capsys, run, "--prompt", "To be", *options, "--no-stream") == text
+    assert generated(capsys, run, "--prompt", "To be", *options, "--step", "best") == text  # there is one checkpoint
+
+
+def test_generate_writes_several_samples(run, capsys):
+    options = ["--max_new_tokens", "12", "--temperature", "3"]
+    one = generated(capsys, run, "--prompt", "To", *options)
+    three = generated(capsys, run, "--prompt", "To", *options, "--num-samples", "3")
+    assert three.startswith(one + "\n") and three.count("To") >= 3
+    assert len(three) == 3 * (2 + 12) + 5  # empty lines between
+
+
+def test_generate_stops_before_a_text(run, capsys):
+    options = ["--prompt", "To", "--max-new-tokens", "60", "--temperature", "2"]
+    text = generated(capsys, run, *options).removeprefix("To").removesuffix("\n")
+    stop = text[20:23]
+    assert generated(capsys, run, *options, "--stop", stop) == "To" + text[: text.index(stop)] + "\n"
+
+
+def test_the_prompt_may_come_from_standard_input(run, capsys, monkeypatch):
+    options = ["--max-new-tokens", "12"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("To be"))
+    assert generated(capsys, run, *options) == generated(capsys, run, "--prompt", "To be", *options)
+
+
+def test_eval_scores_a_text(run, capsys, tmp_path):
+    path = tmp_path / "part.txt"
+    path.write_text(TEXT[:100])
+    assert main(["eval", run, str(path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.keys() == {"loss", "perplexity", "bits_per_byte", "num_tokens"}
+    assert result["num_tokens"] == 99
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))  # a character is a token is a byte
+    assert main(["eval", run, str(path)]) == 0
+    shown = capsys.readouterr().out
+    for number in (f"{result['loss']:.4f}", f"{result['perplexity']:.3f}", f"{result['bits_per_byte']:.4f}", "99"):
+        assert number in shown
+
+
+def test_without_a_text_there_is_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # Most of its characters would be validated; one batch is enough here.
+    assert main(["train", *ARGUMENTS, "--training.eval-batches=1"]) == 0
+    out = capsys.readouterr().out
+    assert "Python's own help texts" in out and "input.txt" in out
+    assert (tmp_path / "runs" / "default" / "sample.txt").exists()
+
+
+def test_exit_codes_reach_the_shell(tmp_path):
+    """One command by each way in."""
+    train = [sys.executable, str(Path(__file__).parents[1] / "train.py"), "missing.toml"]
+    module = [sys.executable, "-m", "flax_decoder", "generate", "nowhere", "--prompt", "a"]
+    for command, part in ((train, "missing.toml"), (module, "nowhere")):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 2 and part in result.stderr and "Traceback" not in result.stderr
+    shown = subprocess.run([*module[:3], "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0 and "generate" in shown.stdout
+    assert list(tmp_path.iterdir()) == []

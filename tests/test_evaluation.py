@@ -1,0 +1,60 @@
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.training.evaluation import evaluate
+
+T, V = 5, 7
+MODEL = {"vocab_size": V, "context_length": T, "num_layers": 1, "embed_dim": 8, "num_heads": 2, "init_stddev": 0.5}
+
+
+@pytest.fixture(scope="module")
+def model_and_params():
+    model = fd.Decoder(fd.load_config(None, {f"model.{name}": value for name, value in MODEL.items()}).model)
+    return model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+
+
+def loss_of_each(model, params, tokens):
+    """Minus the log probability of each token but the first, windows of T read one by one, in float64."""
+    forward = jax.jit(lambda inputs_1T: model.apply({"params": params}, inputs_1T))
+    losses = []
+    for start in range(0, len(tokens) - 1, T):
+        inputs, targets = tokens[start : start + T], tokens[start + 1 : start + 1 + T]
+        padded_1T = np.pad(inputs, (0, T - len(inputs)))[None]
+        for logits_V, target in zip(np.asarray(forward(padded_1T)[0], np.float64), targets, strict=False):
+            losses.append(math.log(np.exp(logits_V).sum()) - logits_V[target])
+    return losses
+
+
+@pytest.mark.parametrize(("num_tokens", "batch_size"), [(2, 3), (31, 3), (48, 2)])
+def test_each_token_but_the_first_is_predicted_once(model_and_params, num_tokens, batch_size):
+    tokens = np.random.default_rng(0).integers(0, V, num_tokens, np.int32)
+    losses = loss_of_each(*model_and_params, tokens)
+    assert len(losses) == num_tokens - 1
+    result = evaluate(*model_and_params, tokens, 100, batch_size=batch_size)
+    assert result.keys() == {"loss", "perplexity", "bits_per_byte", "num_tokens"}
+    assert result["num_tokens"] == num_tokens - 1
+    mean = sum(losses) / len(losses)
+    assert result["loss"] == pytest.approx(mean, rel=1e-6)  # float32 sums of a batch
+    assert result["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(mean / math.log(2) * num_tokens / 100, rel=1e-6)
+
+
+def test_a_limit_reads_some_batches(model_and_params):
+    tokens = np.random.default_rng(0).integers(0, V, 48, np.int32)
+    losses = loss_of_each(*model_and_params, tokens)
+    result = evaluate(*model_and_params, tokens, 100, batch_size=2, limit=1)
+    assert result["num_tokens"] == 10
+    assert result["loss"] == pytest.approx(sum(losses[:10]) / 10, rel=1e-6)
+
+
+def test_a_model_that_is_far_off_has_a_loss_and_no_crash(model_and_params):
+    """exp(loss) is no float64 beyond 709."""
+    model, params = model_and_params
+    huge = params | {"embedding": params["embedding"] * 1e6}
+    tokens = np.random.default_rng(0).integers(0, V, 31, np.int32)
+    result = evaluate(model, huge, tokens, 31, batch_size=2)
+    assert result["loss"] > 709 and result["perplexity"] == math.inf

@@ -1,0 +1,57 @@
+import jax
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.config import to_toml
+from flax_decoder.data.tokenizer import CharTokenizer
+from flax_decoder.training.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with what loading needs, made without training, and the params of its two checkpoints."""
+    folder, tokenizer = tmp_path_factory.mktemp("run"), CharTokenizer("abc")
+    sizes = {"vocab_size": 5, "context_length": 4, "num_layers": 1, "embed_dim": 8, "num_heads": 2}
+    config = fd.load_config(None, {f"model.{name}": value for name, value in sizes.items()})
+    state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(3))
+    (folder / "config.toml").write_text(to_toml(config))
+    (folder / "tokenizer.json").write_text(tokenizer.to_json())
+    (folder / "metrics.jsonl").write_text('{"step": 1, "val_loss": 1.0}\n{"step": 2, "val_loss": 2.0}\n')
+    checkpoints, params = Checkpoints(folder, keep_newest=2), {}
+    for step in (1, 2):
+        state = state.replace(step=step, params=jax.tree.map(lambda leaf: leaf * 2 + 1, state.params))
+        checkpoints.save(state, float(step))
+        params[step] = state.params
+    checkpoints.close()
+    return folder, params, config
+
+
+@pytest.mark.parametrize(
+    ("choice", "step"), [({}, 2), ({"step": "best"}, 1), ({"step": 1}, 1), ({"step": "latest"}, 2)]
+)
+def test_a_run_is_loaded(run, choice, step):
+    folder, params, config = run
+    model, loaded, tokenizer = fd.load(folder, **choice)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params[step])
+    assert model.config == config.model
+    assert tokenizer.decode(tokenizer.encode("cab")) == "cab"
+    tokens_BT = np.array([tokenizer.encode("cab")])
+    logits_BTV = jax.jit(lambda params: model.apply({"params": params}, tokens_BT))(loaded)
+    assert logits_BTV.shape == (1, 3, 5)
+
+
+def test_a_path_may_be_text(run):
+    assert fd.load(str(run[0]))[0].config == run[2].model
+
+
+def test_what_is_no_run_is_refused(run, tmp_path):
+    with pytest.raises(fd.UserError, match="no such folder"):
+        fd.load(tmp_path / "missing")
+    with pytest.raises(fd.UserError, match=r"no config\.toml"):
+        fd.load(tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(fd.UserError, match="has no checkpoint"):
+        fd.load(tmp_path)
+    with pytest.raises(fd.UserError, match="no checkpoint of step 7; there are 1, 2"):
+        fd.load(run[0], step=7)

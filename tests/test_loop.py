@@ -1,0 +1,269 @@
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.cli import main
+from flax_decoder.training import loop
+from flax_decoder.training.checkpoint import saved_steps
+from flax_decoder.training.metrics import read_metrics
+
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
+NUM_STEPS = 8
+RULES = {
+    "model.context_length": 8,
+    "model.num_layers": 1,
+    "model.embed_dim": 8,
+    "model.num_heads": 2,
+    "model.dropout": 0.2,
+    "training.num_steps": NUM_STEPS,
+    "training.batch_size": 2,
+    "training.eval_every": 2,
+    "training.save_every": 2,
+    "training.log_every": 2,
+    "training.keep_newest": 2,
+    "training.sample_tokens": 12,
+}
+# All that a line of metrics.jsonl says but how long it took.
+TIMES = ("tokens_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "hamlet.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def train(folder, text, **changes):
+    """Trains in this process; `changes` to RULES are named section__field."""
+    overrides = {name.replace("__", "."): value for name, value in changes.items()}
+    config = fd.load_config(None, RULES | {"data.path": str(text), "run.folder": str(folder)} | overrides)
+    return loop.train(config, Path(folder))
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def whole(request, tmp_path_factory, text):
+    """A run that was never stopped, and its optimizer."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    assert train(folder, text, optimizer__name=request.param) == 0
+    return folder, request.param
+
+
+def rows_without_times(folder):
+    rows = read_metrics(folder / "metrics.jsonl")
+    return {row["step"]: {name: value for name, value in row.items() if name not in TIMES} for row in rows}
+
+
+def assert_equal_to_the_last_bit(folder, expected):
+    """All that both runs logged, and the parameters; a line of the step of a stop may be there besides."""
+    rows, expected_rows = rows_without_times(folder), rows_without_times(expected)
+    assert {step: rows[step] for step in expected_rows} == expected_rows
+    steps = list(rows)
+    assert steps == sorted(set(steps))
+    jax.tree.map(np.testing.assert_array_equal, fd.load(folder)[1], fd.load(expected)[1])
+    assert (folder / "sample.txt").read_text() == (expected / "sample.txt").read_text()
+
+
+def at_step(monkeypatch, step, action):
+    """Lets `action` happen once, when the loop asks for the batches of the call in which a step lies."""
+    original, happened = loop.train_batch, []
+
+    def train_batch(*args, **options):
+        if options["step"] <= step < options["step"] + options.get("num_steps", 1) and not happened:
+            happened.append(step)
+            action()
+        return original(*args, **options)
+
+    monkeypatch.setattr(loop, "train_batch", train_batch)
+
+
+class CrashError(Exception):
+    """What nobody expected."""
+
+
+def crash():
+    raise CrashError
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_a_run_that_crashed_continues_to_the_same_end(whole, text, tmp_path, monkeypatch, capsys):
+    expected, name = whole
+    with monkeypatch.context() as patch, pytest.raises(CrashError):
+        at_step(patch, 5, crash)
+        train(tmp_path / "run", text, optimizer__name=name)
+    wait_for(lambda: saved_steps(tmp_path / "run") == [2, 4])  # it is written in the background
+    # A line of the crashed run beyond its checkpoint, and one cut short.
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "train_loss": 99.0, "seconds": 1.0}\n{"step": 6, "tr')
+    capsys.readouterr()
+    assert train(tmp_path / "run", text, optimizer__name=name) == 0
+    assert "from the checkpoint of step 4" in capsys.readouterr().out
+    assert 5 not in rows_without_times(tmp_path / "run")
+    assert_equal_to_the_last_bit(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_was_stopped_continues_to_the_same_end(whole, text, tmp_path, monkeypatch, capsys, number, code):
+    expected, name = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "MOST_STEPS_A_CALL", 1)  # so that it stops where nothing else would happen
+        at_step(patch, 4, lambda: os.kill(os.getpid(), number))
+        assert train(tmp_path / "run", text, optimizer__name=name) == code
+    assert saved_steps(tmp_path / "run")[-1] == 5  # the step it was in, though it is none of save_every
+    assert f"stopped by {number.name}: saved at step 5" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "sample.txt").exists()
+    assert train(tmp_path / "run", text, optimizer__name=name, run__resume="must") == 0
+    assert_equal_to_the_last_bit(tmp_path / "run", expected)
+
+
+def test_a_run_stopped_where_it_would_evaluate_loses_no_evaluation(whole, text, tmp_path, monkeypatch):
+    expected, name = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "MOST_STEPS_A_CALL", 1)
+        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path / "run", text, optimizer__name=name) == 143
+    assert saved_steps(tmp_path / "run")[-1] == 6
+    assert train(tmp_path / "run", text, optimizer__name=name) == 0
+    assert_equal_to_the_last_bit(tmp_path / "run", expected)
+
+
+def test_what_a_run_folder_holds(whole, text):
+    folder, name = whole
+    assert {entry.name for entry in folder.iterdir()} == {
+        "config.toml",
+        "tokenizer.json",
+        "corpus",
+        "metrics.jsonl",
+        "checkpoints",
+        "loss.png",
+        "sample.txt",
+    }
+    config = fd.load_config(folder / "config.toml")
+    assert config.model.vocab_size == len(set(TEXT))  # resolved
+    assert config.optimizer.name == name and config.data.path == str(text) and config.run.folder == str(folder)
+    rules = {
+        "data.path": str(text),
+        "run.folder": str(folder),
+        "optimizer.name": name,
+        "model.vocab_size": len(set(TEXT)),
+    }
+    assert config == fd.load_config(None, RULES | rules)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    # The opening newline is not shown.
+    assert RULES["training.sample_tokens"] <= len((folder / "sample.txt").read_text()) + 1
+    assert set((folder / "sample.txt").read_text()) <= set(TEXT)
+
+
+def test_what_a_line_of_metrics_says(whole):
+    rows = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    fields = ("train_loss", "val_loss", "val_bits_per_byte", "learning_rate", "gradient_norm", *TIMES)
+    for row in rows:
+        assert row.keys() == {"step", "tokens", *fields}
+        assert row["tokens"] == row["step"] * 2 * 8  # batch_size, context_length
+        assert all(type(row[name]) is float and math.isfinite(row[name]) for name in fields)
+        # One character of this text is one byte; the mean is over all but the first of them.
+        num_tokens = len(TEXT) - int(0.9 * len(TEXT))
+        assert row["val_bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2) * num_tokens / num_tokens)
+    assert rows[0]["learning_rate"] == pytest.approx(1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi / 8)) / 2))
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(text, tmp_path, monkeypatch):
+    """Losses are made up, so that the second is the best."""
+    losses = iter([3.0, 2.0, 4.0, 5.0, 6.0])
+
+    def evaluate(*args, **options):
+        return {"loss": next(losses), "bits_per_byte": 1.0}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    assert train(tmp_path / "run", text, training__num_steps=10) == 0
+    assert saved_steps(tmp_path / "run") == [4, 8, 10]
+    params = {step: fd.load(tmp_path / "run", step=step)[1]["embedding"] for step in ("best", "latest", 4, 10)}
+    np.testing.assert_array_equal(params["best"], params[4])
+    np.testing.assert_array_equal(params["latest"], params[10])
+    assert not np.array_equal(params["best"], params["latest"])
+
+
+def test_the_first_step_may_be_logged(text, tmp_path, capsys):
+    """Nothing was timed yet when it is: it compiled."""
+    assert train(tmp_path / "run", text, training__log_every=1, training__num_steps=3, training__eval_every=3) == 0
+    assert list(rows_without_times(tmp_path / "run")) == [1, 2, 3]
+
+
+def test_a_run_stopped_before_its_first_evaluation_can_be_ended_there(text, tmp_path, monkeypatch, capsys):
+    rare = {"training__eval_every": 100, "training__save_every": 100}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "MOST_STEPS_A_CALL", 1)
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(tmp_path / "run", text, **rare) == 143
+    assert train(tmp_path / "run", text, **rare, training__num_steps=3) == 0
+    assert (tmp_path / "run" / "sample.txt").exists()
+
+
+@pytest.mark.parametrize("eval_every", [1, 100])
+def test_a_loss_that_is_no_number_is_a_fault(text, tmp_path, monkeypatch, capsys, eval_every):
+    """With and without an evaluation between the step that broke the parameters and the one that sees it."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--{name}={value}" for name, value in (RULES | {"data.path": text, "run.folder": "run"}).items()]
+    arguments += ["--optimizer.learning-rate=1e30", "--training.save-every=3", f"--training.eval-every={eval_every}"]
+    assert main(["train", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"the loss is \S+ at step [123]\b.*learning_rate", error) and "Traceback" not in error
+    assert saved_steps(tmp_path / "run") == []
+
+
+def test_a_broken_step_folder_is_no_checkpoint(text, tmp_path):
+    """As a kill or a half-finished deletion leaves it."""
+    assert train(tmp_path / "run", text, training__num_steps=4) == 0
+    (tmp_path / "run" / "checkpoints" / "7").mkdir()
+    assert train(tmp_path / "run", text) == 0
+    assert saved_steps(tmp_path / "run")[-2:] == [6, 8]
+    assert list(rows_without_times(tmp_path / "run")) == [2, 4, 6, 8]
+
+
+def test_a_damaged_checkpoint_is_a_fault(whole, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(NUM_STEPS) / "params")
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "To"]) == 1
+    error = capsys.readouterr().err
+    assert "params" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_process_saves_and_exits_with_the_code_of_the_signal(text, tmp_path, number, code):
+    rules = RULES | {"training.num_steps": 10**6, "training.eval_every": 10**6, "training.save_every": 10**6}
+    rules |= {"training.log_every": 20, "data.path": text, "run.folder": "run"}
+    command = [sys.executable, str(Path(__file__).parents[1] / "train.py")]
+    command += [f"--{name}={value}" for name, value in rules.items()]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        log = tmp_path / "run" / "metrics.jsonl"
+        wait_for(lambda: (log.exists() and log.read_text().count("\n") > 1) or process.poll() is not None)
+        process.send_signal(number)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, error
+    assert "Traceback" not in error
+    (step,) = saved_steps(tmp_path / "run")
+    assert f"stopped by {number.name}: saved at step {step}; the same command continues" in out
+    assert read_metrics(log)[-1]["step"] == step

@@ -1,0 +1,154 @@
+import json
+import math
+import sys
+import types
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from flax_decoder.config import RunConfig
+from flax_decoder.errors import UserError
+from flax_decoder.training.metrics import MetricsLog, advice, as_row, bits_per_byte, plot_losses, read_metrics
+
+ROWS = [{"step": step, "train_loss": 3.0 / step, "seconds": 1.5 * step} for step in (2, 4, 6)]
+
+
+def write_rows(path, rows, tail=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+
+
+def test_lines_go_to_disk_as_they_come(tmp_path):
+    log = MetricsLog(RunConfig(), tmp_path, 0)
+    assert log.seconds() == 0 and read_metrics(tmp_path / "metrics.jsonl") == []
+    for number, row in enumerate(ROWS, 1):
+        log.add(row)
+        assert read_metrics(tmp_path / "metrics.jsonl") == ROWS[:number] == log.rows
+    assert log.seconds() == 9.0
+
+
+def test_no_file_has_no_lines(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "tail", ['{"step": 8, "train_lo', '{"step": 8, "train_loss": 1.0}', '{"step": 8, "text": "\\u00']
+)
+def test_a_last_line_cut_short_is_left_out(tmp_path, tail):
+    write_rows(tmp_path / "metrics.jsonl", ROWS, tail)
+    assert read_metrics(tmp_path / "metrics.jsonl") == ROWS
+    log = MetricsLog(RunConfig(), tmp_path, 6)
+    log.add({"step": 8})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [*ROWS, {"step": 8}]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0), (4, 2), (5, 2), (6, 3)])
+def test_lines_after_the_checkpoint_are_dropped(tmp_path, step, kept):
+    write_rows(tmp_path / "metrics.jsonl", ROWS)
+    log = MetricsLog(RunConfig(), tmp_path, step)
+    assert log.rows == ROWS[:kept] == read_metrics(tmp_path / "metrics.jsonl")
+    assert log.seconds() == (ROWS[kept - 1]["seconds"] if kept else 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "name"),
+    [
+        (RunConfig(tensorboard=True), "tensorboardX", "tensorboard"),
+        (RunConfig(wandb="letters"), "wandb", "wandb"),
+    ],
+)
+def test_a_reporter_that_is_not_installed_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, config, module, name):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(UserError) as refusal:
+        MetricsLog(config, tmp_path, 0)
+    assert f"run.{name}" in str(refusal.value)
+    assert f'pip install "flax-decoder[{name}]"' in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            written.append("flush")
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    MetricsLog(RunConfig(tensorboard=True), tmp_path, 0).add({"step": 3, "train_loss": 1.5})
+    assert written == [str(tmp_path / "tensorboard"), ("step", 3, 3), ("train_loss", 1.5, 3), "flush"]
+
+
+def test_wandb_goes_on_in_the_same_chart(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(log=lambda row, step: calls.append((row, step)))
+    module = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    folder = tmp_path / "hamlet"
+    folder.mkdir()
+    MetricsLog(RunConfig(wandb="plays"), folder, 0).add({"step": 3, "train_loss": 1.5})
+    assert calls[0].items() >= {"project": "plays", "id": "hamlet", "resume": "allow"}.items()
+    assert calls[1] == ({"step": 3, "train_loss": 1.5}, 3)
+
+
+def validation(*losses):
+    """Rows with these validation losses, at steps 100, 200 and so on; between them, lines without."""
+    rows = []
+    for number, loss in enumerate(losses, 1):
+        rows += [{"step": 100 * number - 50, "train_loss": 1.0}, {"step": 100 * number, "val_loss": loss}]
+    return rows
+
+
+def test_advice_for_a_loss_that_still_falls():
+    text = advice(validation(3.0, 2.5, 2.2, 2.0, 1.9))
+    assert "falling" in text and "--training.num-steps 1000" in text
+
+
+def test_advice_for_a_loss_that_rises():
+    text = advice(validation(3.0, 2.0, 2.2, 2.4, 2.6))
+    assert "risen since step 200" in text and "overfitting" in text and "200 steps" in text
+
+
+@pytest.mark.parametrize("losses", [(3.0, 2.0, 1.999, 1.998, 1.997), (2.0, 2.0), (3.0, 2.0, 2.0, 2.0, 2.001)])
+def test_advice_for_a_loss_that_has_settled(losses):
+    assert "settled" in advice(validation(*losses))
+
+
+@pytest.mark.parametrize("losses", [(), (2.0,)])
+def test_advice_where_there_is_no_trend(losses):
+    assert "Only one evaluation" in advice(validation(*losses))
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_curves_are_drawn(tmp_path, evaluated):
+    rows = [{"step": step, "train_loss": 3 / step} for step in range(1, 20)]
+    if evaluated:
+        rows[9]["val_loss"], rows[18]["val_loss"] = 2.0, 1.0
+    path = tmp_path / "loss.png"
+    plot_losses(rows, path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["loss.png"]
+    colours = np.round(matplotlib.image.imread(path)[..., :3] * 255).astype(int).reshape(-1, 3)
+
+    def count(colour):
+        return int((colours == [int(colour[i : i + 2], 16) for i in (0, 2, 4)]).all(-1).sum())
+
+    assert count("9ecae1") > 300  # a line across the picture, not only its sample in the legend
+    assert (count("d94801") > 300) == evaluated
+
+
+def test_bits_per_byte_is_the_loss_in_another_unit():
+    # 10 tokens of ln 8 nats each are 30 bits; over 15 bytes that is 2 bits a byte.
+    assert bits_per_byte(math.log(8), num_tokens=10, num_bytes=15) == pytest.approx(2.0)
+
+
+def test_numbers_of_a_device_become_those_of_python():
+    row = as_row(7, tokens=21, train_loss=np.float32(1.5))
+    assert row == {"step": 7, "tokens": 21, "train_loss": 1.5}
+    assert [type(value) for value in row.values()] == [int, int, float]
+    json.dumps(row)

@@ -1,0 +1,61 @@
+import io
+import itertools
+
+import pytest
+from rich.console import Console
+
+from flax_decoder.training import progress
+from flax_decoder.training.progress import Pace, Progress
+
+
+@pytest.mark.parametrize(("step_seconds", "expected"), [(0.01, 10), (0.5, 4), (1.9, 1), (30.0, 1)])
+def test_a_call_takes_as_many_steps_as_fit_into_its_time(monkeypatch, step_seconds, expected):
+    clock = itertools.count(0, step_seconds)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    pace = Pace(most_steps=10)
+    assert pace.num_steps == 1
+    with pace.timed(1):
+        pass
+    assert pace.seconds_a_step == pytest.approx(step_seconds)
+    assert pace.num_steps == expected
+
+
+def test_the_call_that_compiles_does_not_set_the_pace_for_long(monkeypatch):
+    times = iter([0.0, 60.0, 60.0, 60.1])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
+    pace = Pace(most_steps=10)
+    with pace.timed(1):
+        pass
+    assert pace.num_steps == 1
+    with pace.timed(1):
+        pass
+    assert pace.num_steps == 10
+
+
+def row(step, **more):
+    return {"step": step, "train_loss": 2.5, "tokens_per_second": 50.0, **more}
+
+
+def shown(monkeypatch, terminal, *rows):
+    output = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda **settings: Console(file=output, force_terminal=terminal, width=100, **settings)
+    )
+    with Progress(num_steps=400, step=0, tokens_a_step=10) as shower:
+        for one in rows:
+            shower.show(one)
+    return output.getvalue()
+
+
+def test_without_a_terminal_there_are_plain_lines(monkeypatch):
+    output = shown(monkeypatch, False, row(10), row(20), row(25, val_loss=2.25, val_bits_per_byte=3.5))
+    assert output.splitlines() == [
+        "step  20  loss 2.5000  50 tokens/s  76 s left",
+        "step  25  loss 2.5000  validation 2.2500 (3.500 bits per byte)",
+    ]
+
+
+def test_a_terminal_has_a_bar_with_loss_speed_and_time_left(monkeypatch):
+    output = shown(monkeypatch, True, row(10), row(20))
+    assert "20/400" in output and "loss 2.500  50 tokens/s" in output and "\x1b[" in output
+    assert "s left" not in output

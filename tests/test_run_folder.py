@@ -1,0 +1,166 @@
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.cli import main
+from flax_decoder.training.checkpoint import saved_steps
+from flax_decoder.training.metrics import read_metrics
+
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
+ARGUMENTS = [
+    "--model.context-length=8",
+    "--model.num-layers=1",
+    "--model.embed-dim=8",
+    "--model.num-heads=2",
+    "--training.num-steps=4",
+    "--training.batch-size=2",
+    "--training.eval-every=2",
+    "--training.save-every=2",
+    "--training.log-every=2",
+    "--training.sample-tokens=9",
+    "--data.path=hamlet.txt",
+    "--run.folder=runs/x",
+]
+RUN = Path("runs/x")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a text and a finished run, as a user would have them."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("hamlet.txt").write_text(TEXT)
+        assert main(["train", *ARGUMENTS]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(trained, tmp_path, monkeypatch):
+    """A copy of it, which is the current folder."""
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+
+
+def snapshot(folder="."):
+    """What lies in a folder, byte for byte."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        for path in sorted(Path(folder).rglob("*"))
+    }
+
+
+def refusal(capsys, *changes):
+    """Trains with changed arguments, which must be refused with nothing written; returns the message."""
+    before = snapshot()
+    capsys.readouterr()
+    assert main(["train", *ARGUMENTS, *changes]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.strip().splitlines()) <= 2
+    assert snapshot() == before
+    return error
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(here, capsys):
+    before = snapshot()
+    assert main(["train", *ARGUMENTS]) == 0
+    out = capsys.readouterr().out
+    assert "finished" in out and "4 steps" in out and "--training.num-steps" in out
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "saved", "asked"),
+    [
+        ("--model.num-layers=2", "model.num_layers", "1", "2"),
+        ("--model.positions=rotary", "model.positions", "learned", "rotary"),
+        ("--data.tokenizer=byte", "data.tokenizer", "char", "byte"),
+        ("--optimizer.name=muon", "optimizer.name", "adamw", "muon"),
+        ("--training.seed=3", "training.seed", "0", "3"),
+    ],
+)
+def test_other_settings_are_refused_by_name(here, capsys, change, name, saved, asked):
+    error = refusal(capsys, change, "--training.num-steps=6")
+    assert f"{name}: saved {saved}, asked {asked}" in error and str(RUN) in error and "--run.folder" in error
+
+
+def test_another_text_is_refused(here, capsys):
+    Path("other.txt").write_text(TEXT.replace("nobler", "robler"))  # the same characters
+    assert "another text" in refusal(capsys, "--data.path=other.txt")
+    Path("hamlet.txt").write_text(TEXT.replace("nobler", "robler"))
+    assert "content changed" in refusal(capsys)
+
+
+def test_a_missing_text_under_another_name_is_refused(here, capsys):
+    assert "missing.txt" in refusal(capsys, "--data.path=missing.txt")
+
+
+def test_resume_never_and_must(here, capsys):
+    assert 'resume = "never"' in refusal(capsys, "--run.resume=never")
+    error = refusal(capsys, "--run.resume=must", "--run.folder=runs/new")
+    assert 'resume = "must"' in error and "runs/new" in error
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.toml", ".hidden"])
+def test_a_folder_with_something_else_in_it_is_refused(here, capsys, name):
+    Path("mine").mkdir()
+    (Path("mine") / name).write_text("mine")
+    assert "holds no run" in refusal(capsys, "--run.folder=mine")
+    assert "exists" in refusal(capsys, "--run.folder=hamlet.txt")
+
+
+def test_the_current_folder_is_no_place_for_a_run(tmp_path, monkeypatch, capsys, trained):
+    """It cannot be made beside itself; and an empty one is no fault."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *ARGUMENTS, f"--data.path={trained / 'hamlet.txt'}", "--run.folder=."]) in (0, 2)
+
+
+def test_an_empty_folder_is_as_good_as_none(here):
+    Path("empty").mkdir()
+    assert main(["train", *ARGUMENTS, "--run.folder=empty"]) == 0
+    assert saved_steps(Path("empty"))[-1] == 4
+
+
+def test_more_steps_and_what_changes_no_number_are_taken(here, capsys):
+    more = ["--training.num-steps=6", "--model.attention=reference", "--model.scan-layers=true"]
+    assert main(["train", *ARGUMENTS, *more, "--training.eval-every=3"]) == 0
+    assert "from the checkpoint of step 4" in capsys.readouterr().out
+    assert saved_steps(RUN)[-1] == 6
+    assert read_metrics(RUN / "metrics.jsonl")[-1]["step"] == 6
+    config = fd.load_config(RUN / "config.toml")
+    assert config.training.num_steps == 6 and config.model.attention == "reference"
+
+
+def test_a_run_folder_is_enough(here, capsys):
+    """The text is gone, and the run goes on from its own config; then it is moved, and still is all there."""
+    Path("hamlet.txt").unlink()
+    assert main(["train", str(RUN / "config.toml"), "--training.num-steps=6"]) == 0
+    assert saved_steps(RUN)[-1] == 6
+    params, before = fd.load(RUN)[1], snapshot(RUN)
+    shutil.move(RUN, "elsewhere")
+    model, moved, tokenizer = fd.load("elsewhere")
+    jax.tree.map(np.testing.assert_array_equal, params, moved)
+    assert tokenizer.decode(tokenizer.encode("To be")) == "To be"
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert {name.removeprefix("elsewhere"): sha for name, sha in snapshot("elsewhere").items()} == {
+        name.removeprefix(str(RUN)): sha for name, sha in before.items()
+    }
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(here, capsys):
+    shutil.move(RUN, "elsewhere")
+    assert main(["train", "elsewhere/config.toml", "--training.num-steps=6"]) == 0
+    assert saved_steps(Path("elsewhere"))[-1] == 6
+    assert not RUN.exists()
+
+
+def test_a_reporter_that_is_not_installed_leaves_nothing_behind(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    error = refusal(capsys, "--run.tensorboard=true", "--run.folder=runs/new")
+    assert 'pip install "flax-decoder[tensorboard]"' in error

@@ -1,0 +1,324 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_decoder as fd
+from flax_decoder.training.step import loss_sum, train_steps
+
+B, T, V = 8, 5, 11
+NUM_DEVICES = 8
+RULES = {
+    "model.vocab_size": V,
+    "model.context_length": T,
+    "model.num_layers": 1,
+    "model.embed_dim": 12,
+    "model.num_heads": 3,
+    "model.num_kv_heads": 1,
+    "model.mlp_dim": 14,
+    "training.num_steps": 100,
+    "optimizer.warmup_steps": 0,
+    "optimizer.learning_rate": 0.01,
+    # Were gradients of parts averaged wrongly, Adam would hide it: it hardly feels their length. A large epsilon shows.
+    "optimizer.epsilon": 1.0,
+    "optimizer.clip_norm": 0.0,
+}
+
+
+@functools.cache  # equal states share their compiled step
+def make_state(**changes):
+    """A state whose settings differ from RULES by `changes`, named section__field."""
+    overrides = {name.replace("__", "."): value for name, value in changes.items()}
+    config = fd.load_config(None, RULES | overrides)
+    return fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
+
+
+def make_batch(seed=0, mask="none"):
+    rng = np.random.default_rng(seed)
+    batch = {name: rng.integers(0, V, (B, T), np.int32) for name in ("inputs", "targets")}
+    if mask == "uneven":  # a row without targets, rows with few, a row whose targets count double
+        batch["mask"] = (rng.random((B, T)) < np.linspace(0, 1, B)[:, None]).astype(np.float32)
+        batch["mask"][-1] *= 2
+        assert batch["mask"][0].sum() == 0 and len(set(batch["mask"].sum(1))) > 3
+    return batch
+
+
+take_step = jax.jit(fd.train_step)
+score = jax.jit(fd.eval_step)
+
+
+def expected_loss(state, batch):
+    """The mean by its definition, in float64, from the model's logits."""
+    logits_BTV = np.asarray(state.apply_fn({"params": state.params}, batch["inputs"]), np.float64)
+    log_z_BT = np.log(np.exp(logits_BTV).sum(-1))
+    losses_BT = log_z_BT - np.take_along_axis(logits_BTV, batch["targets"][..., None], -1)[..., 0]
+    mask_BT = batch.get("mask", np.ones((B, T)))
+    return (losses_BT * mask_BT).sum() / mask_BT.sum()
+
+
+def assert_same(states_and_metrics, others, atol=1e-6):
+    """Equal but for the order in which float32 sums are added; losses are about 2, params at most 1."""
+    for name, leaf in others[1].items():
+        np.testing.assert_allclose(states_and_metrics[1][name], leaf, rtol=2e-6, err_msg=name)
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path((states_and_metrics[0].params, states_and_metrics[0].opt_state)),
+        jax.tree.leaves((others[0].params, others[0].opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("mask", ["none", "uneven"])
+def test_the_loss_is_the_mean_over_targets_that_count(mask):
+    state, batch = make_state(), make_batch(mask=mask)
+    _, metrics = take_step(state, batch)
+    assert metrics.keys() == {"loss", "gradient_norm"}
+    assert float(metrics["loss"]) == pytest.approx(expected_loss(state, batch), rel=1e-6)
+    sums = score(state, batch)
+    assert float(sums["num_tokens"]) == batch.get("mask", np.ones((B, T))).sum()
+    assert float(sums["loss"] / sums["num_tokens"]) == pytest.approx(expected_loss(state, batch), rel=1e-6)
+
+
+def test_the_step_is_pure():
+    state, batch = make_state(model__dropout=0.2), make_batch()
+    before = jax.tree.map(np.array, (state.params, state.opt_state, state.step))
+    results = [take_step(state, batch) for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state, state.step), before)
+    jax.tree.map(np.testing.assert_array_equal, *[(s.params, s.opt_state, metrics) for s, metrics in results])
+    assert not np.array_equal(results[0][0].params["embedding"], state.params["embedding"])
+    assert state.step.dtype == jnp.int32 and state.step == 0
+    assert results[0][0].step.dtype == jnp.int32 and results[0][0].step == 1
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    state, batch = make_state(model__dropout=0.3), make_batch()
+    losses = {}
+    for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        there = state.replace(seed=seed, step=jnp.asarray(step, jnp.int32))
+        losses[seed, step] = float(take_step(there, batch)[1]["loss"])
+        assert losses[seed, step] == float(take_step(there, batch)[1]["loss"])
+    assert len(set(losses.values())) == 4
+    assert float(score(state, batch)["loss"]) / (B * T) == pytest.approx(expected_loss(state, batch), rel=1e-6)
+
+
+def test_a_batch_is_learned_by_heart_in_one_compiled_step_that_reuses_memory():
+    """The pattern of the loop: jit, the state given away, one program for all steps."""
+    traces = 0
+
+    def step(state, batch):
+        nonlocal traces
+        traces += 1
+        return fd.train_step(state, batch)
+
+    state = make_state(optimizer__epsilon=1e-8, optimizer__clip_norm=1.0, optimizer__learning_rate=0.02)
+    first = state = jax.tree.map(jnp.array, state)  # others may want the shared one
+    take_own_step = jax.jit(step, donate_argnums=0)
+    batch, losses = make_batch(), []
+    # Each input has one answer, so that the batch can be known by heart.
+    batch["targets"] = (batch["inputs"] * 3 + 1) % V
+    for _ in range(40):
+        state, metrics = take_own_step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert traces == 1
+    assert first.params["embedding"].is_deleted()
+    assert losses[0] == pytest.approx(math.log(V), rel=0.02)  # small weights at the start: all tokens about as likely
+    assert losses[-1] < 0.2 * losses[0]
+
+
+take_steps = jax.jit(train_steps)
+
+
+def test_several_steps_in_one_call_are_single_steps_in_a_row():
+    state, batches = make_state(model__dropout=0.3), [make_batch(seed) for seed in (1, 2, 3)]
+    stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    several, metrics = take_steps(state, stacked, 3)
+    for number, batch in enumerate(batches):
+        state, single = take_step(state, batch)
+        for name in single:
+            np.testing.assert_allclose(metrics[name][number], single[name], rtol=2e-6, err_msg=name)
+    assert int(several.step) == 3
+    assert_same((several, {}), (state, {}))
+
+
+def test_results_do_not_depend_on_how_steps_are_cut_into_calls():
+    """To the last bit: a run that is stopped and continued is cut otherwise than one that is not."""
+    state, batches = make_state(), [make_batch(seed) for seed in (1, 2, 3)]
+    stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    at_once, _ = take_steps(state, stacked, 3)
+    for shift in range(3):
+        state, _ = take_steps(state, {name: np.roll(rows, -shift, axis=0) for name, rows in stacked.items()}, 1)
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("parts", "mask"), [(2, "none"), (4, "uneven")])
+def test_accumulation_equals_one_large_batch(parts, mask):
+    batch = make_batch(mask=mask)
+    whole = take_step(make_state(), batch)
+    assert_same(take_step(make_state(training__batch_size=B, training__accumulation_steps=parts), batch), whole)
+
+
+def test_masked_targets_do_not_count_whatever_they_are():
+    state, batch = make_state(), make_batch(mask="uneven")
+    expected = take_step(state, batch)
+    odd = batch | {"targets": np.where(batch["mask"] > 0, batch["targets"], -100)}
+    assert (odd["targets"] == -100).any()
+    for name, total in fd.eval_step(state, odd).items():  # where ids are known, too, these are not refused
+        assert float(total) == pytest.approx(float(score(state, batch)[name]), rel=1e-6)
+    assert_same(take_step(state, odd), expected)
+    other = batch | {"targets": np.where(batch["mask"] > 0, (batch["targets"] + 1) % V, batch["targets"])}
+    assert float(take_step(state, other)[1]["loss"]) != pytest.approx(float(expected[1]["loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32])
+def test_a_mask_may_be_of_any_plain_dtype(dtype):
+    state, batch = make_state(), make_batch(mask="uneven")
+    batch["mask"] = (batch["mask"] > 0).astype(np.float32)
+    expected = take_step(state, batch)
+    assert_same(take_step(state, batch | {"mask": batch["mask"].astype(dtype)}), expected)
+
+
+def test_where_no_target_counts_nothing_is_learned():
+    state, batch = make_state(optimizer__weight_decay=0.0), make_batch()
+    after, metrics = take_step(state, batch | {"mask": np.zeros((B, T), np.float32)})
+    assert metrics["loss"] == metrics["gradient_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+@pytest.mark.parametrize("name", ["inputs", "targets"])
+@pytest.mark.parametrize("outside", [-1, -100, V])
+def test_ids_outside_of_the_vocabulary_are_refused_where_they_are_known(name, outside):
+    state, batch = make_state(), make_batch(mask="uneven")
+    batch["mask"][-1, -1] = 1
+    batch[name][-1, -1] = outside
+    step = fd.train_step if name == "inputs" else fd.eval_step  # the targets come late: gradients would take long
+    with pytest.raises(ValueError, match=f"token id {outside} is not in the vocabulary: 0 to 10"):
+        step(state, batch)
+    assert math.isnan(take_step(state, batch)[1]["loss"])  # and where they are not, it shows
+
+
+def test_the_penalty_moves_the_parameters_but_is_not_in_the_loss():
+    weight, batch = 0.3, make_batch(mask="uneven")
+    state = make_state(training__z_loss=weight)
+    after, metrics = take_step(state, batch)
+    plain_after, plain_metrics = take_step(make_state(), batch)
+    assert float(metrics["loss"]) == pytest.approx(float(plain_metrics["loss"]), rel=1e-6)
+
+    @jax.jit
+    @jax.grad
+    def gradient_with_penalty(params):
+        logits_BTV = state.apply_fn({"params": params}, batch["inputs"])
+        log_z_BT = jnp.log(jnp.exp(logits_BTV).sum(-1))
+        log_probability_BT = jax.nn.log_softmax(logits_BTV)[*np.indices((B, T)), batch["targets"]]
+        return ((weight * log_z_BT**2 - log_probability_BT) * batch["mask"]).sum() / batch["mask"].sum()
+
+    gradients = gradient_with_penalty(state.params)
+    length = math.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradients)))
+    assert float(metrics["gradient_norm"]) == pytest.approx(length, rel=1e-5)
+    assert abs(length - float(plain_metrics["gradient_norm"])) > 0.01
+    expected = jax.jit(lambda state, gradients: state.apply_gradients(grads=gradients))(state, gradients)
+    assert_same((expected, {}), (after, {}))
+    assert not np.allclose(after.params["embedding"], plain_after.params["embedding"], atol=1e-6)
+
+
+def sharded(batch):
+    """The batch with a leading axis of devices, as pmap wants it."""
+    return {name: array.reshape(NUM_DEVICES, B // NUM_DEVICES, T) for name, array in batch.items()}
+
+
+def test_pmap_equals_one_device():
+    assert jax.local_device_count() == NUM_DEVICES
+    state, batches = make_state(), [make_batch(seed, "uneven") for seed in (0, 1)]
+    replicated = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (NUM_DEVICES, *leaf.shape)), state)
+    take_own_step = jax.pmap(functools.partial(fd.train_step, axis_name="batch"), axis_name="batch")
+    for batch in batches:
+        replicated, metrics = take_own_step(replicated, sharded(batch))
+        # On the host: programs that pick from spread arrays, started while this one runs, can keep its devices, which
+        # share few cores, waiting for each other for ever.
+        everywhere = jax.device_get((replicated, metrics))
+        state, expected = take_step(state, batch)
+        for device in range(NUM_DEVICES):
+            there = jax.tree.map(lambda leaf, device=device: leaf[device], everywhere)
+            assert_same(there, (state, expected))
+    assert replicated.step.tolist() == [2] * NUM_DEVICES
+
+
+def test_shard_map_equals_one_device():
+    mesh = jax.make_mesh((NUM_DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+    step = functools.partial(fd.train_step, axis_name="batch")
+    take_own_step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P(), check_vma=False))
+    state, batch = make_state(), make_batch(mask="uneven")
+    assert_same(jax.block_until_ready(take_own_step(state, batch)), take_step(state, batch))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_spread_over_a_mesh_equals_one_device(parts):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+    state, batch = make_state(training__batch_size=B, training__accumulation_steps=parts), make_batch(mask="uneven")
+    expected = take_step(make_state(), batch)
+    spread = jax.device_put(batch, NamedSharding(mesh, P("batch")))
+    result = jax.block_until_ready(take_step(jax.device_put(state, NamedSharding(mesh, P())), spread))
+    assert len(result[0].params["embedding"].sharding.device_set) == 4
+    assert_same(result, expected)
+
+
+def test_devices_drop_different_numbers():
+    """With one row for all devices, equal dropout would give each the same loss as one row alone has."""
+    state = make_state(model__dropout=0.3)
+    row = {name: array[:1] for name, array in make_batch().items()}
+    rows = {name: np.repeat(array, NUM_DEVICES, 0) for name, array in row.items()}
+    replicated = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (NUM_DEVICES, *leaf.shape)), state)
+    step = functools.partial(fd.train_step, axis_name="batch")
+    _, together = jax.device_get(jax.pmap(step, axis_name="batch")(replicated, sharded(rows)))
+
+    @jax.jit
+    def lone_loss(params, row, rng):
+        return loss_sum(params, state.apply_fn, row, rng=rng)[1]["loss"]
+
+    alone = [
+        lone_loss(state.params, row, jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), device))
+        for device in range(NUM_DEVICES)
+    ]
+    assert len({round(float(loss), 4) for loss in alone}) == NUM_DEVICES
+    assert float(together["loss"][0]) == pytest.approx(float(sum(alone)) / (NUM_DEVICES * T), rel=1e-5)
+
+
+def test_bfloat16_is_for_computing_only():
+    state, batch = make_state(model__dtype="bfloat16"), make_batch()
+    after, metrics = take_step(state, batch)
+    for leaf in jax.tree.leaves((after.params, after.opt_state)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    assert metrics["loss"].dtype == metrics["gradient_norm"].dtype == jnp.float32
+    in_float32 = float(take_step(make_state(), batch)[1]["loss"])
+    # bfloat16 has 8 bits; it must differ, and by little.
+    assert float(metrics["loss"]) == pytest.approx(in_float32, rel=0.01)
+    assert float(metrics["loss"]) != in_float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "primitive"),
+    [
+        ({"model__scan_layers": True}, "scan["),
+        ({"model__remat": True}, "remat"),
+        ({"model__scan_layers": True, "model__remat": True}, "remat"),
+    ],
+)
+def test_loops_and_recomputing_change_no_loss(changes, primitive):
+    def losses(state):
+        result = []
+        for step in range(3):
+            state, metrics = take_step(state, make_batch(step))
+            result.append(float(metrics["loss"]))
+        return result
+
+    settings = {"model__num_layers": 2, "optimizer__epsilon": 1e-8, "model__dropout": 0.2}
+    state, plain = make_state(**settings, **changes), make_state(**settings)
+    # Not the same program twice: the one asked for has the construct, the plain one has not.
+    assert primitive in str(jax.make_jaxpr(fd.eval_step)(state, make_batch()))
+    assert primitive not in str(jax.make_jaxpr(fd.eval_step)(plain, make_batch()))
+    np.testing.assert_allclose(losses(state), losses(plain), rtol=1e-5)  # three float32 steps
