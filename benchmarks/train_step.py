@@ -32,11 +32,9 @@ import flax_decoder as fd  # noqa: E402
 from flax_decoder.training.step import train_steps  # noqa: E402
 
 VOCAB_SIZE = 65
-# layers, width, heads, context, batch
-SHAPES = {"4/128/64/12": (4, 128, 4, 64, 12), "6/384/256/8": (6, 384, 6, 256, 8)}
+# layers, width, heads, context, batch; and how many steps train.py takes in one call at that size
+SHAPES = {"4/128/64/12": ((4, 128, 4, 64, 12), 10), "6/384/256/8": ((6, 384, 6, 256, 8), 4)}
 Step = Callable[[], None]
-# As many as train.py takes in one call at these sizes.
-STEPS_A_CALL = 4
 OURS = "flax_decoder, as train.py steps"
 
 
@@ -131,8 +129,8 @@ def our_step(shape: tuple[int, ...], inputs: np.ndarray, targets: np.ndarray, st
     return step
 
 
-def contestants(shape: tuple[int, ...]) -> dict[str, Step]:
-    """A step of each, on the same batch."""
+def contestants(shape: tuple[int, ...], steps_a_call: int) -> dict[str, Step]:
+    """A step of each, on the same batch; the first takes several steps at once."""
     num_layers, width, num_heads, context, batch_size = shape
     tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (batch_size, context + 1), np.int32)
     inputs, targets = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
@@ -151,7 +149,7 @@ def contestants(shape: tuple[int, ...]) -> dict[str, Step]:
         use_cache=False,
     )
     steps = {
-        OURS: our_step(shape, inputs, targets, STEPS_A_CALL),
+        OURS: our_step(shape, inputs, targets, steps_a_call),
         "flax_decoder, a call a step": our_step(shape, inputs, targets, 1),
     }
     for compiled in (False, True):
@@ -162,8 +160,8 @@ def contestants(shape: tuple[int, ...]) -> dict[str, Step]:
     return steps
 
 
-def measure(steps: dict[str, Step], num_rounds: int) -> dict[str, float]:
-    """Median seconds of each, over rounds that take all of them in turn."""
+def measure(steps: dict[str, Step], steps_a_call: int, num_rounds: int) -> dict[str, float]:
+    """Median seconds a step of each, over rounds that take all of them in turn."""
     for step in steps.values():
         for _ in range(3):  # compiles, and settles the memory
             step()
@@ -171,11 +169,11 @@ def measure(steps: dict[str, Step], num_rounds: int) -> dict[str, float]:
     for _ in range(num_rounds):
         for name, step in steps.items():
             # All take as many steps in a row, so that none profits from what the one before left in the caches.
-            num_calls = 1 if name == OURS else STEPS_A_CALL
+            num_calls = 1 if name == OURS else steps_a_call
             start = time.perf_counter()
             for _ in range(num_calls):
                 step()
-            seconds[name].append((time.perf_counter() - start) / STEPS_A_CALL)
+            seconds[name].append((time.perf_counter() - start) / steps_a_call)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -189,8 +187,8 @@ def main() -> None:
     torch.set_num_threads(NUM_THREADS)
     results = {}
     for name in options.shape or SHAPES:
-        shape = SHAPES[name]
-        medians = measure(contestants(shape), options.rounds)
+        shape, steps_a_call = SHAPES[name]
+        medians = measure(contestants(shape, steps_a_call), steps_a_call, options.rounds)
         fastest = min(value for contestant, value in medians.items() if contestant.startswith("PyTorch"))
         results[name] = {"seconds": medians, "ratio": fastest / medians[OURS]}
         print(f"layers/width/context/batch {name}, median of {options.rounds}")

@@ -13,6 +13,8 @@ from flax_decoder.errors import UserError
 from flax_decoder.files import replacing, write_text
 
 Row = dict[str, float | int]
+# A number in the picture stands on white, not on the curve behind it.
+LABEL = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 
 
 class MetricsLog:
@@ -103,7 +105,7 @@ def plot_losses(rows: list[Row], path: Path) -> None:
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="#d94801", label="validation")
         step, loss = min(validation, key=lambda point: point[1])
-        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
+        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center", bbox=LABEL)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
