@@ -12,6 +12,7 @@ from flax_decoder.config import Config, DataConfig, load_config, to_toml
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
+from flax_decoder.interop.choice import choose_family
 from flax_decoder.interop.hugging_face import (
     is_model_folder,
     read_folder,
@@ -83,7 +84,8 @@ def convert(
         if to_run:
             _write_run(unfinished, model, params, _required(tokenizer, source))
         else:
-            write_folder(unfinished, model.config, params, tokenizer, model_type=model_type)
+            family = choose_family(model.config, str(source), model_type)
+            write_folder(unfinished, model.config, params, tokenizer, family)
         os.rename(unfinished, destination)
     except OSError as error:
         raise FaultError(f"{destination}: cannot be written: {error}") from error

@@ -22,20 +22,34 @@ def _activation(theirs: str, words: Mapping[str, str], default: Any = REQUIRED) 
     return Setting(theirs, ("feed_forward",), default, words)
 
 
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError("must be a positive whole number")
+    return value
+
+
+def _inverse_root(value: Any) -> float:
+    return _whole(value) ** -0.5
+
+
+def _size(theirs: str, ours: str, default: Any = REQUIRED) -> Setting:
+    return Setting(theirs, (ours,), default, read=_whole)
+
+
 _SIZES = (
-    Setting("vocab_size", ("vocab_size",)),
-    Setting("hidden_size", ("embed_dim",)),
-    Setting("num_hidden_layers", ("num_layers",)),
-    Setting("num_attention_heads", ("num_heads",)),
-    Setting("intermediate_size", ("mlp_dim",)),
-    Setting("max_position_embeddings", ("context_length",)),
+    _size("vocab_size", "vocab_size"),
+    _size("hidden_size", "embed_dim"),
+    _size("num_hidden_layers", "num_layers"),
+    _size("num_attention_heads", "num_heads"),
+    _size("intermediate_size", "mlp_dim"),
+    _size("max_position_embeddings", "context_length"),
 )
-_GROUPED = Setting("num_key_value_heads", ("num_kv_heads",), None)
-_HEAD_DIM = Setting("head_dim", ("head_dim",), None)
+_GROUPED = _size("num_key_value_heads", "num_kv_heads", None)
+_HEAD_DIM = _size("head_dim", "head_dim", None)
 _RMS = Setting("rms_norm_eps", ("norm_epsilon",))
 _ATTENTION_BIAS = Setting("attention_bias", ("attention_in_bias", "attention_out_bias"), False)
 _QUERY_SCALE = Setting(
-    "query_pre_attn_scalar", ("attention_scale",), 256, read=lambda width: width**-0.5, write=lambda s: round(s**-2)
+    "query_pre_attn_scalar", ("attention_scale",), 256, read=_inverse_root, write=lambda scale: round(scale**-2)
 )
 
 _RMS_ROTARY = {"positions": "rotary", "norm": "rmsnorm"}
@@ -71,7 +85,7 @@ def _ends(offset: float = 0.0) -> tuple[Rule, ...]:
     return Rule("embed_tokens.weight", ("embedding",)), *_norm("norm", "final_norm", offset)
 
 
-def _norms(offset: float = 0.0, **theirs_of_ours: str) -> tuple[Rule, ...]:
+def _norms(theirs_of_ours: Mapping[str, str], offset: float = 0.0) -> tuple[Rule, ...]:
     pairs = theirs_of_ours.items()
     return tuple(rule for ours, theirs in pairs for rule in _norm(f"layers.{{}}.{theirs}", f"layers/{ours}", offset))
 
@@ -90,10 +104,10 @@ _OUTPUT_NORMS = {
 
 
 def _qk_norms(offset: float = 0.0) -> tuple[Rule, ...]:
-    return _norms(offset, **{"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "self_attn.k_norm"})
+    return _norms({"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "self_attn.k_norm"}, offset)
 
 
-_LLAMA_RULES = (*_ends(), *_norms(**_PRE_NORMS), *_ATTENTION, *_ATTENTION_OUT, *_GATED_MLP, *_MLP_DOWN)
+_LLAMA_RULES = (*_ends(), *_norms(_PRE_NORMS), *_ATTENTION, *_ATTENTION_OUT, *_GATED_MLP, *_MLP_DOWN)
 
 # --- The families, in the order in which a home for a model of ours is looked for ---
 
@@ -108,12 +122,12 @@ GPT2 = Family(
         "mlp_bias": True,
     },
     settings=(
-        Setting("vocab_size", ("vocab_size",)),
-        Setting("n_embd", ("embed_dim",)),
-        Setting("n_layer", ("num_layers",)),
-        Setting("n_head", ("num_heads",)),
-        Setting("n_inner", ("mlp_dim",), None),
-        Setting("n_positions", ("context_length",)),
+        _size("vocab_size", "vocab_size"),
+        _size("n_embd", "embed_dim"),
+        _size("n_layer", "num_layers"),
+        _size("n_head", "num_heads"),
+        _size("n_inner", "mlp_dim", None),
+        _size("n_positions", "context_length"),
         Setting("layer_norm_epsilon", ("norm_epsilon",)),
         _activation("activation_function", _PLAIN, "gelu_new"),
     ),
@@ -162,6 +176,7 @@ LLAMA = Family(
     ),
     rules=_LLAMA_RULES,
     fixed={"rope_interleaved": (False,)},
+    whole_heads=True,
     without_meaning=frozenset({"pretraining_tp", "is_llama_config"}),
 )
 
@@ -220,7 +235,7 @@ GPT_NEOX = Family(
     rules=(
         Rule("embed_in.weight", ("embedding",)),
         *_norm("final_layer_norm", "final_norm"),
-        *_norms(**_PRE_NORMS),
+        *_norms(_PRE_NORMS),
         *_linear(
             "layers.{}.attention.query_key_value",
             "layers/attention/query",
@@ -245,7 +260,7 @@ PHI3 = Family(
     settings=(*_SIZES, _GROUPED, _HEAD_DIM, _RMS, _activation("hidden_act", _GATED)),
     rules=(
         *_ends(),
-        *_norms(**_PRE_NORMS),
+        *_norms(_PRE_NORMS),
         *_linear(
             "layers.{}.self_attn.qkv_proj", "layers/attention/query", "layers/attention/key", "layers/attention/value"
         ),
@@ -253,7 +268,7 @@ PHI3 = Family(
         *_linear("layers.{}.mlp.gate_up_proj", "layers/feed_forward/gate", "layers/feed_forward/up"),
         *_MLP_DOWN,
     ),
-    rotary=Rotary(fraction="partial_rotary_factor"),
+    rotary=Rotary(fraction="partial_rotary_factor", types=("default",)),
     windows=Windows("all"),
     without_meaning=frozenset({"original_max_position_embeddings"}),  # only longrope reads it, which is refused
 )
@@ -272,7 +287,7 @@ STARCODER2 = Family(
     ),
     rules=(
         *_ends(),
-        *_norms(**_PRE_NORMS),
+        *_norms(_PRE_NORMS),
         *_ATTENTION,
         *_ATTENTION_OUT,
         *_linear("layers.{}.mlp.c_fc", "layers/feed_forward/up"),
@@ -294,7 +309,7 @@ OLMO2 = Family(
     settings=(*_SIZES, _GROUPED, _HEAD_DIM, _RMS, _activation("hidden_act", _GATED), _ATTENTION_BIAS),
     rules=(
         *_ends(),
-        *_norms(**_OUTPUT_NORMS),
+        *_norms(_OUTPUT_NORMS),
         *_qk_norms(),
         *_ATTENTION,
         *_ATTENTION_OUT,
@@ -318,7 +333,7 @@ GEMMA = Family(
     always=_RMS_ROTARY,
     # The first releases say "gelu" and mean its approximation; transformers reads them so.
     settings=(*_GEMMA_SIZES, _activation("hidden_act", {**_TANH_GATED, "gelu": "geglu_tanh"})),
-    rules=(*_ends(1.0), *_norms(1.0, **_PRE_NORMS), *_GEMMA_MATRICES),
+    rules=(*_ends(1.0), *_norms(_PRE_NORMS, 1.0), *_GEMMA_MATRICES),
     tied=True,
     fixed={"hidden_activation": (None, "gelu_pytorch_tanh"), "use_bidirectional_attention": (None, False)},
     scales_embedding=True,
@@ -335,12 +350,13 @@ GEMMA2 = Family(
         Setting("attn_logit_softcapping", ("attention_soft_cap",), 50.0),
         Setting("final_logit_softcapping", ("logit_soft_cap",), 30.0),
     ),
-    rules=(*_ends(1.0), *_norms(1.0, **_BOTH_NORMS), *_GEMMA_MATRICES),
+    rules=(*_ends(1.0), *_norms(_BOTH_NORMS, 1.0), *_GEMMA_MATRICES),
     tied=True,
     windows=Windows("periodic", default=4096, period=2),
     fixed={"use_bidirectional_attention": (None, False)},
     without_meaning=frozenset({"hidden_act", "cache_implementation"}),  # hidden_activation is what counts
     scales_embedding=True,
+    whole_heads=True,
 )
 
 GEMMA3 = Family(
@@ -353,13 +369,14 @@ GEMMA3 = Family(
         _QUERY_SCALE,
         Setting("final_logit_softcapping", ("logit_soft_cap",), None),
     ),
-    rules=(*_ends(1.0), *_norms(1.0, **_BOTH_NORMS), *_qk_norms(1.0), *_GEMMA_MATRICES),
+    rules=(*_ends(1.0), *_norms(_BOTH_NORMS, 1.0), *_qk_norms(1.0), *_GEMMA_MATRICES),
     tied=True,
     rotary=Rotary(default_base=1_000_000.0, window_base="rope_local_base_freq"),
     windows=Windows("periodic", default=4096, period=6),
     fixed={"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
     without_meaning=frozenset({"cache_implementation"}),
     scales_embedding=True,
+    whole_heads=True,
 )
 
 FAMILIES = {

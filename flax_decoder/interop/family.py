@@ -17,7 +17,7 @@ class Setting:
         ours: the fields of `ModelConfig` that it sets.
         default: what it is where config.json is silent.
         words: their word -> ours, where the two differ; the first of several is the one written.
-        read: their number -> ours.
+        read: their number -> ours; raises ValueError with what is wrong.
         write: our number -> theirs.
     """
 
@@ -38,6 +38,7 @@ class Rotary:
         default_base: the base where config.json is silent.
         fraction: name of the rotated part of the head width, where it can be other than 1.
         default_fraction: the part where config.json is silent.
+        types: the kinds of stretching that transformers allows.
         window_base: name of the base in layers that have a window, where they have their own.
         default_window_base: that base where config.json is silent.
     """
@@ -46,6 +47,7 @@ class Rotary:
     default_base: float = 10_000.0
     fraction: str | None = None
     default_fraction: float = 1.0
+    types: tuple[str, ...] = ("default", "linear", "llama3")
     window_base: str | None = None
     default_window_base: float = 10_000.0
 
@@ -104,6 +106,7 @@ class Family:
         without_meaning: fields of config.json that change no logit, beyond those of all families.
         extra_tensors: a regular expression of tensors, such as masks, that hold nothing learned.
         scales_embedding: token embeddings are multiplied by the root of the width.
+        whole_heads: transformers refuses a width that is no multiple of the number of heads.
     """
 
     model_type: str
@@ -120,3 +123,14 @@ class Family:
     without_meaning: frozenset[str] = frozenset()
     extra_tensors: str = r".*\.rotary_emb\.inv_freq"
     scales_embedding: bool = False
+    whole_heads: bool = False
+
+    @property
+    def all_settings(self) -> tuple[Setting, ...]:
+        """The settings, and the one that every family has."""
+        return *self.settings, Setting("tie_word_embeddings", ("tied_head",), self.tied)
+
+    @property
+    def all_rules(self) -> tuple[Rule, ...]:
+        """The rules, and that of the head."""
+        return *self.rules, Rule(self.head, ("head",), transposed=True)

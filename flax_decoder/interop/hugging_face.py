@@ -13,7 +13,8 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.files import write_text
-from flax_decoder.interop.settings import choose_family, family_of, read_settings, write_settings
+from flax_decoder.interop.family import Family
+from flax_decoder.interop.settings import family_of, read_settings, write_settings
 from flax_decoder.interop.strict_json import read_object
 from flax_decoder.interop.tensor_file import Tensor, read_header, write_tensors
 from flax_decoder.interop.weights import Place, flatten, places, read_params, unflatten, write_arrays
@@ -62,8 +63,8 @@ def write_folder(
     config: ModelConfig,
     params: Any,
     tokenizer: Tokenizer | None,
+    family: Family,
     *,
-    model_type: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Fills an empty folder with a model that `transformers` loads.
@@ -73,28 +74,24 @@ def write_folder(
         config: the model.
         params: its parameters.
         tokenizer: its tokenizer.
-        model_type: the family to write it as; left out, the first that can express it.
-        shard_bytes: weights are split into files of about this size.
-
-    Raises:
-        UserError: no family can express the model.
+        family: what to write it as, from `choose_family`.
+        shard_bytes: weights are split into files of at most this size, where a tensor is not larger.
     """
-    family = choose_family(config, str(folder), model_type)
     document = write_settings(config, family)
     full_shapes = _shapes(Decoder(read_settings(document, family.model_type)))
     arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     # Biases that the family has and the model has not are zeros.
     arrays = {path: arrays.get(path, np.broadcast_to(np.float32(0), shape)) for path, shape in full_shapes.items()}
     special = _special_tokens(tokenizer)
-    if tokenizer is not None:
-        write_text(folder / "tokenizer.json", tokenizer.to_json())
-        # Our tokenizer.json decodes exactly; transformers must not tidy the text up afterwards.
-        tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        write_text(folder / "tokenizer_config.json", _to_json(tokenizer_config))
     # transformers has defaults of its own for these, such as token 50256 for gpt2: absent must be said.
     nothing = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     write_text(folder / "config.json", _to_json({**document, **nothing, **special, "dtype": "float32"}))
     write_text(folder / "generation_config.json", _to_json(special))
+    if tokenizer is not None:
+        write_text(folder / "tokenizer.json", tokenizer.to_json())
+        # A tokenizer.json decodes exactly; transformers must not tidy the text up afterwards.
+        tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        write_text(folder / "tokenizer_config.json", _to_json(tokenizer_config))
     _write_weights(folder, places(family, full_shapes), arrays, shard_bytes)
 
 
@@ -152,8 +149,8 @@ def _find_tensors(folder: Path) -> dict[str, Tensor]:
         if pickle is None:
             raise UserError(f"{folder}: has no {_WEIGHTS} and no {_INDEX}; get the whole model again")
         raise UserError(
-            f"{folder}: has its weights as a PyTorch pickle ({pickle}), which can run any code when it is read; convert "
-            f'it\nwhere you trust it: AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("NEW FOLDER")'
+            f"{folder}: has its weights as a PyTorch pickle ({pickle}), which can run any code when it is read.\n"
+            "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

@@ -51,7 +51,7 @@ def places(family: Family, shapes: Mapping[str, Shape]) -> list[Place]:
         shapes: of our parameters, by path; those of layers have a leading layer axis.
     """
     result = []
-    for rule in (*family.rules, Rule(family.head, ("head",), transposed=True)):
+    for rule in family.all_rules:
         if not all(path in shapes for path in rule.ours):
             continue  # a bias that this model does not have, or the head of one that shares it with the embedding
         prefix = "" if rule.theirs == family.head else family.prefix
@@ -88,7 +88,8 @@ def read_params(
         tensor = found[place.name]
         if tensor.shape != place.shape:
             raise UserError(
-                f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for {place.shape}"
+                f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for "
+                f"{place.shape}"
             )
         targets = [params[path] if place.layer is None else params[path][place.layer] for path in place.rule.ours]
         for target, part in zip(targets, split(place.rule, tensor.read(), [t.shape for t in targets]), strict=True):
@@ -172,7 +173,9 @@ def _check_names(
             )
         names.add(family.head)
     extra = [
-        name for name in found if name not in names and not re.fullmatch(family.extra_tensors, name.removeprefix(family.prefix))
+        name
+        for name in found
+        if name not in names and not re.fullmatch(family.extra_tensors, name.removeprefix(family.prefix))
     ]
     if extra:
         raise UserError(

@@ -122,8 +122,9 @@ class SelfAttention(nn.Module):
 
         drops_weights = config.dropout > 0 and not deterministic
         wants_weights = self.is_mutable_collection("intermediates")
-        caps = {"soft_cap": config.attention_soft_cap, "scale": config.attention_scale}
-        attend = functools.partial(dot_product_attention, **caps)
+        attend = functools.partial(
+            dot_product_attention, soft_cap=config.attention_soft_cap, scale=config.attention_scale
+        )
         if self.blockwise_is_chosen() and cached is None and not drops_weights and not wants_weights:
             heads_BTNH = blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
         else:
