@@ -213,6 +213,7 @@ def test_the_nearest_family_is_named():
         ({"positions": "alibi"}, ["no Hugging Face model type", "positions = 'alibi'"]),
         ({"qk_norm": "head", "feed_forward": "gelu"}, ["qwen3: feed_forward = 'gelu'"]),
         ({"embed_scale": 3.0}, ["llama: embed_scale = 3.0"]),
+        ({"window": 3, "mlp_bias": True}, ["mistral: mlp_bias = True"]),
         ({"rotary_fraction": 0.4, "rotary_scaling": "linear"}, ["rotary_"]),
     ],
 )
@@ -273,6 +274,15 @@ OLD_AND_NEW = {
         {"rotary_pct": 0.34, "rotary_emb_base": 700, "rope_scaling": None},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 700, "partial_rotary_factor": 0.34}},
     ),
+    "qwen2": (
+        {"rope_theta": 500.0, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+        {
+            "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+        },
+    ),
     "gemma3_text": (
         {
             "rope_theta": 900.0,
@@ -310,10 +320,21 @@ def test_old_and_new_names_mean_the_same(model_type):
     document = {name: value for name, value in document.items() if name not in ROTARY_NAMES}
     old, new = (read_settings(document | fields, "x") for fields in OLD_AND_NEW[model_type])
     assert old == new
-    assert old.rotary_base in (500, 700, 900) and old.rotary_base != ModelConfig().rotary_base
-    assert {"llama": old.rotary_scaling_factor == 2, "gpt_neox": old.rotary_fraction == 0.34}.get(
-        model_type, (old.rotary_window_base, old.window_pattern) == (90, (True, False))
-    )
+    expected = {
+        "llama": {"rotary_base": 500, "rotary_scaling": "linear", "rotary_scaling_factor": 2},
+        "gpt_neox": {"rotary_base": 700, "rotary_fraction": 0.34},
+        "qwen2": {"rotary_base": 500, "windows": (None, None, None, 5)},
+        "gemma3_text": {"rotary_base": 900, "rotary_window_base": 90, "window_pattern": (True, False)},
+    }
+    assert {name: getattr(old, name) for name in expected[model_type]} == expected[model_type]
+
+
+def test_the_original_context_is_the_context_where_it_is_left_out():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    document = document_of("llama", **activation_of("llama"), context_length=31) | {"rope_scaling": scaling}
+    assert read_settings(document, "x").rotary_original_context == 31
+    scaling["original_max_position_embeddings"] = 17
+    assert read_settings(document, "x").rotary_original_context == 17
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,7 @@ PHI3 = Family(
     ),
     rotary=Rotary(fraction="partial_rotary_factor", types=("default",)),
     windows=Windows("all"),
+    fixed={"attention_bias": (False,)},
     without_meaning=frozenset({"original_max_position_embeddings"}),  # only longrope reads it, which is refused
 )
 
@@ -354,7 +355,8 @@ GEMMA2 = Family(
     tied=True,
     windows=Windows("periodic", default=4096, period=2),
     fixed={"use_bidirectional_attention": (None, False)},
-    without_meaning=frozenset({"hidden_act", "cache_implementation"}),  # hidden_activation is what counts
+    # What counts is hidden_activation and sliding_window.
+    without_meaning=frozenset({"hidden_act", "sliding_window_size", "cache_implementation"}),
     scales_embedding=True,
     whole_heads=True,
 )
