@@ -179,6 +179,8 @@ def test_transformers_loads_what_goes_out(kind, tmp_path):
     assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
     back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
+    # Not token 50256, which is what a gpt2 ends with by default.
+    assert back.config.eos_token_id is None and back.generation_config.eos_token_id is None
     torch = pytest.importorskip("torch")
     tokens_BT = TOKENS_BT % tokenizer.vocab_size
     with torch.no_grad():

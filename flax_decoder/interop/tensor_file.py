@@ -109,7 +109,7 @@ def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterab
         shapes: of the tensors, by name.
         arrays: their numbers in the same order; each is made when it is its turn.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers loads no file without it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 loads no file without it
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)
