@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -506,6 +507,23 @@ def test_known_extras_and_a_left_out_prefix_are_welcome(folder):
     tensors["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5)
     write_float32(path, tensors)
     assert equal_trees(fd.load(folder)[1], expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "is_extra"),
+    [
+        ("gpt2", "h.0.attn.bias", True),
+        ("gpt2", "h.11.attn.masked_bias", True),
+        ("gpt2", "h.0.attn.c_attn.bias", False),
+        ("gpt_neox", "layers.3.attention.bias", True),
+        ("gpt_neox", "layers.3.attention.rotary_emb.inv_freq", True),
+        ("gpt_neox", "layers.3.attention.dense.bias", False),
+        ("mistral", "layers.3.self_attn.rotary_emb.inv_freq", True),
+        ("mistral", "layers.3.self_attn.q_proj.bias", False),
+    ],
+)
+def test_only_masks_and_waves_are_extras(model_type, name, is_extra):
+    assert bool(re.fullmatch(FAMILIES[model_type].extra_tensors, name)) == is_extra
 
 
 def test_a_head_that_should_be_the_embedding_must_be_equal(folder, capsys):
