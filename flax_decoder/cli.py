@@ -62,11 +62,11 @@ def generate(options: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from flax_decoder.loading import load
+    from flax_decoder.loading import load_with_tokenizer
 
-    model, params, tokenizer = load(options.path, step=options.step)
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
-    tokens = tokenizer.encode(prompt) or [token for token in [tokenizer.start_id] if token is not None]
+    tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
     sampling = dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size)
@@ -88,10 +88,10 @@ def evaluate(options: argparse.Namespace) -> int:
     from flax_decoder.data.corpus import read_text
 
     text = read_text(options.file).text
-    from flax_decoder.loading import load
+    from flax_decoder.loading import load_with_tokenizer
     from flax_decoder.training import evaluation
 
-    model, params, tokenizer = load(options.path, step=options.step)
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
     tokens = tokenizer.encode_array(text)
     if len(tokens) < 2:
         raise UserError(f"{options.file}: is a single token; there is nothing to predict")
@@ -105,6 +105,15 @@ def evaluate(options: argparse.Namespace) -> int:
             f"{options.file}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
             f"{result['bits_per_byte']:.4f} bits per byte, over {result['num_tokens']:,} tokens"
         )
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Makes a Hugging Face folder out of a run folder, or a run folder out of a Hugging Face folder."""
+    from flax_decoder.loading import convert
+
+    convert(options.source, options.destination, model_type=options.model_type)
+    print(f"{options.destination}: written")
     return 0
 
 
@@ -152,7 +161,7 @@ def build_parser() -> Parser:
     _add_config_fields(sub)
 
     sub = add("generate", generate)
-    sub.add_argument("path", metavar="PATH", help="a run folder")
+    sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
     sub.add_argument("--prompt", metavar="TEXT", help="what to continue; left out, it is read from standard input")
     sub.add_argument("--max-new-tokens", metavar="N", type=int, default=500)
     sub.add_argument("--temperature", metavar="F", type=float, default=0.8, help="0 always takes the likeliest token")
@@ -169,10 +178,17 @@ def build_parser() -> Parser:
     _add_step(sub)
 
     sub = add("eval", evaluate)
-    sub.add_argument("path", metavar="PATH", help="a run folder")
+    sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
     sub.add_argument("file", metavar="FILE", help="a text")
     sub.add_argument("--json", action="store_true", help="one JSON object")
     _add_step(sub)
+
+    sub = add("convert", convert)
+    sub.add_argument("source", metavar="SRC", help="a run folder, or a Hugging Face folder")
+    sub.add_argument("destination", metavar="DST", help="a folder of the other kind, which must not exist yet")
+    sub.add_argument(
+        "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
+    )
 
     sub = add("bench", bench)
     sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")

@@ -41,6 +41,11 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_qk_norm(value: Any) -> Any:
+    """`true` and `false` were the only values once, and still mean what they did."""
+    return {"true": "head", "false": "none"}.get(str(value).lower(), value)
+
+
 @dataclass(frozen=True, config=_RULES)
 class ModelConfig:
     """The network. The letters are those of the array names: `q_BTNH` is [batch, position, head, head width]."""
@@ -61,7 +66,7 @@ class ModelConfig:
     """H, width of one head; left out, D / N"""
     mlp_dim: PositiveInt | None = None
     """F, width of the feed-forward layer; left out, 4 D"""
-    feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu", "geglu"] = "gelu"
+    feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu", "geglu", "geglu_tanh"] = "gelu"
     """between the two feed-forward matrices; `gelu` is the exact one (erf); the GLUs have a third matrix, the gate"""
     dropout: Fraction = 0.0
     """probability of zeroing, in training: embeddings, attention weights, outputs of a block's two parts"""
@@ -70,6 +75,8 @@ class ModelConfig:
     """how the model knows the order of its tokens"""
     rotary_base: Annotated[float, Field(gt=1)] = 10_000.0
     """base of the rotary wavelengths (theta)"""
+    rotary_window_base: Annotated[float, Field(gt=1)] | None = None
+    """the base in layers that have a window, whose waves are then not stretched; left out, all layers are alike"""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """part of each head's width that is rotated"""
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
@@ -93,8 +100,8 @@ class ModelConfig:
     """pre: x + f(norm(x)); post: norm(x + f(x)); both: x + norm(f(norm(x))); output: x + norm(f(x))"""
     parallel_residual: bool = False
     """attention and feed-forward read the same input: x + attention(norm(x)) + feed_forward(norm(x))"""
-    qk_norm: bool = False
-    """normalises each query and key over its head width (RMS), before the rotation"""
+    qk_norm: Annotated[Literal["none", "head", "all"], BeforeValidator(_as_qk_norm)] = "none"
+    """normalises queries and keys (RMS) before the rotation: over the width of each head, or over all heads at once"""
 
     norm_bias: bool = False
     """LayerNorm also learns a shift"""
@@ -111,6 +118,8 @@ class ModelConfig:
     """a position sees itself and the window - 1 positions before it; left out, all before it"""
     window_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (True,)
     """which layers have the window, repeated over the stack: [true, false] is every other layer"""
+    attention_scale: PositiveFloat | None = None
+    """scores are multiplied by this; left out, 1 / sqrt(H)"""
     attention_soft_cap: PositiveFloat | None = None
     """scores are squashed into ± this by tanh"""
     logit_soft_cap: PositiveFloat | None = None
@@ -187,6 +196,10 @@ class ModelConfig:
         refuse_if(
             not rotary and (self.rotary_scaling != "none" or self.rotary_fraction != 1.0),
             f'rotary settings need positions = "rotary", not "{self.positions}"',
+        )
+        refuse_if(
+            self.rotary_window_base is not None and (not rotary or self.window is None),
+            f"rotary_window_base = {self.rotary_window_base} needs rotary positions and a window",
         )
         refuse_if(
             self.rotary_low_frequency_factor >= self.rotary_high_frequency_factor,

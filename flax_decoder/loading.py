@@ -1,42 +1,133 @@
-"""From a path to something that can be run."""
+"""From a path to something that can be run, and from one kind of folder to the other."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from flax_decoder.config import load_config
+from flax_decoder.config import Config, DataConfig, load_config, to_toml
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
-from flax_decoder.errors import UserError
+from flax_decoder.errors import FaultError, UserError
+from flax_decoder.files import write_text
+from flax_decoder.interop.choice import choose_family
+from flax_decoder.interop.hugging_face import (
+    is_model_folder,
+    read_folder,
+    read_special_tokens,
+    write_folder,
+    write_special_tokens,
+)
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training.checkpoint import choose_step, restore_params
+from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
 
 
 def load(
     path: str | os.PathLike[str], *, step: int | Literal["latest", "best"] = "latest"
-) -> tuple[Decoder, Any, Tokenizer]:
+) -> tuple[Decoder, Any, Tokenizer | None]:
     """Opens a trained model.
 
     Args:
-        path: a run folder.
-        step: which checkpoint: the newest, the one with the lowest validation loss, or the one after that many steps.
+        path: a run folder, or a Hugging Face folder (config.json, model.safetensors, tokenizer.json).
+        step: which checkpoint of a run: the newest, the one with the lowest validation loss, or the one after that
+            many steps.
 
     Returns:
-        The model, its parameters and its tokenizer.
+        The model, its parameters, and its tokenizer; None for a Hugging Face folder without a tokenizer.json.
 
     Raises:
-        UserError: there is no such folder, it holds no run, or the run has no such checkpoint.
+        UserError: there is no such folder, it holds no model, the run has no such checkpoint, or the Hugging Face
+            folder has something that cannot be used.
         FaultError: the checkpoint cannot be read.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run folder, such as runs/default")
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder}: is not a run folder: it has no config.toml")
+    if _is_run_folder(folder):
+        return _load_run(folder, step)
+    if not is_model_folder(folder):
+        raise UserError(
+            f"{folder}: is not a run folder: it has no config.toml; nor a Hugging Face folder: it has no config.json"
+        )
+    if step != "latest":
+        raise UserError(f"{folder}: is a Hugging Face folder and has no checkpoints to choose from; leave out --step")
+    return read_folder(folder)
+
+
+def convert(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], *, model_type: str | None = None
+) -> None:
+    """Makes a Hugging Face folder out of a run folder, or a run folder out of a Hugging Face folder.
+
+    Args:
+        source: the folder to read, which says the direction.
+        destination: the new folder: it must not exist, or be empty. It is there whole or not at all.
+        model_type: the Hugging Face model type to write; left out, the one that is nearest to the model.
+
+    Raises:
+        UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
+        FaultError: `destination` cannot be written.
+    """
+    source, destination = Path(source), Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: exists and is not empty; give a new folder to convert into")
+    to_run = source.is_dir() and not _is_run_folder(source)
+    model, params, tokenizer = load(source)
+    if to_run and model_type is not None:
+        raise UserError(f"{source}: a run folder is made of it, which has no model type; leave out --model-type")
+    unfinished = destination.absolute().with_name(f".{destination.absolute().name}.new")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        if to_run:
+            _write_run(unfinished, model, params, _required(tokenizer, source))
+        else:
+            family = choose_family(model.config, str(source), model_type)
+            write_folder(unfinished, model.config, params, tokenizer, family)
+        os.rename(unfinished, destination)
+    except OSError as error:
+        raise FaultError(f"{destination}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load_with_tokenizer(
+    path: str | os.PathLike[str], step: int | Literal["latest", "best"]
+) -> tuple[Decoder, Any, Tokenizer]:
+    """As `load`, for those who cannot do without the tokenizer. Raises UserError also where there is none."""
+    model, params, tokenizer = load(path, step=step)
+    return model, params, _required(tokenizer, Path(path))
+
+
+def _required(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError(
+            f"{folder}: has no tokenizer.json; make one from its other tokenizer files:\n"
+            f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+        )
+    return tokenizer
+
+
+def _is_run_folder(folder: Path) -> bool:
+    return (folder / "config.toml").is_file()
+
+
+def _load_run(folder: Path, step: int | Literal["latest", "best"]) -> tuple[Decoder, Any, Tokenizer]:
     step = choose_step(folder, step)
     config = load_config(folder / "config.toml")
     model = Decoder(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    return model, restore_params(folder, step, shapes), load_tokenizer(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    read_special_tokens(folder, tokenizer)
+    return model, restore_params(folder, step, shapes), tokenizer
+
+
+def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) -> None:
+    """Fills a new run folder with a model that was trained elsewhere: its only checkpoint is that of step 0."""
+    write_text(folder / "tokenizer.json", tokenizer.to_json())
+    write_special_tokens(folder, tokenizer)
+    config = Config(model=model.config, data=DataConfig(tokenizer="tokenizer.json"))
+    write_text(folder / "config.toml", to_toml(config))
+    save_params(folder, 0, params)

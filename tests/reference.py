@@ -41,9 +41,14 @@ def sinusoidal(position, width):
     return wave_D
 
 
-def rotary_frequencies(head_width, config):
-    """Su et al. 2021, equation 15, and how linear scaling (Chen et al. 2023) and Llama 3.1 stretch the waves."""
+def rotary_frequencies(head_width, config, window=None):
+    """Su et al. 2021, equation 15, and how linear scaling (Chen et al. 2023) and Llama 3.1 stretch the waves.
+
+    Gemma 3 (section 2) has another base, and no stretching, in its layers with a window.
+    """
     rotated = round(head_width * config.rotary_fraction)
+    if window is not None and config.rotary_window_base is not None:
+        return [config.rotary_window_base ** (-2 * i / rotated) for i in range(rotated // 2)]
     frequencies = []
     for i in range(rotated // 2):
         frequency = config.rotary_base ** (-2 * i / rotated)
@@ -105,7 +110,7 @@ def kv_head_of(n, num_heads, num_kv_heads):
 
 
 def score_scale(head_width):
-    """Vaswani et al. 2017, equation 1."""
+    """Vaswani et al. 2017, equation 1; a model may have its own scale instead (Gemma 2)."""
     return 1 / math.sqrt(head_width)
 
 
@@ -118,7 +123,7 @@ def softmax(scores_TS):
     return weights_TS
 
 
-def attention(q_TNH, k_SKH, v_SKH, window=None, slopes_N=None, soft_cap=None):
+def attention(q_TNH, k_SKH, v_SKH, window=None, slopes_N=None, soft_cap=None, scale=None):
     """Vaswani et al. 2017, equation 1, head by head; the cap (Gemma 2) comes before ALiBi's slope."""
     T, N, H = q_TNH.shape
     S, K = k_SKH.shape[:2]
@@ -129,7 +134,7 @@ def attention(q_TNH, k_SKH, v_SKH, window=None, slopes_N=None, soft_cap=None):
         for t in range(T):
             for s in range(S):
                 if sees(t, s, window):
-                    score = np.dot(q_TNH[t, n], k_SKH[s, k]) * score_scale(H)
+                    score = np.dot(q_TNH[t, n], k_SKH[s, k]) * (scale or score_scale(H))
                     if soft_cap is not None:
                         score = soft_cap * math.tanh(score / soft_cap)
                     if slopes_N is not None:
@@ -163,6 +168,7 @@ ACTIVATIONS = {
     "relu_squared": lambda x: max(x, 0.0) ** 2,
     "swiglu": silu,
     "geglu": gelu,
+    "geglu_tanh": gelu_tanh,
 }
 
 
@@ -181,7 +187,7 @@ def feed_forward(x_D, params, config):
     """Two matrices with a function between them, or (Shazeer 2020) three with a gate."""
     activation = ACTIVATIONS[config.feed_forward]
     up_F = linear(x_D, params["up"])
-    if config.feed_forward in ("swiglu", "geglu"):
+    if "gate" in params:
         gate_F = linear(x_D, params["gate"])
         hidden_F = np.array([activation(gate) * up for gate, up in zip(gate_F, up_F, strict=True)])
     else:
@@ -195,13 +201,17 @@ def self_attention(x_TD, params, config, window):
     k_TKH = np.array([linear(x_D, params["key"]) for x_D in x_TD])
     v_TKH = np.array([linear(x_D, params["value"]) for x_D in x_TD])
     for name, array in (("query_norm", q_TNH), ("key_norm", k_TKH)):
+        for t in range(len(array)):
+            if config.qk_norm == "all":
+                whole = rms_norm(array[t].reshape(-1), params[name]["scale"], config.norm_epsilon)
+                array[t] = whole.reshape(array[t].shape)
         for t, head in np.ndindex(array.shape[:2]):
-            if config.qk_norm:
+            if config.qk_norm == "head":
                 array[t, head] = rms_norm(array[t, head], params[name]["scale"], config.norm_epsilon)
             if config.positions == "rotary":
-                array[t, head] = rotate(array[t, head], t, rotary_frequencies(array.shape[2], config))
+                array[t, head] = rotate(array[t, head], t, rotary_frequencies(array.shape[2], config, window))
     slopes_N = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
-    heads_TNH = attention(q_TNH, k_TKH, v_TKH, window, slopes_N, config.attention_soft_cap)
+    heads_TNH = attention(q_TNH, k_TKH, v_TKH, window, slopes_N, config.attention_soft_cap, config.attention_scale)
     return np.array([linear(heads_NH, params["out"]) for heads_NH in heads_TNH])
 
 

@@ -99,6 +99,14 @@ def test_text_is_read_as_toml_where_the_field_is_no_text(name, text, value):
     assert type(getattr(getattr(config, section), field)) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("toml", "meaning"), [("true", "head"), ("false", "none"), ('"all"', "all"), ('"none"', "none"), ('"head"', "head")]
+)
+def test_qk_norm_may_be_a_switch(toml, meaning, write):
+    assert load_config(write(f"[model]\nqk_norm = {toml}\n")).model.qk_norm == meaning
+    assert load_config(overrides={"model.qk_norm": toml.strip('"')}).model.qk_norm == meaning
+
+
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_every_config_file_loads(path):
     config = load_config(path)
@@ -215,6 +223,8 @@ RULES = [
         'parallel_residual = true needs norm_position = "pre", not "post"',
     ),
     ({"model.window_pattern": [True, False]}, "window is not set"),
+    ({"model.rotary_window_base": 90.0, "model.window": 3}, "rotary_window_base = 90.0 needs rotary positions"),
+    ({"model.rotary_window_base": 90.0, "model.positions": "rotary"}, "rotary_window_base = 90.0 needs"),
     ({"model.attention": "blockwise", "model.dropout": 0.1}, "dropout = 0.1"),
     ({"training.accumulation_steps": 5}, "training.batch_size = 12 is not a multiple of accumulation_steps = 5"),
     (

@@ -1,4 +1,5 @@
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 import flax_decoder as fd
 from flax_decoder.generation.generate import CHUNK_TOKENS, SHORTEST_PREFILL_TOKENS, pad_right, stream
 from flax_decoder.generation.sampling import Sampling
+from flax_decoder.nn.cache import empty_cache
 
 V = 23
 BASE = {
@@ -175,6 +177,20 @@ def test_what_cannot_be_continued_is_refused(prompt, options, message):
     model, params = make()
     with pytest.raises(ValueError, match=message):
         fd.generate(model, params, prompt, **{"max_new_tokens": 3} | options)
+
+
+def test_a_long_context_costs_no_memory_for_a_short_text(monkeypatch):
+    """A model made for 100,000 tokens would else need gigabytes to write ten."""
+    module, capacities = importlib.import_module("flax_decoder.generation.generate"), []
+
+    def recorded(config, batch_size, capacity):
+        capacities.append(capacity)
+        return empty_cache(config, batch_size, capacity)
+
+    monkeypatch.setattr(module, "empty_cache", recorded)
+    model, params = make("rotary grouped", context_length=99_991)
+    fd.generate(model, params, prompts(2, 3), max_new_tokens=30, temperature=0.0)
+    assert capacities == [64]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_what_only_begins_as_a_stop_string_is_shown(size):
 @pytest.mark.parametrize("size", [1, 2, 50])
 def test_the_end_token_ends_the_text(size):
     tokenizer = CharTokenizer("abc.")
-    tokenizer.end_id = tokenizer.encode(".")[0]
+    tokenizer.end_ids = (99, tokenizer.encode(".")[0])
     assert "".join(pieces(tokenizer, tokenizer.encode("abca.bb.c"), size)) == "abca"
     assert "".join(pieces(tokenizer, tokenizer.encode("abca.bb"), size, stop=["ca"])) == "ab"
     assert "".join(pieces(tokenizer, tokenizer.encode("abca.bb"), size, stop=["bb"])) == "abca"

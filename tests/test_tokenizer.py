@@ -153,7 +153,7 @@ def test_bpe_learns_the_text_and_is_deterministic():
     assert make_tokenizer("bpe", text, 260).vocab_size == 260
     assert len(tokenizer.encode(text)) < len(text) / 2
     assert make_tokenizer("bpe", text, 270).to_json() == tokenizer.to_json()
-    assert tokenizer.start_id is None and tokenizer.end_id is None
+    assert tokenizer.start_id is None and tokenizer.end_ids == ()
 
 
 def test_file_made_elsewhere_is_neither_cut_nor_padded_nor_framed(tmp_path):
@@ -172,7 +172,10 @@ def test_file_made_elsewhere_is_neither_cut_nor_padded_nor_framed(tmp_path):
     text = "the cat sat on a mat</s>"
     assert loaded.encode(text) == [*BPE.encode("the cat sat on a mat"), end]
     assert loaded.decode(loaded.encode(text)) == text
-    assert (loaded.start_id, loaded.end_id) == (start, end)
+    assert (loaded.start_id, loaded.end_ids) == (start, (end,))
+    # A prompt is opened as the file says; what closes a text would end it.
+    assert loaded.encode_prompt("the cat") == [start, *BPE.encode("the cat")]
+    assert loaded.encode_prompt("") == [] and BPE.encode_prompt("the cat") == BPE.encode("the cat")
     assert loaded.vocab_size == BPE.vocab_size + 2
     path.write_text(loaded.to_json())
     assert load_tokenizer(path).encode(text) == loaded.encode(text)
@@ -185,7 +188,8 @@ def test_end_of_text_counts_only_as_a_special_token(tmp_path):
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(path))
     loaded = load_tokenizer(path)
-    assert loaded.start_id == loaded.end_id == tokenizer.token_to_id("<|endoftext|>")
+    assert loaded.start_id == tokenizer.token_to_id("<|endoftext|>")
+    assert loaded.end_ids == (loaded.start_id,)
 
 
 def test_vocabulary_reaches_to_the_largest_id(tmp_path):

@@ -39,16 +39,20 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: V; ids run from 0 to V - 1.
         start_id: the token that opens a text, where the vocabulary has one.
-        end_id: the token that closes a text, where the vocabulary has one.
+        end_ids: the tokens that close a text, where the vocabulary has some.
     """
 
     vocab_size: int
     start_id: int | None = None
-    end_id: int | None = None
+    end_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises UserError where the vocabulary cannot express it."""
         return self.encode_array(text).tolist()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text to be continued: with what the tokenizer.json puts before a text, such as a start token."""
+        return self.encode(text)
 
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
@@ -140,13 +144,21 @@ class SubwordTokenizer(Tokenizer):
         added_tokens = tokenizer.get_added_tokens_decoder()
         special_ids = {token.content: id for id, token in added_tokens.items() if token.special}
         self.start_id = next((special_ids[name] for name in _START_TOKENS if name in special_ids), None)
-        self.end_id = next((special_ids[name] for name in _END_TOKENS if name in special_ids), None)
+        self.end_ids = tuple(special_ids[name] for name in _END_TOKENS if name in special_ids)[:1]
 
     def encode_array(self, text: str) -> np.ndarray:
         """As the library encodes the text, without the special tokens it may put around it."""
         _utf8(text)
         pieces = [np.array(self._encode_piece(piece), np.int32) for piece in self._pieces(text)]
         return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """See `Tokenizer.encode_prompt`; what the file puts behind a text would end it, and is left out."""
+        plain = self.encode(text)
+        around = self._tokenizer.encode(text, add_special_tokens=True).ids
+        starts = range(len(around) - len(plain) + 1)
+        start = next((i for i in starts if around[i : i + len(plain)] == plain), 0)
+        return around[:start] + plain
 
     def _encode_piece(self, piece: str) -> list[int]:
         try:

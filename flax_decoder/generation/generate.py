@@ -83,7 +83,7 @@ def _stream(
     sampling: Sampling,
 ) -> Iterator[np.ndarray]:
     B = prompt_tokens_BT.shape[0]
-    capacity = model.config.context_length
+    capacity = cache_capacity(prompt_tokens_BT.shape[1] + max_new_tokens, model.config.context_length)
     rng = jax.random.key(0) if rng is None else rng  # not drawn from at temperature 0
     rngs_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(B))
     text_BT = prompt_tokens_BT.astype(np.int32)
@@ -93,7 +93,9 @@ def _stream(
     while made < max_new_tokens:
         num_read = text_BT.shape[1] if text_BT.shape[1] <= capacity else max(capacity // 2, 1)
         padded_BT = pad_right(text_BT[:, -num_read:], capacity)
-        token_B, seen_BV, cache = _prefill(model, params, padded_BT, num_read, seen_BV, rngs_B, made, sampling)
+        token_B, seen_BV, cache = _prefill(
+            model, params, padded_BT, num_read, seen_BV, rngs_B, made, sampling, capacity
+        )
         new_tokens = [np.asarray(token_B)[:, None]]
         made += 1
         yield new_tokens[-1]
@@ -110,14 +112,21 @@ def _stream(
         text_BT = np.concatenate([text_BT, *new_tokens], axis=1)[:, -(capacity + 1) :]
 
 
+def cache_capacity(num_tokens: int, context_length: int) -> int:
+    """Slots for a text of so many tokens: the next power of two, at most the context.
+
+    A cache of the whole context of a model made for 100,000 tokens would take gigabytes, whatever the text.
+    """
+    return min(max(SHORTEST_PREFILL_TOKENS, 1 << (num_tokens - 1).bit_length()), context_length)
+
+
 def pad_right(tokens_BT: np.ndarray, longest: int) -> np.ndarray:
     """Adds zeros up to the next power of two, at most `longest`."""
     T = tokens_BT.shape[1]
-    padded = min(max(SHORTEST_PREFILL_TOKENS, 1 << (T - 1).bit_length()), longest)
-    return np.pad(tokens_BT, ((0, 0), (0, padded - T)))
+    return np.pad(tokens_BT, ((0, 0), (0, cache_capacity(T, longest) - T)))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"))
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "capacity"))
 def _prefill(
     model: Decoder,
     params: Any,
@@ -127,10 +136,11 @@ def _prefill(
     rngs_B: jax.Array,
     made: jax.Array,
     sampling: Sampling,
+    capacity: int,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     """Reads a padded prompt of `num_read` tokens, and draws the token behind it."""
     B = tokens_BT.shape[0]
-    cache = empty_cache(model.config, B, model.config.context_length)
+    cache = empty_cache(model.config, B, capacity)
     logits_BTV, cache = apply_cached(model, params, tokens_BT, cache)
     # Padding stands behind the prompt, where no token of it looks; setting the length back forgets it.
     cache = cache.replace(length_B=jnp.full(B, num_read, jnp.int32))

@@ -16,7 +16,7 @@ def decode_stream(tokenizer: Tokenizer, chunks: Iterable[np.ndarray], stop: Sequ
     """Decodes tokens piece by piece; the pieces joined are the text of all tokens.
 
     No character of several bytes is cut in two. The text ends before the first of the stop strings, also where one
-    comes in several tokens, or at the tokenizer's end token.
+    comes in several tokens, or at one of the tokenizer's end tokens.
 
     Args:
         tokenizer: what the tokens mean.
@@ -31,12 +31,11 @@ def decode_stream(tokenizer: Tokenizer, chunks: Iterable[np.ndarray], stop: Sequ
     longest_stop = max((len(text) for text in stop), default=1)
     for chunk in chunks:
         tokens.extend(chunk.tolist())
-        ended = tokenizer.end_id is not None and tokenizer.end_id in tokens
-        if tokenizer.end_id is not None and ended:
-            tokens = tokens[: tokens.index(tokenizer.end_id)]
+        ends = [place for place, token in enumerate(tokens) if token in tokenizer.end_ids]
+        tokens = tokens[: min(ends, default=len(tokens))]
         text = tokenizer.decode(tokens)
         places = [place for place in (text.find(end) for end in stop) if place >= 0]
-        if places or ended:
+        if places or ends:
             yield text[shown : min(places, default=len(text))]
             return
         # The last characters may become part of a stop string, or change when their last bytes come.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
@@ -18,6 +19,9 @@ from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
 
+# A window that no sequence fills: a layer without one.
+NO_WINDOW = 2**30
+
 
 def dot_product_attention(
     q_BTNH: jax.Array,
@@ -26,6 +30,7 @@ def dot_product_attention(
     mask_BTS: jax.Array,
     bias_BNTS: jax.Array | None = None,
     soft_cap: float | None = None,
+    scale: float | None = None,
     drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Averages the values, weighted by how well each key matches the query.
@@ -41,6 +46,7 @@ def dot_product_attention(
         v_BSKH: values.
         mask_BTS: True where a query may look at a key, at least once for each query; B may be 1.
         bias_BNTS: added to the scores; B may be 1.
+        scale: what scores are multiplied by, where it is not 1 / sqrt(H).
         soft_cap: scores go through soft_cap * tanh(score / soft_cap) first (Gemma 2).
         drop: applied to the weights, for dropout.
 
@@ -53,7 +59,8 @@ def dot_product_attention(
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
 
     # Var(q . k) grows as H; dividing by sqrt(H) keeps the softmax off its flat ends.
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS *= H**-0.5 if scale is None else scale
     if soft_cap is not None:
         scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     if bias_BNTS is not None:
@@ -99,7 +106,7 @@ class SelfAttention(nn.Module):
             What each position gathered, (B, T, D), and `cached` with the new keys and values in it.
         """
         config = self.config
-        q_BTNH, k_BSKH, v_BSKH = self.queries_keys_values(x_BTD, positions_BT)
+        q_BTNH, k_BSKH, v_BSKH = self.queries_keys_values(x_BTD, positions_BT, window)
         if cached is not None:
             k_BSKH, v_BSKH = cached = (
                 write(cached[0], k_BSKH, positions_BT),
@@ -115,7 +122,9 @@ class SelfAttention(nn.Module):
 
         drops_weights = config.dropout > 0 and not deterministic
         wants_weights = self.is_mutable_collection("intermediates")
-        attend = functools.partial(dot_product_attention, soft_cap=config.attention_soft_cap)
+        attend = functools.partial(
+            dot_product_attention, soft_cap=config.attention_soft_cap, scale=config.attention_scale
+        )
         if self.blockwise_is_chosen() and cached is None and not drops_weights and not wants_weights:
             heads_BTNH = blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
         else:
@@ -128,7 +137,9 @@ class SelfAttention(nn.Module):
         out = Linear((config.embed_dim,), 2, config.attention_out_bias, config.output_stddev, config.dtype, name="out")
         return out(heads_BTNH), cached
 
-    def queries_keys_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def queries_keys_values(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, window: jax.Array | int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What each position asks, how it can be found, and what it has to give: q_BTNH, k_BTKH and v_BTKH."""
         config = self.config
 
@@ -140,19 +151,29 @@ class SelfAttention(nn.Module):
         k_BTKH = project("key", config.kv_heads)
         v_BTKH = project("value", config.kv_heads)
 
-        if config.qk_norm:
-            q_BTNH = Norm("rmsnorm", config.norm_epsilon, name="query_norm")(q_BTNH)
-            k_BTKH = Norm("rmsnorm", config.norm_epsilon, name="key_norm")(k_BTKH)
+        if config.qk_norm != "none":
+            q_BTNH = self.normalise("query_norm", q_BTNH)
+            k_BTKH = self.normalise("key_norm", k_BTKH)
         self.sow("intermediates", "q", q_BTNH)
         self.sow("intermediates", "k", k_BTKH)
         self.sow("intermediates", "v", v_BTKH)
         if config.positions == "rotary":
-            frequencies = rotary_frequencies(config)
+            frequencies: np.ndarray | jax.Array = rotary_frequencies(config)
+            if config.rotary_window_base is not None:
+                in_window = rotary_frequencies(config, in_window=True)
+                frequencies = jnp.where(window == NO_WINDOW, frequencies, in_window)
             q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
             k_BTKH = rotate(k_BTKH, positions_BT, frequencies)
             self.sow("intermediates", "q_rotated", q_BTNH)
             self.sow("intermediates", "k_rotated", k_BTKH)
         return q_BTNH, k_BTKH, v_BTKH
+
+    def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        """Queries or keys of unit size, each head by itself or all heads of a position as one."""
+        norm = Norm("rmsnorm", self.config.norm_epsilon, name=name)
+        if self.config.qk_norm == "head":
+            return norm(x_BTNH)
+        return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
 
     def blockwise_is_chosen(self) -> bool:
         """Whether the config asks for blocks, or leaves the choice and they are fast here."""

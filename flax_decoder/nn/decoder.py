@@ -11,14 +11,11 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.nn.attention import SelfAttention
+from flax_decoder.nn.attention import NO_WINDOW, SelfAttention
 from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
-
-# A window that no sequence fills: a layer without one.
-NO_WINDOW = 2**30
 
 
 class Block(nn.Module):

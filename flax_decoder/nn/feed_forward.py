@@ -22,7 +22,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021 (Primer)
     "swiglu": jax.nn.silu,  # the GLU variants of Shazeer 2020 put these on the gate
     "geglu": gelu,
+    "geglu_tanh": jax.nn.gelu,
 }
+GATED = ("swiglu", "geglu", "geglu_tanh")
 
 
 class FeedForward(nn.Module):
@@ -44,7 +46,7 @@ class FeedForward(nn.Module):
 
         activation = ACTIVATIONS[config.feed_forward]
         h_BTF = linear("up", config.mlp_width, config.init_stddev)(x_BTD)
-        if config.feed_forward in ("swiglu", "geglu"):
+        if config.feed_forward in GATED:
             h_BTF *= activation(linear("gate", config.mlp_width, config.init_stddev)(x_BTD))
         else:
             h_BTF = activation(h_BTF)

@@ -27,7 +27,7 @@ def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
     return waves.reshape(*positions_BT.shape, width)
 
 
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarray:
     """Angle per position, in radians, of each rotated pair of numbers (Su et al. 2021, equation 15).
 
         theta_i = base^(-2i / R),   R the rotated part of the head width
@@ -35,11 +35,18 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     `linear` scaling divides all of them by the factor (Chen et al. 2023). `llama3` divides only those whose wavelength
     is long beside the original context, keeps the short ones, and blends between (Llama 3.1).
 
+    Args:
+        config: the model.
+        in_window: for the layers that have a window, which may have a base of their own (Gemma 3).
+
     Returns:
         (R / 2,), float32.
     """
     rotated = int(config.head_width * config.rotary_fraction)
-    frequencies = config.rotary_base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    exponents = -np.arange(0, rotated, 2, dtype=np.float64) / rotated
+    if in_window and config.rotary_window_base is not None:
+        return (config.rotary_window_base**exponents).astype(np.float32)
+    frequencies = config.rotary_base**exponents
     factor = config.rotary_scaling_factor
     if config.rotary_scaling == "linear":
         frequencies /= factor
@@ -51,7 +58,7 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray) -> jax.Array:
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
     """Turns pairs of numbers of each head by an angle that grows with the position.
 
     The score of a turned query and a turned key then depends on the distance of their positions alone. Number i is

@@ -72,6 +72,20 @@ class Checkpoints:
             raise FaultError(f"{self._folder}: cannot save a checkpoint: {error}") from error
 
 
+def save_params(folder: Path, step: int, params: Any) -> None:
+    """Writes a checkpoint of parameters alone: a run folder with it can do all but go on training.
+
+    Raises:
+        FaultError: it cannot be written.
+    """
+    path = folder / "checkpoints"
+    try:
+        with ocp.CheckpointManager(path.absolute(), item_names=("params",)) as manager:
+            manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+    except (OSError, ValueError) as error:
+        raise FaultError(f"{path}: cannot save a checkpoint: {error}") from error
+
+
 def saved_steps(folder: Path) -> list[int]:
     """The steps of the finished checkpoints in a run folder, oldest first."""
     entries = folder.glob("checkpoints/*")

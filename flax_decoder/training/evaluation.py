@@ -19,7 +19,7 @@ LARGEST_EXPONENT = 709.0
 def evaluate(
     model: Decoder, params: Any, tokens: np.ndarray, num_bytes: int, *, batch_size: int, limit: int = 0
 ) -> dict[str, float]:
-    """The loss on a text, read in windows of the context length that do not overlap.
+    """The loss on a text, read in windows of the context length, or of the text if it is shorter, without overlap.
 
     Args:
         model: the network.
@@ -32,7 +32,8 @@ def evaluate(
     Returns:
         "loss" in nats a token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" that were predicted.
     """
-    batches = validation_batches(tokens, batch_size=batch_size, context_length=model.config.context_length, limit=limit)
+    context_length = min(model.config.context_length, len(tokens) - 1)
+    batches = validation_batches(tokens, batch_size=batch_size, context_length=context_length, limit=limit)
     sums = [_loss_sums(model, params, batch) for batch in batches]
     # Summed on the host in float64: float32 would lose digits over a long text.
     total, num_tokens = (math.fsum(float(part[name]) for part in sums) for name in ("loss", "num_tokens"))

@@ -1,0 +1,149 @@
+"""The safetensors format: named arrays in a file, read strictly and one at a time.
+
+A file is a length N (8 bytes, little-endian), N bytes of JSON that say each tensor's dtype, shape and place, and then
+the numbers. Everything is checked before a number is read: what is accepted has one meaning.
+(https://github.com/huggingface/safetensors, section Format.)
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_decoder.errors import UserError
+from flax_decoder.files import replacing
+from flax_decoder.interop.strict_json import parse_object
+
+# All that the format has: a tensor that is not wanted still takes its place in the file.
+_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_READABLE = ("F32", "BF16", "F16")
+_LONGEST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one array lies.
+
+    Attributes:
+        path: its file.
+        name: its name there.
+        dtype: as the file names it, such as BF16.
+        shape: its axes.
+        start: its first byte in the file.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    def read(self) -> np.ndarray:
+        """The numbers as float32, which holds every bfloat16 and float16 exactly.
+
+        Raises:
+            UserError: they are of another dtype.
+        """
+        if self.dtype not in _READABLE:
+            raise UserError(
+                f"{self.path}: tensor {self.name} is {self.dtype}; only {', '.join(_READABLE)} are read: convert it"
+            )
+        stored = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}[self.dtype]
+        numbers = np.fromfile(self.path, stored, math.prod(self.shape), offset=self.start).reshape(self.shape)
+        if self.dtype == "BF16":
+            # A bfloat16 is the upper half of a float32.
+            return (numbers.astype(np.uint32) << 16).view(np.float32)
+        return numbers.astype(np.float32)
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        UserError: the file cannot be read or is not exactly as the format says.
+    """
+    try:
+        num_bytes = path.stat().st_size
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            _refuse_if(num_bytes < 8, path, "is shorter than the 8 bytes that a safetensors file begins with")
+            _refuse_if(
+                header_bytes > min(num_bytes - 8, _LONGEST_HEADER_BYTES),
+                path,
+                f"says that its header has {header_bytes:,} bytes, but the file has {num_bytes:,}",
+            )
+            content = file.read(header_bytes)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    _refuse_if(not content.startswith(b"{"), path, "has a header that does not begin with {")
+    document = parse_object(content, f"{path}: the header")
+    metadata = document.pop("__metadata__", {})
+    is_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    _refuse_if(not is_text, path, "has a __metadata__ that is more than names and texts")
+
+    ends = {name: _checked_end(path, name, entry) for name, entry in document.items()}
+    end = 0
+    for name in sorted(document, key=lambda name: (document[name]["data_offsets"], name)):
+        start = document[name]["data_offsets"][0]
+        _refuse_if(start < end, path, f"tensor {name} begins at {start}, inside of the tensor before it")
+        _refuse_if(start > end, path, f"there is a hole before tensor {name}: from {end} to {start}")
+        end = ends[name]
+    rest = num_bytes - 8 - header_bytes
+    _refuse_if(end != rest, path, f"holds {rest:,} bytes of numbers, but its tensors take {end:,}")
+    return {
+        name: Tensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
+        for name, entry in document.items()
+    }
+
+
+def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterable[np.ndarray]) -> None:
+    """Writes float32 tensors, one after the other.
+
+    Args:
+        path: the new file.
+        shapes: of the tensors, by name.
+        arrays: their numbers in the same order; each is made when it is its turn.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 loads no file without it
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)  # the numbers begin at a multiple of their size
+    with replacing(path) as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for (name, shape), array in zip(shapes.items(), arrays, strict=True):
+            assert array.shape == shape, (name, array.shape, shape)
+            file.write(np.ascontiguousarray(array, "<f4").data)
+
+
+def _checked_end(path: Path, name: str, entry: Any) -> int:
+    """Where a tensor ends, after a look at all that its header says."""
+    what = f"tensor {name}"
+    keys = {"dtype", "shape", "data_offsets"}
+    _refuse_if(not isinstance(entry, dict) or entry.keys() != keys, path, f"{what} must have just {sorted(keys)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    known = isinstance(dtype, str) and dtype in _ITEM_BYTES
+    _refuse_if(not known, path, f"{what} has the unknown dtype {dtype!r}")
+    for numbers in (shape, offsets):
+        valid = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
+        _refuse_if(not valid, path, f"{what}: {numbers!r} must be a list of whole numbers from 0 on")
+    _refuse_if(len(offsets) != 2, path, f"{what}: data_offsets = {offsets} must be a start and an end")
+    wanted = math.prod(shape) * _ITEM_BYTES[dtype]
+    _refuse_if(
+        offsets[1] - offsets[0] != wanted,
+        path,
+        f"{what} of shape {shape} and dtype {dtype} takes {wanted:,} bytes, but its data_offsets are {offsets}",
+    )
+    return offsets[1]
+
+
+def _refuse_if(wrong: bool, path: Path, reason: str) -> None:
+    if wrong:
+        raise UserError(f"{path}: {reason}: it is damaged or no safetensors file; get it again")

@@ -1,0 +1,188 @@
+"""Tensors of a family <-> our parameters, by the rules of its table."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flax_decoder.errors import UserError
+from flax_decoder.interop.family import Family, Rule
+from flax_decoder.interop.tensor_file import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """One tensor of a model: its name, its shape, the rule for it, and its layer where it belongs to one."""
+
+    name: str
+    shape: Shape
+    rule: Rule
+    layer: int | None
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """The leaves of a params tree by path, such as layers/attention/query/kernel."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(part.key for part in path): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of which `flatten` gives these leaves."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *branches, name = path.split("/")
+        here = tree
+        for branch in branches:
+            here = here.setdefault(branch, {})
+        here[name] = leaf
+    return tree
+
+
+def places(family: Family, shapes: Mapping[str, Shape]) -> list[Place]:
+    """Every tensor that a model of the family has.
+
+    Args:
+        family: its table.
+        shapes: of our parameters, by path; those of layers have a leading layer axis.
+    """
+    result = []
+    for rule in family.all_rules:
+        if not all(path in shapes for path in rule.ours):
+            continue  # a bias that this model does not have, or the head of one that shares it with the embedding
+        prefix = "" if rule.theirs == family.head else family.prefix
+        stacked = "{}" in rule.theirs
+        own = [shapes[path][1:] if stacked else shapes[path] for path in rule.ours]
+        shape = _their_shape(rule, own)
+        for layer in range(shapes[rule.ours[0]][0]) if stacked else [None]:
+            result.append(Place(prefix + rule.theirs.format(layer), shape, rule, layer))
+    return result
+
+
+def read_params(
+    tensors: Mapping[str, Tensor], family: Family, shapes: Mapping[str, Shape], folder: Path
+) -> dict[str, np.ndarray]:
+    """Our parameters from the tensors of a folder, one tensor after the other.
+
+    Args:
+        tensors: by name.
+        family: what the names mean.
+        shapes: of the parameters wanted, by path.
+        folder: what the message of an error names.
+
+    Returns:
+        float32 arrays by path.
+
+    Raises:
+        UserError: a tensor is missing, not known, or of another shape or dtype.
+    """
+    wanted = places(family, shapes)
+    found = _named_with_prefix(tensors, family, folder)
+    _check_names(found, wanted, family, folder, is_tied="head" not in shapes)
+    params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    for place in wanted:
+        tensor = found[place.name]
+        if tensor.shape != place.shape:
+            raise UserError(
+                f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for "
+                f"{place.shape}"
+            )
+        targets = [params[path] if place.layer is None else params[path][place.layer] for path in place.rule.ours]
+        for target, part in zip(targets, split(place.rule, tensor.read(), [t.shape for t in targets]), strict=True):
+            target[...] = part
+    return params
+
+
+def write_arrays(wanted: Sequence[Place], params: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    """Their tensors from our parameters, in the order of the places, each made when it is asked for."""
+    for place in wanted:
+        leaves = [params[path] if place.layer is None else params[path][place.layer] for path in place.rule.ours]
+        yield join(place.rule, [np.asarray(leaf, np.float32) for leaf in leaves])
+
+
+def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    """Our parameters, of the given shapes, out of one of their tensors."""
+    matrix = tensor.T if rule.transposed else tensor
+    if rule.offset != 0:
+        matrix = matrix + np.float32(rule.offset)
+    if rule.by_head:
+        heads, width = shapes[0][-2:]
+        apart = matrix.reshape(*matrix.shape[:-1], heads, len(shapes), width)
+        parts = [apart[..., part, :] for part in range(len(shapes))]
+    else:
+        widths = [_matrix_shape(path, shape)[-1] for path, shape in zip(rule.ours, shapes, strict=True)]
+        parts = np.split(matrix, np.cumsum(widths)[:-1], axis=-1)
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One of their tensors out of our parameters; undoes `split`."""
+    matrices = [array.reshape(_matrix_shape(path, array.shape)) for path, array in zip(rule.ours, arrays, strict=True)]
+    if rule.by_head:
+        apart = [m.reshape(*m.shape[:-1], *array.shape[-2:]) for m, array in zip(matrices, arrays, strict=True)]
+        matrix = np.stack(apart, axis=-2).reshape(*matrices[0].shape[:-1], -1)
+    else:
+        matrix = np.concatenate(matrices, axis=-1)
+    if rule.offset != 0:
+        matrix = matrix - np.float32(rule.offset)
+    return matrix.T if rule.transposed else matrix
+
+
+def _matrix_shape(path: str, shape: Shape) -> Shape:
+    """The shape with heads and their width merged: (in, out) of a matrix or table, (out,) of a bias or scale."""
+    if path.endswith(("/bias", "/scale")):
+        return (math.prod(shape),)
+    num_inputs = 2 if path.endswith("/out/kernel") else 1
+    return math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
+
+
+def _their_shape(rule: Rule, shapes: Sequence[Shape]) -> Shape:
+    matrices = [_matrix_shape(path, shape) for path, shape in zip(rule.ours, shapes, strict=True)]
+    shape = (*matrices[0][:-1], sum(matrix[-1] for matrix in matrices))
+    return shape[::-1] if rule.transposed else shape
+
+
+def _named_with_prefix(tensors: Mapping[str, Tensor], family: Family, folder: Path) -> dict[str, Tensor]:
+    """Puts the prefix before names that lack it: files of a model without its head leave it out."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = name if name == family.head else family.prefix + name.removeprefix(family.prefix)
+        if full in found:
+            raise UserError(f"{folder}: tensor {full} is there twice, with and without {family.prefix}; remove one")
+        found[full] = tensor
+    return found
+
+
+def _check_names(
+    found: dict[str, Tensor], wanted: Sequence[Place], family: Family, folder: Path, *, is_tied: bool
+) -> None:
+    names = {place.name for place in wanted}
+    missing = [place.name for place in wanted if place.name not in found]
+    if missing:
+        raise UserError(f"{folder}: tensor {missing[0]}{_more(missing)} is missing; get the whole model again")
+    if is_tied and family.head in found:
+        embedding = next(place.name for place in wanted if place.rule.ours == ("embedding",))
+        if not np.array_equal(found[family.head].read(), found[embedding].read()):
+            raise UserError(
+                f"{folder}: tensor {family.head} differs from {embedding}, but config.json says that they are one; "
+                "set tie_word_embeddings to false to use both"
+            )
+        names.add(family.head)
+    extra = [
+        name
+        for name in found
+        if name not in names and not re.fullmatch(family.extra_tensors, name.removeprefix(family.prefix))
+    ]
+    if extra:
+        raise UserError(
+            f"{folder}: tensor {extra[0]}{_more(extra)} is no part of {family.model_type} with these settings, so "
+            "what it would change cannot be told; check config.json"
+        )
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,215 @@
+"""Every family of models gives PyTorch's numbers, writes PyTorch's text, and goes out again as it came in."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.interop.families import FAMILIES
+from flax_decoder.interop.hugging_face import write_folder
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.numpy")
+# Two test workers share two cores with JAX: one thread each.
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+V, CONTEXT, WINDOW, NEW_TOKENS = 59, 48, 5, 32
+PROMPT_BT = np.random.default_rng(0).integers(0, V, (2, 11)).astype(np.int32)
+
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 37,
+    "max_position_embeddings": CONTEXT,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 5.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 6.0,
+    "original_max_position_embeddings": 29,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 700.0, "factor": 3.0}
+GPT2 = {"vocab_size": V, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+NEOX = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+GEMMA = SIZES | {"head_dim": 10}
+GEMMA3_ROPE = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 90.0}}
+
+# For each family: grouped heads, windows shorter than the text, stretched waves, one table for both ends or two.
+SHAPES = {
+    "gpt2": [
+        GPT2,
+        GPT2 | {"n_head": 3, "n_inner": 37, "activation_function": "gelu", "tie_word_embeddings": False},
+        GPT2 | {"n_layer": 3, "activation_function": "relu", "layer_norm_epsilon": 0.1},
+    ],
+    "llama": [
+        SIZES,
+        SIZES | {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": 10},
+        SIZES | {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+        SIZES | {"hidden_act": "gelu", "num_hidden_layers": 3, "rms_norm_eps": 0.1},
+    ],
+    "qwen2": [
+        SIZES,
+        SIZES | {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "head_dim": 10},
+        SIZES | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_hidden_layers": 3},
+    ],
+    "mistral": [
+        SIZES | {"sliding_window": WINDOW},
+        SIZES | {"sliding_window": None, "head_dim": 10, "tie_word_embeddings": True},
+        SIZES | {"sliding_window": WINDOW, "rope_parameters": LINEAR, "num_key_value_heads": 1},
+    ],
+    "qwen3": [
+        SIZES | {"head_dim": 10},
+        SIZES | {"head_dim": 6, "attention_bias": True, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+        SIZES
+        | {"head_dim": 10, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ],
+    "gpt_neox": [
+        NEOX | {"rotary_pct": 0.34},
+        NEOX | {"rotary_pct": 1.0, "use_parallel_residual": False, "attention_bias": False},
+        NEOX | {"rotary_pct": 0.67, "tie_word_embeddings": True, "hidden_act": "gelu_new", "rope_scaling": LINEAR},
+    ],
+    "phi3": [
+        SIZES,
+        SIZES | {"sliding_window": WINDOW, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": 10},
+        SIZES | {"rope_parameters": {"rope_theta": 700.0, "partial_rotary_factor": 0.34}, "num_key_value_heads": 4},
+    ],
+    "starcoder2": [
+        SIZES,
+        SIZES | {"sliding_window": WINDOW, "tie_word_embeddings": False, "hidden_act": "gelu", "head_dim": 10},
+        SIZES | {"use_bias": False, "rope_parameters": LINEAR, "num_key_value_heads": 1, "norm_epsilon": 0.1},
+    ],
+    "olmo2": [
+        SIZES,
+        SIZES | {"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": LLAMA3, "head_dim": 10},
+        SIZES | {"num_key_value_heads": 1, "num_hidden_layers": 3, "rms_norm_eps": 0.1},
+    ],
+    "gemma": [
+        GEMMA,
+        GEMMA | {"attention_bias": True, "rope_parameters": LINEAR, "num_key_value_heads": 1},
+        GEMMA | {"tie_word_embeddings": False, "num_key_value_heads": 4, "head_dim": 6},
+    ],
+    "gemma2": [
+        GEMMA | {"sliding_window": WINDOW, "query_pre_attn_scalar": 13},
+        GEMMA | {"attn_logit_softcapping": 0.9, "final_logit_softcapping": 1.9, "sliding_window": 3},
+        GEMMA
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False}
+        | {"layer_types": ["full_attention", "full_attention"], "rope_parameters": LINEAR},
+    ],
+    "gemma3_text": [
+        GEMMA | {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+        GEMMA
+        | {"sliding_window": WINDOW, "rope_parameters": GEMMA3_ROPE, "num_hidden_layers": 3}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        GEMMA | {"final_logit_softcapping": 1.9, "tie_word_embeddings": False, "query_pre_attn_scalar": 7},
+    ],
+}
+CASES = [(model_type, number) for model_type, shapes in SHAPES.items() for number in range(len(shapes))]
+every_case = pytest.mark.parametrize(("model_type", "number"), CASES)
+
+
+def test_every_family_is_here():
+    assert SHAPES.keys() == FAMILIES.keys()
+    assert min(map(len, SHAPES.values())) >= 3
+
+
+@functools.cache
+def torch_model(model_type, number):
+    """A model of PyTorch with random weights of a size that keeps every part of it at work."""
+    settings = SHAPES[model_type][number] | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = transformers.AutoConfig.for_model(model_type, **json.loads(json.dumps(settings)))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    rng = np.random.default_rng(number)
+    for name, parameter in model.named_parameters():
+        shape = parameter.shape
+        noise = rng.standard_normal(shape)
+        if len(shape) == 2:
+            value = noise * shape[0 if model_type == "gpt2" else 1] ** -0.5
+        elif name.endswith("bias"):
+            value = 0.3 * noise
+        else:
+            # 1 + scale rounds; steps of 1/1024 keep it exact in float32, so that it can be undone.
+            value = np.round(300 * noise) / 1024 + (0 if "gemma" in model_type else 1)
+        parameter.data = torch.tensor(value, dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
+@functools.cache
+def saved(model_type, number):
+    folder = tempfile.TemporaryDirectory()
+    # Odd cases are spread over several files.
+    torch_model(model_type, number).save_pretrained(folder.name, max_shard_size="20KB" if number % 2 else "1GB")
+    assert Path(folder.name, "model.safetensors.index.json").exists() == (number % 2 == 1)
+    return folder
+
+
+@functools.cache
+def loaded(model_type, number):
+    return fd.load(saved(model_type, number).name)
+
+
+@every_case
+def test_logits_equal_pytorchs(model_type, number):
+    model, params, tokenizer = loaded(model_type, number)
+    assert tokenizer is None
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    tokens_BT = np.random.default_rng(1).integers(0, V, (2, CONTEXT)).astype(np.int32)
+    with torch.no_grad():
+        expected_BTV = torch_model(model_type, number)(torch.tensor(tokens_BT, dtype=torch.int64)).logits.numpy()
+    logits_BTV = np.asarray(jax.jit(model.apply)({"params": params}, tokens_BT))
+    assert expected_BTV.std() > 0.2
+    assert np.abs(logits_BTV - expected_BTV).max() <= 2e-5 * np.abs(expected_BTV).max()
+
+
+@every_case
+def test_greedy_text_equals_transformers(model_type, number):
+    model, params, _ = loaded(model_type, number)
+    tokens = torch.tensor(PROMPT_BT, dtype=torch.int64)
+    expected = torch_model(model_type, number).generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    assert expected.shape == (2, PROMPT_BT.shape[1] + NEW_TOKENS)
+    ours = fd.generate(model, params, PROMPT_BT, NEW_TOKENS, temperature=0)
+    np.testing.assert_array_equal(ours, expected.numpy())
+
+
+@every_case
+def test_what_came_in_goes_out_bit_by_bit(model_type, number, tmp_path):
+    model, params, _ = loaded(model_type, number)
+    write_folder(
+        tmp_path, model.config, params, None, FAMILIES[model_type], shard_bytes=10_000 if number == 0 else 10**9
+    )
+    assert (tmp_path / "model.safetensors.index.json").exists() == (number == 0)
+    theirs, ours = tensors_of(Path(saved(model_type, number).name)), tensors_of(tmp_path)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == np.float32
+        np.testing.assert_array_equal(ours[name].view(np.uint32), tensor.view(np.uint32), err_msg=name)
+
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(back) is type(torch_model(model_type, number))
+    tokens = torch.tensor(PROMPT_BT, dtype=torch.int64)
+    with torch.no_grad():
+        expected = torch_model(model_type, number)(tokens).logits
+        # The two may choose other kernels for attention.
+        torch.testing.assert_close(back.eval()(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def tensors_of(folder):
+    files = folder.glob("*.safetensors")
+    return {name: array for path in files for name, array in safetensors.load_file(path).items()}
