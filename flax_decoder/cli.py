@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from flax_decoder.config import SECTIONS, fields_of, load_config
 from flax_decoder.errors import FaultError, UserError
 
+DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 1 a fault, 2 the user's input, over 128 a signal."""
@@ -148,7 +150,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The command line of `flax-decoder`."""
-    parser = Parser(prog="flax-decoder", description=sys.modules["flax_decoder"].__doc__, allow_abbrev=False)
+    parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[[argparse.Namespace], int]) -> Parser:
