@@ -63,7 +63,7 @@ def stream(
     rng: jax.Array | None,
     sampling: Sampling,
 ) -> Iterator[np.ndarray]:
-    """As `generate`, but yields the new tokens as they are made, int32 (B, some)."""
+    """As `generate`, but yields the new tokens as they are made, int32 (B, some); raises before the first of them."""
     if prompt_tokens_BT.ndim != 2 or 0 in prompt_tokens_BT.shape:
         raise UserError(f"the prompt must be tokens (B, T) with at least one a row, not {prompt_tokens_BT.shape}")
     if max_new_tokens < 0:
@@ -71,17 +71,7 @@ def stream(
     if rng is None and sampling.temperature > 0:
         raise UserError("sampling needs rng, such as jax.random.key(0); or temperature = 0")
     check_tokens(prompt_tokens_BT, model.config.vocab_size or 0)
-    return _stream(model, params, prompt_tokens_BT, max_new_tokens, rng, sampling)
 
-
-def _stream(
-    model: Decoder,
-    params: Any,
-    prompt_tokens_BT: np.ndarray,
-    max_new_tokens: int,
-    rng: jax.Array | None,
-    sampling: Sampling,
-) -> Iterator[np.ndarray]:
     B = prompt_tokens_BT.shape[0]
     capacity = cache_capacity(prompt_tokens_BT.shape[1] + max_new_tokens, model.config.context_length)
     rng = jax.random.key(0) if rng is None else rng  # not drawn from at temperature 0
