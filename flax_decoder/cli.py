@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flax_decoder.config import SECTIONS, fields_of, load_config
+from flax_decoder.config import SECTIONS, Config, fields_of, load_config
 from flax_decoder.errors import FaultError, UserError
 
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Trains on a text, then writes new text."""
-    config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    config = _config_of(options)
     from flax_decoder.training import loop
 
     return loop.train(config, Path(config.run.folder or "."))
@@ -123,7 +123,7 @@ def bench(options: argparse.Namespace) -> int:
     """Measures the speed of training and of generation."""
     from flax_decoder.training.speed import measure_speed
 
-    config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    config = _config_of(options)
     result = measure_speed(config)
     if options.json:
         print(json.dumps(result))
@@ -131,6 +131,11 @@ def bench(options: argparse.Namespace) -> int:
         for name, value in result.items():
             print(f"{name:>28}  {value if isinstance(value, str) else format(value, ',.6g')}")
     return 0
+
+
+def _config_of(options: argparse.Namespace) -> Config:
+    """The config that a command line asks for; the arguments with a dot in their names are its fields."""
+    return load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
 
 
 class Parser(argparse.ArgumentParser):

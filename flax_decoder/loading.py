@@ -1,17 +1,13 @@
 """From a path to something that can be run, and from one kind of folder to the other."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
-
-import jax
-import numpy as np
 
 from flax_decoder.config import Config, DataConfig, load_config, to_toml
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.files import write_text
+from flax_decoder.files import new_folder, write_text
 from flax_decoder.interop.choice import choose_family
 from flax_decoder.interop.hugging_face import (
     is_model_folder,
@@ -20,7 +16,7 @@ from flax_decoder.interop.hugging_face import (
     write_folder,
     write_special_tokens,
 )
-from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.decoder import Decoder, abstract_params
 from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
 
 
@@ -77,20 +73,15 @@ def convert(
     model, params, tokenizer = load(source)
     if to_run and model_type is not None:
         raise UserError(f"{source}: a run folder is made of it, which has no model type; leave out --model-type")
-    unfinished = destination.absolute().with_name(f".{destination.absolute().name}.new")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        if to_run:
-            _write_run(unfinished, model, params, _required(tokenizer, source))
-        else:
-            family = choose_family(model.config, str(source), model_type)
-            write_folder(unfinished, model.config, params, tokenizer, family)
-        os.rename(unfinished, destination)
+        with new_folder(destination) as unfinished:
+            if to_run:
+                _write_run(unfinished, model, params, _required(tokenizer, source))
+            else:
+                family = choose_family(model.config, str(source), model_type)
+                write_folder(unfinished, model.config, params, tokenizer, family)
     except OSError as error:
         raise FaultError(f"{destination}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def load_with_tokenizer(
@@ -118,10 +109,9 @@ def _load_run(folder: Path, step: int | Literal["latest", "best"]) -> tuple[Deco
     step = choose_step(folder, step)
     config = load_config(folder / "config.toml")
     model = Decoder(config.model)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     read_special_tokens(folder, tokenizer)
-    return model, restore_params(folder, step, shapes), tokenizer
+    return model, restore_params(folder, step, abstract_params(model)), tokenizer
 
 
 def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from flax_decoder.files import replacing, write_text
+from flax_decoder.files import new_folder, replacing, write_text
 
 
 def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
@@ -29,3 +29,19 @@ def test_newlines_and_characters_stay_as_they_are(tmp_path):
     text = "a\r\nb\nc\ré \N{GRINNING FACE}"
     write_text(tmp_path / "a.txt", text)
     assert (tmp_path / "a.txt").read_bytes() == text.encode()
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "made" / "folder"
+    with pytest.raises(OSError, match="full"), new_folder(path) as unfinished:
+        (unfinished / "half").write_text("x")
+        raise OSError("full")
+    assert list(path.parent.iterdir()) == []
+
+    (path.parent / ".folder.new").mkdir()
+    (path.parent / ".folder.new" / "left by a crash").write_text("x")
+    with new_folder(path) as unfinished:
+        assert not path.exists()
+        (unfinished / "whole").write_text("x")
+    assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
+    assert [entry.name for entry in path.iterdir()] == ["whole"]

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +17,7 @@ from flax_decoder.interop.settings import family_of, read_settings, write_settin
 from flax_decoder.interop.strict_json import read_object
 from flax_decoder.interop.tensor_file import Tensor, read_header, write_tensors
 from flax_decoder.interop.weights import Place, flatten, places, read_params, unflatten, write_arrays
-from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.decoder import Decoder, abstract_params
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -135,8 +134,7 @@ def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
-    params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    return {path: leaf.shape for path, leaf in flatten(params).items()}
+    return {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
 
 
 def _find_tensors(folder: Path) -> dict[str, Tensor]:

@@ -46,8 +46,8 @@ def dot_product_attention(
         v_BSKH: values.
         mask_BTS: True where a query may look at a key, at least once for each query; B may be 1.
         bias_BNTS: added to the scores; B may be 1.
-        scale: what scores are multiplied by, where it is not 1 / sqrt(H).
         soft_cap: scores go through soft_cap * tanh(score / soft_cap) first (Gemma 2).
+        scale: what scores are multiplied by, where it is not 1 / sqrt(H).
         drop: applied to the weights, for dropout.
 
     Returns:

@@ -197,6 +197,11 @@ def unrolled_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stack
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
+def abstract_params(model: Decoder) -> Any:
+    """Shapes and dtypes of a model's parameters, without their numbers: of any size, at no cost."""
+    return jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+
+
 def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """The rows of a table; NaN, instead of some other row, for an id outside of it."""
     return jnp.asarray(table).at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -77,7 +77,7 @@ def is_decayed(params: Any) -> Any:
 
 
 def optimizer_of_each(params: Any) -> Any:
-    """ "muon" for the matrices of attention and feed-forward, "adamw" for all else; a tree like `params`."""
+    """Names who updates each parameter, "muon" or "adamw"; a tree like `params`."""
     return jax.tree.map_with_path(lambda path, _: "adamw" if muon_matrix(path) is None else "muon", params)
 
 

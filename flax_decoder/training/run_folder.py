@@ -1,8 +1,6 @@
 """The folder of a run: made whole or not at all, and never filled with another run."""
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ from flax_decoder.config import Config, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.files import write_text
+from flax_decoder.files import new_folder, write_text
 from flax_decoder.training.checkpoint import saved_steps
 
 # What may differ when a run is continued, because the losses of its steps do not hang on it.
@@ -54,20 +52,13 @@ def open_run(config: Config, folder: Path) -> tuple[Config, Tokenizer, Corpus]:
     tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
     config = _resolve(config, tokenizer, corpus)
     try:
-        _create(folder, config, tokenizer, corpus)
+        with new_folder(folder) as unfinished:
+            save_corpus(corpus, unfinished / "corpus")
+            write_text(unfinished / "tokenizer.json", tokenizer.to_json())
+            write_text(unfinished / "config.toml", to_toml(config))
     except OSError as error:
         raise FaultError(f"{folder}: cannot make the run folder: {error}") from error
     return config, tokenizer, load_corpus(folder / "corpus")
-
-
-def _create(folder: Path, config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
-    """Fills a folder beside, then gives it its name: a crash leaves no half-made run."""
-    unfinished = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_corpus(corpus, unfinished / "corpus")
-    write_text(unfinished / "tokenizer.json", tokenizer.to_json())
-    write_text(unfinished / "config.toml", to_toml(config))
-    os.rename(unfinished, folder)
 
 
 def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Config:
