@@ -132,8 +132,8 @@ class ModelConfig:
 
     attention: Literal["auto", "reference", "blockwise"] = "auto"
     """which implementation computes attention; all give the same numbers, `reference` is the one to read"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """what activations are computed in; params, norms, softmax and loss stay float32"""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """what activations are computed in; params, norms, softmax and loss stay float32; float64 needs JAX_ENABLE_X64=1"""
     scan_layers: bool = False
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
     remat: bool = False

@@ -347,6 +347,20 @@ def test_bfloat16(scan_layers):
     assert f"bf16[1,{T},{V}]" not in program and f"bf16[{T},{V}]" not in program
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_float64_is_exact_throughout(norm):
+    settings = {"positions": "rotary", "rotary_base": 77.0, "norm": norm, "feed_forward": "geglu", "qk_norm": "head"}
+    model, params = make(**settings, attention_soft_cap=2.0, logit_soft_cap=3.0)
+    model = Decoder(dataclasses.replace(model.config, dtype="float64"))
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
+        model.apply({"params": params}, TOKENS_BT)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
+        logits_BTV = np.asarray(model.apply({"params": exact}, TOKENS_BT))
+    # One float32 on the way would leave 1e-8.
+    np.testing.assert_allclose(logits_BTV, reference.decode(params, TOKENS_BT, model.config), rtol=1e-12, atol=1e-12)
+
+
 # --- A look inside ---
 
 INSIDE = {"positions": "rotary", "rotary_fraction": 0.4, "attention_in_bias": True, "window": 4, "num_layers": 3}
@@ -394,7 +408,7 @@ def test_intermediates_are_what_their_names_say(scan_layers):
                 turned = np.array([reference.rotate(head, t, frequencies) for head in expected])
                 rotated = attention["q_rotated" if name == "query" else "k_rotated"][0][0, b, t]
                 np.testing.assert_allclose(rotated, turned, atol=TOLERANCE)
-    np.testing.assert_allclose(seen["final"][0] @ params["embedding"].T, logits_BTV, atol=TOLERANCE)
+    np.testing.assert_allclose(seen["final_norm"]["output"][0] @ params["embedding"].T, logits_BTV, atol=TOLERANCE)
 
 
 def test_scanned_and_unrolled_layers_show_the_same():

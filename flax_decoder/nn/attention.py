@@ -18,6 +18,7 @@ from flax_decoder.nn.cache import LayerKV, write
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
+from flax_decoder.nn.precision import at_least_float32
 
 # A window that no sequence fills: a layer without one.
 NO_WINDOW = 2**30
@@ -51,20 +52,21 @@ def dot_product_attention(
         drop: applied to the weights, for dropout.
 
     Returns:
-        The averages heads_BTNH in the dtype of the values; and in float32, for those who want to look, the scores
-        (minus infinity behind the mask) and the weights, both (B, K, G, T, S).
+        The averages heads_BTNH in the dtype of the values; and in at least float32, for those who want to look, the
+        scores (minus infinity behind the mask) and the weights, both (B, K, G, T, S).
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
 
     # Var(q . k) grows as H; dividing by sqrt(H) keeps the softmax off its flat ends.
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    dtype = at_least_float32(q_BTNH.dtype)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=dtype)
     scores_BKGTS *= H**-0.5 if scale is None else scale
     if soft_cap is not None:
         scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     if bias_BNTS is not None:
-        scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, S)
+        scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, S).astype(dtype)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
 
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
@@ -113,7 +115,7 @@ class SelfAttention(nn.Module):
                 write(cached[1], v_BSKH, positions_BT),
             )
         # Slot s of the keys holds position s, with a cache and without.
-        distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1])[None, None]
+        distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None]
         mask_BTS = (distance_BTS >= 0) & (distance_BTS < window)
         bias_BNTS: jax.Array | None = None
         if config.positions == "alibi":

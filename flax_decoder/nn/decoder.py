@@ -16,6 +16,7 @@ from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
+from flax_decoder.nn.precision import at_least_float32, check_float64
 
 
 class Block(nn.Module):
@@ -59,6 +60,7 @@ class Block(nn.Module):
         x_BTD = attended_BTD + dropout(h_BTD)
         if config.norm_position == "post":
             x_BTD = norm(name="feed_forward_norm")(x_BTD)
+        self.sow("intermediates", "residual", x_BTD)
         return x_BTD, cached
 
 
@@ -86,20 +88,22 @@ class Decoder(nn.Module):
             deterministic: False applies dropout and needs `rngs={"dropout": rng}`.
 
         Returns:
-            logits_BTV in float32; with a cache, also the cache with these tokens in it.
+            logits_BTV in at least float32; with a cache, also the cache with these tokens in it.
 
         Raises:
             ValueError: ids outside the vocabulary or more tokens than the cache holds (both where their values are
-                known, that is outside of jit), or more positions than learned ones reach.
+                known, that is outside of jit), more positions than learned ones reach, or float64 where JAX has it
+                switched off.
         """
         config = self.config
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set: give it, or take it from the tokenizer")
+        check_float64(config.dtype)
         check_tokens(tokens_BT, config.vocab_size)
         B, T = tokens_BT.shape
         if config.positions == "learned" and T > config.context_length:
             raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
-        positions_BT = jnp.arange(T)[None]
+        positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
         if cache is not None:
             if not isinstance(cache.length_B, jax.core.Tracer) and int(np.max(cache.length_B)) + T > cache.capacity:
                 raise ValueError(f"{T} more tokens do not fit into a cache of {cache.capacity}")
@@ -109,19 +113,20 @@ class Decoder(nn.Module):
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
         embedding_VD = embedding_VD.astype(config.dtype)
         x_BTD = self.embed(embedding_VD, tokens_BT, positions_BT)
+        self.sow("intermediates", "embeddings", x_BTD)
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
         cached_L = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
         x_BTD, cached_L = self.run_layers(x_BTD, cached_L, positions_BT, deterministic)
 
         x_BTD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BTD)
-        self.sow("intermediates", "final", x_BTD)
         if config.tied_head:
             head_DV = embedding_VD.T
         else:
             head_DV = self.param("head", normal, (config.embed_dim, config.vocab_size)).astype(config.dtype)
         x_RD = x_BTD.reshape(B * T, config.embed_dim)
-        logits_BTV = jnp.dot(x_RD, head_DV, preferred_element_type=jnp.float32).reshape(B, T, -1)
+        dtype = at_least_float32(x_BTD.dtype)
+        logits_BTV = jnp.dot(x_RD, head_DV, preferred_element_type=dtype).reshape(B, T, -1)
         if config.logit_soft_cap is not None:
             logits_BTV = config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap)
         if cache is None or cached_L is None:

@@ -50,4 +50,5 @@ class FeedForward(nn.Module):
             h_BTF *= activation(linear("gate", config.mlp_width, config.init_stddev)(x_BTD))
         else:
             h_BTF = activation(h_BTF)
+        self.sow("intermediates", "hidden", h_BTF)
         return linear("down", config.embed_dim, config.output_stddev)(h_BTF)

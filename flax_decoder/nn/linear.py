@@ -35,4 +35,6 @@ class Linear(nn.Module):
         y = x.astype(self.dtype).reshape(-1, matrix.shape[0]) @ matrix
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, self.features).reshape(1, -1).astype(self.dtype)
-        return y.reshape(*rest, *self.features)
+        y = y.reshape(*rest, *self.features)
+        self.sow("intermediates", "output", y)
+        return y

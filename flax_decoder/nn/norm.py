@@ -1,10 +1,12 @@
-"""Bringing activations to unit size, in float32 whatever they come in."""
+"""Bringing activations to unit size, in at least float32 whatever they come in."""
 
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from flax_decoder.nn.precision import at_least_float32
 
 
 class Norm(nn.Module):
@@ -27,11 +29,14 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., width) to the same shape and dtype."""
         shape = (1,) * (x.ndim - 1) + x.shape[-1:]
-        y = x.astype(jnp.float32)
+        y = x.astype(at_least_float32(x.dtype))
         if self.kind == "layernorm":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        y *= self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(shape)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        y *= scale.reshape(shape).astype(y.dtype)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(shape)
-        return y.astype(x.dtype)
+            y += self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(shape).astype(y.dtype)
+        y = y.astype(x.dtype)
+        self.sow("intermediates", "output", y)
+        return y

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.nn.precision import at_least_float32
 
 
 def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
@@ -40,13 +41,13 @@ def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarr
         in_window: for the layers that have a window, which may have a base of their own (Gemma 3).
 
     Returns:
-        (R / 2,), float32.
+        (R / 2,), float64.
     """
     rotated = int(config.head_width * config.rotary_fraction)
     exponents = -np.arange(0, rotated, 2, dtype=np.float64) / rotated
     if in_window and config.rotary_window_base is not None:
-        return (config.rotary_window_base**exponents).astype(np.float32)
-    frequencies = config.rotary_base**exponents
+        return config.rotary_window_base**exponents
+    frequencies: np.ndarray = config.rotary_base**exponents
     factor = config.rotary_scaling_factor
     if config.rotary_scaling == "linear":
         frequencies /= factor
@@ -55,7 +56,7 @@ def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarr
         low, high = config.rotary_low_frequency_factor, config.rotary_high_frequency_factor
         kept = np.clip((turns_in_original_context - low) / (high - low), 0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
-    return frequencies.astype(np.float32)
+    return frequencies
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
@@ -72,10 +73,11 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray |
     Returns:
         The same shape and dtype.
     """
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    dtype = at_least_float32(x_BTNH.dtype)
+    angles = positions_BT[:, :, None, None].astype(dtype) * jnp.asarray(frequencies, dtype)[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     half = len(frequencies)
-    x = x_BTNH.astype(jnp.float32)
+    x = x_BTNH.astype(dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return turned.astype(x_BTNH.dtype)

@@ -76,6 +76,12 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
     Raises:
         ValueError: token ids outside of the vocabulary, where their values are known.
     """
+    gradients, metrics = mean_gradients(state, batch, axis_name)
+    return state.apply_gradients(grads=gradients), metrics
+
+
+def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None) -> tuple[Any, Metrics]:
+    """Gradients of the mean loss over a batch, a tree like the parameters, and the metrics; see `train_step`."""
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
@@ -85,8 +91,7 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
     # Dividing sums by the weight of the whole batch, however it was split, gives every token the same weight.
     num_tokens = jnp.maximum(sums["num_tokens"], 1)
     gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
-    metrics = {"loss": sums["loss"] / num_tokens, "gradient_norm": optax.tree.norm(gradients)}
-    return state.apply_gradients(grads=gradients), metrics
+    return gradients, {"loss": sums["loss"] / num_tokens, "gradient_norm": optax.tree.norm(gradients)}
 
 
 def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -> tuple[TrainState, Metrics]:
