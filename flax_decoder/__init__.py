@@ -12,7 +12,7 @@ from flax_decoder.errors import FaultError, UserError
 
 if TYPE_CHECKING:
     from flax_decoder.generation.generate import generate
-    from flax_decoder.loading import load
+    from flax_decoder.loading import compare, load
     from flax_decoder.nn.cache import KVCache, empty_cache
     from flax_decoder.nn.decoder import Decoder
     from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
@@ -22,6 +22,7 @@ _HOMES = {
     "Decoder": "nn.decoder",
     "KVCache": "nn.cache",
     "TrainState": "training.step",
+    "compare": "loading",
     "empty_cache": "nn.cache",
     "eval_step": "training.step",
     "generate": "generation.generate",
@@ -37,6 +38,7 @@ __all__ = [
     "KVCache",
     "TrainState",
     "UserError",
+    "compare",
     "empty_cache",
     "eval_step",
     "generate",

@@ -119,6 +119,21 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    """Compares a model with PyTorch, tensor by tensor."""
+    if options.json is not None and options.json.parent.is_dir() is False:
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    from flax_decoder.files import write_text
+    from flax_decoder.loading import compare
+
+    names = ("steps", "batch_size", "length", "seed")
+    ledger = compare(options.path, **{name: getattr(options, name) for name in names})
+    print(ledger)
+    if options.json is not None:
+        write_text(options.json, ledger.to_json())
+    return 0 if ledger.holds else 1
+
+
 def bench(options: argparse.Namespace) -> int:
     """Measures the speed of training and of generation."""
     from flax_decoder.training.speed import measure_speed
@@ -196,6 +211,14 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )
+
+    sub = add("compare", compare)
+    sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
+    sub.add_argument("--steps", metavar="N", type=int, default=0, help="also compare N steps of AdamW")
+    sub.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to a file")
+    sub.add_argument("--batch-size", metavar="N", type=int, default=2, help="sequences a batch, an even number")
+    sub.add_argument("--length", metavar="N", type=int, help="tokens a sequence")
+    sub.add_argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
 
     sub = add("bench", bench)
     sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")

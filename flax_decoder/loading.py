@@ -1,8 +1,9 @@
 """From a path to something that can be run, and from one kind of folder to the other."""
 
 import os
+import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flax_decoder.config import Config, DataConfig, load_config, to_toml
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
@@ -11,6 +12,7 @@ from flax_decoder.files import new_folder, write_text
 from flax_decoder.interop.choice import choose_family
 from flax_decoder.interop.hugging_face import (
     is_model_folder,
+    read_family,
     read_folder,
     read_special_tokens,
     write_folder,
@@ -18,6 +20,9 @@ from flax_decoder.interop.hugging_face import (
 )
 from flax_decoder.nn.decoder import Decoder, abstract_params
 from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
+
+if TYPE_CHECKING:
+    from flax_decoder.interop.ledger import Ledger
 
 
 def load(
@@ -82,6 +87,55 @@ def convert(
                 write_folder(unfinished, model.config, params, tokenizer, family)
     except OSError as error:
         raise FaultError(f"{destination}: cannot be written: {error}") from error
+
+
+def compare(
+    path: str | os.PathLike[str],
+    *,
+    steps: int = 0,
+    model: Decoder | None = None,
+    params: Any = None,
+    torch_model: Any = None,
+    **settings: Any,
+) -> "Ledger":
+    """Holds a model to PyTorch's numbers, tensor by tensor: `assert fd.compare("my_model").holds`.
+
+    Args:
+        path: a Hugging Face folder, or a run folder, which is written as one to a temporary place first.
+        steps: AdamW steps to compare, after the forward pass and the gradients.
+        model: a network to compare in place of the one that `path` gives.
+        params: parameters to compare in place of those that `path` gives.
+        torch_model: a model of `transformers` to compare with in place of the one in `path`; it stays as it is.
+        **settings: see `interop.ledger.compare_models`: tx, optimizer, batch_size, length, accumulation_steps, seed.
+
+    Returns:
+        The rows, whether they hold, and the cause where one does not; as a string, a table.
+
+    Raises:
+        UserError: `path` cannot be read, no Hugging Face model type can express the model, a setting cannot be
+            compared, or PyTorch is not installed.
+    """
+    try:
+        from flax_decoder.interop.ledger import compare_models
+        from flax_decoder.interop.torch_side import open_model
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise UserError(
+            f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
+        ) from None
+    own_model, own_params, tokenizer = load(path)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(path)
+        if _is_run_folder(folder):
+            family = choose_family(own_model.config, str(path))
+            folder = Path(place)
+            write_folder(folder, own_model.config, own_params, tokenizer, family)
+        family = read_family(folder)
+        if torch_model is None:
+            torch_model = open_model(folder)
+        model, params = model or own_model, own_params if params is None else params
+        return compare_models(model, params, torch_model, family, steps=steps, **settings)
 
 
 def load_with_tokenizer(

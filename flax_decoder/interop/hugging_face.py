@@ -31,6 +31,11 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
+def read_family(folder: Path) -> Family:
+    """The family of the model in a folder. Raises UserError where it is none of ours."""
+    return family_of(read_object(folder / "config.json"), str(folder / "config.json"))
+
+
 def read_folder(folder: Path) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
     """Opens a model.
 

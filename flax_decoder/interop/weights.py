@@ -91,10 +91,15 @@ def read_params(
                 f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for "
                 f"{place.shape}"
             )
-        targets = [params[path] if place.layer is None else params[path][place.layer] for path in place.rule.ours]
-        for target, part in zip(targets, split(place.rule, tensor.read(), [t.shape for t in targets]), strict=True):
-            target[...] = part
+        put(place, tensor.read(), params)
     return params
+
+
+def put(place: Place, tensor: np.ndarray, params: Mapping[str, np.ndarray]) -> None:
+    """Writes one of their tensors into the arrays of our parameters, by path, that are in it."""
+    targets = [params[path] if place.layer is None else params[path][place.layer] for path in place.rule.ours]
+    for target, part in zip(targets, split(place.rule, tensor, [t.shape for t in targets]), strict=True):
+        target[...] = part
 
 
 def write_arrays(wanted: Sequence[Place], params: Mapping[str, Any]) -> Iterator[np.ndarray]:

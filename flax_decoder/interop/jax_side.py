@@ -1,0 +1,162 @@
+"""Our side of the ledger: a model, its inside, and its training, with the code that `train.py` runs."""
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flax_decoder.config import OptimizerConfig
+from flax_decoder.errors import UserError
+from flax_decoder.interop.weights import flatten
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.training.step import TrainState, mean_gradients
+
+
+class JaxSide:
+    """A model and its train state, answering by the names of the ledger.
+
+    Attributes:
+        loss: mean cross-entropy of the last batch, in nats a token.
+        gradient_norm: length of its gradient before clipping.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Any,
+        tx: optax.GradientTransformation,
+        optimizer: OptimizerConfig,
+        *,
+        accumulation_steps: int,
+        exact: bool = False,
+    ) -> None:
+        """Prepares a copy of the model.
+
+        Args:
+            model: the network; dropout is left out, which no two libraries draw alike.
+            params: its parameters.
+            tx: what makes updates of gradients.
+            optimizer: the betas, epsilon and rates that `tx` should have.
+            accumulation_steps: the gradient of a batch is computed in this many parts.
+            exact: computes in float64.
+        """
+        self.exact, self.optimizer_config = exact, optimizer
+        dtype = "float64" if exact else model.config.dtype
+        # One block is compiled instead of all: the numbers are the same.
+        self.config = replace(model.config, dropout=0.0, scan_layers=True, dtype=dtype)
+        self.model = Decoder(self.config)
+        with self._precision():
+            as_array = functools.partial(jnp.asarray, dtype=jnp.float64 if exact else jnp.float32)
+            params = jax.tree.map(lambda leaf: as_array(np.asarray(leaf)), params)
+            self.state = TrainState.create(
+                apply_fn=self.model.apply,
+                params=params,
+                tx=tx,
+                seed=0,
+                accumulation_steps=accumulation_steps,
+                z_loss=0.0,
+            ).replace(step=jnp.zeros((), jnp.int32))
+        if optax.tree.get(self.state.opt_state, "mu", None) is None:
+            raise UserError("the optimizer has no moments named mu and nu: it is compared with AdamW")
+        self.before = self.state
+        self._next: TrainState | None = None
+        self._step = jax.jit(_gradients_and_step)
+        self.loss = self.gradient_norm = 0.0
+
+    def forward(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
+        """Everything on the way from tokens to logits, by name: layers.0.attention.q and the like."""
+        look = jax.jit(functools.partial(self.model.apply, mutable=["intermediates"]))
+        with self._precision():
+            logits_BTV, seen = look({"params": self.state.params}, tokens_BT)
+        result = {}
+        for path, array in flatten(jax.tree.map(np.asarray, _without_tuples(seen["intermediates"]))).items():
+            name = path.removesuffix("/output").replace("/", ".")
+            if not name.startswith("layers."):
+                result[name] = array
+                continue
+            if name.endswith(("scores", "weights")):
+                array = array.reshape(*array.shape[:2], -1, *array.shape[-2:])  # (L, B, N, T, S)
+            for layer, own in enumerate(array):
+                result[name.replace("layers.", f"layers.{layer}.", 1)] = own
+        return result | {"logits": np.asarray(logits_BTV)}
+
+    def backward(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Computes the loss of a batch and its gradients."""
+        with self._precision():
+            self._gradients, metrics, self._next = self._step(self.state, dict(batch))
+            self.loss, self.gradient_norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+
+    def update(self) -> None:
+        """Takes the step that the last gradients give."""
+        if self._next is None:
+            raise ValueError("update follows backward")
+        self.before, self.state, self._next = self.state, self._next, None
+
+    @property
+    def num_updates(self) -> int:
+        """How many steps were taken."""
+        return int(self.state.step)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the last update had, read off the parameters themselves.
+
+        AdamW moves a parameter by -rate * (u + decay * p); u is known from the moments, so the best-fitting rate is
+        too. Whatever schedule the optimizer was given, this is what it did.
+        """
+        path = "layers/attention/out/kernel"
+        moved = self.array("params", path) - self.array("params before", path)
+        rate, _ = fit(-moved, self.direction(path), self.array("params before", path))
+        return rate
+
+    def direction(self, path: str) -> np.ndarray:
+        """Where Adam's moments point for a parameter: the update before learning rate and decay, float64."""
+        config, count = self.optimizer_config, self.num_updates
+        mean = self.array("first moment", path).astype(np.float64) / (1 - config.beta1**count)
+        square = self.array("second moment", path).astype(np.float64) / (1 - config.beta2**count)
+        return np.asarray(mean / (np.sqrt(square) + config.epsilon))
+
+    def array(self, kind: str, path: str) -> np.ndarray:
+        """An array of the training.
+
+        Args:
+            kind: params, params before (the last update), gradient, clipped gradient (read off the first moment after
+                the first update: what Adam was given), first moment or second moment.
+            path: of a parameter, such as layers/attention/query/kernel.
+        """
+        if kind == "clipped gradient":
+            return np.asarray(self.array("first moment", path) / (1 - self.optimizer_config.beta1))
+        tree = {
+            "params": lambda: self.state.params,
+            "params before": lambda: self.before.params,
+            "gradient": lambda: self._gradients,
+            "first moment": lambda: optax.tree.get(self.state.opt_state, "mu"),
+            "second moment": lambda: optax.tree.get(self.state.opt_state, "nu"),
+        }[kind]()
+        return np.asarray(flatten(tree)[path])
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.enable_x64(True) if self.exact else contextlib.nullcontext()
+
+
+def fit(target: np.ndarray, *directions: np.ndarray) -> list[float]:
+    """The factors with which a sum of the directions comes nearest to the target."""
+    matrix = np.stack([direction.astype(np.float64).ravel() for direction in directions], axis=1)
+    return [float(factor) for factor in np.linalg.lstsq(matrix, target.astype(np.float64).ravel(), rcond=None)[0]]
+
+
+def _gradients_and_step(state: TrainState, batch: Any) -> tuple[Any, Any, TrainState]:
+    """`train_step`, which also hands out the gradients."""
+    gradients, metrics = mean_gradients(state, batch)
+    return gradients, metrics, state.apply_gradients(grads=gradients)
+
+
+def _without_tuples(seen: Any) -> Any:
+    """What was sown, without the tuples that would hold the values of further calls."""
+    return jax.tree.map(lambda values: values[0], seen, is_leaf=lambda node: isinstance(node, tuple))

@@ -1,0 +1,348 @@
+"""The PyTorch side of the ledger: a model of `transformers`, its inside, and its training by `torch.optim.AdamW`."""
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.nn.modules import module as module_hooks
+from torch.overrides import TorchFunctionMode
+from transformers.masking_utils import eager_mask
+
+from flax_decoder.config import ModelConfig, OptimizerConfig
+from flax_decoder.interop.family import Family, Rule
+from flax_decoder.interop.schedule import learning_rate
+from flax_decoder.interop.weights import Place, Shape, places, put, split
+
+# Under this name transformers calls `_watched_attention`, which only looks on.
+_ATTENTION = "flax_decoder_ledger"
+_seen_attention: list[dict[str, torch.Tensor]] = []
+
+
+def open_model(folder: Path) -> Any:
+    """The model in a Hugging Face folder, in float32; the folder must have passed our own reader before."""
+    with quiet():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice of transformers on the terminal."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+class PyTorchSide:
+    """A model of transformers that answers in our names and axes.
+
+    Attributes:
+        loss: mean cross-entropy of the last batch, in nats a token.
+        gradient_norm: length of its gradient before clipping.
+        learning_rate: rate of the last update.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        config: ModelConfig,
+        shapes: Mapping[str, Shape],
+        optimizer: OptimizerConfig,
+        num_steps: int,
+        *,
+        exact: bool = False,
+    ) -> None:
+        """Prepares a copy of the model.
+
+        Args:
+            model: stays as it is.
+            family: what its tensors are called.
+            config: its numbers of heads and layers.
+            shapes: of our parameters, by path.
+            optimizer: rates, decay and clipping.
+            num_steps: length of the schedule.
+            exact: computes in float64, also where the model's own code would not.
+        """
+        transformers.AttentionInterface.register(_ATTENTION, _watched_attention)
+        transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
+        self.family, self.config, self.shapes = family, config, dict(shapes)
+        self.lift = _Lift() if exact else None
+        with quiet():
+            self.model = _in_float64(model) if exact else copy.deepcopy(model)
+            self.model.set_attn_implementation(_ATTENTION)
+        self.model.eval()  # without dropout, which no two libraries draw alike
+        self.places = places(family, shapes)
+        # In memory the head can have another name than in files.
+        named = {**dict(self.model.named_parameters()), family.head: self.model.get_output_embeddings().weight}
+        self.model.requires_grad_(False)
+        self.parameters = {place.name: named[place.name] for place in self.places}
+        # What only they have, such as biases, is zero and stays so.
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        self.optimizer_config, self.num_steps, self.num_updates = optimizer, num_steps, 0
+        self.optimizer = _make_optimizer(self.parameters, self.places, optimizer)
+        self.loss = self.gradient_norm = self.learning_rate = 0.0
+
+    @property
+    def casts(self) -> list[str]:
+        """Classes of modules that were kept from going back to float32."""
+        return sorted(self.lift.seen) if self.lift else []
+
+    def forward(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
+        """Everything on the way from tokens to logits, by our names."""
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+            for name, hook in self._hooks(seen)
+        ]
+        _seen_attention.clear()
+        try:
+            with torch.no_grad():
+                seen["logits"] = self._logits(tokens_BT)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for layer, tensors in enumerate(_seen_attention):
+            seen |= {f"layers.{layer}.attention.{name}": tensor for name, tensor in tensors.items()}
+        _seen_attention.clear()
+        for layer in range(self.config.num_layers):
+            here = f"layers.{layer}.attention."
+            seen[here + "q"] = seen.get(here + "query_norm", seen[here + "query"])
+            seen[here + "k"] = seen.get(here + "key_norm", seen[here + "key"])
+            seen[here + "v"] = seen[here + "value"]
+        return {name: tensor.detach().cpu().numpy() for name, tensor in seen.items()}
+
+    def backward(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Computes the loss of a batch and its gradients."""
+        self.optimizer.zero_grad()
+        with self.lift or contextlib.nullcontext():
+            logits_BTV = self._logits(batch["inputs"])
+            targets = torch.tensor(batch["targets"], dtype=torch.int64).reshape(-1)
+            loss = torch.nn.functional.cross_entropy(logits_BTV.reshape(len(targets), -1), targets)
+        loss.backward()
+        self.loss = float(loss.detach())
+        lengths = [parameter.grad.norm() for parameter in self.parameters.values() if parameter.grad is not None]
+        self.gradient_norm = float(torch.stack(lengths).norm())
+
+    def update(self) -> None:
+        """Clips the gradients and takes a step with them."""
+        config = self.optimizer_config
+        if config.clip_norm > 0:
+            # PyTorch adds 1e-6 to the length before dividing by it, optax does not; it is no mistake of either.
+            length = config.clip_norm * (1 + 1e-6 / max(self.gradient_norm, 1e-6))
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), length)
+        self.learning_rate = learning_rate(config, self.num_steps, self.num_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        self.num_updates += 1
+
+    def array(self, kind: str, path: str) -> np.ndarray:
+        """One of our arrays out of theirs.
+
+        Args:
+            kind: params, gradient (after `update` the clipped one), first moment or second moment.
+            path: of one of our parameters, such as layers/attention/query/kernel.
+        """
+        result: dict[str, np.ndarray] = {}
+        for place in self.places:
+            if path in place.rule.ours:
+                tensor = self._tensor(kind, self.parameters[place.name]).detach().cpu().numpy()
+                for ours in place.rule.ours:
+                    if ours not in result:
+                        result[ours] = np.empty(self.shapes[ours], tensor.dtype)
+                rule = place.rule if kind == "params" else replace(place.rule, offset=0.0)
+                put(place._replace(rule=rule), tensor, result)
+        return result[path]
+
+    def _tensor(self, kind: str, parameter: torch.Tensor) -> torch.Tensor:
+        if kind == "params":
+            return parameter
+        if kind == "gradient":
+            return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        moment: torch.Tensor = self.optimizer.state[parameter][
+            {"first moment": "exp_avg", "second moment": "exp_avg_sq"}[kind]
+        ]
+        return moment
+
+    def _logits(self, tokens_BT: np.ndarray) -> torch.Tensor:
+        with self.lift or contextlib.nullcontext():
+            tokens = torch.tensor(tokens_BT, dtype=torch.int64, device=self.model.device)
+            logits: torch.Tensor = self.model(tokens, use_cache=False).logits
+        return logits
+
+    def _hooks(self, seen: dict[str, torch.Tensor]) -> Iterator[tuple[str, Any]]:
+        """Names of modules, and what to do with their outputs. The family's table says which module is which."""
+        for place in self.places:
+            module_name, _, kind = place.name.rpartition(".")
+            if kind == "weight" and not place.rule.ours[0].startswith(("embedding", "positions", "head")):
+                yield module_name, self._output_hook(seen, place)
+        within_layer = next(rule.theirs for rule in self.family.rules if "{}" in rule.theirs)
+        layer_name = self.family.prefix + within_layer.split(".{}")[0]
+        for layer in range(self.config.num_layers):
+            yield f"{layer_name}.{layer}", _layer_hook(seen, layer)
+
+    def _output_hook(self, seen: dict[str, torch.Tensor], place: Place) -> Any:
+        rule, prefix = place.rule, "" if place.layer is None else f"layers.{place.layer}."
+        names = [prefix + path.removeprefix("layers/").rpartition("/")[0].replace("/", ".") for path in rule.ours]
+
+        def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            if names[0].endswith("feed_forward.down"):
+                seen[prefix + "feed_forward.hidden"] = args[0]
+            for name, part in zip(names, self._split_output(rule, output), strict=True):
+                seen[name] = part
+
+        return hook
+
+    def _split_output(self, rule: Rule, output: torch.Tensor) -> list[torch.Tensor]:
+        """What a module gives, as each of the parameters that lie in its tensor would give it."""
+        if rule.ours[0].endswith("_norm/scale") and output.ndim == 4:
+            # Norms of single heads: some families have the heads before the positions.
+            heads_first = output.shape[1] in (self.config.num_heads, self.config.kv_heads)
+            return [output.transpose(1, 2) if heads_first else output]
+        B, T = output.shape[:2]
+        heads = {"query": self.config.num_heads, "key": self.config.kv_heads, "value": self.config.kv_heads}
+        shapes: list[Shape] = []
+        for path in rule.ours:
+            name = path.split("/")[-2].removesuffix("_norm")
+            if name in heads:
+                shapes.append((B * T, heads[name], self.config.head_width))
+            else:
+                shapes.append((B * T, output.shape[-1] // len(rule.ours)))
+        if len(shapes) == 1:
+            parts = [output.detach().cpu().numpy().reshape(shapes[0])]
+        else:
+            parts = split(replace(rule, transposed=False), output.detach().cpu().numpy().reshape(B * T, -1), shapes)
+        return [torch.tensor(part.reshape(B, T, *part.shape[1:])) for part in parts]
+
+
+def _layer_hook(seen: dict[str, torch.Tensor], layer: int) -> Any:
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if layer == 0:
+            seen["embeddings"] = args[0] if args else kwargs["hidden_states"]
+        seen[f"layers.{layer}.residual"] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _watched_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention of the module's own family, with a look at what goes in, through, and out."""
+    attend = sys.modules[type(module).__module__].eager_attention_forward
+    with _SoftmaxInput() as softmax:
+        heads_BTNH, weights_BNTS = attend(module, query, key, value, mask, **settings)
+    _seen_attention.append(
+        {
+            "q_rotated": query.transpose(1, 2),
+            "k_rotated": key.transpose(1, 2),
+            "scores": softmax.seen,
+            "weights": weights_BNTS,
+            "heads": heads_BTNH,
+        }
+    )
+    return heads_BTNH, weights_BNTS
+
+
+class _SoftmaxInput(TorchFunctionMode):
+    """Keeps what the last softmax was taken of."""
+
+    seen: torch.Tensor
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.softmax:
+            self.seen = args[0]
+        return function(*args, **(kwargs or {}))
+
+
+class _Lift(TorchFunctionMode):
+    """Keeps a float64 model in float64: where its code asks for float32, it gets float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self._modules: list[Any] = []
+
+    def __enter__(self) -> Any:
+        self._handles = [
+            module_hooks.register_module_forward_pre_hook(lambda module, _: self._modules.append(module)),
+            module_hooks.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+        self._modules.clear()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        was_float64 = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
+        if function is torch.Tensor.float:
+            self._note(was_float64)
+            return torch.Tensor.double(*args)
+        if any(value is torch.float32 for value in (*args, *kwargs.values())):
+            self._note(was_float64)
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+    def _leave(self, *_: Any) -> None:
+        self._modules.pop()
+
+    def _note(self, was_float64: bool) -> None:
+        if was_float64 and self._modules:
+            self.seen.add(type(self._modules[-1]).__name__)
+
+
+def _in_float64(model: Any) -> Any:
+    """A copy in float64. Tables that the model computed in float32, such as rotary frequencies, are made anew."""
+    result = copy.deepcopy(model).double()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Lift():
+            fresh = type(model)(copy.deepcopy(model.config))
+    finally:
+        torch.set_default_dtype(default)
+    tables = dict(fresh.named_buffers())
+    for name, table in result.named_buffers():
+        exact = tables.get(name)
+        # A table that was changed by hand differs by more than float32 rounds, and stays.
+        if exact is not None and exact.dtype == torch.float64 and torch.allclose(table, exact, rtol=1e-6, atol=0):
+            table.copy_(exact)
+    return result
+
+
+def _make_optimizer(
+    parameters: Mapping[str, torch.nn.Parameter], wanted: list[Place], config: OptimizerConfig
+) -> torch.optim.AdamW:
+    """AdamW with the usual two groups; biases and the scales of norms do not decay."""
+    without = {place.name for place in wanted if place.rule.ours[0].endswith(("/scale", "/bias"))}
+    without = without if config.decay == "matrices" else set()
+    groups = [
+        {"params": [p for name, p in parameters.items() if name not in without], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in parameters.items() if name in without], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+    )

@@ -1,0 +1,550 @@
+"""The ledger holds where PyTorch and ours agree, and names the first tensor and the cause where they do not."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+# ruff: noqa: E402
+import reference
+from test_families import SIZES, every_case, loaded, saved, torch_model
+
+import flax_decoder as fd
+from flax_decoder import cli
+from flax_decoder.config import to_toml
+from flax_decoder.data.tokenizer import CharTokenizer
+from flax_decoder.interop import ledger
+from flax_decoder.interop.families import FAMILIES
+from flax_decoder.interop.jax_side import JaxSide
+from flax_decoder.interop.torch_side import PyTorchSide
+from flax_decoder.interop.weights import flatten
+from flax_decoder.nn import attention, linear
+from flax_decoder.training import step
+from flax_decoder.training.checkpoint import save_params
+from flax_decoder.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer
+
+STEPS = 3
+OPTIMIZER = ledger.default_optimizer(STEPS)
+
+
+@contextlib.contextmanager
+def lenient():
+    """Optax itself promotes integers."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def compare(model_type, number, *, config=None, edit=None, only_forward=False, **settings):
+    """A comparison in which our model has another config, or other parameters."""
+    model, params, _ = loaded(model_type, number)
+    if config is not None:
+        model = fd.Decoder(dataclasses.replace(model.config, **config))
+    if edit is not None:
+        params = edit(jax.tree.map(np.array, params))
+    # 2 x 19 tokens are enough to see all of a tiny model.
+    with lenient(), mock.patch.object(ledger, "observe", observe_forward if only_forward else ledger.observe):
+        settings = {"length": 19} | settings
+        return ledger.compare_models(model, params, torch_model(model_type, number), FAMILIES[model_type], **settings)
+
+
+def observe_forward(*arguments):
+    """`ledger.observe` up to the loss: what comes after takes time to compile, and cannot be the first mistake."""
+    return itertools.takewhile(lambda seen: seen.name != "loss", OBSERVE(*arguments))
+
+
+OBSERVE = ledger.observe
+
+# --- What agrees ---
+
+
+def test_all_rows_hold_and_stand_in_the_order_of_computation():
+    seen = compare("llama", 1, steps=2)
+    assert seen.holds and seen.cause is None and seen.first_failure is None
+    names = [row.name for row in seen.rows]
+    layer = [name.removeprefix("layers.1.") for name in names if name.startswith("layers.1.")]
+    assert layer == [
+        *("attention_norm", "attention.q", "attention.k", "attention.v", "attention.q_rotated", "attention.k_rotated"),
+        *("attention.scores", "attention.weights", "attention.heads", "attention.out", "feed_forward_norm"),
+        *("feed_forward.gate", "feed_forward.up", "feed_forward.hidden", "feed_forward.down", "residual"),
+    ]
+    others = [name for name in names if not name.startswith("layers.")]
+    assert others[:4] == ["embeddings", "final_norm", "logits", "loss"]
+    gradients = [name for name in names if name.startswith("gradient layers.0.")]
+    assert len(gradients) == 9  # four of attention, three of feed-forward, two norms
+    assert names.count("gradient norm") == 1
+    assert [name.replace("gradient ", "clipped ") for name in gradients] == [
+        n for n in names if "clipped layers.0" in n
+    ]
+    per_step = ["first moment", "second moment", "learning rate", "params"]
+    assert names[-9:] == [f"step 1 {name}" for name in per_step] + [f"step 2 {name}" for name in ["loss", *per_step]]
+    scores = next(row for row in seen.rows if row.name == "layers.0.attention.scores")
+    assert scores.shape == (2, 4, 19, 19) and 0 < scores.relative < scores.floor
+
+
+@every_case
+def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type, number):
+    model, params, _ = loaded(model_type, number)
+    shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
+    settings = ledger.default_optimizer(10)
+    batches = [ledger._batch(model, 2, 19, seed) for seed in range(10)]
+    worst = {}
+    for exact in (False, True):
+        with lenient():
+            tx = make_optimizer(settings, 10)
+            ours = JaxSide(model, params, tx, settings, accumulation_steps=2, exact=exact)
+            theirs = PyTorchSide(
+                torch_model(model_type, number), FAMILIES[model_type], model.config, shapes, settings, 10, exact=exact
+            )
+            for seen in ledger.observe(ours, theirs, batches, 0 if exact else 10):
+                kind = seen.name.split()[-1 if seen.name.startswith("step") else 0]
+                # Unless they are rotated, key biases move all scores of a query alike: their gradient is zero.
+                own = [one for one in seen.tensors if not (one[0] or seen.name).endswith(("key.bias", "key/bias"))]
+                row = ledger.first_look(dataclasses.replace(seen, tensors=own)) if own else None
+                if row is not None:
+                    worst[exact, kind] = max(worst.get((exact, kind), 0.0), row.relative)
+        if exact:
+            rms = {"gpt2", "gpt_neox", "starcoder2"}.isdisjoint({model_type})
+            assert any("RMSNorm" in name for name in theirs.casts) == rms
+    assert worst[False, "logits"] <= 2e-5 and worst[False, "gradient"] <= 1e-4
+    assert worst[False, "loss"] <= 1e-5 and worst[False, "params"] <= 1e-4
+    assert max(value for (exact, _), value in worst.items() if exact) <= 1e-10
+
+
+def test_a_gradient_that_is_truly_zero_is_no_difference():
+    seen = compare("gpt2", 0, steps=2)
+    assert seen.holds
+    zero = {row.name for row in seen.rows if row.verdict == "zero"}
+    expected = {f"{kind} layers.{layer}.attention.key.bias" for kind in ("gradient", "clipped") for layer in (0, 1)}
+    assert zero == expected
+    # Adam makes whole steps of the rounding in it, one way here and another there.
+    params = next(row for row in seen.rows if row.name == "step 2 params")
+    assert params.worst == "layers/attention/key/bias" and params.relative > params.floor
+    assert params.verdict == "rounding" and params.float64 < 1e-6
+    assert "the true gradient is zero" in str(seen)
+
+
+def random_case(seed):
+    """A model of any family, of random sizes and settings."""
+    rng = np.random.default_rng(seed)
+    names = list(FAMILIES)
+    model_type = names[seed % len(names)]
+    kv_heads, group, width = int(rng.integers(1, 4)), int(rng.integers(1, 4)), 2 * int(rng.integers(2, 7))
+    heads = kv_heads * group
+    sizes = SIZES | {
+        "hidden_size": heads * width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": width,
+        "num_hidden_layers": int(rng.integers(1, 4)),
+        "intermediate_size": int(rng.integers(5, 60)),
+        "vocab_size": int(rng.integers(11, 200)),
+        "tie_word_embeddings": bool(rng.integers(2)),
+    }
+    if model_type == "gpt2":
+        sizes |= {"n_embd": sizes["hidden_size"], "n_layer": sizes["num_hidden_layers"], "n_head": heads}
+        sizes = {"vocab_size": sizes["vocab_size"]} | {n: sizes[n] for n in ("n_embd", "n_layer", "n_head")}
+    if model_type == "gpt_neox":
+        sizes = {n: v for n, v in sizes.items() if n not in ("num_key_value_heads", "head_dim")} | {"rotary_pct": 0.5}
+    if model_type in ("gemma2", "gemma3_text", "mistral", "phi3", "starcoder2"):
+        sizes |= {"sliding_window": int(rng.integers(2, 12))}
+    if model_type in ("gemma2", "gemma3_text"):
+        kinds = ("sliding_attention", "full_attention")
+        sizes |= {"layer_types": [kinds[int(rng.integers(2))] for _ in range(sizes["num_hidden_layers"])]}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = transformers.AutoConfig.for_model(model_type, **json.loads(json.dumps(sizes)), **special)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        size = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+        mean = 1.0 if parameter.ndim == 1 and "gemma" not in model_type else 0.0
+        parameter.data = torch.tensor(mean + size * rng.standard_normal(parameter.shape), dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_false_alarms(seed, tmp_path):
+    random_case(seed).save_pretrained(tmp_path)
+    with lenient():
+        seen = fd.compare(tmp_path, steps=2, length=11 + seed % 5 * 2, seed=seed)
+    assert seen.holds, seen.conclusion
+
+
+# --- Planted mistakes ---
+
+
+def edited(path, change):
+    """Changes one of our parameters."""
+
+    def edit(params):
+        *branches, name = path.split("/")
+        node = functools.reduce(lambda tree, branch: tree[branch], branches, params)
+        node[name] = change(node[name])
+        return params
+
+    return edit
+
+
+def swap_keys_and_values(params):
+    own = params["layers"]["attention"]
+    own["key"], own["value"] = own["value"], own["key"]
+    return params
+
+
+def without_biases(params):
+    for name in ("query", "key", "value"):
+        del params["layers"]["attention"][name]["bias"]
+    return params
+
+
+def without_head(params):
+    return {name: leaf for name, leaf in params.items() if name != "head"}
+
+
+def transposed(kernel_L):
+    """Each layer's square matrix, turned over."""
+    size = round(kernel_L[0].size ** 0.5)
+    return np.stack([kernel.reshape(size, size).T.reshape(kernel.shape) for kernel in kernel_L])
+
+
+FORWARD = {
+    "tanh GELU": (
+        ("gpt2", 1, {"config": {"feed_forward": "gelu_tanh"}}),
+        "layers.0.feed_forward.hidden",
+        "the activation: ours is GELU by tanh, PyTorch's GELU by erf",
+    ),
+    "erf GELU in a gate": (
+        ("gemma2", 0, {"config": {"feed_forward": "geglu"}}),
+        "layers.0.feed_forward.hidden",
+        "the activation: ours is GELU by erf, PyTorch's GELU by tanh",
+    ),
+    "epsilon of LayerNorm": (
+        ("gpt2", 0, {"config": {"norm_epsilon": 1e-6}}),
+        "layers.0.attention_norm",
+        "epsilon of the norm: ours 1e-06, PyTorch's 1e-05",
+    ),
+    "epsilon of RMSNorm": (
+        ("llama", 0, {"config": {"norm_epsilon": 1e-5}}),
+        "layers.0.attention_norm",
+        "epsilon of the norm: ours 1e-05, PyTorch's 1e-06",
+    ),
+    "scale of Gemma's norm": (
+        ("gemma", 0, {"edit": edited("layers/attention_norm/scale", lambda scale: scale - 1)}),
+        "layers.0.attention_norm",
+        "the scale of the norm: it is 1 + weight on one side",
+    ),
+    "rotary base": (
+        ("llama", 0, {"config": {"rotary_base": 500_000.0}}),
+        "layers.0.attention.q_rotated",
+        "rotary base: ours 500,000, PyTorch's 10,000",
+    ),
+    "rotary fraction": (
+        ("gpt_neox", 0, {"config": {"rotary_fraction": 0.67}}),
+        "layers.0.attention.q_rotated",
+        "rotary fraction: ours turns 4 numbers of a head, PyTorch 2",
+    ),
+    "linear scaling": (
+        ("llama", 2, {"config": {"rotary_scaling": "none"}}),
+        "layers.0.attention.q_rotated",
+        "rotary scaling: positions count 3 times as much in ours",
+    ),
+    "llama3 scaling": (
+        ("llama", 1, {"config": {"rotary_scaling": "none"}}),
+        "layers.0.attention.q_rotated",
+        "rotary scaling: some wavelengths are stretched on one side only",
+    ),
+    "rotary layout of weights": (
+        (
+            "llama",
+            0,
+            {
+                "edit": edited(
+                    "layers/attention/query/kernel", lambda k: np.concatenate([k[..., ::2], k[..., 1::2]], -1)
+                )
+            },
+        ),
+        "layers.0.attention.q",
+        "rotary layout of the weights: the numbers of each head of ours are reordered, from pairs side by side",
+    ),
+    "K and V swapped": (
+        ("gpt2", 0, {"edit": swap_keys_and_values}),
+        "layers.0.attention.k",
+        "keys and values are swapped",
+    ),
+    "no 1 / sqrt(H)": (
+        ("gpt2", 0, {"config": {"attention_scale": 1.0}}),
+        "layers.0.attention.scores",
+        "the scores are not divided by the root of the head width, 2.449, in ours",
+    ),
+    "window off by one": (
+        ("mistral", 0, {"config": {"window": 6}}),
+        "layers.0.attention.scores",
+        "the window: a query of ours sees 6 positions, one of PyTorch's 5: off by one",
+    ),
+    "no window": (
+        ("mistral", 0, {"config": {"window": None}}),
+        "layers.0.attention.scores",
+        "the window: ours has none, the other side sees 5 positions",
+    ),
+    "soft cap of scores": (
+        ("gemma2", 1, {"config": {"attention_soft_cap": None}}),
+        "layers.0.attention.scores",
+        "a soft cap of 0.9 squashes the scores of PyTorch only",
+    ),
+    "soft cap of logits": (
+        ("gemma2", 1, {"config": {"logit_soft_cap": None}}),
+        "logits",
+        "a soft cap of 1.9 squashes the logits of PyTorch only",
+    ),
+    "scaled embeddings": (
+        ("gemma", 0, {"config": {"embed_scale": 1.0}}),
+        "embeddings",
+        "ours is 0.204124 times PyTorch's everywhere, the root of the width 24",
+    ),
+    "tied head": (
+        ("llama", 0, {"config": {"tied_head": True}, "edit": without_head}),
+        "logits",
+        "tied head: ours takes the embedding for its head",
+    ),
+    "no biases": (
+        ("qwen2", 0, {"config": {"attention_in_bias": False}, "edit": without_biases}),
+        "layers.0.attention.q",
+        "a bias is missing in ours",
+    ),
+    "transposed output matrix": (
+        ("gpt2", 0, {"edit": edited("layers/attention/out/kernel", transposed)}),
+        "layers.0.attention.out",
+        "the matrix is transposed",
+    ),
+    "transposed query matrix": (
+        ("llama", 0, {"edit": edited("layers/attention/query/kernel", transposed)}),
+        "layers.0.attention.q",
+        "the matrix is transposed",
+    ),
+    "one number of the weights": (
+        ("llama", 0, {"edit": edited("layers/feed_forward/up/kernel", lambda k: k + 1e-2 * (k == k.max()))}),
+        None,
+        "the weights differ: the largest difference in feed_forward/up/kernel is 1.0e-02",
+    ),
+    "parallel residual": (
+        ("gpt_neox", 0, {"config": {"parallel_residual": False}}),
+        "layers.0.feed_forward_norm",
+        "parallel residual: the feed-forward of PyTorch reads what attention reads",
+    ),
+    "bfloat16": (("llama", 0, {"config": {"dtype": "bfloat16"}}), "embeddings", "reduced matmul precision"),
+}
+
+
+@pytest.mark.parametrize("planted", FORWARD)
+def test_mistakes_of_the_forward_pass_are_named(planted):
+    (model_type, number, settings), row, cause = FORWARD[planted]
+    check(compare(model_type, number, **settings, only_forward=True), row, cause)
+
+
+def check(seen, row, cause):
+    assert not seen.holds
+    if row is not None:
+        assert seen.first_failure.name == row, seen.conclusion
+    assert seen.cause.startswith(cause), seen.conclusion
+    assert seen.first_failure.name in seen.conclusion and cause in seen.conclusion
+
+
+def interleaved_rotate(x_BTNH, positions_BT, frequencies):
+    """`positions.rotate` for pairs of neighbours."""
+    angles = positions_BT[:, :, None, None] * jnp.asarray(frequencies, x_BTNH.dtype)
+    turned = (x_BTNH[..., ::2] + 1j * x_BTNH[..., 1::2]) * jnp.exp(1j * angles)
+    return jnp.stack([turned.real, turned.imag], axis=-1).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+
+
+def tiled_attention(q_BTNH, k_BSKH, v_BSKH, *arguments, **settings):
+    """`dot_product_attention` with the key heads in turns: 0 1 0 1 in place of 0 0 1 1."""
+    count = q_BTNH.shape[2] // k_BSKH.shape[2]
+    tiled = (jnp.tile(array, (1, 1, count, 1)) for array in (k_BSKH, v_BSKH))
+    return DOT_PRODUCT_ATTENTION(q_BTNH, *tiled, *arguments, **settings)
+
+
+def rounded_linear(self, x):
+    """`Linear` as a TPU multiplies float32 by default."""
+    return LINEAR_CALL(self, x.astype(jnp.bfloat16).astype(x.dtype) if x.dtype == jnp.float32 else x)
+
+
+def summed_accumulation(state, batch, rng):
+    sums, gradients = ACCUMULATE(state, batch, rng)
+    return sums, jax.tree.map(lambda gradient: gradient * state.accumulation_steps, gradients)
+
+
+DOT_PRODUCT_ATTENTION, LINEAR_CALL = attention.dot_product_attention, linear.Linear.__call__
+ACCUMULATE = step.accumulate
+CODE = {
+    "rotary layout": (
+        (attention, "rotate", interleaved_rotate),
+        "layers.0.attention.q_rotated",
+        "rotary layout: ours turns interleaved pairs, PyTorch half-by-half pairs",
+    ),
+    "heads grouped in turns": (
+        (attention, "dot_product_attention", tiled_attention),
+        "layers.0.attention.scores",
+        "query heads are grouped differently: in ours head n reads key/value head n mod K",
+    ),
+    "reduced matmul precision": (
+        (linear.Linear, "__call__", rounded_linear),
+        "layers.0.attention.q",
+        "reduced matmul precision",
+    ),
+    "accumulation that sums": (
+        (step, "accumulate", summed_accumulation),
+        "gradient embedding",
+        "gradient accumulation sums its 2 parts",
+    ),
+}
+
+
+@pytest.mark.parametrize("planted", CODE)
+def test_mistakes_in_code_are_named(planted):
+    (owner, name, replacement), row, cause = CODE[planted]
+    with mock.patch.object(owner, name, replacement):
+        check(compare("llama", 0), row, cause)
+
+
+def chain(*before, clip=None, after=(), schedule=None, beta2=OPTIMIZER.beta2, decayed=is_decayed):
+    """AdamW as `OPTIMIZER` has it, except for what is given."""
+    schedule = schedule or learning_rate_schedule(OPTIMIZER, STEPS)
+    adamw = optax.adamw(
+        schedule, OPTIMIZER.beta1, beta2, OPTIMIZER.epsilon, weight_decay=OPTIMIZER.weight_decay, mask=decayed
+    )
+    return optax.chain(clip or optax.clip_by_global_norm(OPTIMIZER.clip_norm), *before, adamw, *after)
+
+
+def later_schedule(count):
+    return learning_rate_schedule(OPTIMIZER, STEPS)(count + 1)
+
+
+def clip_each(updates, state, params=None):
+    def clip(update):
+        return update * jnp.minimum(1, OPTIMIZER.clip_norm / jnp.linalg.norm(update))
+
+    return jax.tree.map(clip, updates), state
+
+
+def coupled():
+    return optax.chain(
+        optax.clip_by_global_norm(OPTIMIZER.clip_norm),
+        optax.add_decayed_weights(OPTIMIZER.weight_decay, is_decayed),
+        optax.scale_by_adam(OPTIMIZER.beta1, OPTIMIZER.beta2, OPTIMIZER.epsilon),
+        optax.scale_by_learning_rate(learning_rate_schedule(OPTIMIZER, STEPS)),
+    )
+
+
+OPTIMIZERS = {
+    "decay of norms": (
+        lambda: chain(decayed=None),
+        "step 1 params",
+        "weight decay on norms or biases: ",
+    ),
+    "no decay": (
+        lambda: chain(decayed=lambda params: jax.tree.map(lambda _: False, params)),
+        "step 1 params",
+        "weight decay: ",
+    ),
+    "coupled decay": (coupled, "clipped embedding", "weight decay is coupled: 0.1 times the parameters"),
+    "schedule off by one": (
+        lambda: chain(schedule=later_schedule),
+        "step 1 learning rate",
+        "the schedule is one step ahead",
+    ),
+    "clipping after the optimizer": (
+        lambda: chain(clip=optax.identity(), after=[optax.clip_by_global_norm(OPTIMIZER.clip_norm)]),
+        "clipped embedding",
+        "clipping order: Adam's moments are those of gradients that were not clipped",
+    ),
+    "clipping tensor by tensor": (
+        lambda: chain(clip=optax.GradientTransformation(lambda params: optax.EmptyState(), clip_each)),
+        "clipped embedding",
+        "clipping order: each tensor is clipped by its own length",
+    ),
+    "beta 2": (lambda: chain(beta2=0.999), "step 1 second moment", "beta 2: ours is 0.999, PyTorch's 0.99"),
+}
+
+
+@pytest.mark.parametrize("planted", OPTIMIZERS)
+def test_mistakes_of_the_optimizer_are_named(planted):
+    make, row, cause = OPTIMIZERS[planted]
+    check(compare("llama", 0, steps=STEPS, tx=make()), row, cause)
+
+
+def test_at_least_sixteen_mistakes_are_planted():
+    assert len(FORWARD) + len(CODE) + len(OPTIMIZERS) >= 16
+
+
+def test_mistakes_on_the_side_of_pytorch_are_named_too():
+    config = dataclasses.replace(OPTIMIZER, learning_rate=1e-3)
+    model = torch_model("llama", 0)
+    wrong = type(model)(model.config)
+    wrong.load_state_dict(model.state_dict())
+    wrong.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    seen = fd.compare(saved("llama", 0).name, torch_model=wrong, optimizer=config, length=19)
+    check(seen, "layers.1.feed_forward.hidden", "the activation: ours is SiLU, PyTorch's GELU by erf")
+
+
+# --- The command ---
+
+
+def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    with lenient():
+        assert cli.main(["compare", saved("gpt2", 0).name, "--steps", "1", "--json", str(file), "--length", "19"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    document = json.loads(file.read_text())
+    assert document["holds"] and document["conclusion"] == f"All {len(document['rows'])} rows hold."
+    assert printed.splitlines()[-1] == document["conclusion"]
+    for row in document["rows"]:
+        assert row["name"] in printed and row.keys() >= {"shape", "absolute", "relative", "floor", "verdict"}
+
+
+def test_command_ends_with_1_where_a_row_does_not_hold(capsys):
+    rows = (ledger.Row("logits", (2, 3), 1.0, float("inf"), 1e-6, 1.0, "DIFFERS"),)
+    failing = ledger.Ledger(rows, "a cause")
+    with mock.patch.object(ledger, "compare_models", lambda *_, **__: failing):
+        assert cli.main(["compare", saved("gpt2", 0).name]) == 1
+    assert "1 of 1 rows do not hold; the first is logits: a cause" in capsys.readouterr().out
+    assert json.loads(failing.to_json())["rows"][0]["relative"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "-1"], "steps = -1"),
+        (["--batch-size", "3"], "batch_size = 3"),
+        (["--length", "4"], "number of heads"),
+        (["--length", "1"], "from 2 to"),
+        (["--json", "/nowhere/rows.json"], "there is no folder /nowhere"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments, message, capsys):
+    assert cli.main(["compare", saved("gpt2", 0).name, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_run_folder(tmp_path):
+    sizes = {"vocab_size": 5, "context_length": 11, "num_layers": 2, "embed_dim": 8, "num_heads": 2, "dropout": 0.3}
+    config = fd.load_config(None, {f"model.{name}": value for name, value in sizes.items()})
+    params = reference.random_params(fd.Decoder(config.model), seed=0)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    (tmp_path / "tokenizer.json").write_text(CharTokenizer("abc").to_json())
+    save_params(tmp_path, 0, params)
+    with lenient():
+        seen = fd.compare(tmp_path, steps=2)
+    assert seen.holds, seen.conclusion
+    assert any("Dropout was left out" in note for note in seen.notes)
+    # Where the family has biases and the run has none, PyTorch's are zeros, and are not trained.
+    assert not any("bias" in row.name for row in seen.rows)
