@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | os.PathLike[str], *, step: int | Literal["latest", "best"] = "latest"
+    path: str | os.PathLike[str], *, step: int | Literal["latest", "best"] = "latest", shardings: Any = None
 ) -> tuple[Decoder, Any, Tokenizer | None]:
     """Opens a trained model.
 
@@ -34,27 +34,29 @@ def load(
         path: a run folder, or a Hugging Face folder (config.json, model.safetensors, tokenizer.json).
         step: which checkpoint of a run: the newest, the one with the lowest validation loss, or the one after that
             many steps.
+        shardings: where the parameters go, each straight to its devices: one `jax.sharding.Sharding` for all, or a
+            tree of them like the parameters. Left out, they go to the default device.
 
     Returns:
         The model, its parameters, and its tokenizer; None for a Hugging Face folder without a tokenizer.json.
 
     Raises:
         UserError: there is no such folder, it holds no model, the run has no such checkpoint, or the Hugging Face
-            folder has something that cannot be used.
+            folder has something that cannot be used, or a sharding does not fit its parameter.
         FaultError: the checkpoint cannot be read.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run folder, such as runs/default")
     if _is_run_folder(folder):
-        return _load_run(folder, step)
+        return _load_run(folder, step, shardings)
     if not is_model_folder(folder):
         raise UserError(
             f"{folder}: is not a run folder: it has no config.toml; nor a Hugging Face folder: it has no config.json"
         )
     if step != "latest":
         raise UserError(f"{folder}: is a Hugging Face folder and has no checkpoints to choose from; leave out --step")
-    return read_folder(folder)
+    return read_folder(folder, shardings)
 
 
 def convert(
@@ -159,13 +161,13 @@ def _is_run_folder(folder: Path) -> bool:
     return (folder / "config.toml").is_file()
 
 
-def _load_run(folder: Path, step: int | Literal["latest", "best"]) -> tuple[Decoder, Any, Tokenizer]:
+def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
     step = choose_step(folder, step)
     config = load_config(folder / "config.toml")
     model = Decoder(config.model)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     read_special_tokens(folder, tokenizer)
-    return model, restore_params(folder, step, abstract_params(model)), tokenizer
+    return model, restore_params(folder, step, abstract_params(model, shardings)), tokenizer
 
 
 def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) -> None:

@@ -6,24 +6,28 @@ import json
 import re
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import reference
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.config import Config, ModelConfig, to_toml
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer, make_tokenizer
+from flax_decoder.interop import tensor_file, weights
 from flax_decoder.interop.choice import choose_family
 from flax_decoder.interop.families import FAMILIES
 from flax_decoder.interop.hugging_face import read_folder, write_folder
 from flax_decoder.interop.settings import read_settings, write_settings
-from flax_decoder.interop.tensor_file import read_header
+from flax_decoder.interop.tensor_file import Tensor, read_header
 from flax_decoder.loading import convert
-from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.decoder import Decoder, abstract_params
 from flax_decoder.training.checkpoint import save_params
 
 SIZES = {
@@ -426,11 +430,11 @@ def test_half_precision_is_read_exactly(folder):
     path = folder / "halves.safetensors"
     path.write_bytes(safetensors_bytes(header, halves.tobytes() * 2))
     read = tensors_of(path)
-    assert read["a"].dtype == read["b"].dtype == np.float32
+    wide = {name: array.astype(np.float32) for name, array in read.items()}
     jax_bfloat16 = np.asarray(jax.lax.bitcast_convert_type(halves, "bfloat16").astype("float32"))
-    np.testing.assert_array_equal(read["a"].view(np.uint32), jax_bfloat16.view(np.uint32))
+    np.testing.assert_array_equal(wide["a"].view(np.uint32), jax_bfloat16.view(np.uint32))
     finite = halves < 0x7C00
-    np.testing.assert_array_equal(read["b"][finite], halves.view(np.float16)[finite].astype(np.float32))
+    np.testing.assert_array_equal(wide["b"][finite], halves.view(np.float16)[finite].astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -533,6 +537,102 @@ def test_a_head_that_should_be_the_embedding_must_be_equal(folder, capsys):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     write_float32(folder / "model.safetensors", tensors)
     assert "head" not in fd.load(folder)[1]
+
+
+def test_one_tensor_at_a_time_is_in_memory(folder, monkeypatch):
+    read, seen = Tensor.read, []
+
+    def tracked(tensor):
+        alive = [name for name, number in seen if number() is not None]
+        assert not alive, f"{alive} while {tensor.name} is read"
+        numbers = read(tensor).copy()  # a copy owns its numbers, so that each view of them keeps it alive
+        seen.append((tensor.name, weakref.ref(numbers)))
+        return numbers
+
+    monkeypatch.setattr(Tensor, "read", tracked)
+    fd.load(folder)
+    assert sorted(name for name, _ in seen) == sorted(read_header(folder / "model.safetensors"))
+
+
+def test_large_tensors_are_written_in_pieces(folder, tmp_path, monkeypatch):
+    model, params, tokenizer = fd.load(folder)
+    monkeypatch.setattr(tensor_file, "_BLOCK_BYTES", 300)
+    (tmp_path / "again").mkdir()
+    write_folder(tmp_path / "again", model.config, params, tokenizer, FAMILIES["llama"])
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+# --- Onto devices ---
+
+
+def mesh_of(*sizes):
+    return jax.make_mesh(sizes, tuple("abc"[: len(sizes)]), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def spread(leaf):
+    """Split in two by its first axis, in two by its second where that is even, and there twice."""
+    even = leaf.ndim > 1 and leaf.shape[1] % 2 == 0
+    return NamedSharding(mesh_of(2, 2, 2), P("a", "b") if even else P("a"))
+
+
+SHARDINGS = {
+    "none": lambda params: None,
+    "for each": lambda params: jax.tree.map(spread, params),
+    "for branches": lambda params: {
+        name: SingleDeviceSharding(jax.devices()[number]) for number, name in enumerate(params)
+    },
+    "for all": lambda params: NamedSharding(mesh_of(2), P("a")),
+}
+
+
+@pytest.mark.parametrize("kind", ["model", "run"])
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_parameters_go_where_they_are_wanted(name, kind, folder):
+    model, expected, _ = fd.load(folder)
+    if kind == "run":
+        convert(folder, folder.parent / "run")
+    shardings = SHARDINGS[name](abstract_params(model))
+    params = fd.load(folder.parent / kind, shardings=shardings)[1]
+    assert equal_trees(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, expected))
+    if shardings is None:
+        assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(params))
+    else:
+        wanted = jax.tree.broadcast(shardings, params)
+        jax.tree.map(
+            lambda leaf, sharding: leaf.sharding == sharding or pytest.fail(f"{leaf.sharding}"), params, wanted
+        )
+
+
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_what_is_read_is_not_copied_again(name, folder, monkeypatch):
+    """On CPU, JAX takes the arrays that were filled, on each device just its part."""
+    make, rooms = weights._Parameter._room, []
+
+    def tracked(parameter, bounds):
+        rooms.append(make(parameter, bounds))
+        return rooms[-1]
+
+    monkeypatch.setattr(weights._Parameter, "_room", tracked)
+    shardings = SHARDINGS[name](abstract_params(Decoder(ModelConfig(**LLAMA))))
+    params = fd.load(folder, shardings=shardings)[1]
+    shards = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+    assert {shard.unsafe_buffer_pointer() for shard in shards} == {room.ctypes.data for room in rooms}
+    assert sum(room.size for room in rooms) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert all(leaf.committed == (shardings is not None) for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("kind", ["model", "run"])
+def test_a_sharding_that_does_not_fit_is_refused(kind, folder):
+    convert(folder, folder.parent / "run")
+    mesh = mesh_of(8)
+    with pytest.raises(fd.UserError, match=r"final_norm/scale of shape \(14,\) cannot be split so"):
+        fd.load(folder.parent / kind, shardings=NamedSharding(mesh, P("a")))
+    fits = {"embedding": NamedSharding(mesh, P("a")), "final_norm": None, "head": None}
+    with pytest.raises(fd.UserError, match="a tree like the parameters"):
+        fd.load(folder.parent / kind, shardings=fits)
+    with pytest.raises(fd.UserError, match=r"layers/attention/key/kernel has P.* is no jax.sharding.Sharding"):
+        fd.load(folder.parent / kind, shardings={**fits, "layers": P("a")})
 
 
 def split_in_two(folder):

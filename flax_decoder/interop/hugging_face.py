@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.config import ModelConfig
@@ -36,11 +35,12 @@ def read_family(folder: Path) -> Family:
     return family_of(read_object(folder / "config.json"), str(folder / "config.json"))
 
 
-def read_folder(folder: Path) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
+def read_folder(folder: Path, shardings: Any = None) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
     """Opens a model.
 
     Args:
         folder: has at least config.json and the weights.
+        shardings: where its parameters go, as in `abstract_params`.
 
     Returns:
         The model, its parameters in float32, and its tokenizer where it has a tokenizer.json.
@@ -51,10 +51,8 @@ def read_folder(folder: Path) -> tuple[Decoder, dict[str, Any], Tokenizer | None
     document = read_object(folder / "config.json")
     source = str(folder / "config.json")
     model = Decoder(read_settings(document, source))
-    shapes = _shapes(model)
-    arrays = read_params(_find_tensors(folder), family_of(document, source), shapes, folder)
-    # Each array is let go when it has become JAX's: two copies of the model would not fit where one does.
-    params = unflatten({path: jnp.asarray(arrays.pop(path)) for path in shapes})
+    wanted = flatten(abstract_params(model, shardings))
+    params = unflatten(read_params(_find_tensors(folder), family_of(document, source), wanted, folder))
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(folder / "tokenizer.json") if has_tokenizer else None
     if tokenizer is not None:

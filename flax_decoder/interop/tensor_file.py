@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.errors import UserError
@@ -21,8 +22,9 @@ from flax_decoder.interop.strict_json import parse_object
 # All that the format has: a tensor that is not wanted still takes its place in the file.
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-_READABLE = ("F32", "BF16", "F16")
+_READABLE = {"F32": np.dtype("<f4"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("<f2")}
 _LONGEST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+_BLOCK_BYTES = 16_000_000  # a piece of a tensor on its way out: small beside the tensor, large for a disk
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Tensor:
     start: int
 
     def read(self) -> np.ndarray:
-        """The numbers as float32, which holds every bfloat16 and float16 exactly.
+        """The numbers as they are stored: float32 would hold each of them exactly, but may need twice the memory.
 
         Raises:
             UserError: they are of another dtype.
@@ -53,12 +55,9 @@ class Tensor:
             raise UserError(
                 f"{self.path}: tensor {self.name} is {self.dtype}; only {', '.join(_READABLE)} are read: convert it"
             )
-        stored = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}[self.dtype]
-        numbers = np.fromfile(self.path, stored, math.prod(self.shape), offset=self.start).reshape(self.shape)
-        if self.dtype == "BF16":
-            # A bfloat16 is the upper half of a float32.
-            return (numbers.astype(np.uint32) << 16).view(np.float32)
-        return numbers.astype(np.float32)
+        # Not mapped into memory: the pages of a file would count as memory of the process.
+        numbers = np.fromfile(self.path, _READABLE[self.dtype], math.prod(self.shape), offset=self.start)
+        return numbers.reshape(self.shape)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -120,7 +119,10 @@ def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterab
         file.write(len(content).to_bytes(8, "little") + content)
         for (name, shape), array in zip(shapes.items(), arrays, strict=True):
             assert array.shape == shape, (name, array.shape, shape)
-            file.write(np.ascontiguousarray(array, "<f4").data)
+            # A transposed array is put in order piece by piece, for want of room for a second one.
+            num_rows = max(1, _BLOCK_BYTES // (4 * math.prod(shape[1:])))
+            for row in range(0, shape[0], num_rows):
+                file.write(np.ascontiguousarray(array[row : row + num_rows], "<f4").data)
 
 
 def _checked_end(path: Path, name: str, entry: Any) -> int:

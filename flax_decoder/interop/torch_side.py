@@ -18,7 +18,7 @@ from transformers.masking_utils import eager_mask
 from flax_decoder.config import ModelConfig, OptimizerConfig
 from flax_decoder.interop.family import Family, Rule
 from flax_decoder.interop.schedule import learning_rate
-from flax_decoder.interop.weights import Place, Shape, places, put, split
+from flax_decoder.interop.weights import Place, Shape, places, split
 
 # Under this name transformers calls `_watched_attention`, which only looks on.
 _ATTENTION = "flax_decoder_ledger"
@@ -159,16 +159,16 @@ class PyTorchSide:
             kind: params, gradient (after `update` the clipped one), first moment or second moment.
             path: of one of our parameters, such as layers/attention/query/kernel.
         """
-        result: dict[str, np.ndarray] = {}
+        parts = []
         for place in self.places:
             if path in place.rule.ours:
                 tensor = self._tensor(kind, self.parameters[place.name]).detach().cpu().numpy()
-                for ours in place.rule.ours:
-                    if ours not in result:
-                        result[ours] = np.empty(self.shapes[ours], tensor.dtype)
+                shapes = [
+                    self.shapes[ours] if place.layer is None else self.shapes[ours][1:] for ours in place.rule.ours
+                ]
                 rule = place.rule if kind == "params" else replace(place.rule, offset=0.0)
-                put(place._replace(rule=rule), tensor, result)
-        return result[path]
+                parts.append(split(rule, tensor, shapes)[place.rule.ours.index(path)])
+        return np.stack(parts) if path.startswith("layers/") else parts[0].copy()
 
     def _tensor(self, kind: str, parameter: torch.Tensor) -> torch.Tensor:
         if kind == "params":

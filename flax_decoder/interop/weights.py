@@ -1,5 +1,6 @@
 """Tensors of a family <-> our parameters, by the rules of its table."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,43 +64,89 @@ def places(family: Family, shapes: Mapping[str, Shape]) -> list[Place]:
     return result
 
 
+class _Parameter:
+    """A parameter whose tensors are being read: the parts of it that devices of this process will hold."""
+
+    def __init__(self, like: jax.ShapeDtypeStruct):
+        """Makes room for the parts; devices that hold the same one share it."""
+        self._like = like
+        whole = tuple(slice(size) for size in like.shape)
+        sharding = like.sharding
+        indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(like.shape).values()
+        self._parts = {bounds: self._room(bounds) for bounds in {self._bounds(index) for index in indices}}
+
+    def put(self, layer: int | None, numbers: np.ndarray) -> None:
+        """Takes in the numbers of a layer, or all of them where it belongs to none."""
+        for bounds, part in self._parts.items():
+            if layer is None:
+                part[...] = numbers[tuple(slice(*pair) for pair in bounds)]
+            elif layer in range(*bounds[0]):
+                part[layer - bounds[0][0]] = numbers[tuple(slice(*pair) for pair in bounds[1:])]
+
+    def place(self) -> jax.Array:
+        """The parameter, on its devices."""
+        like = self._like
+        if like.sharding is None:
+            (part,) = self._parts.values()
+            array = jax.device_put(part)
+        else:
+            array = jax.make_array_from_callback(
+                like.shape, like.sharding, lambda index: self._parts[self._bounds(index)]
+            )
+        return jax.block_until_ready(array)  # what is still on its way keeps its numbers on the host as well
+
+    def _bounds(self, index: Any) -> tuple[tuple[int, int], ...]:
+        """Where a part begins and ends along each axis."""
+        return tuple(own.indices(size)[:2] for own, size in zip(index, self._like.shape, strict=True))
+
+    def _room(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """An array that JAX on CPU takes as its own, without a copy: it begins at a multiple of 64 bytes."""
+        shape = [stop - start for start, stop in bounds]
+        num_bytes = math.prod(shape) * self._like.dtype.itemsize
+        room = np.empty(num_bytes + 64, np.uint8)
+        start = -room.ctypes.data % 64
+        return room[start : start + num_bytes].view(self._like.dtype).reshape(shape)
+
+
 def read_params(
-    tensors: Mapping[str, Tensor], family: Family, shapes: Mapping[str, Shape], folder: Path
-) -> dict[str, np.ndarray]:
-    """Our parameters from the tensors of a folder, one tensor after the other.
+    tensors: Mapping[str, Tensor], family: Family, wanted: Mapping[str, jax.ShapeDtypeStruct], folder: Path
+) -> dict[str, jax.Array]:
+    """Our parameters from the tensors of a folder, one tensor after the other, each straight to its devices.
 
     Args:
         tensors: by name.
         family: what the names mean.
-        shapes: of the parameters wanted, by path.
+        wanted: shape, dtype and sharding of each parameter, by path; without a sharding it goes to the default device.
         folder: what the message of an error names.
 
     Returns:
-        float32 arrays by path.
+        The parameters by path.
 
     Raises:
         UserError: a tensor is missing, not known, or of another shape or dtype.
     """
-    wanted = places(family, shapes)
+    shapes = {path: like.shape for path, like in wanted.items()}
+    all_places = places(family, shapes)
     found = _named_with_prefix(tensors, family, folder)
-    _check_names(found, wanted, family, folder, is_tied="head" not in shapes)
-    params = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
-    for place in wanted:
-        tensor = found[place.name]
-        if tensor.shape != place.shape:
-            raise UserError(
-                f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for "
-                f"{place.shape}"
-            )
-        put(place, tensor.read(), params)
+    _check_names(found, all_places, family, folder, is_tied="head" not in shapes)
+    params: dict[str, jax.Array] = {}
+    for paths, group in itertools.groupby(all_places, key=lambda place: place.rule.ours):
+        together = [_Parameter(wanted[path]) for path in paths]
+        for place in group:
+            _read_place(place, found[place.name], [shapes[path] for path in paths], together)
+        params |= {path: parameter.place() for path, parameter in zip(paths, together, strict=True)}
     return params
 
 
-def put(place: Place, tensor: np.ndarray, params: Mapping[str, np.ndarray]) -> None:
-    """Writes one of their tensors into the arrays of our parameters, by path, that are in it."""
-    targets = [params[path] if place.layer is None else params[path][place.layer] for path in place.rule.ours]
-    for target, part in zip(targets, split(place.rule, tensor, [t.shape for t in targets]), strict=True):
-        target[...] = part
+def _read_place(place: Place, tensor: Tensor, shapes: Sequence[Shape], together: Sequence[_Parameter]) -> None:
+    """Reads a tensor into the parameters that lie in it; it is let go before the next one is read."""
+    if tensor.shape != place.shape:
+        raise UserError(
+            f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for {place.shape}"
+        )
+    own = [shape if place.layer is None else shape[1:] for shape in shapes]
+    for parameter, part in zip(together, split(place.rule, tensor.read(), own), strict=True):
+        parameter.put(place.layer, part)
 
 
 def write_arrays(wanted: Sequence[Place], params: Mapping[str, Any]) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.errors import UserError
 from flax_decoder.nn.attention import NO_WINDOW, SelfAttention
 from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.feed_forward import FeedForward
@@ -202,9 +203,36 @@ def unrolled_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stack
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
-def abstract_params(model: Decoder) -> Any:
-    """Shapes and dtypes of a model's parameters, without their numbers: of any size, at no cost."""
-    return jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+def abstract_params(model: Decoder, shardings: Any = None) -> Any:
+    """Shapes and dtypes of a model's parameters, without their numbers: of any size, at no cost.
+
+    Args:
+        model: the model.
+        shardings: where the parameters go: a `jax.sharding.Sharding` for all of them or one for each, in a tree like
+            theirs; in place of a branch, one will do for the whole of it. None is the default device.
+
+    Raises:
+        UserError: a sharding does not fit its parameter, or the tree is of another form.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    try:
+        spread = jax.tree.broadcast(shardings, params, is_leaf=lambda node: node is None)
+    except ValueError as error:
+        raise UserError(f"shardings: must be one sharding, or a tree like the parameters: {error}") from None
+    return jax.tree_util.tree_map_with_path(_placed, params, spread)
+
+
+def _placed(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
+    """The leaf with its sharding, if that fits."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if not isinstance(sharding, jax.sharding.Sharding | None):
+        raise UserError(f"shardings: {name} has {sharding!r}, which is no jax.sharding.Sharding")
+    try:
+        if sharding is not None:
+            sharding.shard_shape(leaf.shape)
+    except ValueError as error:
+        raise UserError(f"shardings: {name} of shape {leaf.shape} cannot be split so: {error}") from None
+    return leaf.update(sharding=sharding)
 
 
 def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:

@@ -79,8 +79,11 @@ def save_params(folder: Path, step: int, params: Any) -> None:
         FaultError: it cannot be written.
     """
     path = folder / "checkpoints"
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=_limit_gb(params))
     try:
-        with ocp.CheckpointManager(path.absolute(), item_names=("params",)) as manager:
+        with ocp.CheckpointManager(
+            path.absolute(), item_names=("params",), item_handlers={"params": handler}
+        ) as manager:
             manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
     except (OSError, ValueError) as error:
         raise FaultError(f"{path}: cannot save a checkpoint: {error}") from error
@@ -148,7 +151,18 @@ def restore_params(folder: Path, step: int, params: Any) -> Any:
 def _restore(path: Path, like: Any) -> Any:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(restore_concurrent_gb=_limit_gb(abstract)) as checkpointer:
             return checkpointer.restore(path.absolute(), abstract)
     except (OSError, ValueError, KeyError) as error:
         raise FaultError(f"{path}: cannot be restored: {error}") from error
+
+
+def _limit_gb(tree: Any) -> float:
+    """How much of a tree Orbax may have in its hands at one time, in 10^9 bytes.
+
+    Without a limit it works on all arrays at once, and the model is in memory twice. It refuses an array that is as
+    large as the limit, which is therefore a little more than the largest. For each device that reads its part of an
+    array Orbax counts the whole; where they cannot do so together, each unpacks the whole for itself.
+    """
+    largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)), default=1)
+    return 1.01 * largest * jax.local_device_count() / 1e9

@@ -1,0 +1,108 @@
+"""How long a model of 135M parameters takes to convert, and how much memory beside its own numbers.
+
+    python benchmarks/convert.py [--rounds N]
+
+The shape is that of SmolLM2-135M, the numbers are random. Seconds are those of the whole command, the median of the
+rounds. Memory (Linux only) is the highest level of a process over the one it has after its imports.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flax_decoder.config import ModelConfig
+from flax_decoder.data.tokenizer import ByteTokenizer
+from flax_decoder.interop.families import FAMILIES
+from flax_decoder.interop.hugging_face import write_folder
+from flax_decoder.nn.decoder import Decoder, abstract_params
+
+SHAPE = {
+    "vocab_size": 49152,
+    "context_length": 2048,
+    "num_layers": 30,
+    "embed_dim": 576,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "head_dim": 64,
+    "mlp_dim": 1536,
+    "positions": "rotary",
+    "norm": "rmsnorm",
+    "feed_forward": "swiglu",
+    "tied_head": True,
+}
+
+MEASURE = """
+import sys
+import jax
+import orbax.checkpoint
+import flax_decoder as fd
+import flax_decoder.loading
+
+def level(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+jax.numpy.ones(3).block_until_ready()
+before = level("VmRSS")
+if len(sys.argv) == 2:
+    loaded = fd.load(sys.argv[1])
+else:
+    fd.loading.convert(*sys.argv[1:])
+print(level("VmHWM") - before)
+"""
+
+
+def make_model(folder: Path) -> float:
+    """Writes a Hugging Face folder and returns the size of its parameters in MiB."""
+    model = Decoder(ModelConfig(**SHAPE))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.02 * rng.standard_normal(leaf.shape, np.float32), abstract_params(model))
+    folder.mkdir()
+    write_folder(folder, model.config, params, ByteTokenizer(), FAMILIES["llama"])
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20
+
+
+def seconds_of(source: Path, destination: Path) -> float:
+    """How long the command takes."""
+    shutil.rmtree(destination, ignore_errors=True)
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "flax_decoder", "convert", str(source), str(destination)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def mib_of(*folders: Path) -> float:
+    """The peak of loading one folder, or of converting the first one into the second, in MiB."""
+    for destination in folders[1:]:
+        shutil.rmtree(destination)
+    command = [sys.executable, "-c", MEASURE, *map(str, folders)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as name:
+        model, run, again = (Path(name) / part for part in ("model", "run", "again"))
+        size = make_model(model)
+        print(f"{size:.0f} MiB of parameters, of which the largest tensor is {49152 * 576 * 4 / 2**20:.0f} MiB\n")
+        print("| | seconds | peak beyond the parameters, MiB |\n|---|---|---|")
+        print(f"| load Hugging Face folder | | {mib_of(model) - size:.0f} |", flush=True)
+        for title, folders in {"Hugging Face to run": (model, run), "run to Hugging Face": (run, again)}.items():
+            seconds = statistics.median(seconds_of(*folders) for _ in range(rounds))
+            print(f"| convert {title} | {seconds:.1f} | {mib_of(*folders) - size:.0f} |", flush=True)
+        assert (model / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
+if __name__ == "__main__":
+    main()
