@@ -108,7 +108,7 @@ def compare(
         model: a network to compare in place of the one that `path` gives.
         params: parameters to compare in place of those that `path` gives.
         torch_model: a model of `transformers` to compare with in place of the one in `path`; it stays as it is.
-        **settings: see `interop.ledger.compare_models`: tx, optimizer, batch_size, length, accumulation_steps, seed.
+        **settings: see `interop.compare.compare_models`: tx, optimizer, batch_size, length, accumulation_steps, seed.
 
     Returns:
         The rows, whether they hold, and the cause where one does not; as a string, a table.
@@ -118,7 +118,7 @@ def compare(
             compared, or PyTorch is not installed.
     """
     try:
-        from flax_decoder.interop.ledger import compare_models
+        from flax_decoder.interop.compare import compare_models
         from flax_decoder.interop.torch_side import open_model
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):

@@ -23,9 +23,11 @@ import flax_decoder as fd
 from flax_decoder import cli
 from flax_decoder.config import to_toml
 from flax_decoder.data.tokenizer import CharTokenizer
+from flax_decoder.interop import compare as comparison
 from flax_decoder.interop import ledger
 from flax_decoder.interop.families import FAMILIES
 from flax_decoder.interop.jax_side import JaxSide
+from flax_decoder.interop.observation import observe
 from flax_decoder.interop.torch_side import PyTorchSide
 from flax_decoder.interop.weights import flatten
 from flax_decoder.nn import attention, linear
@@ -34,7 +36,7 @@ from flax_decoder.training.checkpoint import save_params
 from flax_decoder.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer
 
 STEPS = 3
-OPTIMIZER = ledger.default_optimizer(STEPS)
+OPTIMIZER = comparison.default_optimizer(STEPS)
 
 
 @contextlib.contextmanager
@@ -52,17 +54,17 @@ def compare(model_type, number, *, config=None, edit=None, only_forward=False, *
     if edit is not None:
         params = edit(jax.tree.map(np.array, params))
     # 2 x 19 tokens are enough to see all of a tiny model.
-    with lenient(), mock.patch.object(ledger, "observe", observe_forward if only_forward else ledger.observe):
+    with lenient(), mock.patch.object(comparison, "observe", observe_forward if only_forward else observe):
         settings = {"length": 19} | settings
-        return ledger.compare_models(model, params, torch_model(model_type, number), FAMILIES[model_type], **settings)
+        return comparison.compare_models(
+            model, params, torch_model(model_type, number), FAMILIES[model_type], **settings
+        )
 
 
 def observe_forward(*arguments):
-    """`ledger.observe` up to the loss: what comes after takes time to compile, and cannot be the first mistake."""
-    return itertools.takewhile(lambda seen: seen.name != "loss", OBSERVE(*arguments))
+    """`observe` up to the loss: what comes after takes time to compile, and cannot be the first mistake."""
+    return itertools.takewhile(lambda seen: seen.name != "loss", observe(*arguments))
 
-
-OBSERVE = ledger.observe
 
 # --- What agrees ---
 
@@ -95,8 +97,8 @@ def test_all_rows_hold_and_stand_in_the_order_of_computation():
 def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type, number):
     model, params, _ = loaded(model_type, number)
     shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
-    settings = ledger.default_optimizer(10)
-    batches = [ledger._batch(model, 2, 19, seed) for seed in range(10)]
+    settings = comparison.default_optimizer(10)
+    batches = [comparison._batch(model, 2, 19, seed) for seed in range(10)]
     worst = {}
     for exact in (False, True):
         with lenient():
@@ -105,11 +107,11 @@ def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type
             theirs = PyTorchSide(
                 torch_model(model_type, number), FAMILIES[model_type], model.config, shapes, settings, 10, exact=exact
             )
-            for seen in ledger.observe(ours, theirs, batches, 0 if exact else 10):
+            for seen in observe(ours, theirs, batches, 0 if exact else 10):
                 kind = seen.name.split()[-1 if seen.name.startswith("step") else 0]
                 # Unless they are rotated, key biases move all scores of a query alike: their gradient is zero.
                 own = [one for one in seen.tensors if not (one[0] or seen.name).endswith(("key.bias", "key/bias"))]
-                row = ledger.first_look(dataclasses.replace(seen, tensors=own)) if own else None
+                row = comparison.first_look(dataclasses.replace(seen, tensors=own)) if own else None
                 if row is not None:
                     worst[exact, kind] = max(worst.get((exact, kind), 0.0), row.relative)
         if exact:
@@ -514,7 +516,7 @@ def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
 def test_command_ends_with_1_where_a_row_does_not_hold(capsys):
     rows = (ledger.Row("logits", (2, 3), 1.0, float("inf"), 1e-6, 1.0, "DIFFERS"),)
     failing = ledger.Ledger(rows, "a cause")
-    with mock.patch.object(ledger, "compare_models", lambda *_, **__: failing):
+    with mock.patch.object(comparison, "compare_models", lambda *_, **__: failing):
         assert cli.main(["compare", saved("gpt2", 0).name]) == 1
     assert "1 of 1 rows do not hold; the first is logits: a cause" in capsys.readouterr().out
     assert json.loads(failing.to_json())["rows"][0]["relative"] is None

@@ -11,6 +11,8 @@ from flax_decoder.interop.torch_side import PyTorchSide
 Array = np.ndarray
 # Both sides are in float64 here; what a mistake explains, it explains to more digits than float32 has.
 TOLERANCE = 1e-6
+# Scores under this are behind a mask: minus infinity here, the lowest number there.
+MASKED = -1e30
 
 
 @dataclass
@@ -30,6 +32,46 @@ class Evidence:
     our_forward: dict[str, Array]
     their_forward: dict[str, Array]
     batch: dict[str, Array]
+
+
+@dataclass
+class Step:
+    """One tensor of the forward pass: what went into it, and what came out on both sides."""
+
+    ours: Array
+    theirs: Array
+    layer: str
+    evidence: Evidence
+
+    def input(self, name: str) -> Array:
+        """A tensor of the same layer, on which both sides agree."""
+        return self.evidence.their_forward[f"{self.layer}{name}"]
+
+    def has(self, name: str) -> bool:
+        """Whether the model has this tensor."""
+        return f"{self.layer}{name}" in self.evidence.their_forward
+
+    @property
+    def residual(self) -> Array:
+        """What the layer read."""
+        number = int(self.layer.split(".")[1])
+        name = f"layers.{number - 1}.residual" if number else "embeddings"
+        return self.evidence.their_forward[name]
+
+    @property
+    def attended(self) -> Array:
+        """The residual stream between attention and feed-forward."""
+        written = "attention_output_norm" if self.has("attention_output_norm") else "attention.out"
+        return self.residual + self.input(written)
+
+    def params(self, path: str, side: str = "theirs") -> Array | None:
+        """A parameter of this layer, or of the whole model, in float64; None where a side has none."""
+        owner: Any = getattr(self.evidence, side)
+        full = f"layers/{path}" if self.layer else path
+        if full not in self.evidence.theirs.shapes:
+            return None
+        array: Array = owner.array("params", full)
+        return array[int(self.layer.split(".")[1])] if self.layer else array
 
 
 def same(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> bool:
