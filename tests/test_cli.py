@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,15 @@ def test_exit_codes_reach_the_shell(tmp_path):
     shown = subprocess.run([*module[:3], "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert shown.returncode == 0 and "generate" in shown.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_compare_without_pytorch_says_how_to_install_it(run, missing, monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.startswith("flax_decoder.interop.")]:
+        monkeypatch.delitem(sys.modules, module)
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None if name == missing else types.ModuleType(name))
+    assert main(["compare", run]) == 2
+    assert capsys.readouterr().err == (
+        f'error: comparing needs {missing}, which is not installed: pip install "flax-decoder[torch]"\n'
+    )

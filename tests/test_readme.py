@@ -10,10 +10,11 @@ from flax_decoder.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_python_blocks_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +26,8 @@ def test_python_blocks_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) 
 
 
 def commands() -> list[list[str]]:
-    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    texts = [block for page in PAGES for block in blocks("bash", page)]
+    lines = [shlex.split(line, comments=True) for text in texts for line in text.splitlines()]
     return [line for line in lines if line and line[0] != "pip"]
 
 

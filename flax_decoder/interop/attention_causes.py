@@ -28,7 +28,8 @@ def _between_rotations(ours: Rotation, theirs: Rotation) -> Iterator[str]:
         yield f"rotary fraction: ours turns {ours.width} numbers of a head, PyTorch {theirs.width}"
         return
     if not math.isclose(ours.start, theirs.start, abs_tol=1e-6):
-        yield f"rotary positions: ours start at {ours.start:.3g}, PyTorch's at {theirs.start:.3g}"
+        starts = (round(side.start, 6) + 0 for side in (ours, theirs))
+        yield "rotary positions: ours start at {:.4g}, PyTorch's at {:.4g}".format(*starts)
     if same(ours.angles, -theirs.angles):
         yield "rotary direction: the two turn opposite ways"
     if ours.base is not None and theirs.base is not None and not math.isclose(ours.base, theirs.base, rel_tol=1e-4):
