@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from flax_decoder.config import OptimizerConfig, load_config
+from flax_decoder.interop.schedule import learning_rate
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -254,3 +255,13 @@ def test_muon_takes_each_layer_by_itself(params):
         for path, leaf in named(alone).items():
             # Batched and single products may add in another order; updates are of order 1.
             np.testing.assert_allclose(named(stacked)[path][layer], leaf[0], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("warmup_steps", [None, 0, 1, 7])
+def test_schedule_is_that_of_plain_python_to_the_last_digit(schedule, warmup_steps):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=warmup_steps, learning_rate=PEAK, final_fraction=0.3)
+    with jax.enable_x64(True):
+        rates = [float(learning_rate_schedule(config, NUM_STEPS)(jnp.int32(step))) for step in range(NUM_STEPS)]
+    expected = [learning_rate(config, NUM_STEPS, step) for step in range(NUM_STEPS)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-14)

@@ -130,11 +130,9 @@ def _of_rate(name: str, worst: str | None, evidence: Evidence) -> Iterator[str]:
     bias = math.sqrt(1 - config.beta2**count) / (1 - config.beta1**count)
     if math.isclose(rate * bias, theirs.learning_rate, rel_tol=1e-3):
         yield "the moments are not corrected for their start at zero"
-    path = "layers/attention/out/kernel"
-    directions = evidence.ours.direction(path), evidence.ours.array("params before", path)
-    moved = directions[1] - evidence.ours.array("params", path)
-    factors = fit(moved, *directions)
-    if not same(moved, sum(factor * part for factor, part in zip(factors, directions, strict=True)), tolerance=1e-4):
+    moved, direction, before = evidence.ours.move("layers/attention/out/kernel")
+    own_rate, decay = fit(moved, direction, before)
+    if not same(moved, own_rate * direction + decay * before, tolerance=1e-4):
         yield "the moments agree, and the update is another: epsilon of AdamW, or where it is added, differs"
     yield f"the schedule: ours is {rate:.6g}, PyTorch's {theirs.learning_rate:.6g}"
 
@@ -142,12 +140,10 @@ def _of_rate(name: str, worst: str | None, evidence: Evidence) -> Iterator[str]:
 def _of_params(name: str, worst: str | None, evidence: Evidence) -> Iterator[str]:
     path = worst or "embedding"
     ours, config = evidence.ours, evidence.ours.optimizer_config
-    before = ours.array("params before", path)
-    moved = before - ours.array("params", path)
     rate = evidence.theirs.learning_rate
     decays = config.decay == "all" or not path.endswith(("/scale", "/bias"))
     expected = rate * config.weight_decay if decays else 0.0
-    _, decay = fit(moved, ours.direction(path), before)
+    _, decay = fit(*ours.move(path))
     if not decays and decay > 0.1 * rate * config.weight_decay:
         yield f"weight decay on norms or biases: {path} decays in ours, and not in PyTorch"
     if decays and abs(decay) < 1e-3 * expected:

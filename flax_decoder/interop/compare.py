@@ -12,7 +12,7 @@ from flax_decoder.interop.causes import IMPRECISE, explain
 from flax_decoder.interop.family import Family
 from flax_decoder.interop.jax_side import JaxSide
 from flax_decoder.interop.ledger import Ledger, Row, Verdict
-from flax_decoder.interop.observation import Batch, Seen, compared, largest_of, observe
+from flax_decoder.interop.observation import Batch, Seen, furthest, observe
 from flax_decoder.interop.torch_side import PyTorchSide
 from flax_decoder.interop.weights import flatten, unflatten
 from flax_decoder.nn.decoder import Decoder
@@ -109,25 +109,24 @@ def default_optimizer(num_steps: int) -> OptimizerConfig:
 
 def first_look(seen: Seen) -> Row:
     """The row of what was seen in float32."""
-    relative, absolute, worst, shape = max(compared(seen), key=lambda one: one[0])
-    return Row(seen.name, shape, absolute, relative, seen.floor, worst=worst or None)
+    worst = furthest(seen)
+    return Row(seen.name, worst.shape, worst.absolute, worst.relative, seen.floor, worst=worst.name or None)
 
 
 def second_look(row: Row, seen: Seen) -> Row:
     """The row, judged by what was seen of the same in float64."""
-    exact, _, worst, _ = max(compared(seen), key=lambda one: one[0])
-    largest = max(largest_of(np.asarray(theirs)) for _, _, theirs in seen.tensors)
+    worst = furthest(seen)
     verdict: Verdict = "holds"
-    if exact > seen.difference:
+    if worst.relative > seen.difference:
         verdict = "DIFFERS"
-        row = dataclasses.replace(row, worst=worst or None)
-    elif row.name.startswith(("gradient", "clipped")) and largest < seen.smallest:
+        row = dataclasses.replace(row, worst=worst.name or None)
+    elif row.name.startswith(("gradient", "clipped")) and worst.largest < seen.smallest:
         verdict = "zero"
     elif row.relative > LARGEST_ROUNDING and " " not in row.name and row.name != "loss":
         verdict = "imprecise"
     elif row.relative > row.floor:
         verdict = "rounding"
-    return dataclasses.replace(row, float64=exact, verdict=verdict)
+    return dataclasses.replace(row, float64=worst.relative, verdict=verdict)
 
 
 def _check_length(model: Decoder, length: int | None) -> int:

@@ -25,6 +25,7 @@ class Evidence:
         our_forward: all tensors of our forward pass, by name.
         their_forward: the same of PyTorch's.
         batch: the "inputs" and "targets" of the forward pass and of the first gradients.
+        largest_gradient: largest absolute number in any of PyTorch's first gradients.
     """
 
     ours: JaxSide
@@ -32,6 +33,7 @@ class Evidence:
     our_forward: dict[str, Array]
     their_forward: dict[str, Array]
     batch: dict[str, Array]
+    largest_gradient: float = 0.0
 
 
 @dataclass

@@ -64,9 +64,10 @@ class JaxSide:
             ).replace(step=jnp.zeros((), jnp.int32))
         if optax.tree.get(self.state.opt_state, "mu", None) is None:
             raise UserError("the optimizer has no moments named mu and nu: it is compared with AdamW")
-        self.before = self.state
-        self._next: TrainState | None = None
-        self._step = jax.jit(_gradients_and_step)
+        self._before = self.state.params
+        self._gradients: Any = None
+        self._mean_gradients = jax.jit(mean_gradients)
+        self._apply = jax.jit(_apply, donate_argnums=1)
         self.loss = self.gradient_norm = 0.0
 
     def forward(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
@@ -88,15 +89,16 @@ class JaxSide:
 
     def backward(self, batch: Mapping[str, np.ndarray]) -> None:
         """Computes the loss of a batch and its gradients."""
+        self._gradients = None  # the new ones need its room
         with self._precision():
-            self._gradients, metrics, self._next = self._step(self.state, dict(batch))
+            self._gradients, metrics = self._mean_gradients(self.state, dict(batch))
             self.loss, self.gradient_norm = float(metrics["loss"]), float(metrics["gradient_norm"])
 
     def update(self) -> None:
         """Takes the step that the last gradients give."""
-        if self._next is None:
-            raise ValueError("update follows backward")
-        self.before, self.state, self._next = self.state, self._next, None
+        self._before = self.state.params
+        with self._precision():
+            self.state = self._apply(self.state.replace(opt_state=None), self.state.opt_state, self._gradients)
 
     @property
     def num_updates(self) -> int:
@@ -110,17 +112,21 @@ class JaxSide:
         AdamW moves a parameter by -rate * (u + decay * p); u is known from the moments, so the best-fitting rate is
         too. Whatever schedule the optimizer was given, this is what it did.
         """
-        path = "layers/attention/out/kernel"
-        moved = self.array("params", path) - self.array("params before", path)
-        rate, _ = fit(-moved, self.direction(path), self.array("params before", path))
+        rate, _ = fit(*self.move("layers/attention/out/kernel"))
         return rate
 
-    def direction(self, path: str) -> np.ndarray:
-        """Where Adam's moments point for a parameter: the update before learning rate and decay, float64."""
+    def move(self, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The last update of a parameter, of its first layer where it is of layers, in float64.
+
+        Returns:
+            What was taken off it, where Adam's moments point, and the parameter before.
+        """
+        kinds = ("params", "params before", "first moment", "second moment")
+        arrays = (self.array(kind, path)[:1].astype(np.float64) for kind in kinds)
+        after, before, mean, square = arrays
         config, count = self.optimizer_config, self.num_updates
-        mean = self.array("first moment", path).astype(np.float64) / (1 - config.beta1**count)
-        square = self.array("second moment", path).astype(np.float64) / (1 - config.beta2**count)
-        return np.asarray(mean / (np.sqrt(square) + config.epsilon))
+        root = np.sqrt(square / (1 - config.beta2**count))
+        return before - after, mean / (1 - config.beta1**count) / (root + config.epsilon), before
 
     def array(self, kind: str, path: str) -> np.ndarray:
         """An array of the training.
@@ -134,7 +140,7 @@ class JaxSide:
             return np.asarray(self.array("first moment", path) / (1 - self.optimizer_config.beta1))
         tree = {
             "params": lambda: self.state.params,
-            "params before": lambda: self.before.params,
+            "params before": lambda: self._before,
             "gradient": lambda: self._gradients,
             "first moment": lambda: optax.tree.get(self.state.opt_state, "mu"),
             "second moment": lambda: optax.tree.get(self.state.opt_state, "nu"),
@@ -147,14 +153,14 @@ class JaxSide:
 
 def fit(target: np.ndarray, *directions: np.ndarray) -> list[float]:
     """The factors with which a sum of the directions comes nearest to the target."""
-    matrix = np.stack([direction.astype(np.float64).ravel() for direction in directions], axis=1)
-    return [float(factor) for factor in np.linalg.lstsq(matrix, target.astype(np.float64).ravel(), rcond=None)[0]]
+    products = [[np.vdot(one, other) for other in directions] for one in directions]
+    factors = np.linalg.lstsq(np.array(products), np.array([np.vdot(one, target) for one in directions]), rcond=None)[0]
+    return [float(factor) for factor in factors]
 
 
-def _gradients_and_step(state: TrainState, batch: Any) -> tuple[Any, Any, TrainState]:
-    """`train_step`, which also hands out the gradients."""
-    gradients, metrics = mean_gradients(state, batch)
-    return gradients, metrics, state.apply_gradients(grads=gradients)
+def _apply(state: TrainState, opt_state: Any, gradients: Any) -> TrainState:
+    """The second half of `train_step`; the memory of `opt_state` is used again."""
+    return state.replace(opt_state=opt_state).apply_gradients(grads=gradients)
 
 
 def _without_tuples(seen: Any) -> Any:

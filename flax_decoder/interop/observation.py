@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,8 @@ GRADIENT_FLOOR = 1e-5
 MOMENTS_FLOOR = 4e-5
 # Our learning rate is computed in float32, and read off the parameters with some loss.
 RATE_FLOOR = 1e-4
-# What is still there in float64 and larger than two roundings of float32 is a difference. In training our schedule,
-# which is float32 always, leaves somewhat more.
+# What is still there in float64 and larger than two roundings of float32 is a difference. In training somewhat more: an
+# optimizer that counts its steps in float32 does so always.
 DIFFERENCE = 2 * EPSILON
 TRAINING_DIFFERENCE = 3e-6
 # A gradient is zero, and what stands there rounding, below this part of the largest gradient in float64.
@@ -41,70 +41,86 @@ class Seen:
 
     Attributes:
         name: of the row.
-        tensors: name, ours and PyTorch's.
+        tensors: name, ours and PyTorch's; some are made only when they are asked for, so they can be had once.
         floor: the relative difference expected of rounding.
+        evidence: both sides.
         difference: the relative difference that counts as one in float64.
         smallest: tensors whose largest number is under this are compared with this instead.
-        evidence: both sides.
     """
 
     name: str
     tensors: Iterable[tuple[str, Any, Any]]
     floor: float
-    difference: float
-    smallest: float
     evidence: Evidence
+    difference: float = DIFFERENCE
+    smallest: float = 0.0
+
+
+class Distance(NamedTuple):
+    """How far apart a tensor is on both sides: over the largest number of PyTorch's, and as it stands."""
+
+    relative: float
+    absolute: float
+    largest: float
+    name: str
+    shape: tuple[int, ...]
 
 
 def observe(ours: JaxSide, theirs: PyTorchSide, batches: Sequence[Batch], steps: int) -> Iterator[Seen]:
     """Takes both sides through the same computation and yields its tensors in their order."""
-    tokens_BT = batches[0]["inputs"]
-    first, depth = batches[0], ours.config.num_layers
-    tokens_BT = first["inputs"]
-    evidence = Evidence(ours, theirs, ours.forward(tokens_BT), theirs.forward(tokens_BT), first)
-
-    def see(name: str, floor: float, *tensors: tuple[str, Any, Any], smallest: float = 0.0) -> Seen:
-        difference = TRAINING_DIFFERENCE if name.startswith("step") else DIFFERENCE
-        return Seen(name, tensors, floor, difference, smallest, evidence)
-
+    first = batches[0]
+    evidence = Evidence(ours, theirs, ours.forward(first["inputs"]), theirs.forward(first["inputs"]), first)
     for name, floor in forward_rows(evidence.our_forward, ours.config):
         # A tensor that PyTorch does not have is as far apart as can be.
-        yield see(name, floor, ("", evidence.our_forward[name], evidence.their_forward.get(name, np.nan)))
-
-    ours.backward(first)
-    theirs.backward(first)
-    yield see("loss", EPSILON * (8 + depth), ("", ours.loss, theirs.loss))
-    paths = list(theirs.shapes)
-    largest = max(largest_of(theirs.array("gradient", path)) for path in paths)
-    # The length of all gradients is a sum of so many squares, one after the other.
-    length_floor = GRADIENT_FLOOR + EPSILON * math.sqrt(max(math.prod(shape) for shape in theirs.shapes.values()))
-    for kind in ("gradient", "clipped gradient"):
-        for path in paths:
-            for name, *pair in by_layer(path, ours.array(kind, path), theirs.array("gradient", path)):
-                tensors = "", pair[0], pair[1]
-                row = f"{kind.split()[0]} {name}"
-                floor = GRADIENT_FLOOR if kind == "gradient" else length_floor
-                yield see(row, floor, tensors, smallest=ZERO_GRADIENT * largest)
-        if kind == "gradient":
-            yield see("gradient norm", length_floor, ("", ours.gradient_norm, theirs.gradient_norm))
-            ours.update()
-            theirs.update()
-
+        pair = "", evidence.our_forward[name], evidence.their_forward.get(name, np.nan)
+        yield Seen(name, [pair], floor, evidence)
+    yield from _gradients(evidence)
     for step in range(1, steps + 1):
         if step > 1:
-            ours.backward(batches[step - 1])
-            theirs.backward(batches[step - 1])
-            yield see(f"step {step} loss", GRADIENT_FLOOR, ("", ours.loss, theirs.loss))
-            ours.update()
-            theirs.update()
+            for side in (ours, theirs):
+                side.backward(batches[step - 1])
+            yield Seen(f"step {step} loss", [("", ours.loss, theirs.loss)], GRADIENT_FLOOR, evidence)
+            for side in (ours, theirs):
+                side.update()
+        yield from _update(f"step {step}", evidence)
 
-        def both(kind: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
-            return [(path, ours.array(kind, path), theirs.array(kind, path)) for path in paths]
 
-        for kind, smallest in (("first moment", largest), ("second moment", largest**2)):
-            yield see(f"step {step} {kind}", MOMENTS_FLOOR, *both(kind), smallest=ZERO_GRADIENT * smallest)
-        yield see(f"step {step} learning rate", RATE_FLOOR, ("", ours.learning_rate, theirs.learning_rate))
-        yield see(f"step {step} params", GRADIENT_FLOOR, *both("params"))
+def _gradients(evidence: Evidence) -> Iterator[Seen]:
+    """The loss, its gradients, their length, and what clipping leaves of them; ends after the first update."""
+    ours, theirs = evidence.ours, evidence.theirs
+    for side in (ours, theirs):
+        side.backward(evidence.batch)
+    yield Seen("loss", [("", ours.loss, theirs.loss)], EPSILON * (8 + ours.config.num_layers), evidence)
+    evidence.largest_gradient = max(largest_of(theirs.array("gradient", path)) for path in theirs.shapes)
+    smallest = ZERO_GRADIENT * evidence.largest_gradient
+    for path in theirs.shapes:
+        pair = ours.array("gradient", path), theirs.array("gradient", path)
+        for name, our_part, their_part in by_layer(path, *pair):
+            yield Seen(f"gradient {name}", [("", our_part, their_part)], GRADIENT_FLOOR, evidence, smallest=smallest)
+    # The length of all gradients is a sum of so many squares, one after the other.
+    floor = GRADIENT_FLOOR + EPSILON * math.sqrt(max(math.prod(shape) for shape in theirs.shapes.values()))
+    yield Seen("gradient norm", [("", ours.gradient_norm, theirs.gradient_norm)], floor, evidence)
+    for side in (ours, theirs):
+        side.update()
+    for path in theirs.shapes:
+        pair = ours.array("clipped gradient", path), theirs.array("gradient", path)
+        for name, our_part, their_part in by_layer(path, *pair):
+            yield Seen(f"clipped {name}", [("", our_part, their_part)], floor, evidence, smallest=smallest)
+
+
+def _update(step: str, evidence: Evidence) -> Iterator[Seen]:
+    """What the last update did."""
+    ours, theirs, largest = evidence.ours, evidence.theirs, evidence.largest_gradient
+
+    def both(kind: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        return ((path, ours.array(kind, path), theirs.array(kind, path)) for path in theirs.shapes)
+
+    for kind, scale in (("first moment", largest), ("second moment", largest**2)):
+        smallest = ZERO_GRADIENT * scale
+        yield Seen(f"{step} {kind}", both(kind), MOMENTS_FLOOR, evidence, TRAINING_DIFFERENCE, smallest)
+    rates = "", ours.learning_rate, theirs.learning_rate
+    yield Seen(f"{step} learning rate", [rates], RATE_FLOOR, evidence, TRAINING_DIFFERENCE)
+    yield Seen(f"{step} params", both("params"), GRADIENT_FLOOR, evidence, TRAINING_DIFFERENCE)
 
 
 def forward_rows(forward: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, float]]:
@@ -136,11 +152,16 @@ def by_layer(path: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[
         yield name.replace("layers.", f"layers.{layer}.", 1), *parts
 
 
-def compared(seen: Seen) -> Iterator[tuple[float, float, str, tuple[int, ...]]]:
-    """Relative and absolute difference, name and shape of each tensor of a row."""
-    for name, ours, theirs in seen.tensors:
-        difference, scale, shape = _difference(np.asarray(ours), np.asarray(theirs))
-        yield (difference / max(scale, seen.smallest) if difference > 0 else 0.0), difference, name, shape
+def furthest(seen: Seen) -> Distance:
+    """The tensor of a row that is furthest apart."""
+
+    def distances() -> Iterator[Distance]:
+        for name, ours, theirs in seen.tensors:
+            difference, largest, shape = _difference(np.asarray(ours), np.asarray(theirs))
+            relative = difference / max(largest, seen.smallest) if difference > 0 else 0.0
+            yield Distance(relative, difference, largest, name, shape)
+
+    return max(distances(), key=lambda distance: distance.relative)
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, tuple[int, ...]]:

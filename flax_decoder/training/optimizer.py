@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -45,7 +46,9 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float 
             after = optax.constant_schedule(peak)
     # The first step already learns: with a warm-up of w steps, step i has the rate (i + 1) / w of the peak.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, after], [warmup])
+    schedule = optax.join_schedules([rise, after], [warmup])
+    # Of a whole number optax makes float32, also where JAX computes in float64.
+    return lambda step: schedule(jnp.asarray(step, jnp.result_type(float)))
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
