@@ -3,16 +3,20 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, fields_of, load_config
 from flax_decoder.errors import FaultError, UserError
+
+if TYPE_CHECKING:
+    from flax_decoder.generation.sampling import Sampling
 
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
 
@@ -54,11 +58,9 @@ def train(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     """Streams text that continues a prompt."""
     from flax_decoder.generation.generate import stream
-    from flax_decoder.generation.sampling import Sampling
-    from flax_decoder.generation.text import decode_stream
+    from flax_decoder.generation.text import decode_streams
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    sampling = _sampling_of(options)
     if options.num_samples < 1 or options.max_new_tokens < 0 or "" in options.stop:
         raise UserError("--num-samples must be at least 1, --max-new-tokens at least 0, and --stop a text")
     import jax
@@ -71,17 +73,29 @@ def generate(options: argparse.Namespace) -> int:
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
-    sampling = dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size)
-    for number in range(options.num_samples):
-        rng = jax.random.fold_in(jax.random.key(options.seed), number)
-        chunks = stream(model, params, np.asarray([tokens]), options.max_new_tokens, rng, sampling)
-        pieces = decode_stream(tokenizer, (chunk[0] for chunk in chunks), options.stop)
-        if options.no_stream:
-            pieces = iter(["".join(pieces)])
-        print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print("\n" if number + 1 < options.num_samples else "")
+    written = stream(
+        model,
+        params,
+        [np.asarray(tokens, np.int32)],
+        options.max_new_tokens,
+        jax.random.key(options.seed),
+        dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size),
+        num_samples=options.num_samples,
+        end_ids=tokenizer.end_ids,
+    )
+    pieces = decode_streams(tokenizer, (part.tokens_BC for part in written), options.num_samples, options.stop)
+    if options.no_stream:
+        pieces = iter(list(pieces))
+    shown = 0
+    print(prompt, end="", flush=True)
+    for row, piece in pieces:
+        for _ in range(shown, row):
+            print(f"\n\n{prompt}", end="")
+        shown = row
+        print(piece, end="", flush=True)
+    for _ in range(shown + 1, options.num_samples):
+        print(f"\n\n{prompt}", end="")
+    print()
     return 0
 
 
@@ -133,6 +147,14 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sampling_of(options: argparse.Namespace) -> "Sampling":
+    """The settings of `Sampling` that a command line asks for, which go by the same names."""
+    from flax_decoder.generation.sampling import Sampling
+
+    given = vars(options)
+    return Sampling(**{field.name: given[field.name] for field in dataclasses.fields(Sampling) if field.name in given})
+
+
 def _config_of(options: argparse.Namespace) -> Config:
     """The config that a command line asks for; the arguments with a dot in their names are its fields."""
     return load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
@@ -171,13 +193,8 @@ def build_parser() -> Parser:
     sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
     sub.add_argument("--prompt", metavar="TEXT", help="what to continue; left out, it is read from standard input")
     sub.add_argument("--max-new-tokens", metavar="N", type=int, default=500)
-    sub.add_argument("--temperature", metavar="F", type=float, default=0.8, help="0 always takes the likeliest token")
-    sub.add_argument("--top-k", metavar="N", type=int, default=0, help="draw from the N likeliest tokens only")
-    sub.add_argument("--top-p", metavar="F", type=float, default=1.0, help="draw from the likeliest tokens up to F")
-    sub.add_argument("--min-p", metavar="F", type=float, default=0.0, help="as likely as F times the likeliest")
-    sub.add_argument("--repetition-penalty", metavar="F", type=float, default=1.0)
-    sub.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same text")
-    sub.add_argument("--num-samples", metavar="N", type=int, default=1)
+    _add_sampling(sub)
+    sub.add_argument("--num-samples", metavar="N", type=int, default=1, help="texts to write, all at once")
     sub.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
     )
@@ -202,6 +219,18 @@ def build_parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="one JSON object")
     _add_config_fields(sub)
     return parser
+
+
+def _add_sampling(parser: Parser) -> None:
+    number = functools.partial(parser.add_argument, metavar="F", type=float)
+    number("--temperature", default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top-k", metavar="N", type=int, default=0, help="draw from the N likeliest tokens only")
+    number("--top-p", default=1.0, help="draw from the likeliest tokens up to F")
+    number("--min-p", default=0.0, help="as likely as F times the likeliest")
+    number("--repetition-penalty", default=1.0, help="over 1: what is in the text already becomes less likely")
+    number("--presence-penalty", default=0.0, help="taken off the logits of what is in the new text")
+    number("--frequency-penalty", default=0.0, help="the same, times how often it is there")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same text")
 
 
 def _add_step(parser: Parser) -> None:
