@@ -12,6 +12,7 @@ from flax_decoder.errors import FaultError, UserError
 
 if TYPE_CHECKING:
     from flax_decoder.generation.generate import complete, generate, prefill
+    from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.loading import load
     from flax_decoder.nn.cache import KVCache, empty_cache
     from flax_decoder.nn.decoder import Decoder, unstack_layers
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 # Names whose modules import JAX come when first used: a wrong setting is refused, and help shown, without that wait.
 _HOMES = {
     "Decoder": "nn.decoder",
+    "Draft": "generation.speculative",
     "KVCache": "nn.cache",
+    "PromptLookup": "generation.speculative",
     "TrainState": "training.step",
     "empty_cache": "nn.cache",
     "complete": "generation.generate",
@@ -36,8 +39,10 @@ _HOMES = {
 __all__ = [
     "Config",
     "Decoder",
+    "Draft",
     "FaultError",
     "KVCache",
+    "PromptLookup",
     "TrainState",
     "UserError",
     "complete",

@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.generation.sampling import Sampling, Seen
+from flax_decoder.generation.sampling import Sampling, Seen, filtered
+from flax_decoder.generation.speculative import Draft, Guessed, PromptLookup, write_guessed
 from flax_decoder.generation.steps import (
     WRITE_TOKENS,
     Texts,
@@ -82,6 +83,7 @@ def generate(
     num_samples: int = 1,
     end_ids: Sequence[int] = (),
     prefix: Prefix | None = None,
+    guess: PromptLookup | Draft | None = None,
     **sampling: Any,
 ) -> jax.Array | list[jax.Array]:
     """Continues prompts.
@@ -97,6 +99,8 @@ def generate(
         end_ids: tokens that end a row; what stands behind one is that token repeated. When all rows have ended no more
             is computed.
         prefix: what `prefill` gave for the beginning of the prompts; changes nothing but the time.
+        guess: speculative decoding, which gives the same tokens at temperature 0, and else tokens with the same
+            distribution. Not with penalties or forced tokens, nor past the context of learned or sinusoidal positions.
         **sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty and others.
 
     Returns:
@@ -121,6 +125,7 @@ def generate(
         num_samples=num_samples,
         end_ids=end_ids,
         prefix=prefix,
+        guess=guess,
     ):
         new_BT[:, made : made + written.tokens_BC.shape[1]] = written.tokens_BC
         made += written.tokens_BC.shape[1]
@@ -230,6 +235,7 @@ def stream(
     num_samples: int = 1,
     end_ids: Sequence[int] = (),
     prefix: Prefix | None = None,
+    guess: PromptLookup | Draft | None = None,
     num_top: int | None = None,
 ) -> Iterator[Written]:
     """As `generate`, but yields the new tokens as they are made; raises before the first of them.
@@ -244,7 +250,8 @@ def stream(
         num_samples: see there.
         end_ids: see there.
         prefix: see there.
-        num_top: give log-probabilities, and those of so many of the likeliest tokens.
+        guess: see there.
+        num_top: give log-probabilities, and those of so many of the likeliest tokens; not with `guess`.
 
     Yields:
         NumPy arrays with the next tokens of every row; none any more when all rows have ended.
@@ -262,6 +269,12 @@ def stream(
     rows_B2 = _padded(row_numbers(prompts, num_samples), batch_capacity(num_rows))
     ends = np.asarray(end_ids, np.int32)
     capacity = cache_capacity(config, max(map(len, prompts)) + max_new_tokens)
+    if guess is not None:
+        rng = None if sampling.temperature == 0 else rng
+        yield from _stream_guessed(
+            model, params, prompts, max_new_tokens, rng, sampling, num_samples, ends, prefix, guess, rows_B2
+        )
+        return
 
     texts = [prompt for prompt in prompts for _ in range(num_samples)]
     starts, has_ended, made = [0] * num_rows, np.zeros(num_rows, bool), 0
@@ -299,6 +312,96 @@ def stream(
                 break
 
 
+def _stream_guessed(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    rng: jax.Array | None,
+    sampling: Sampling,
+    num_samples: int,
+    ends: np.ndarray,
+    prefix: Prefix | None,
+    guess: PromptLookup | Draft,
+    rows_B2: np.ndarray,
+) -> Iterator[Written]:
+    """`stream` with speculative decoding: tokens come when all rows have them."""
+    draft = guess if isinstance(guess, Draft) else None
+    longest, filters = max(map(len, prompts)) + max_new_tokens, sampling.filters(model.config.vocab_size or 0)
+    _check_guess(model, sampling, guess, longest)
+    read = functools.partial(_read, prompts=prompts, num_samples=num_samples, num_spare=guess.num_tokens)
+    cache, logits_BV = read(model, params, capacity=cache_capacity(model.config, longest), prefix=prefix)
+    draft_cache, draft_params = None, None
+    if draft is not None:
+        draft_params = unstack_layers(draft.params)
+        draft_cache, _ = read(draft.model, draft_params, capacity=cache_capacity(draft.model.config, longest))
+
+    B, num_rows = len(rows_B2), len(prompts) * num_samples
+    lengths = [len(prompt) for prompt in prompts for _ in range(num_samples)]
+    text_BS = np.zeros((B, cache_capacity(model.config, longest) + longest + guess.num_tokens + 1), np.int32)
+    for row, length in enumerate(lengths):
+        text_BS[row, :length] = prompts[row // num_samples]
+    state = Guessed(
+        cache=cache,
+        draft_cache=draft_cache,
+        logits_BV=_filtered(logits_BV, filters),
+        text_BS=text_BS,
+        is_done_B=np.arange(B) >= num_rows,
+    )
+    end_B = _padded(np.array(lengths, np.int32) + max_new_tokens, B)
+    made = 0
+    while made < max_new_tokens:
+        state = write_guessed(
+            model,
+            params,
+            draft and draft.model,
+            draft_params,
+            jax.device_put(state),
+            filters,
+            rng,
+            rows_B2,
+            ends,
+            end_B,
+            guess.num_tokens,
+        )
+        text_BS, is_done_B = np.asarray(state.text_BS), np.asarray(state.is_done_B)
+        rows = []
+        for row, (length, total) in enumerate(zip(lengths, np.asarray(state.cache.length_B)[:num_rows], strict=True)):
+            new_T = text_BS[row, length : min(total, length + max_new_tokens)]
+            is_end = np.isin(new_T, ends)
+            if is_end.any():
+                new_T = np.pad(new_T[: is_end.argmax() + 1], (0, max_new_tokens), mode="edge")
+            rows.append(new_T[:max_new_tokens])
+        ready = min(map(len, rows))
+        if ready > made:
+            yield Written(np.stack([new_T[made:ready] for new_T in rows]))
+        made = ready
+        if is_done_B.all():
+            return
+
+
+_filtered = jax.jit(filtered)
+
+
+def _check_guess(model: Decoder, sampling: Sampling, guess: PromptLookup | Draft, longest: int) -> None:
+    """Raises UserError where speculative decoding cannot give what plain decoding would."""
+    if sampling.looks_back or sampling.forced_tokens:
+        raise UserError("guessed tokens do not go with penalties or forced tokens; leave one of them out")
+    if guess.num_tokens < 1:
+        raise UserError(f"num_tokens = {guess.num_tokens}: at least one token must be guessed at a time")
+    for config in (model.config, guess.model.config if isinstance(guess, Draft) else model.config):
+        if not rolls(config) and longest > config.context_length:
+            raise UserError(
+                f"prompt and new tokens, {longest}, are more than context_length = {config.context_length}; "
+                f"with {config.positions} positions tokens can be guessed within the context only"
+            )
+        if config.vocab_size != model.config.vocab_size:
+            raise UserError(
+                f"the draft model has vocab_size = {config.vocab_size}, the model {model.config.vocab_size}; "
+                "they must be equal"
+            )
+
+
 def _write(
     run: Callable[..., tuple[Texts, Written]], state: Texts, made: int, count: int, num_rows: int, num_top: int | None
 ) -> Iterator[Written]:
@@ -323,20 +426,23 @@ def _read(
     capacity: int,
     prefix: Prefix | None = None,
     num_samples: int = 1,
+    num_spare: int = 0,
 ) -> tuple[KVCache, jax.Array]:
     """Reads prompts into a new cache that has each of them `num_samples` times; what the prefix has is not read."""
     B = batch_capacity(len(prompts))
     shared = 0 if prefix is None else _shared_length(prefix, prompts)
     if prefix is None or shared == 0:
-        cache, logits_BV = nothing_read(model, B, capacity)
+        cache, logits_BV = nothing_read(model, B, capacity, num_spare)
     else:
         rows = np.zeros(B, np.int32)
-        cache, logits_BV = spread(model.config, prefix.cache, prefix.logits_BV, rows, np.int32(shared), capacity)
+        cache, logits_BV = spread(
+            model.config, prefix.cache, prefix.logits_BV, rows, np.int32(shared), capacity, num_spare
+        )
     cache, logits_BV = read_all(model, params, cache, logits_BV, [prompt[shared:] for prompt in prompts])
     if num_samples > 1:
         rows = np.repeat(np.arange(len(prompts), dtype=np.int32), num_samples)
         rows = _padded(rows, batch_capacity(len(rows)))
-        cache, logits_BV = spread(model.config, cache, logits_BV, rows, np.iinfo(np.int32).max, capacity)
+        cache, logits_BV = spread(model.config, cache, logits_BV, rows, np.iinfo(np.int32).max, capacity, num_spare)
     return cache, logits_BV
 
 
