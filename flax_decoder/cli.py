@@ -17,6 +17,7 @@ from flax_decoder.errors import FaultError, UserError
 
 if TYPE_CHECKING:
     from flax_decoder.generation.sampling import Sampling
+    from flax_decoder.generation.speculative import Draft, PromptLookup
 
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
 
@@ -57,7 +58,7 @@ def train(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Streams text that continues a prompt."""
-    from flax_decoder.generation.generate import stream
+    from flax_decoder.generation.stream import stream
     from flax_decoder.generation.text import decode_streams
 
     sampling = _sampling_of(options)
@@ -82,6 +83,7 @@ def generate(options: argparse.Namespace) -> int:
         dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size),
         num_samples=options.num_samples,
         end_ids=tokenizer.end_ids,
+        guess=_guess_of(options),
     )
     pieces = decode_streams(tokenizer, (part.tokens_BC for part in written), options.num_samples, options.stop)
     if options.no_stream:
@@ -97,6 +99,47 @@ def generate(options: argparse.Namespace) -> int:
         print(f"\n\n{prompt}", end="")
     print()
     return 0
+
+
+def chat(options: argparse.Namespace) -> int:
+    """Talks with a model whose tokenizer brings a chat template; Ctrl-C ends an answer, a second one leaves."""
+    sampling = _sampling_of(options)
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
+    if not Path(options.path).is_dir():
+        raise UserError(f"{options.path}: there is no such folder")
+    from flax_decoder.data.chat_template import load_chat_template
+
+    template = load_chat_template(Path(options.path))
+    import jax
+
+    from flax_decoder.generation.chat import Chat
+    from flax_decoder.loading import load_with_tokenizer
+
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
+    talk = Chat(
+        model,
+        params,
+        tokenizer,
+        template,
+        jax.random.key(options.seed),
+        dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size),
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+    )
+    while True:
+        try:
+            message = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            print()
+            return 0
+        pieces = talk.answer(message)
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.close()  # the part that was shown stays in the conversation
+        print(flush=True)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -155,6 +198,19 @@ def _sampling_of(options: argparse.Namespace) -> "Sampling":
     return Sampling(**{field.name: given[field.name] for field in dataclasses.fields(Sampling) if field.name in given})
 
 
+def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
+    """How a command line wants tokens to be guessed."""
+    from flax_decoder.generation.speculative import Draft, PromptLookup
+    from flax_decoder.loading import load
+
+    if options.draft is None:
+        return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
+    if options.prompt_lookup != 0:
+        raise UserError("--draft and --prompt-lookup are two ways to guess tokens; give one of them")
+    model, params, _ = load(options.draft)
+    return Draft(model, params)
+
+
 def _config_of(options: argparse.Namespace) -> Config:
     """The config that a command line asks for; the arguments with a dot in their names are its fields."""
     return load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
@@ -199,6 +255,15 @@ def build_parser() -> Parser:
         "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
     )
     sub.add_argument("--no-stream", action="store_true", help="print when all is written")
+    sub.add_argument("--prompt-lookup", metavar="N", type=int, default=0, help="guess N tokens from the text: faster")
+    sub.add_argument("--draft", metavar="PATH", help="guess tokens with this smaller model: faster")
+    _add_step(sub)
+
+    sub = add("chat", chat)
+    sub.add_argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
+    sub.add_argument("--system", metavar="TEXT", help="what the model is told before the first message")
+    sub.add_argument("--max-new-tokens", metavar="N", type=int, default=1000, help="the longest answer")
+    _add_sampling(sub)
     _add_step(sub)
 
     sub = add("eval", evaluate)

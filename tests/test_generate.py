@@ -10,11 +10,11 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
-from flax_decoder.generation.generate import rolls, stream
 from flax_decoder.generation.sampling import Sampling
 from flax_decoder.generation.steps import READ_TOKENS, WRITE_TOKENS, batch_capacity, cache_capacity
+from flax_decoder.generation.stream import rolls, stream
 
-generate_module = importlib.import_module("flax_decoder.generation.generate")
+stream_module = importlib.import_module("flax_decoder.generation.stream")
 steps = importlib.import_module("flax_decoder.generation.steps")
 
 V = 23
@@ -123,7 +123,7 @@ def test_ten_times_the_context_in_constant_memory(kind, monkeypatch):
         sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(texts)))
         return read(model, params, texts, *args, **options)
 
-    monkeypatch.setattr(generate_module, "write", recorded)
+    monkeypatch.setattr(stream_module, "write", recorded)
     model, params = make(kind)
     tokens_BT = fd.generate(model, params, prompts(2, 3), max_new_tokens=110, temperature=0.0)
     np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompts(2, 3), 110))

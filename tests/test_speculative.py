@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_generate import V, generate_module, make, prompts
+from test_generate import V, make, prompts, stream_module
 from test_sampling import chi_square
 
 import flax_decoder as fd
@@ -123,7 +123,7 @@ def test_guesses_that_are_right_save_passes(monkeypatch):
         calls.append(1)
         return write(*args)
 
-    monkeypatch.setattr(generate_module, "write_guessed", recorded)
+    monkeypatch.setattr(stream_module, "write_guessed", recorded)
     for guess in (fd.Draft(model, params, 4), fd.PromptLookup(4)):
         calls.clear()
         num_tokens = speculative.PASSES * 5
