@@ -203,5 +203,5 @@ def as_prompts(prompts: Prompts, config: ModelConfig) -> list[np.ndarray]:
     if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
         raise UserError("the prompt must be tokens (B, T), or rows of different lengths, with at least one a row")
     for row in rows:
-        check_tokens(row, config.vocab_size or 0)
+        check_tokens(row[None], config.vocab_size or 0)
     return [row.astype(np.int32) for row in rows]

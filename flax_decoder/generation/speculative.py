@@ -92,15 +92,15 @@ def write_guessed(
         before_B = texts.cache.length_B
         first_B = draw(texts.logits_BV, rngs_B, before_B, _FOR_DRAW)
         text_BS = put(texts.text_BS, first_B[:, None], before_B)
-        draft_cache, guesses_BT, guess_logits_BTV = texts.draft_cache, None, None
+        draft_cache, guesses_BC, guess_logits_BCV = texts.draft_cache, None, None
         if draft_model is None or texts.draft_cache is None:
-            guesses_BT = look_up_guesses(text_BS, before_B + 1, num_guesses)
+            guesses_BC = look_up_guesses(text_BS, before_B + 1, num_guesses)
         else:
-            draft_cache, guesses_BT, guess_logits_BTV = draft_guesses(
+            draft_cache, guesses_BC, guess_logits_BCV = draft_guesses(
                 draft_model, draft_params, texts.draft_cache, first_B, filters, rngs_B, num_guesses
             )
 
-        tokens_BT = jnp.concatenate([first_B[:, None], guesses_BT], axis=1)
+        tokens_BT = jnp.concatenate([first_B[:, None], guesses_BC], axis=1)
         num_tokens_B = jnp.full_like(first_B, num_guesses + 1)
         if model.config.positions == "learned":
             num_tokens_B = jnp.clip(model.config.context_length - before_B, 1, num_tokens_B)
@@ -108,10 +108,10 @@ def write_guessed(
         logits_BTV, cache = logits_and_cache
         logits_BTV = jax.vmap(lambda logits_BV: filtered(logits_BV, filters), in_axes=1, out_axes=1)(logits_BTV)
         num_accepted_B, logits_BV = accept(
-            logits_BTV, guesses_BT, guess_logits_BTV, num_tokens_B - 1, rngs_B, before_B + 1
+            logits_BTV, guesses_BC, guess_logits_BCV, num_tokens_B - 1, rngs_B, before_B + 1
         )
 
-        text_BS = put(text_BS, guesses_BT, before_B + 1)
+        text_BS = put(text_BS, guesses_BC, before_B + 1)
         length_B = jnp.where(texts.is_done_B, before_B, before_B + 1 + num_accepted_B)
         is_new_BT = jnp.arange(num_guesses + 1)[None] <= num_accepted_B[:, None]
         ends_B = ((tokens_BT[:, :, None] == end_ids[None, None]).any(-1) & is_new_BT).any(-1)
@@ -133,8 +133,8 @@ def write_guessed(
 
 def accept(
     logits_BTV: jax.Array,
-    guesses_BT: jax.Array,
-    guess_logits_BTV: jax.Array | None,
+    guesses_BC: jax.Array,
+    guess_logits_BCV: jax.Array | None,
     num_guesses_B: jax.Array,
     rngs_B: jax.Array | None,
     place_B: jax.Array,
@@ -146,8 +146,8 @@ def accept(
 
     Args:
         logits_BTV: the model's, p, of each guess and of the token behind the last, filtered.
-        guesses_BT: the guesses, one fewer.
-        guess_logits_BTV: what they were drawn from, q; None where each was certain.
+        guesses_BC: the guesses, one fewer.
+        guess_logits_BCV: what they were drawn from, q; None where each was certain.
         num_guesses_B: how many of them count.
         rngs_B: None takes the likeliest tokens: then a guess stands where it is the likeliest.
         place_B: where in the text the guesses begin.
@@ -155,30 +155,30 @@ def accept(
     Returns:
         num_accepted_B; logits_BV.
     """
-    num_guesses = guesses_BT.shape[1]
-    counts_BT = jnp.arange(num_guesses)[None] < num_guesses_B[:, None]
+    num_guesses = guesses_BC.shape[1]
+    counts_BC = jnp.arange(num_guesses)[None] < num_guesses_B[:, None]
     if rngs_B is None:
-        stands_BT = counts_BT & (logits_BTV[:, :-1].argmax(-1) == guesses_BT)
-        num_accepted_B = jnp.cumprod(stands_BT, axis=1).sum(1)
+        stands_BC = counts_BC & (logits_BTV[:, :-1].argmax(-1) == guesses_BC)
+        num_accepted_B = jnp.cumprod(stands_BC, axis=1).sum(1)
         return num_accepted_B, take(logits_BTV, num_accepted_B)
 
     p_BTV = jax.nn.softmax(logits_BTV, axis=-1)
-    if guess_logits_BTV is None:
-        q_BTV = jax.nn.one_hot(guesses_BT, logits_BTV.shape[-1])
+    if guess_logits_BCV is None:
+        q_BCV = jax.nn.one_hot(guesses_BC, logits_BTV.shape[-1])
     else:
-        q_BTV = jax.nn.softmax(guess_logits_BTV, axis=-1)
-    p_of_guess_BT, q_of_guess_BT = (
-        jnp.take_along_axis(array_BTV, guesses_BT[:, :, None], axis=2)[:, :, 0] for array_BTV in (p_BTV[:, :-1], q_BTV)
+        q_BCV = jax.nn.softmax(guess_logits_BCV, axis=-1)
+    p_of_guess_BC, q_of_guess_BC = (
+        jnp.take_along_axis(array, guesses_BC[:, :, None], axis=2)[:, :, 0] for array in (p_BTV[:, :-1], q_BCV)
     )
-    places_BT = place_B[:, None] + jnp.arange(num_guesses)[None]
-    rngs_BT = jax.vmap(lambda places_B: token_rngs(rngs_B, places_B, _FOR_TEST), in_axes=1, out_axes=1)(places_BT)
-    uniform_BT = jax.vmap(jax.vmap(jax.random.uniform))(rngs_BT)
-    stands_BT = counts_BT & (uniform_BT * q_of_guess_BT < p_of_guess_BT)
-    num_accepted_B = jnp.cumprod(stands_BT, axis=1).sum(1)
+    places_BC = place_B[:, None] + jnp.arange(num_guesses)[None]
+    rngs_BC = jax.vmap(lambda places_B: token_rngs(rngs_B, places_B, _FOR_TEST), in_axes=1, out_axes=1)(places_BC)
+    uniform_BC = jax.vmap(jax.vmap(jax.random.uniform))(rngs_BC)
+    stands_BC = counts_BC & (uniform_BC * q_of_guess_BC < p_of_guess_BC)
+    num_accepted_B = jnp.cumprod(stands_BC, axis=1).sum(1)
 
     # Behind the last guess that counts nothing fell: its q is 0.
-    q_BTV = jnp.where(counts_BT[:, :, None], q_BTV, 0)
-    q_BTV = jnp.concatenate([q_BTV, jnp.zeros_like(q_BTV[:, :1])], axis=1)
+    q_BCV = jnp.where(counts_BC[:, :, None], q_BCV, 0)
+    q_BTV = jnp.concatenate([q_BCV, jnp.zeros_like(q_BCV[:, :1])], axis=1)
     p_BV, q_BV = take(p_BTV, num_accepted_B), take(q_BTV, num_accepted_B)
     rest_BV = jnp.maximum(p_BV - q_BV, 0)
     # Where p = q nothing can fall, but for a rounding.
@@ -187,7 +187,7 @@ def accept(
 
 
 def look_up_guesses(text_BS: jax.Array, length_B: jax.Array, num_guesses: int) -> jax.Array:
-    """guesses_BT: what followed where the last tokens stood before: the longest match, and of equals the latest.
+    """guesses_BC: what followed where the last tokens stood before: the longest match, and of equals the latest.
 
     A text whose end overlaps with what it repeats is taken to go round and round.
     """
@@ -218,7 +218,7 @@ def draft_guesses(
     """Writes `num_guesses` tokens behind first_B with the smaller model, and reads them all.
 
     Returns:
-        The cache, guesses_BT, and the filtered logits they were drawn from, (B, T, V).
+        The cache, guesses_BC, and the filtered logits they were drawn from, (B, T, V).
     """
     guesses, guess_logits, token_B = [], [], first_B
     for _ in range(num_guesses + 1):

@@ -21,7 +21,7 @@ from flax_decoder.nn.decoder import Decoder
 
 # Prompts are read in pieces of so many tokens: enough that the weights, which each piece reads once, are not what takes
 # the time, and few enough that memory stays small and a short prompt is not mostly padding.
-READ_TOKENS = 64
+READ_TOKENS = 128
 # Tokens a compiled loop writes before they are handed out: enough to hide the hand-over, few enough to look fluent.
 WRITE_TOKENS = 16
 # A cache has at least so many slots, or as many as this size holds: below, reading it costs little beside the weights.
@@ -116,7 +116,7 @@ def write(
         token_B = jnp.where(texts.ended_B, texts.token_B, token_B)
         column = Written(token_B, *logprobs(texts.logits_BV, token_B, texts.ended_B, num_top))
         written = jax.tree.map(
-            lambda all_C, one: jax.lax.dynamic_update_index_in_dim(all_C, one, i, axis=1), written, column
+            lambda columns, one: jax.lax.dynamic_update_index_in_dim(columns, one, i, axis=1), written, column
         )
         ended_B = texts.ended_B if end_ids is None else texts.ended_B | (token_B[:, None] == end_ids[None]).any(-1)
         logits_and_cache: Any = model.apply({"params": params}, token_B[:, None], cache=texts.cache)
@@ -155,28 +155,29 @@ def spread(
     config: ModelConfig,
     cache: KVCache,
     logits_BV: jax.Array,
-    rows: jax.Array,
+    rows_R: jax.Array,
     length: jax.Array,
     capacity: int,
     num_spare: int = 0,
 ) -> tuple[KVCache, jax.Array]:
-    """Copies rows of a cache, each as often as `rows` names it, into one of another capacity, and their logits.
+    """Copies rows of a cache, each as often as `rows_R` names it, into one of another capacity, and their logits.
 
     What lies beyond `length` is forgotten.
     """
-    new = jax.eval_shape(lambda: empty_cache(config, len(rows), capacity, num_spare))
-    length_B = jnp.minimum(cache.length_B[rows], length)
+    new = jax.eval_shape(lambda: empty_cache(config, len(rows_R), capacity, num_spare))
+    length_R = jnp.minimum(cache.length_B[rows_R], length)
 
     def copied(old_BKSH: jax.Array, num_slots: int) -> jax.Array:
-        positions_BS = positions_of_slots(num_slots, length_B)
-        slots_BS = jnp.where(positions_BS < 0, 0, positions_BS % old_BKSH.shape[2])
-        return jnp.take_along_axis(old_BKSH[rows], slots_BS[:, None, :, None], axis=2)
+        # Slot c of the new takes what has its position in the old.
+        positions_RC = positions_of_slots(num_slots, length_R)
+        slots_RC = jnp.where(positions_RC < 0, 0, positions_RC % old_BKSH.shape[2])
+        return jnp.take_along_axis(old_BKSH[rows_R], slots_RC[:, None, :, None], axis=2)
 
     layers = tuple(
-        (copied(k_BKSH, like_BKSH.shape[2]), copied(v_BKSH, like_BKSH.shape[2]))
-        for (k_BKSH, v_BKSH), (like_BKSH, _) in zip(cache.layers, new.layers, strict=True)
+        (copied(old[0], like[0].shape[2]), copied(old[1], like[1].shape[2]))
+        for old, like in zip(cache.layers, new.layers, strict=True)
     )
-    return KVCache(layers, length_B, num_spare), logits_BV[rows]
+    return KVCache(layers, length_R, num_spare), logits_BV[rows_R]
 
 
 def nothing_read(model: Decoder, num_rows: int, capacity: int, num_spare: int = 0) -> tuple[KVCache, jax.Array]:

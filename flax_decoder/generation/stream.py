@@ -274,21 +274,19 @@ def read_prompts(
     num_spare: int = 0,
 ) -> tuple[KVCache, jax.Array]:
     """Reads prompts into a new cache that has each of them `num_samples` times; what the prefix has is not read."""
-    B = batch_capacity(len(prompts))
+    num_rows = batch_capacity(len(prompts))
     shared = 0 if prefix is None else _shared_length(prefix, prompts)
     if prefix is None or shared == 0:
-        cache, logits_BV = nothing_read(model, B, capacity, num_spare)
+        read = nothing_read(model, num_rows, capacity, num_spare)
     else:
-        rows = np.zeros(B, np.int32)
-        cache, logits_BV = spread(
-            model.config, prefix.cache, prefix.logits_BV, rows, np.int32(shared), capacity, num_spare
-        )
-    cache, logits_BV = read_all(model, params, cache, logits_BV, [prompt[shared:] for prompt in prompts])
+        rows = np.zeros(num_rows, np.int32)
+        read = spread(model.config, prefix.cache, prefix.logits_BV, rows, np.int32(shared), capacity, num_spare)
+    read = read_all(model, params, *read, [prompt[shared:] for prompt in prompts])
     if num_samples > 1:
         rows = np.repeat(np.arange(len(prompts), dtype=np.int32), num_samples)
         rows = _padded(rows, batch_capacity(len(rows)))
-        cache, logits_BV = spread(model.config, cache, logits_BV, rows, np.iinfo(np.int32).max, capacity, num_spare)
-    return cache, logits_BV
+        read = spread(model.config, *read, rows, np.int32(np.iinfo(np.int32).max), capacity, num_spare)
+    return read
 
 
 def _shared_length(prefix: Prefix, prompts: Sequence[np.ndarray]) -> int:

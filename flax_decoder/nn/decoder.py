@@ -17,6 +17,9 @@ from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
 
+# Up to so many vectors, making logits is a matter of reading the head; beyond, of multiplying.
+FEW_ROWS = 32
+
 
 class Block(nn.Module):
     """One layer: attention moves information between positions, the feed-forward network works on it at each.
@@ -124,23 +127,28 @@ class Decoder(nn.Module):
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
         x_BTD, layers = self.run_layers(x_BTD, cache, positions_BT, end_B, deterministic)
+        x_BCD = x_BTD  # the C positions whose logits are wanted
         if last_only:
             last_B = jnp.full(B, T) if num_tokens_B is None else num_tokens_B
-            x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(last_B - 1, 0)[:, None, None], axis=1)
-
-        x_BTD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BTD)
-        self.sow("intermediates", "final", x_BTD)
+            x_BCD = jnp.take_along_axis(x_BTD, jnp.maximum(last_B - 1, 0)[:, None, None], axis=1)
+        x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
+        self.sow("intermediates", "final", x_BCD)
         if config.tied_head:
             head_DV = embedding_VD.T
         else:
             head_DV = self.param("head", normal, (config.embed_dim, config.vocab_size)).astype(config.dtype)
-        x_RD = x_BTD.reshape(-1, config.embed_dim)
-        logits_BTV = jnp.dot(x_RD, head_DV, preferred_element_type=jnp.float32).reshape(*x_BTD.shape[:2], -1)
+        x_RD = x_BCD.reshape(-1, config.embed_dim)
+        if config.tied_head and cache is not None and 1 < x_RD.shape[0] <= FEW_ROWS:
+            # The same product the other way round: on CPU this reads a transposed matrix twice as fast for few rows.
+            logits_RV = jnp.dot(embedding_VD, x_RD.T, preferred_element_type=jnp.float32).T
+        else:
+            logits_RV = jnp.dot(x_RD, head_DV, preferred_element_type=jnp.float32)
+        logits_BCV = logits_RV.reshape(*x_BCD.shape[:2], -1)
         if config.logit_soft_cap is not None:
-            logits_BTV = config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap)
+            logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
         if cache is None or end_B is None:
-            return logits_BTV
-        return logits_BTV, cache.replace(layers=layers, length_B=end_B)
+            return logits_BCV
+        return logits_BCV, cache.replace(layers=layers, length_B=end_B)
 
     def embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """x_BTD: a vector for what each token is, and where the config says so, for where it stands."""
