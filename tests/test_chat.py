@@ -31,6 +31,7 @@ TEMPLATES = [
     CHATML,
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{% continue %}{% endif %}"
     "[{{ loop.index0 }}]{{ m | tojson }}{{ eos_token }}{% endfor %}",
+    "<\n    {% for m in messages %}\n    {{ m.content }}\n    {% endfor %}\n>",
     "  {%- if messages[0].role == 'system' %}\n    {{- messages[0].content | trim + '\\n' }}\n  {%- endif %}\n"
     "{{ messages | length }}{{ messages[-1].content.split('o')[0] }}",
 ]

@@ -232,6 +232,18 @@ def test_padding_of_a_vocabulary_is_never_written():
     assert tokens_BT.max() < 5
 
 
+@pytest.mark.parametrize("guess", [None, fd.PromptLookup(3)], ids=str)
+def test_a_bfloat16_model_writes_what_it_would_without_a_cache(guess):
+    model, params = make("rotary grouped", dtype="bfloat16", context_length=64)
+    prompt_BT = prompts(3, 5)
+    tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 12, temperature=0.0, guess=guess))
+    logits_BTV = np.asarray(model.apply({"params": params}, tokens_BT[:, :-1]))[:, 4:]
+    chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 5:, None], axis=2)[:, :, 0]
+    # Rounded to 8 bits, in other shapes: the chosen token is the likeliest, or nearly.
+    assert (logits_BTV.max(-1) - chosen_BT).max() <= 2**-5 * np.abs(logits_BTV).max()
+    assert len(np.unique(tokens_BT[:, 5:])) > 4
+
+
 def test_no_new_tokens_give_the_prompt():
     model, params = make()
     np.testing.assert_array_equal(fd.generate(model, params, prompts(2, 3), 0, temperature=0), prompts(2, 3))

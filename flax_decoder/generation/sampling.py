@@ -135,7 +135,7 @@ def sample(
     """Draws a token for each row.
 
     Args:
-        logits_BV: float32.
+        logits_BV: in float32, or in float64 where the model is.
         filters: how to choose.
         seen: needed where a penalty is on.
         rngs_B: a random key for each row, so that no row depends on its neighbours; needed unless greedy.
@@ -157,20 +157,21 @@ def sample(
 
 def filtered(logits_BV: jax.Array, filters: Filters, seen: Seen | None = None) -> jax.Array:
     """The logits to draw from: minus infinity for tokens that cannot be drawn."""
+    dtype = logits_BV.dtype
     if filters.allowed_V is not None:
         logits_BV = jnp.where(jnp.asarray(filters.allowed_V)[None], logits_BV, -jnp.inf)
     if filters.penalties is not None and seen is not None:
-        repetition, presence, frequency = filters.penalties
+        repetition, presence, frequency = jnp.asarray(filters.penalties, dtype)
         logits_BV = penalise_repetition(logits_BV, seen.prompt_BV | (seen.count_BV > 0), repetition)
-        logits_BV -= presence * (seen.count_BV > 0).astype(jnp.float32) + frequency * seen.count_BV.astype(jnp.float32)
+        logits_BV -= presence * (seen.count_BV > 0).astype(dtype) + frequency * seen.count_BV.astype(dtype)
     if filters.temperature is not None:
-        logits_BV /= filters.temperature
+        logits_BV /= jnp.asarray(filters.temperature, dtype)
     if filters.top_k is not None:
         logits_BV = keep_top_k(logits_BV, filters.top_k, filters.max_top_k)
     if filters.top_p is not None:
-        logits_BV = keep_top_p(logits_BV, filters.top_p)
+        logits_BV = keep_top_p(logits_BV, jnp.asarray(filters.top_p, dtype))
     if filters.min_p is not None:
-        logits_BV = keep_min_p(logits_BV, filters.min_p)
+        logits_BV = keep_min_p(logits_BV, jnp.asarray(filters.min_p, dtype))
     return logits_BV
 
 

@@ -131,7 +131,8 @@ def write(
     empty = Written(jnp.zeros((B, C), jnp.int32))
     if num_top is not None:
         tops = (B, C, num_top)
-        empty = Written(empty.tokens_BC, jnp.zeros((B, C)), jnp.zeros(tops, jnp.int32), jnp.zeros(tops))
+        dtype = texts.logits_BV.dtype
+        empty = Written(empty.tokens_BC, jnp.zeros((B, C), dtype), jnp.zeros(tops, jnp.int32), jnp.zeros(tops, dtype))
     i, texts, written = jax.lax.while_loop(goes_on, next_token, (jnp.int32(0), texts, empty))
     is_written_1C = jnp.arange(C)[None] < i
     tokens_BC = jnp.where(is_written_1C, written.tokens_BC, texts.token_B[:, None])
