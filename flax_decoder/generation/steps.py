@@ -183,16 +183,17 @@ def spread(
 
 def nothing_read(model: Decoder, num_rows: int, capacity: int, num_spare: int = 0) -> tuple[KVCache, jax.Array]:
     """An empty cache, and logits in the place of those that reading will give; made without compiling anything."""
-    shapes = jax.eval_shape(
-        lambda: (
-            empty_cache(model.config, num_rows, capacity, num_spare),
-            jnp.zeros((num_rows, model.config.vocab_size or 0), jnp.float32),
-        )
-    )
-    empty: tuple[KVCache, jax.Array] = jax.device_put(
-        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    )
-    return empty
+    cache = jax.tree.map(np.zeros_like, _empty_on_host(model.config, num_rows, capacity, num_spare))
+    logits_BV = np.zeros((num_rows, model.config.vocab_size or 0), np.float32)
+    on_device: tuple[KVCache, jax.Array] = jax.device_put((cache, logits_BV))
+    return on_device
+
+
+@functools.lru_cache(maxsize=32)
+def _empty_on_host(config: ModelConfig, num_rows: int, capacity: int, num_spare: int) -> KVCache:
+    """The shapes of a cache as zeros that take no memory; finding them out costs as much as writing some tokens."""
+    shapes = jax.eval_shape(lambda: empty_cache(config, num_rows, capacity, num_spare))
+    return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
 
 
 def read_all(
