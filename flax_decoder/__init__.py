@@ -11,41 +11,52 @@ from flax_decoder.config import Config, load_config
 from flax_decoder.errors import FaultError, UserError
 
 if TYPE_CHECKING:
-    from flax_decoder.generation.generate import generate
+    from flax_decoder.generation.generate import complete, generate, prefill
+    from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.loading import compare, load
     from flax_decoder.nn.cache import KVCache, empty_cache
-    from flax_decoder.nn.decoder import Decoder
+    from flax_decoder.nn.decoder import Decoder, unstack_layers
     from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
 
 # Names whose modules import JAX come when first used: a wrong setting is refused, and help shown, without that wait.
 _HOMES = {
     "Decoder": "nn.decoder",
+    "Draft": "generation.speculative",
     "KVCache": "nn.cache",
+    "PromptLookup": "generation.speculative",
     "TrainState": "training.step",
     "compare": "loading",
     "empty_cache": "nn.cache",
+    "complete": "generation.generate",
     "eval_step": "training.step",
     "generate": "generation.generate",
     "init_state": "training.step",
     "load": "loading",
+    "prefill": "generation.generate",
     "train_step": "training.step",
+    "unstack_layers": "nn.decoder",
 }
 
 __all__ = [
     "Config",
     "Decoder",
+    "Draft",
     "FaultError",
     "KVCache",
+    "PromptLookup",
     "TrainState",
     "UserError",
     "compare",
+    "complete",
     "empty_cache",
     "eval_step",
     "generate",
     "init_state",
     "load",
     "load_config",
+    "prefill",
     "train_step",
+    "unstack_layers",
 ]
 
 

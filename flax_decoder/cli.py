@@ -3,16 +3,21 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, fields_of, load_config
 from flax_decoder.errors import FaultError, UserError
+
+if TYPE_CHECKING:
+    from flax_decoder.generation.sampling import Sampling
+    from flax_decoder.generation.speculative import Draft, PromptLookup
 
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
 
@@ -53,12 +58,10 @@ def train(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Streams text that continues a prompt."""
-    from flax_decoder.generation.generate import stream
-    from flax_decoder.generation.sampling import Sampling
-    from flax_decoder.generation.text import decode_stream
+    from flax_decoder.generation.stream import stream
+    from flax_decoder.generation.text import decode_streams
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    sampling = _sampling_of(options)
     if options.num_samples < 1 or options.max_new_tokens < 0 or "" in options.stop:
         raise UserError("--num-samples must be at least 1, --max-new-tokens at least 0, and --stop a text")
     import jax
@@ -71,18 +74,72 @@ def generate(options: argparse.Namespace) -> int:
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
-    sampling = dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size)
-    for number in range(options.num_samples):
-        rng = jax.random.fold_in(jax.random.key(options.seed), number)
-        chunks = stream(model, params, np.asarray([tokens]), options.max_new_tokens, rng, sampling)
-        pieces = decode_stream(tokenizer, (chunk[0] for chunk in chunks), options.stop)
-        if options.no_stream:
-            pieces = iter(["".join(pieces)])
-        print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print("\n" if number + 1 < options.num_samples else "")
+    written = stream(
+        model,
+        params,
+        [np.asarray(tokens, np.int32)],
+        options.max_new_tokens,
+        jax.random.key(options.seed),
+        dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size),
+        num_samples=options.num_samples,
+        end_ids=tokenizer.end_ids,
+        guess=_guess_of(options),
+    )
+    pieces = decode_streams(tokenizer, (part.tokens_BC for part in written), options.num_samples, options.stop)
+    if options.no_stream:
+        pieces = iter(list(pieces))
+    shown = 0
+    print(prompt, end="", flush=True)
+    for row, piece in pieces:
+        for _ in range(shown, row):
+            print(f"\n\n{prompt}", end="")
+        shown = row
+        print(piece, end="", flush=True)
+    for _ in range(shown + 1, options.num_samples):
+        print(f"\n\n{prompt}", end="")
+    print()
     return 0
+
+
+def chat(options: argparse.Namespace) -> int:
+    """Talks with a model whose tokenizer brings a chat template; Ctrl-C ends an answer, a second one leaves."""
+    sampling = _sampling_of(options)
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
+    if not Path(options.path).is_dir():
+        raise UserError(f"{options.path}: there is no such folder")
+    from flax_decoder.data.chat_template import load_chat_template
+
+    template = load_chat_template(Path(options.path))
+    import jax
+
+    from flax_decoder.generation.chat import Chat
+    from flax_decoder.loading import load_with_tokenizer
+
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
+    talk = Chat(
+        model,
+        params,
+        tokenizer,
+        template,
+        jax.random.key(options.seed),
+        dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size),
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+    )
+    while True:
+        try:
+            message = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            print()
+            return 0
+        pieces = talk.answer(message)
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.close()  # the part that was shown stays in the conversation
+        print(flush=True)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -148,6 +205,27 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sampling_of(options: argparse.Namespace) -> "Sampling":
+    """The settings of `Sampling` that a command line asks for, which go by the same names."""
+    from flax_decoder.generation.sampling import Sampling
+
+    given = vars(options)
+    return Sampling(**{field.name: given[field.name] for field in dataclasses.fields(Sampling) if field.name in given})
+
+
+def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
+    """How a command line wants tokens to be guessed."""
+    from flax_decoder.generation.speculative import Draft, PromptLookup
+    from flax_decoder.loading import load
+
+    if options.draft is None:
+        return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
+    if options.prompt_lookup != 0:
+        raise UserError("--draft and --prompt-lookup are two ways to guess tokens; give one of them")
+    model, params, _ = load(options.draft)
+    return Draft(model, params)
+
+
 def _config_of(options: argparse.Namespace) -> Config:
     """The config that a command line asks for; the arguments with a dot in their names are its fields."""
     return load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
@@ -186,17 +264,21 @@ def build_parser() -> Parser:
     sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
     sub.add_argument("--prompt", metavar="TEXT", help="what to continue; left out, it is read from standard input")
     sub.add_argument("--max-new-tokens", metavar="N", type=int, default=500)
-    sub.add_argument("--temperature", metavar="F", type=float, default=0.8, help="0 always takes the likeliest token")
-    sub.add_argument("--top-k", metavar="N", type=int, default=0, help="draw from the N likeliest tokens only")
-    sub.add_argument("--top-p", metavar="F", type=float, default=1.0, help="draw from the likeliest tokens up to F")
-    sub.add_argument("--min-p", metavar="F", type=float, default=0.0, help="as likely as F times the likeliest")
-    sub.add_argument("--repetition-penalty", metavar="F", type=float, default=1.0)
-    sub.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same text")
-    sub.add_argument("--num-samples", metavar="N", type=int, default=1)
+    _add_sampling(sub)
+    sub.add_argument("--num-samples", metavar="N", type=int, default=1, help="texts to write, all at once")
     sub.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
     )
     sub.add_argument("--no-stream", action="store_true", help="print when all is written")
+    sub.add_argument("--prompt-lookup", metavar="N", type=int, default=0, help="guess N tokens from the text: faster")
+    sub.add_argument("--draft", metavar="PATH", help="guess tokens with this smaller model: faster")
+    _add_step(sub)
+
+    sub = add("chat", chat)
+    sub.add_argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
+    sub.add_argument("--system", metavar="TEXT", help="what the model is told before the first message")
+    sub.add_argument("--max-new-tokens", metavar="N", type=int, default=1000, help="the longest answer")
+    _add_sampling(sub)
     _add_step(sub)
 
     sub = add("eval", evaluate)
@@ -225,6 +307,18 @@ def build_parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="one JSON object")
     _add_config_fields(sub)
     return parser
+
+
+def _add_sampling(parser: Parser) -> None:
+    number = functools.partial(parser.add_argument, metavar="F", type=float)
+    number("--temperature", default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top-k", metavar="N", type=int, default=0, help="draw from the N likeliest tokens only")
+    number("--top-p", default=1.0, help="draw from the likeliest tokens up to F")
+    number("--min-p", default=0.0, help="as likely as F times the likeliest")
+    number("--repetition-penalty", default=1.0, help="over 1: what is in the text already becomes less likely")
+    number("--presence-penalty", default=0.0, help="taken off the logits of what is in the new text")
+    number("--frequency-penalty", default=0.0, help="the same, times how often it is there")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same text")
 
 
 def _add_step(parser: Parser) -> None:

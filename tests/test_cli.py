@@ -115,7 +115,15 @@ def test_train_refuses_what_is_no_text(refused, content, part):
         (["--prompt", "To é"], ["é", "U+00E9"]),
         (["--prompt", ""], ["prompt is empty"]),
         (["--prompt", "To", "--temperature", "-1"], ["temperature = -1"]),
+        (["--prompt", "To", "--temperature", "nan"], ["temperature = nan"]),
+        (["--prompt", "To", "--temperature", "inf"], ["temperature = inf"]),
         (["--prompt", "To", "--top-p", "0"], ["top_p = 0"]),
+        (["--prompt", "To", "--top-p", "1.1"], ["top_p = 1.1"]),
+        (["--prompt", "To", "--presence-penalty", "nan"], ["presence_penalty = nan"]),
+        (["--prompt", "To", "--prompt-lookup", "-1"], ["num_tokens = -1"]),
+        (["--prompt", "To", "--prompt-lookup", "2", "--draft", "x"], ["--draft", "--prompt-lookup"]),
+        (["--prompt", "To", "--draft", "nowhere"], ["nowhere"]),
+        (["--prompt", "To", "--prompt-lookup", "2", "--max-new-tokens", "7"], ["context_length = 8"]),
         (["--prompt", "To", "--top-k", "-1"], ["top_k = -1"]),
         (["--prompt", "To", "--max-new-tokens", "-1"], ["--max-new-tokens"]),
         (["--prompt", "To", "--num-samples", "0"], ["--num-samples"]),
@@ -191,6 +199,21 @@ def test_generate_stops_before_a_text(run, capsys):
     text = generated(capsys, run, *options).removeprefix("To").removesuffix("\n")
     stop = text[20:23]
     assert generated(capsys, run, *options, "--stop", stop) == "To" + text[: text.index(stop)] + "\n"
+
+
+def test_generate_can_guess(run, capsys):
+    options = ["--prompt", "To", "--max-new-tokens", "6", "--temperature", "0"]
+    text = generated(capsys, run, *options)
+    assert generated(capsys, run, *options, "--prompt-lookup", "3") == text
+    assert generated(capsys, run, *options, "--draft", run) == text
+
+
+def test_every_sample_stops_before_a_text(run, capsys):
+    options = ["--prompt", "To", "--max-new-tokens", "40", "--temperature", "2", "--num-samples", "3"]
+    texts = [text.removeprefix("To") for text in generated(capsys, run, *options).removesuffix("\n").split("\n\nTo")]
+    stop = texts[2][5:7]
+    expected = [text.split(stop)[0] for text in texts]
+    assert generated(capsys, run, *options, "--stop", stop) == "\n\n".join("To" + text for text in expected) + "\n"
 
 
 def test_the_prompt_may_come_from_standard_input(run, capsys, monkeypatch):

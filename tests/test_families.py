@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-V, CONTEXT, WINDOW, NEW_TOKENS = 59, 48, 5, 32
+V, CONTEXT, WINDOW, NEW_TOKENS = 59, 83, 5, 64
 PROMPT_BT = np.random.default_rng(0).integers(0, V, (2, 11)).astype(np.int32)
 
 SIZES = {
@@ -177,14 +177,28 @@ def test_logits_equal_pytorchs(model_type, number):
 
 @every_case
 def test_greedy_text_equals_transformers(model_type, number):
+    """One prompt alone, and four of different lengths at once, which PyTorch must pad on the left."""
     model, params, _ = loaded(model_type, number)
-    tokens = torch.tensor(PROMPT_BT, dtype=torch.int64)
-    expected = torch_model(model_type, number).generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, V, length).astype(np.int32) for length in (7, 13, 2, 11)]
+    ours = [*fd.generate(model, params, prompts[:1], NEW_TOKENS, temperature=0)]
+    ours += fd.generate(model, params, prompts, NEW_TOKENS, temperature=0)
+    theirs = [*torch_greedy(model_type, number, prompts[:1]), *torch_greedy(model_type, number, prompts)]
+    for row, prompt, expected in zip(ours, prompts[:1] + prompts, theirs, strict=True):
+        np.testing.assert_array_equal(row[: len(prompt)], prompt)
+        np.testing.assert_array_equal(row[len(prompt) :], expected)
+
+
+def torch_greedy(model_type, number, prompts):
+    """The new tokens of each row."""
+    T = max(map(len, prompts))
+    tokens = torch.tensor(np.array([np.pad(prompt, (T - len(prompt), 0)) for prompt in prompts]), dtype=torch.int64)
+    mask = torch.tensor(np.array([np.arange(T) >= T - len(prompt) for prompt in prompts]), dtype=torch.int64)
+    made = torch_model(model_type, number).generate(
+        tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
     )
-    assert expected.shape == (2, PROMPT_BT.shape[1] + NEW_TOKENS)
-    ours = fd.generate(model, params, PROMPT_BT, NEW_TOKENS, temperature=0)
-    np.testing.assert_array_equal(ours, expected.numpy())
+    assert made.shape == (len(prompts), T + NEW_TOKENS)
+    return made[:, T:].numpy()
 
 
 @every_case

@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import functools
 import importlib
 
@@ -7,9 +9,13 @@ import numpy as np
 import pytest
 
 import flax_decoder as fd
-from flax_decoder.generation.generate import CHUNK_TOKENS, SHORTEST_PREFILL_TOKENS, pad_right, stream
+from flax_decoder.config import ModelConfig
 from flax_decoder.generation.sampling import Sampling
-from flax_decoder.nn.cache import empty_cache
+from flax_decoder.generation.steps import READ_TOKENS, WRITE_TOKENS, batch_capacity, cache_capacity
+from flax_decoder.generation.stream import rolls, stream
+
+stream_module = importlib.import_module("flax_decoder.generation.stream")
+steps = importlib.import_module("flax_decoder.generation.steps")
 
 V = 23
 BASE = {
@@ -33,6 +39,8 @@ KINDS = {
         "model.window": 4,
         "model.window_pattern": [True, False],
     },
+    "window": {"model.positions": "rotary", "model.num_layers": 2, "model.window": 3},
+    "sinusoidal": {"model.positions": "sinusoidal"},
     "none": {"model.positions": "none"},
 }
 
@@ -48,21 +56,36 @@ def prompts(B, T, seed=0):
     return np.random.default_rng(seed).integers(0, V, (B, T), np.int32)
 
 
+@contextlib.contextmanager
+def rolling(config):
+    """Every layer has a window, at most as long as the context: the rule for texts that outgrow it."""
+    windows, own = tuple(min(window or config.context_length, config.context_length) for window in config.windows), None
+    own = ModelConfig.windows
+    ModelConfig.windows = property(lambda self: windows)
+    try:
+        yield
+    finally:
+        ModelConfig.windows = own
+
+
 def plain_greedy(model, params, prompt_BT, max_new_tokens, penalty=1.0):
     """Reads the whole text again for each token, without a cache: the rule in its plainest form.
 
-    The window is all of the text; where that would outgrow the context, it starts again at the last half context.
+    Relative positions let the context roll over the text. Others end with it: where the text would outgrow the
+    context, it starts again at the last half of it.
     """
-    capacity = model.config.context_length
+    context = model.config.context_length
+    longest = prompt_BT.shape[1] + max_new_tokens if rolls(model.config) else context
     forward = jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT))
     text_BT, start = prompt_BT, 0
     for _ in range(max_new_tokens):
-        if text_BT.shape[1] - start > capacity:
-            start = text_BT.shape[1] - max(capacity // 2, 1)
+        if text_BT.shape[1] - start > longest:
+            start = text_BT.shape[1] - max(context // 2, 1)
         window_BT = text_BT[:, start:]
         # Padded to one length, so that one program is compiled; what stands behind is not seen.
-        padded_BT = np.pad(window_BT, ((0, 0), (0, capacity - window_BT.shape[1])))
-        logits_BV = np.array(forward(padded_BT))[:, window_BT.shape[1] - 1]
+        padded_BT = np.pad(window_BT, ((0, 0), (0, longest - window_BT.shape[1])))
+        with rolling(model.config):
+            logits_BV = np.array(forward(padded_BT))[:, window_BT.shape[1] - 1]
         for row, logits_V in zip(text_BT, logits_BV, strict=True):
             for token in set(row.tolist()):
                 logits_V[token] *= penalty if logits_V[token] < 0 else 1 / penalty
@@ -71,7 +94,7 @@ def plain_greedy(model, params, prompt_BT, max_new_tokens, penalty=1.0):
     return text_BT
 
 
-@pytest.mark.parametrize("kind", ["learned", "rotary grouped", "alibi window"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_within_the_context_equals_a_plain_loop(kind):
     model, params = make(kind)
     prompt_BT = prompts(6, 4)
@@ -83,13 +106,68 @@ def test_greedy_within_the_context_equals_a_plain_loop(kind):
     assert len(np.unique(expected_BT[:, 4:])) > 4  # not one token over and over, which would hide much
 
 
-@pytest.mark.parametrize("kind", ["learned", "rotary grouped"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_prompt_tokens", [1, 11, 12, 30])
-def test_past_the_context_the_last_half_is_read_again(kind, num_prompt_tokens):
+def test_past_the_context(kind, num_prompt_tokens):
     model, params = make(kind)
     prompt_BT = prompts(2, num_prompt_tokens)
     tokens_BT = fd.generate(model, params, prompt_BT, max_new_tokens=26, temperature=0.0)
     np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompt_BT, 26))
+
+
+@pytest.mark.parametrize("kind", ["learned", "rotary grouped", "alibi window"])
+def test_ten_times_the_context_in_constant_memory(kind, monkeypatch):
+    sizes, read = set(), steps.write
+
+    def recorded(model, params, texts, *args, **options):
+        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(texts)))
+        return read(model, params, texts, *args, **options)
+
+    monkeypatch.setattr(stream_module, "write", recorded)
+    model, params = make(kind)
+    tokens_BT = fd.generate(model, params, prompts(2, 3), max_new_tokens=110, temperature=0.0)
+    np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompts(2, 3), 110))
+    assert len(sizes) == 1
+
+
+@functools.cache
+def two_hundred_prompts(context):
+    """Lengths at, below and above the ends of the pieces that prompts are read in and of the context."""
+    edges = [1, 2, READ_TOKENS - 1, READ_TOKENS, READ_TOKENS + 1, context - 3, context - 1, context, context + 1]
+    rng = np.random.default_rng(7)
+    lengths = [*edges, *rng.integers(1, 2 * context, 200 - len(edges))]
+    return [rng.integers(0, V, length).astype(np.int32) for length in lengths]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_hundred_ragged_prompts_equal_the_model_without_a_cache(kind):
+    """A row's tokens depend on neither its neighbours nor padding: the reference knows each row alone."""
+    model, params = make(kind, context_length=71)
+    texts, starts = two_hundred_prompts(71), np.zeros(200, int)
+    ours = fd.generate(model, params, texts, 5, temperature=0.0)
+    assert isinstance(ours, list) and all(len(row) == len(text) + 5 for row, text in zip(ours, texts, strict=True))
+    longest = 2 * 71 + 5
+    forward = jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT))
+    for _ in range(5):
+        if not rolls(model.config):
+            starts = np.array([s if len(t) - s <= 71 else len(t) - 71 // 2 for t, s in zip(texts, starts, strict=True)])
+        windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
+        width = longest if rolls(model.config) else 71
+        with rolling(model.config):
+            logits_BTV = np.asarray(forward(np.stack([np.pad(w, (0, width - len(w))) for w in windows])))
+        tokens = [logits_TV[len(w) - 1].argmax() for logits_TV, w in zip(logits_BTV, windows, strict=True)]
+        texts = [np.append(text, token) for text, token in zip(texts, tokens, strict=True)]
+    for row, text in zip(ours, texts, strict=True):
+        np.testing.assert_array_equal(row, text)
+
+
+def test_ragged_rows_equal_the_same_rows_alone():
+    model, params = make("rotary grouped")
+    rng, texts = jax.random.key(3), two_hundred_prompts(29)[:6]
+    together = fd.generate(model, params, texts, 9, rng, temperature=2.0)
+    for text, row in zip(texts, together, strict=True):
+        np.testing.assert_array_equal(fd.generate(model, params, text[None], 9, rng, temperature=2.0)[0], row)
+        np.testing.assert_array_equal(row[: len(text)], text)
 
 
 def test_a_context_of_one_token():
@@ -99,15 +177,15 @@ def test_a_context_of_one_token():
 
 
 def test_the_text_does_not_depend_on_how_much_of_it_is_asked_for():
-    """Chunks end in different places for each length; borders are at 1 + a multiple of CHUNK_TOKENS."""
-    model, params = make("rotary grouped", context_length=3 * CHUNK_TOKENS)
+    """Chunks end in different places for each length; borders are at 1 + a multiple of WRITE_TOKENS."""
+    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
     rng, prompt_BT = jax.random.key(5), prompts(2, 3)
-    longest = 2 * CHUNK_TOKENS + 3
+    longest = 2 * WRITE_TOKENS + 3
     whole_BT = np.asarray(fd.generate(model, params, prompt_BT, longest, rng))
-    for length in (1, 2, CHUNK_TOKENS, CHUNK_TOKENS + 1, CHUNK_TOKENS + 2, 2 * CHUNK_TOKENS + 1):
+    for length in (1, 2, WRITE_TOKENS, WRITE_TOKENS + 1, WRITE_TOKENS + 2, 2 * WRITE_TOKENS + 1):
         np.testing.assert_array_equal(fd.generate(model, params, prompt_BT, length, rng), whole_BT[:, : 3 + length])
-    chunks = list(stream(model, params, prompt_BT, longest, rng, Sampling()))
-    assert [chunk.shape[1] for chunk in chunks] == [1, CHUNK_TOKENS, CHUNK_TOKENS, 2]
+    chunks = [written.tokens_BC for written in stream(model, params, list(prompt_BT), longest, rng, Sampling())]
+    assert [chunk.shape[1] for chunk in chunks] == [1, WRITE_TOKENS, WRITE_TOKENS, 2]
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), whole_BT[:, 3:])
 
 
@@ -124,11 +202,11 @@ def test_the_seed_makes_the_text():
 
 def test_each_token_is_drawn_anew():
     """So hot that logits do not matter: a random key that came twice would draw the same token twice."""
-    model, params = make("rotary grouped", context_length=3 * CHUNK_TOKENS)
-    tokens = fd.generate(model, params, prompts(1, 3), 2 * CHUNK_TOKENS, jax.random.key(0), temperature=1e9)[0, 3:]
+    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
+    tokens = fd.generate(model, params, prompts(1, 3), 2 * WRITE_TOKENS, jax.random.key(0), temperature=1e9)[0, 3:]
     # 32 draws of 23 tokens show about 23 (1 - (22/23)^32) = 17 of them.
     assert len(set(tokens.tolist())) > 12
-    assert tokens[:CHUNK_TOKENS].tolist() != tokens[CHUNK_TOKENS:].tolist()
+    assert tokens[:WRITE_TOKENS].tolist() != tokens[WRITE_TOKENS:].tolist()
 
 
 def test_rows_are_drawn_by_themselves():
@@ -154,6 +232,18 @@ def test_padding_of_a_vocabulary_is_never_written():
     assert tokens_BT.max() < 5
 
 
+@pytest.mark.parametrize("guess", [None, fd.PromptLookup(3)], ids=str)
+def test_a_bfloat16_model_writes_what_it_would_without_a_cache(guess):
+    model, params = make("rotary grouped", dtype="bfloat16", context_length=64)
+    prompt_BT = prompts(3, 5)
+    tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 12, temperature=0.0, guess=guess))
+    logits_BTV = np.asarray(model.apply({"params": params}, tokens_BT[:, :-1]))[:, 4:]
+    chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 5:, None], axis=2)[:, :, 0]
+    # Rounded to 8 bits, in other shapes: the chosen token is the likeliest, or nearly.
+    assert (logits_BTV.max(-1) - chosen_BT).max() <= 2**-5 * np.abs(logits_BTV).max()
+    assert len(np.unique(tokens_BT[:, 5:])) > 4
+
+
 def test_no_new_tokens_give_the_prompt():
     model, params = make()
     np.testing.assert_array_equal(fd.generate(model, params, prompts(2, 3), 0, temperature=0), prompts(2, 3))
@@ -165,6 +255,9 @@ def test_no_new_tokens_give_the_prompt():
         (np.zeros((2, 0), np.int32), {"temperature": 0}, "at least one"),
         (np.zeros((0, 2), np.int32), {"temperature": 0}, "at least one"),
         (np.zeros(3, np.int32), {"temperature": 0}, r"\(B, T\)"),
+        ([[1, 2], []], {"temperature": 0}, "at least one a row"),
+        ([[1]], {"temperature": 0, "num_samples": 0}, "num_samples = 0"),
+        ([[1]], {"temperature": 0, "bad_tokens": (V,)}, f"bad_tokens: token id {V}"),
         ([[0, V]], {"temperature": 0}, f"token id {V} is not in the vocabulary: 0 to 22"),
         ([[-1, 0]], {"temperature": 0}, "token id -1 is not"),
         ([[0.5, 1.0]], {"temperature": 0}, "must be integers"),
@@ -179,24 +272,212 @@ def test_what_cannot_be_continued_is_refused(prompt, options, message):
         fd.generate(model, params, prompt, **{"max_new_tokens": 3} | options)
 
 
-def test_a_long_context_costs_no_memory_for_a_short_text(monkeypatch):
+def test_the_result_is_the_same_whatever_the_batch():
+    """The key of a row is made of the prompt and the number of the sample, so neighbours and place do not count."""
+    model, params = make("rotary grouped")
+    rng = jax.random.key(0)
+    one, two, three = prompts(3, 4)
+    alone = np.asarray(fd.generate(model, params, two[None], 9, rng, num_samples=3))
+    assert len({tuple(row) for row in alone.tolist()}) == 3
+    among = np.asarray(fd.generate(model, params, np.stack([three, two, one, two, two]), 9, rng))
+    np.testing.assert_array_equal(among[[1, 3, 4]], alone)
+    pairs = np.asarray(fd.generate(model, params, np.stack([one, two]), 9, rng, num_samples=2))
+    np.testing.assert_array_equal(pairs[2:], alone[:2])
+    # and rows with different prompts do not share their randomness
+    hot = np.asarray(fd.generate(model, params, np.stack([one, two]), 30, rng, temperature=1e9))[:, 4:]
+    assert (hot[0] == hot[1]).mean() < 0.3
+
+
+def test_several_samples_read_the_prompt_once(monkeypatch):
+    rows, read = [], steps.read
+
+    def recorded(model, params, cache, logits_BV, tokens_BT, num_tokens_B):
+        rows.append(int((num_tokens_B > 0).sum()))
+        return read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
+
+    monkeypatch.setattr(steps, "read", recorded)
+    model, params = make("alibi window")
+    fd.generate(model, params, prompts(2, 5), 3, jax.random.key(0), num_samples=7)
+    assert rows == [2]
+
+
+def test_an_end_token_ends_its_row():
+    model, params = make()
+    prompt_BT = prompts(3, 3)
+    plain_BT = np.asarray(fd.generate(model, params, prompt_BT, 40, temperature=0.0))
+    end = plain_BT[0, 9]
+    ended_BT = np.asarray(fd.generate(model, params, prompt_BT, 40, temperature=0.0, end_ids=[V - 1, end]))
+    for plain_T, ended_T in zip(plain_BT, ended_BT, strict=True):
+        places = 3 + np.flatnonzero(np.isin(plain_T[3:], [V - 1, end]))
+        first = places[0] if len(places) else 42
+        np.testing.assert_array_equal(ended_T[: first + 1], plain_T[: first + 1])
+        assert (ended_T[first:] == ended_T[first]).all()
+    assert (ended_BT[0, 9:] == end).all() and (ended_BT[0] != plain_BT[0]).any()
+
+
+def test_no_more_is_computed_when_all_rows_have_ended():
+    model, params = make("rotary grouped", context_length=200)
+    prompt_BT = prompts(2, 3)
+    first_B = np.asarray(fd.generate(model, params, prompt_BT, 1, temperature=0.0))[:, -1]
+    ends = first_B.tolist()
+    chunks = list(stream(model, params, list(prompt_BT), 150, None, Sampling(temperature=0), end_ids=ends))
+    assert sum(written.tokens_BC.shape[1] for written in chunks) <= 1 + WRITE_TOKENS
+    tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 150, temperature=0.0, end_ids=ends))
+    assert tokens_BT.shape == (2, 153) and (tokens_BT[:, 3:] == first_B[:, None]).all()
+
+
+def test_completions_know_their_log_probabilities():
+    model, params = make("rotary grouped")
+    texts, rng = [prompts(1, 3)[0], prompts(1, 6, seed=1)[0]], jax.random.key(2)
+    options = {"temperature": 1.7, "top_k": 9, "repetition_penalty": 1.3}
+    rows = fd.generate(model, params, texts, 5, rng, num_samples=2, **options)
+    completions = fd.complete(model, params, texts, 5, rng, num_samples=2, top_logprobs=3, **options)
+    assert [len(samples) for samples in completions] == [2, 2]
+    for row, completion in zip(rows, [one for samples in completions for one in samples], strict=True):
+        num_prompt_tokens = len(row) - 5
+        np.testing.assert_array_equal(completion.tokens, row[num_prompt_tokens:])
+        logits_TV = model.apply({"params": params}, row[None, :-1])[0, num_prompt_tokens - 1 :]
+        logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+        # The same float32 products in other shapes.
+        np.testing.assert_allclose(completion.logprobs, logprobs_TV[np.arange(5), completion.tokens], atol=1e-4)
+        np.testing.assert_array_equal(completion.top_tokens, np.argsort(-logprobs_TV)[:, :3])
+        np.testing.assert_allclose(completion.top_logprobs, -np.sort(-logprobs_TV)[:, :3], atol=1e-4)
+        assert not completion.ended
+
+
+def test_a_completion_is_cut_behind_its_end():
+    model, params = make()
+    new = np.asarray(fd.generate(model, params, prompts(1, 3), 20, temperature=0.0))[0, 3:]
+    ((completion,),) = fd.complete(model, params, prompts(1, 3), 20, temperature=0.0, end_ids=[int(new[6])])
+    length = new.tolist().index(new[6]) + 1
+    assert completion.ended and completion.tokens.tolist() == new[:length].tolist()
+    assert completion.logprobs.shape == (length,) and completion.top_logprobs.shape == (length, 0)
+    ((nothing,),) = fd.complete(model, params, prompts(1, 3), 0, temperature=0.0)
+    assert len(nothing.tokens) == 0 and not nothing.ended
+
+
+@pytest.mark.parametrize("kind", ["learned", "rotary grouped", "alibi window", "window"])
+@pytest.mark.parametrize("num_prefix_tokens", [1, 8, 10, 30])
+def test_a_prefix_changes_nothing_but_the_time(kind, num_prefix_tokens):
+    model, params = make(kind, context_length=40)
+    text = prompts(1, num_prefix_tokens)[0]
+    prefix = fd.prefill(model, params, text)
+    begins_alike = [
+        text,
+        np.append(text, 3),
+        np.append(text, prompts(1, 90, seed=4)),
+        text[:-1],
+        text[: len(text) // 2],
+    ]
+    for row in begins_alike:
+        if len(row) > 0:
+            expected = fd.generate(model, params, row[None], 6, temperature=0.0)
+            np.testing.assert_array_equal(
+                fd.generate(model, params, row[None], 6, temperature=0.0, prefix=prefix), expected
+            )
+    batch = [np.append(text, 3), np.append(text, [5, 1, 2])]
+    expected = fd.generate(model, params, batch, 6, temperature=0.0)
+    for ours, row in zip(fd.generate(model, params, batch, 6, temperature=0.0, prefix=prefix), expected, strict=True):
+        np.testing.assert_array_equal(ours, row)
+    longer = fd.prefill(model, params, batch[1], prefix=prefix)
+    np.testing.assert_allclose(longer.logits_BV, fd.prefill(model, params, batch[1]).logits_BV, atol=1e-4)
+
+
+def test_a_prefix_is_not_read_again(monkeypatch):
+    counts, read = [], steps.read
+
+    def recorded(model, params, cache, logits_BV, tokens_BT, num_tokens_B):
+        counts.append(int(num_tokens_B.sum()))
+        return read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
+
+    monkeypatch.setattr(steps, "read", recorded)
+    model, params = make("rotary grouped", context_length=200)
+    text = prompts(1, 150)[0]
+    prefix = fd.prefill(model, params, text)
+    assert counts == [128, 22]
+    fd.generate(model, params, np.append(text, [1, 2])[None], 4, temperature=0, prefix=prefix)
+    fd.generate(model, params, np.append(text[:100], 1)[None], 4, temperature=0, prefix=prefix)
+    assert counts[2:] == [2, 1]
+
+
+def test_presence_and_frequency_penalties_count_the_new_text():
+    model, params = make("rotary grouped", context_length=64)
+    prompt_BT, text, counts = prompts(1, 4), prompts(1, 4)[0].tolist(), np.zeros(V)
+    forward = jax.jit(model.apply)
+    for _ in range(25):
+        padded_BT = np.array([text + [0] * (32 - len(text))])
+        logits_V = np.asarray(forward({"params": params}, padded_BT))[0, len(text) - 1]
+        token = int((logits_V - 0.7 * (counts > 0) - 0.4 * counts).argmax())
+        text.append(token)
+        counts[token] += 1
+    penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4}
+    tokens_BT = fd.generate(model, params, prompt_BT, 25, temperature=0.0, **penalties)
+    assert tokens_BT[0].tolist() == text
+    assert text != np.asarray(fd.generate(model, params, prompt_BT, 25, temperature=0.0))[0].tolist()
+
+
+def test_bad_tokens_never_come_and_forced_ones_first():
+    model, params = make()
+    plain = np.asarray(fd.generate(model, params, prompts(2, 3), 30, temperature=0.0))[:, 3:]
+    bad = tuple(set(plain[:, 5].tolist()))
+    options = {"temperature": 0.0, "bad_tokens": bad, "forced_tokens": (4, 0, 9)}
+    tokens = np.asarray(fd.generate(model, params, prompts(2, 3), 30, **options))[:, 3:]
+    assert tokens[:, :3].tolist() == [[4, 0, 9]] * 2
+    assert not np.isin(tokens[:, 3:], bad).any() and np.isin(plain, bad).any()
+
+
+def test_two_hundred_prompts_compile_few_programs():
+    """Lengths, sizes of the batch and numbers of the settings all change; nothing compiles beside, not even eagerly."""
+    model, params = make("rotary grouped", context_length=150, mlp_dim=13)
+    rng = np.random.default_rng(0)
+    settings = [{"temperature": t, "top_p": p, "top_k": k} for t, p, k in ((0.7, 0.9, 5), (1.3, 0.5, 7), (1.0, 0.8, 8))]
+    key = jax.random.key(0)
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for number in range(60):
+            batch = [rng.integers(0, V, rng.integers(1, 120)) for _ in range(1 + number % 7)]
+            fd.complete(model, params, batch, int(rng.integers(1, 40)), key, **settings[number % 3])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    # One to unstack the params; reading and writing for a batch of 1 and of 8.
+    assert 1 <= len(compiled) <= 6
+
+
+def test_a_long_context_costs_no_memory_for_a_short_text():
     """A model made for 100,000 tokens would else need gigabytes to write ten."""
-    module, capacities = importlib.import_module("flax_decoder.generation.generate"), []
-
-    def recorded(config, batch_size, capacity):
-        capacities.append(capacity)
-        return empty_cache(config, batch_size, capacity)
-
-    monkeypatch.setattr(module, "empty_cache", recorded)
-    model, params = make("rotary grouped", context_length=99_991)
-    fd.generate(model, params, prompts(2, 3), max_new_tokens=30, temperature=0.0)
-    assert capacities == [64]
+    config = fd.load_config(None, BASE | {"model.context_length": 99_991, "model.embed_dim": 768}).model
+    assert cache_capacity(config, 10) == cache_capacity(config, 256) == 256
+    assert [cache_capacity(config, n) for n in (257, 1024, 1025, 70_000)] == [1024, 1024, 4096, 99_991]
+    assert [batch_capacity(n) for n in (1, 2, 8, 9, 32, 33)] == [1, 8, 8, 32, 32, 128]
 
 
-@pytest.mark.parametrize(
-    ("T", "longest", "padded"),
-    [(1, 64, SHORTEST_PREFILL_TOKENS), (16, 64, 16), (17, 64, 32), (33, 40, 40), (40, 40, 40)],
-)
-def test_prompts_are_padded_to_few_lengths(T, longest, padded):
-    tokens_BT = pad_right(np.ones((2, T), np.int32), longest)
-    assert tokens_BT.shape == (2, padded) and tokens_BT.sum() == 2 * T and (tokens_BT[:, :T] == 1).all()
+def test_a_cache_stores_key_value_heads_and_windows():
+    """2 L K H S numbers, with K heads of keys and values, not N; in layers with a window no more than the window."""
+    sizes = {"model.num_heads": 12, "model.num_kv_heads": 3, "model.head_dim": 5, "model.num_layers": 7}
+    full = fd.load_config(None, BASE | sizes | {"model.context_length": 30}).model
+    cache = fd.empty_cache(full, 1, 30)
+    assert sum(leaf.size for leaf in jax.tree.leaves(cache.layers)) == 2 * 7 * 3 * 5 * 30
+    windows = dataclasses.replace(full, positions="rotary", head_dim=6, window=4, window_pattern=(True, True, False))
+    cache = fd.empty_cache(windows, 1, 30)
+    assert sum(leaf.size for leaf in jax.tree.leaves(cache.layers)) == 2 * 3 * 6 * (5 * 4 + 2 * 30)
+
+
+def test_the_decode_loop_copies_no_cache():
+    """What a step needs beside cache and weights does not grow with the slots."""
+
+    def temporary_bytes(capacity):
+        model, params = make("rotary grouped", context_length=4096, num_layers=3)
+        cache, logits_BV = steps.nothing_read(model, 8, capacity)
+        texts = steps.Texts(cache, logits_BV, np.zeros(8, np.int32), np.zeros(8, bool), None)
+        filters = Sampling(temperature=0).filters(V)
+        arguments = (model, fd.unstack_layers(params), texts, filters, None, np.zeros((8, 2), np.uint32), None, 0, 16)
+        return steps.write.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    # Scores and weights of one layer at a time: 3 query heads in 8 rows, and what goes with them.
+    assert temporary_bytes(4096) - temporary_bytes(1024) < 8 * 3072 * 4 * 3 * 6

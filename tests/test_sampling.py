@@ -8,6 +8,8 @@ import pytest
 from flax_decoder.errors import UserError
 from flax_decoder.generation.sampling import (
     Sampling,
+    Seen,
+    filtered,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -17,7 +19,6 @@ from flax_decoder.generation.sampling import (
 
 B, V = 6, 13
 LOGITS = (3 * np.random.default_rng(0).normal(size=(B, V))).astype(np.float32)
-NOTHING_SEEN = np.zeros((B, V), bool)
 
 
 def softmax(logits_V):
@@ -34,11 +35,13 @@ def assert_kept(filtered_BV, kept_B):
 
 @pytest.mark.parametrize("k", [1, 4, V, 50])
 def test_top_k(k):
-    assert_kept(keep_top_k(jnp.asarray(LOGITS), k), [sorted(range(V), key=lambda i: -row[i])[:k] for row in LOGITS])
+    assert_kept(
+        keep_top_k(jnp.asarray(LOGITS), min(k, V), V), [sorted(range(V), key=lambda i: -row[i])[:k] for row in LOGITS]
+    )
 
 
 def test_equals_of_the_last_of_top_k_stay():
-    kept_BV = keep_top_k(jnp.array([[1.0, 2.0, 2.0, 0.0]]), 1) > -jnp.inf
+    kept_BV = keep_top_k(jnp.array([[1.0, 2.0, 2.0, 0.0]]), 1, 2) > -jnp.inf
     assert kept_BV.tolist() == [[False, True, True, False]]
 
 
@@ -88,6 +91,8 @@ def test_repetition_makes_seen_tokens_less_likely_whatever_their_sign():
         ("top_p", math.nan),
         ("min_p", -0.1),
         ("min_p", 1.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", math.inf),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.inf),
@@ -101,7 +106,8 @@ def test_values_out_of_range_are_refused(name, value):
 def draw(logits_BV, sampling, seed=0, seen_BV=None):
     rngs_B = jax.random.split(jax.random.key(seed), len(logits_BV))
     seen_BV = np.zeros(logits_BV.shape, bool) if seen_BV is None else seen_BV
-    tokens_B = sample(jnp.asarray(logits_BV), jnp.asarray(seen_BV), rngs_B, sampling)
+    seen = Seen(jnp.asarray(seen_BV), jnp.zeros(logits_BV.shape, jnp.int32))
+    tokens_B = sample(jnp.asarray(logits_BV), sampling.filters(logits_BV.shape[1]), seen, rngs_B)
     assert tokens_B.dtype == jnp.int32
     return np.asarray(tokens_B)
 
@@ -153,12 +159,70 @@ def test_padding_ids_are_never_drawn():
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    sampling = Sampling(top_k=9, top_p=0.95)
+    filters = Sampling(top_k=9, top_p=0.95).filters(V)
     rngs_B = jax.random.split(jax.random.key(0), B)
-    seen_BV = jnp.asarray(NOTHING_SEEN)
-    together_B = sample(jnp.asarray(LOGITS), seen_BV, rngs_B, sampling)
+    together_B = sample(jnp.asarray(LOGITS), filters, None, rngs_B)
     order = np.array([3, 0, 5])
-    some_B = sample(jnp.asarray(LOGITS[order]), seen_BV[order], rngs_B[order], sampling)
+    some_B = sample(jnp.asarray(LOGITS[order]), filters, None, rngs_B[order])
     np.testing.assert_array_equal(some_B, together_B[order])
     alike_BV = np.tile(LOGITS[0] / 10, (50, 1))
     assert len(set(draw(alike_BV, Sampling()).tolist())) > 3  # and rows that are alike are drawn one by one
+
+
+def test_penalties_for_what_the_new_text_has():
+    seen = Seen(jnp.zeros((1, 4), bool), jnp.array([[0, 1, 3, 0]], jnp.int32))
+    filters = Sampling(presence_penalty=0.5, frequency_penalty=0.25, temperature=0).filters(4)
+    np.testing.assert_allclose(filtered(jnp.zeros((1, 4)), filters, seen), [[0, -0.75, -1.25, 0]])
+
+
+def test_bad_and_forced_tokens():
+    filters = Sampling(bad_tokens=(2, 5), forced_tokens=(7, 2), temperature=0).filters(V)
+    logits_BV = jnp.asarray(LOGITS).at[:, jnp.array([2, 5])].set(99.0)
+    assert not np.isin(sample(logits_BV, filters, number=2), (2, 5)).any()
+    assert [sample(logits_BV, filters, number=n).tolist() for n in (0, 1)] == [[7] * B, [2] * B]
+    for settings in ({"bad_tokens": (V,)}, {"forced_tokens": (-1,)}, {"bad_tokens": tuple(range(V))}):
+        with pytest.raises(UserError, match="_tokens"):
+            Sampling(**settings).filters(V)
+
+
+# 200 rows; a third with many equal logits, so that the borders of the filters go through equals.
+ROWS = (2.5 * np.random.default_rng(4).normal(size=(200, 37))).astype(np.float32)
+ROWS[::3] = np.round(ROWS[::3] / 2) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "processor", "argument"),
+    [
+        ("top_k", 1, "TopKLogitsWarper", "top_k"),
+        ("top_k", 6, "TopKLogitsWarper", "top_k"),
+        ("top_k", 50, "TopKLogitsWarper", "top_k"),
+        ("top_p", 0.01, "TopPLogitsWarper", "top_p"),
+        ("top_p", 0.57, "TopPLogitsWarper", "top_p"),
+        ("top_p", 0.93, "TopPLogitsWarper", "top_p"),
+        ("min_p", 0.04, "MinPLogitsWarper", "min_p"),
+        ("min_p", 0.61, "MinPLogitsWarper", "min_p"),
+        ("temperature", 0.3, "TemperatureLogitsWarper", "temperature"),
+        ("repetition_penalty", 1.9, "RepetitionPenaltyLogitsProcessor", "penalty"),
+        ("bad_tokens", (3, 30), "SuppressTokensLogitsProcessor", "suppress_tokens"),
+    ],
+)
+def test_filters_equal_those_of_transformers(name, value, processor, argument):
+    torch = pytest.importorskip("torch")
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    ids_BT = np.random.default_rng(5).integers(0, 37, (200, 9))
+    theirs = getattr(processors, processor)(**{argument: list(value) if name == "bad_tokens" else value})
+    expected_BV = theirs(torch.tensor(ids_BT), torch.tensor(ROWS)).numpy()
+    prompt_BV = np.zeros(ROWS.shape, bool)
+    np.put_along_axis(prompt_BV, ids_BT, True, axis=1)
+    seen = Seen(jnp.asarray(prompt_BV), jnp.zeros(ROWS.shape, jnp.int32))
+    ours_BV = np.asarray(filtered(jnp.asarray(ROWS), Sampling(**{name: value}).filters(37), seen))
+    if name == "top_p":  # which of several equals is the last one in, torch.sort leaves open
+        ours_BV, expected_BV = np.sort(ours_BV), np.sort(expected_BV)
+    np.testing.assert_array_equal(ours_BV == -np.inf, expected_BV == -np.inf)
+    np.testing.assert_allclose(ours_BV, expected_BV, rtol=1e-6)  # one float32 product
+    assert (ours_BV == -np.inf).any() == (name not in ("temperature", "repetition_penalty") and value != 50)
+
+
+def test_of_equals_at_the_border_of_top_p_smaller_ids_stay():
+    kept_BV = keep_top_p(jnp.array([[0.0, 1.0, 1.0, 1.0]]), 0.5) > -jnp.inf
+    assert kept_BV.tolist() == [[False, True, True, False]]

@@ -7,6 +7,7 @@ import pytest
 import reference
 from shape_names import checked_shape_names
 
+import flax_decoder as fd
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.cache import empty_cache
 from flax_decoder.nn.decoder import Decoder
@@ -130,3 +131,22 @@ def test_names_are_right_with_a_cache_and_a_look_inside(name):
         cache = empty_cache(config, B, S)
         jax.eval_shape(apply, {"params": params}, TOKENS_BT, cache=cache)
     assert functions >= {*ALWAYS_THERE, "cache.py:write", "cache.py:empty_cache"}
+
+
+@pytest.mark.parametrize("guess", [None, fd.PromptLookup(2), "draft"], ids=str)
+def test_names_in_generation_are_right(guess):
+    """Five prompts of different lengths, so that nothing agrees by chance; each program is traced anew."""
+    config = ModelConfig(**SIZES | {"context_length": 29}, **CONFIGS["bloom"])
+    model = Decoder(config)
+    params = reference.random_params(model)
+    prompts = [TOKENS_BT[row, : 2 + row] for row in range(5)]
+    guess = fd.Draft(model, params, 3) if guess == "draft" else guess
+    options = {"temperature": 0.9, "top_k": 6, "top_p": 0.9, "min_p": 0.1}
+    jax.clear_caches()
+    with checked_shape_names() as functions:
+        fd.generate(model, params, prompts, 4, jax.random.key(0), num_samples=2, guess=guess, **options)
+        if guess is None:
+            options |= {"repetition_penalty": 1.2, "bad_tokens": (3,)}
+            prefix = fd.prefill(model, params, prompts[0][:1])
+            fd.complete(model, params, prompts, 4, jax.random.key(0), prefix=prefix, top_logprobs=2, **options)
+    assert functions >= {"steps.py:read", "cache.py:write", "sampling.py:filtered", "sampling.py:keep_top_p"}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
-from flax_decoder.generation.text import decode_stream
+from flax_decoder.generation.text import decode_stream, decode_streams
 
 BYTES = ByteTokenizer()
 
@@ -73,3 +73,28 @@ def test_no_more_is_asked_for_than_needed():
 
 def test_no_tokens_are_no_text():
     assert "".join(pieces(BYTES, [], 1)) == ""
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 50])
+def test_rows_that_are_made_at_once_are_read_one_after_the_other(size):
+    texts = ["one END and", "two \N{GRINNING FACE} more", "so END then"]
+    rows = [BYTES.encode(text)[:11] for text in texts]
+    tokens_BT = np.array([row + [65] * (11 - len(row)) for row in rows])
+    chunks = [tokens_BT[:, i : i + size] for i in range(0, 11, size)]
+    shown = list(decode_streams(BYTES, chunks, 3, stop=["END"]))
+    assert [row for row, _ in shown] == sorted(row for row, _ in shown)
+    joined = ["".join(piece for row, piece in shown if row == number) for number in range(3)]
+    assert joined == ["one ", BYTES.decode(tokens_BT[1]), "so "]
+    assert size > 1 or len(shown) > 5  # the first row comes piece by piece
+
+
+def test_rows_ask_for_no_more_when_all_have_ended():
+    asked = []
+
+    def chunks():
+        for column in np.array([BYTES.encode("ab.cd"), BYTES.encode(".xyzz")]).T:
+            asked.append(column)
+            yield column[:, None]
+
+    assert list(decode_streams(BYTES, chunks(), 2, ["."])) == [(0, "a"), (0, "b")]
+    assert len(asked) == 3

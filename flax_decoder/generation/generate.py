@@ -1,11 +1,13 @@
-"""New tokens, one after the other: the prompt is read once, then each token costs one position.
+"""New tokens, one after the other: the prompts are read once, then each token costs one position.
 
-Past the context the last half of it is read again, and writing goes on from there: every token is predicted from at
-least half a context, in memory that does not grow.
+Past the context, a text goes on in memory that does not grow. Where positions are relative (rotary, ALiBi) or absent,
+the context rolls: each position sees the last `context_length` positions, and no more than its window where a layer has
+one. Where they are learned or sinusoidal there is nothing beyond the context: when it is full, the last half of it is
+read again as a text of its own, and writing goes on from there.
 """
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,167 +15,193 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.generation.sampling import Sampling, sample
-from flax_decoder.nn.cache import KVCache, empty_cache
-from flax_decoder.nn.decoder import Decoder, check_tokens
+from flax_decoder.generation.sampling import Sampling
+from flax_decoder.generation.speculative import Draft, PromptLookup
+from flax_decoder.generation.steps import Written, cache_capacity
+from flax_decoder.generation.stream import Prefix, read_prompts, rolls, stream
+from flax_decoder.nn.decoder import Decoder, check_tokens, unstack_layers
 
-# Tokens a compiled loop makes before they are handed out: enough to hide the hand-over, few enough to look fluent.
-CHUNK_TOKENS = 16
-# Prompts are padded to a power of two of at least this, so that few lengths are ever compiled.
-SHORTEST_PREFILL_TOKENS = 16
+Prompts = ArrayLike | Sequence[ArrayLike]
+"""Token ids: an array (B, T), or a sequence of sequences that may differ in length."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of a prompt.
+
+    Attributes:
+        tokens: the new tokens, int32 (T,), up to and with the token that ended it.
+        ended: whether a token ended it, not max_new_tokens.
+        logprobs: the model's log-probability of each token, before any setting of `Sampling`, (T,).
+        top_tokens: the likeliest tokens in each place, likeliest first, (T, top_logprobs).
+        top_logprobs: their log-probabilities.
+    """
+
+    tokens: np.ndarray
+    ended: bool
+    logprobs: np.ndarray
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
 
 
 def generate(
     model: Decoder,
     params: Any,
-    prompt_tokens_BT: ArrayLike,
+    prompt_tokens_BT: Prompts,
     max_new_tokens: int,
     rng: jax.Array | None = None,
+    *,
+    num_samples: int = 1,
+    end_ids: Sequence[int] = (),
+    prefix: Prefix | None = None,
+    guess: PromptLookup | Draft | None = None,
     **sampling: Any,
-) -> jax.Array:
+) -> jax.Array | list[jax.Array]:
     """Continues prompts.
 
     Args:
         model: the network.
-        params: its parameters.
-        prompt_tokens_BT: token ids, at least one a row.
+        params: its parameters; from `unstack_layers` where many calls are made, which then need not do it.
+        prompt_tokens_BT: token ids, at least one a row: an array (B, T), or sequences of different lengths.
         max_new_tokens: how many to add.
-        rng: random key; a row's tokens are a function of it, the row's number and its prompt. Not needed at
-            temperature 0.
-        **sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty.
+        rng: random key. A row's tokens are a function of it, the row's prompt and the number of the sample, whatever
+            else is in the batch; a prompt that is there twice counts as two samples. Not needed at temperature 0.
+        num_samples: continuations of each prompt, which is read once; they stand beside each other in the result.
+        end_ids: tokens that end a row; what stands behind one is that token repeated. When all rows have ended no more
+            is computed.
+        prefix: what `prefill` gave for the beginning of the prompts; changes nothing but the time.
+        guess: speculative decoding, which gives the same tokens at temperature 0, and else tokens with the same
+            distribution. Not with penalties or forced tokens, nor past the context of learned or sinusoidal positions.
+        **sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty and others.
 
     Returns:
-        The prompts with the new tokens behind them, int32 (B, T + max_new_tokens).
+        The prompts with the new tokens behind them, int32 (B * num_samples, T + max_new_tokens); a list of such rows
+        where the prompts differ in length.
 
     Raises:
         ValueError: ids outside of the vocabulary, an empty prompt, a negative number of tokens, or a setting of
             `Sampling` out of range.
     """
-    prompt = np.asarray(prompt_tokens_BT)
-    chunks = stream(model, params, prompt, max_new_tokens, rng, Sampling(**sampling))
-    return jnp.asarray(np.concatenate([prompt.astype(np.int32), *chunks], axis=1))
-
-
-def stream(
-    model: Decoder,
-    params: Any,
-    prompt_tokens_BT: np.ndarray,
-    max_new_tokens: int,
-    rng: jax.Array | None,
-    sampling: Sampling,
-) -> Iterator[np.ndarray]:
-    """As `generate`, but yields the new tokens as they are made, int32 (B, some); raises before the first of them."""
-    if prompt_tokens_BT.ndim != 2 or 0 in prompt_tokens_BT.shape:
-        raise UserError(f"the prompt must be tokens (B, T) with at least one a row, not {prompt_tokens_BT.shape}")
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens = {max_new_tokens} must be 0 or a positive number")
-    if rng is None and sampling.temperature > 0:
-        raise UserError("sampling needs rng, such as jax.random.key(0); or temperature = 0")
-    check_tokens(prompt_tokens_BT, model.config.vocab_size or 0)
-
-    B = prompt_tokens_BT.shape[0]
-    capacity = cache_capacity(prompt_tokens_BT.shape[1] + max_new_tokens, model.config.context_length)
-    rng = jax.random.key(0) if rng is None else rng  # not drawn from at temperature 0
-    rngs_B = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(B))
-    text_BT = prompt_tokens_BT.astype(np.int32)
-    seen_BV = jnp.zeros((B, model.config.vocab_size or 0), bool).at[jnp.arange(B)[:, None], text_BT].set(True)
-
+    prompts = as_prompts(prompt_tokens_BT, model.config)
+    settings = Sampling(**sampling)
+    new_BT = np.zeros((len(prompts) * num_samples, max(max_new_tokens, 0)), np.int32)
     made = 0
-    while made < max_new_tokens:
-        num_read = text_BT.shape[1] if text_BT.shape[1] <= capacity else max(capacity // 2, 1)
-        padded_BT = pad_right(text_BT[:, -num_read:], capacity)
-        token_B, seen_BV, cache = _prefill(
-            model, params, padded_BT, num_read, seen_BV, rngs_B, made, sampling, capacity
-        )
-        new_tokens = [np.asarray(token_B)[:, None]]
-        made += 1
-        yield new_tokens[-1]
-        room = capacity - num_read
-        while room > 0 and made < max_new_tokens:
-            count = min(CHUNK_TOKENS, room, max_new_tokens - made)
-            chunk_BC, token_B, seen_BV, cache = _decode(
-                model, params, token_B, seen_BV, cache, rngs_B, made, count, sampling
-            )
-            new_tokens.append(np.asarray(chunk_BC)[:, :count])
-            made, room = made + count, room - count
-            yield new_tokens[-1]
-        # Only the last context can be read again; what lies before it is done with.
-        text_BT = np.concatenate([text_BT, *new_tokens], axis=1)[:, -(capacity + 1) :]
+    for written in stream(
+        model,
+        params,
+        prompts,
+        max_new_tokens,
+        rng,
+        settings,
+        num_samples=num_samples,
+        end_ids=end_ids,
+        prefix=prefix,
+        guess=guess,
+    ):
+        new_BT[:, made : made + written.tokens_BC.shape[1]] = written.tokens_BC
+        made += written.tokens_BC.shape[1]
+    if 0 < made < max_new_tokens:  # all rows have ended
+        new_BT[:, made:] = new_BT[:, made - 1 : made]
+    texts = [np.concatenate([prompts[row // num_samples], new_T]) for row, new_T in enumerate(new_BT)]
+    return jnp.asarray(np.stack(texts)) if len({len(text) for text in texts}) == 1 else [*map(jnp.asarray, texts)]
 
 
-def cache_capacity(num_tokens: int, context_length: int) -> int:
-    """Slots for a text of so many tokens: the next power of two, at most the context.
+def complete(
+    model: Decoder,
+    params: Any,
+    prompt_tokens_BT: Prompts,
+    max_new_tokens: int,
+    rng: jax.Array | None = None,
+    *,
+    num_samples: int = 1,
+    end_ids: Sequence[int] = (),
+    prefix: Prefix | None = None,
+    top_logprobs: int = 0,
+    **sampling: Any,
+) -> list[list[Completion]]:
+    """As `generate`, with log-probabilities, each row cut where it ended.
 
-    A cache of the whole context of a model made for 100,000 tokens would take gigabytes, whatever the text.
+    Args:
+        model: see `generate`, as for all arguments that are not here.
+        params: see there.
+        prompt_tokens_BT: see there.
+        max_new_tokens: see there.
+        rng: see there.
+        num_samples: see there.
+        end_ids: see there.
+        prefix: see there.
+        top_logprobs: how many of the likeliest tokens in each place are reported.
+        **sampling: see there.
+
+    Returns:
+        For each prompt a list of its samples.
     """
-    return min(max(SHORTEST_PREFILL_TOKENS, 1 << (num_tokens - 1).bit_length()), context_length)
+    prompts = as_prompts(prompt_tokens_BT, model.config)
+    if not 0 <= top_logprobs <= (model.config.vocab_size or 0):
+        raise UserError(f"top_logprobs = {top_logprobs} must be from 0 to the vocabulary, {model.config.vocab_size}")
+    chunks = stream(
+        model,
+        params,
+        prompts,
+        max_new_tokens,
+        rng,
+        Sampling(**sampling),
+        num_samples=num_samples,
+        end_ids=end_ids,
+        prefix=prefix,
+        num_top=top_logprobs,
+    )
+    B = len(prompts) * num_samples
+    nothing = Written(
+        np.zeros((B, 0), np.int32),
+        np.zeros((B, 0), np.float32),
+        np.zeros((B, 0, top_logprobs), np.int32),
+        np.zeros((B, 0, top_logprobs), np.float32),
+    )
+    written = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), nothing, *chunks)
+    rows = [_completion(jax.tree.map(lambda array, row=row: array[row], written), end_ids) for row in range(B)]
+    return [rows[start : start + num_samples] for start in range(0, B, num_samples)]
 
 
-def pad_right(tokens_BT: np.ndarray, longest: int) -> np.ndarray:
-    """Adds zeros up to the next power of two, at most `longest`."""
-    T = tokens_BT.shape[1]
-    return np.pad(tokens_BT, ((0, 0), (0, cache_capacity(T, longest) - T)))
+def _completion(row: Written, end_ids: Sequence[int]) -> Completion:
+    """One row, cut behind its first end token."""
+    is_end = np.isin(row.tokens_BC, np.asarray(end_ids, np.int32))
+    length = int(is_end.argmax()) + 1 if is_end.any() else len(is_end)
+    own = jax.tree.map(lambda array: array[:length], row)
+    return Completion(own.tokens_BC, bool(is_end.any()), own.logprobs_BC, own.top_tokens_BCK, own.top_logprobs_BCK)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "capacity"))
-def _prefill(
-    model: Decoder,
-    params: Any,
-    tokens_BT: jax.Array,
-    num_read: jax.Array,
-    seen_BV: jax.Array,
-    rngs_B: jax.Array,
-    made: jax.Array,
-    sampling: Sampling,
-    capacity: int,
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Reads a padded prompt of `num_read` tokens, and draws the token behind it."""
-    B = tokens_BT.shape[0]
-    cache = empty_cache(model.config, B, capacity)
-    logits_BTV, cache = apply_cached(model, params, tokens_BT, cache)
-    # Padding stands behind the prompt, where no token of it looks; setting the length back forgets it.
-    cache = cache.replace(length_B=jnp.full(B, num_read, jnp.int32))
-    logits_BV = jax.lax.dynamic_index_in_dim(logits_BTV, num_read - 1, axis=1, keepdims=False)
-    token_B, seen_BV = _draw(logits_BV, seen_BV, rngs_B, made, sampling)
-    return token_B, seen_BV, cache
+def prefill(model: Decoder, params: Any, tokens: ArrayLike, *, prefix: Prefix | None = None) -> Prefix:
+    """Reads a text once, for many continuations: pass the result to `generate` as `prefix`.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        tokens: token ids, (T,), at least one.
+        prefix: an earlier result; as far as the texts begin alike, it is not read again.
+
+    Raises:
+        ValueError: ids outside of the vocabulary, no tokens, or more than the context where positions are learned or
+            sinusoidal.
+    """
+    (text,) = as_prompts(np.asarray(tokens)[None], model.config)
+    config = model.config
+    if not rolls(config) and len(text) > config.context_length:
+        raise UserError(
+            f"{len(text)} tokens are more than context_length = {config.context_length}, "
+            f"beyond which there are no {config.positions} positions"
+        )
+    cache, logits_BV = read_prompts(model, unstack_layers(params), [text], cache_capacity(config, len(text)), prefix)
+    return Prefix(text, cache, logits_BV)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("cache", "seen_BV"))
-def _decode(
-    model: Decoder,
-    params: Any,
-    token_B: jax.Array,
-    seen_BV: jax.Array,
-    cache: KVCache,
-    rngs_B: jax.Array,
-    made: jax.Array,
-    count: jax.Array,
-    sampling: Sampling,
-) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
-    """Feeds a token and draws the next, `count` times; also returns what was drawn, in the first of its columns."""
-
-    def next_token(i: jax.Array, carry: Any) -> Any:
-        chunk_BC, token_B, seen_BV, cache = carry
-        logits_B1V, cache = apply_cached(model, params, token_B[:, None], cache)
-        token_B, seen_BV = _draw(logits_B1V[:, 0], seen_BV, rngs_B, made + i, sampling)
-        chunk_BC = jax.lax.dynamic_update_slice_in_dim(chunk_BC, token_B[:, None], i, axis=1)
-        return chunk_BC, token_B, seen_BV, cache
-
-    chunk_BC = jnp.zeros((token_B.shape[0], CHUNK_TOKENS), jnp.int32)
-    return jax.lax.fori_loop(0, count, next_token, (chunk_BC, token_B, seen_BV, cache))
-
-
-def apply_cached(model: Decoder, params: Any, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """The model on tokens that follow those in the cache: logits_BTV, and the cache with them in it."""
-    logits_and_cache: Any = model.apply({"params": params}, tokens_BT, cache=cache)
-    return logits_and_cache
-
-
-def _draw(
-    logits_BV: jax.Array, seen_BV: jax.Array, rngs_B: jax.Array, number: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
-    """Draws new token `number` of each row and marks it as seen."""
-    rngs_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(rngs_B, number)
-    token_B = sample(logits_BV, seen_BV, rngs_B, sampling)
-    return token_B, seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+def as_prompts(prompts: Prompts, config: ModelConfig) -> list[np.ndarray]:
+    """Prompts as int32 rows. Raises ValueError where they are no tokens of the model's vocabulary."""
+    rows = [np.asarray(row) for row in prompts] if isinstance(prompts, Sequence) else list(np.asarray(prompts))
+    if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
+        raise UserError("the prompt must be tokens (B, T), or rows of different lengths, with at least one a row")
+    for row in rows:
+        check_tokens(row[None], config.vocab_size or 0)
+    return [row.astype(np.int32) for row in rows]

@@ -13,10 +13,7 @@ LONGEST_UNFINISHED = 3
 
 
 def decode_stream(tokenizer: Tokenizer, chunks: Iterable[np.ndarray], stop: Sequence[str] = ()) -> Iterator[str]:
-    """Decodes tokens piece by piece; the pieces joined are the text of all tokens.
-
-    No character of several bytes is cut in two. The text ends before the first of the stop strings, also where one
-    comes in several tokens, or at one of the tokenizer's end tokens.
+    """Decodes tokens piece by piece; the pieces joined are the text of all tokens. See `TextDecoder`.
 
     Args:
         tokenizer: what the tokens mean.
@@ -26,23 +23,85 @@ def decode_stream(tokenizer: Tokenizer, chunks: Iterable[np.ndarray], stop: Sequ
     Yields:
         Text that no later token can change.
     """
-    tokens: list[int] = []
-    shown = 0
-    longest_stop = max((len(text) for text in stop), default=1)
+    decoder = TextDecoder(tokenizer, stop)
     for chunk in chunks:
-        tokens.extend(chunk.tolist())
-        ends = [place for place, token in enumerate(tokens) if token in tokenizer.end_ids]
-        tokens = tokens[: min(ends, default=len(tokens))]
-        text = tokenizer.decode(tokens)
+        piece = decoder.add(chunk)
+        if piece:
+            yield piece
+        if decoder.has_ended:
+            return
+    yield decoder.rest()
+
+
+def decode_streams(
+    tokenizer: Tokenizer, chunks: Iterable[np.ndarray], num_rows: int, stop: Sequence[str] = ()
+) -> Iterator[tuple[int, str]]:
+    """The same for rows of tokens that are made at once, to be read one after the other.
+
+    Args:
+        tokenizer: what the tokens mean.
+        chunks: arrays of token ids, (num_rows, some).
+        num_rows: how many rows there are.
+        stop: texts that end a row; no more chunks are asked for when all rows have ended.
+
+    Yields:
+        The number of a row and a piece of its text; all pieces of a row come before those of the next. The first row
+        that has not ended comes piece by piece, and those behind it as soon as it has.
+    """
+    decoders = [TextDecoder(tokenizer, stop) for _ in range(num_rows)]
+    waiting, current = [""] * num_rows, 0
+    for chunk in chunks:
+        for row, decoder in enumerate(decoders):
+            waiting[row] += "" if decoder.has_ended else decoder.add(chunk[row])
+        while current < num_rows:
+            if waiting[current]:
+                yield current, waiting[current]
+                waiting[current] = ""
+            if not decoders[current].has_ended:
+                break
+            current += 1
+        if current == num_rows:
+            return
+    for row in range(current, num_rows):
+        text = waiting[row] + ("" if decoders[row].has_ended else decoders[row].rest())
+        if text:
+            yield row, text
+
+
+class TextDecoder:
+    """Tokens to text, piece by piece.
+
+    No character of several bytes is cut in two. The text ends before the first of the stop strings, also where one
+    comes in several tokens, or at one of the tokenizer's end tokens.
+
+    Attributes:
+        has_ended: whether a stop string or an end token has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.has_ended = False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def add(self, tokens: np.ndarray) -> str:
+        """Takes the next tokens, and gives the text that no later token can change and was not given yet."""
+        tokenizer, stop = self._tokenizer, self._stop
+        self._tokens.extend(tokens.tolist())
+        ends = [place for place, token in enumerate(self._tokens) if token in tokenizer.end_ids]
+        self._tokens = self._tokens[: min(ends, default=len(self._tokens))]
+        text = tokenizer.decode(self._tokens)
         places = [place for place in (text.find(end) for end in stop) if place >= 0]
         if places or ends:
-            yield text[shown : min(places, default=len(text))]
-            return
+            self.has_ended = True
+            return text[self._shown : min(places, default=len(text))]
         # The last characters may become part of a stop string, or change when their last bytes come.
-        settled = len(text) - (longest_stop - 1)
+        settled = len(text) - (max((len(end) for end in stop), default=1) - 1)
         unfinished = len(text) - len(text.rstrip(REPLACEMENT))
-        settled = min(settled, len(text) - min(unfinished, LONGEST_UNFINISHED))
-        if settled > shown:
-            yield text[shown:settled]
-            shown = settled
-    yield tokenizer.decode(tokens)[shown:]
+        settled = max(min(settled, len(text) - min(unfinished, LONGEST_UNFINISHED)), self._shown)
+        piece, self._shown = text[self._shown : settled], settled
+        return piece
+
+    def rest(self) -> str:
+        """What is left when no more tokens come."""
+        return self._tokenizer.decode(self._tokens)[self._shown :]

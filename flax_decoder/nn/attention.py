@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention_kernels import blockwise
-from flax_decoder.nn.cache import LayerKV, write
+from flax_decoder.nn.cache import LayerKV, positions_of_slots, write
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
@@ -92,6 +92,8 @@ class SelfAttention(nn.Module):
         positions_BT: jax.Array,
         window: jax.Array | int,
         cached: LayerKV | None = None,
+        end_B: jax.Array | None = None,
+        num_spare: int = 0,
         *,
         deterministic: bool = True,
     ) -> tuple[jax.Array, LayerKV | None]:
@@ -101,7 +103,9 @@ class SelfAttention(nn.Module):
             x_BTD: what the positions hold.
             positions_BT: where they stand, counted from 0; B may be 1.
             window: how many positions a query sees, its own included.
-            cached: k_BSKH and v_BSKH of this layer, with the tokens before in the slots of their positions.
+            cached: k_BKSH and v_BKSH of this layer, with the tokens before in the slots of their positions.
+            end_B: with a cache, the position from which on a row's tokens are padding.
+            num_spare: see `KVCache`.
             deterministic: False drops weights at random.
 
         Returns:
@@ -109,14 +113,12 @@ class SelfAttention(nn.Module):
         """
         config = self.config
         q_BTNH, k_BSKH, v_BSKH = self.queries_keys_values(x_BTD, positions_BT, window)
+        key_positions_BS = positions_BT
         if cached is not None:
-            k_BSKH, v_BSKH = cached = (
-                write(cached[0], k_BSKH, positions_BT),
-                write(cached[1], v_BSKH, positions_BT),
-            )
-        # Slot s of the keys holds position s, with a cache and without.
-        distance_BTS = positions_BT[:, :, None] - jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None, None]
-        mask_BTS = (distance_BTS >= 0) & (distance_BTS < window)
+            window = jnp.minimum(window, cached[0].shape[2] - num_spare)
+            k_BSKH, v_BSKH, key_positions_BS, cached = self.with_cached(k_BSKH, v_BSKH, positions_BT, cached, end_B)
+        distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None]
+        mask_BTS = (distance_BTS >= 0) & (distance_BTS < window) & (key_positions_BS >= 0)[:, None]
         bias_BNTS: jax.Array | None = None
         if config.positions == "alibi":
             slopes_N = jnp.asarray(alibi_slopes(config.num_heads))
@@ -138,6 +140,26 @@ class SelfAttention(nn.Module):
 
         out = Linear((config.embed_dim,), 2, config.attention_out_bias, config.output_stddev, config.dtype, name="out")
         return out(heads_BTNH), cached
+
+    def with_cached(
+        self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, cached: LayerKV, end_B: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, LayerKV]:
+        """All keys and values there are to look at, k_BSKH and v_BSKH, where they stand, and the cache with the new.
+
+        A single token may take its slot first: what it writes over is out of its sight. Of several, the first still
+        sees what the last ones write over, so they look at the cache as it was and at each other.
+        """
+        end_B = positions_BT[:, -1] + 1 if end_B is None else end_B
+        new = k_BTKH, v_BTKH
+        written = write(cached[0], k_BTKH, positions_BT, end_B), write(cached[1], v_BTKH, positions_BT, end_B)
+        num_slots = cached[0].shape[2]
+        if k_BTKH.shape[1] == 1:
+            k_BSKH, v_BSKH = (array_BKSH.swapaxes(1, 2) for array_BKSH in written)
+            return k_BSKH, v_BSKH, positions_of_slots(num_slots, positions_BT[:, 0] + 1), written
+        before = (array_BKSH.swapaxes(1, 2) for array_BKSH in cached)
+        k_BSKH, v_BSKH = (jnp.concatenate(parts, axis=1) for parts in zip(before, new, strict=True))
+        earlier = positions_of_slots(num_slots, positions_BT[:, 0])
+        return k_BSKH, v_BSKH, jnp.concatenate([earlier, positions_BT], axis=1), written
 
     def queries_keys_values(
         self, x_BTD: jax.Array, positions_BT: jax.Array, window: jax.Array | int

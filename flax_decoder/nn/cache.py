@@ -11,36 +11,36 @@ from flax import struct
 from flax_decoder.config import ModelConfig
 
 LayerKV = tuple[jax.Array, jax.Array]
-"""The part of one layer: k_BSKH and v_BSKH."""
+"""The part of one layer: k_BKSH and v_BKSH."""
 
 
 class KVCache(struct.PyTreeNode):
-    """Slot s of each row holds the key and value of position s.
+    """Position p of a row is in slot p mod S of each layer, until position p + S takes its place.
+
+    A layer with a window has no more slots than it looks at, so S may differ between layers. A row that outgrows the
+    slots goes on: a layer then sees the last S positions, which is a window that rolls over the text.
 
     Attributes:
-        k_LBSKH: keys of every layer, turned already where positions are rotary.
-        v_LBSKH: values of every layer.
-        length_B: how many tokens each row holds. Lowering it forgets the last ones; what is left in their slots is
-            never read, and is written over.
+        layers: keys (turned already where positions are rotary) and values of each layer, both (B, K, S, H): the order
+            in which matrix products read them without a transposed copy.
+        length_B: how many tokens each row has read. Lowering it forgets the last ones.
+        num_spare: slots a layer has beyond those it looks at: so many of the last tokens can be forgotten even where
+            they have taken the place of others.
     """
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
+    layers: tuple[LayerKV, ...]
     length_B: jax.Array
-
-    @property
-    def capacity(self) -> int:
-        """S, the most tokens a row can hold."""
-        return self.k_LBSKH.shape[2]
+    num_spare: int = struct.field(pytree_node=False, default=0)
 
 
-def empty_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
-    """A cache that holds nothing yet; it takes 2 · L · B · S · K · H numbers.
+def empty_cache(config: ModelConfig, batch_size: int, capacity: int, num_spare: int = 0) -> KVCache:
+    """A cache that holds nothing yet; a layer takes 2 · B · K · S · H numbers, S = min(window, capacity) + num_spare.
 
     Args:
         config: the model.
         batch_size: B.
-        capacity: S, the most tokens a row will hold.
+        capacity: the most tokens that a position of a layer without a window sees.
+        num_spare: how many tokens can be forgotten again, see `KVCache`.
 
     Raises:
         ValueError: learned positions end before `capacity`.
@@ -50,15 +50,30 @@ def empty_cache(config: ModelConfig, batch_size: int, capacity: int) -> KVCache:
             f"a cache of {capacity} tokens goes beyond context_length = {config.context_length}, "
             "where learned positions end"
         )
-    shape_LBSKH = (config.num_layers, batch_size, capacity, config.kv_heads, config.head_width)
-    zeros_LBSKH = jnp.zeros(shape_LBSKH, config.dtype)
-    return KVCache(zeros_LBSKH, zeros_LBSKH, jnp.zeros(batch_size, jnp.int32))
+
+    def empty(window: int | None) -> LayerKV:
+        num_slots = min(window or capacity, capacity) + num_spare
+        shape_BKSH = (batch_size, config.kv_heads, num_slots, config.head_width)
+        return jnp.zeros(shape_BKSH, config.dtype), jnp.zeros(shape_BKSH, config.dtype)
+
+    return KVCache(tuple(map(empty, config.windows)), jnp.zeros(batch_size, jnp.int32), num_spare)
 
 
-def write(cached_BSKH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Puts each row's new keys or values into the slots of their positions, which follow each other."""
+def write(cached_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array, end_B: jax.Array) -> jax.Array:
+    """Puts new keys or values into the slots of their positions.
 
-    def place(row_SKH: jax.Array, new_TKH: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(row_SKH, new_TKH, (start, 0, 0))
+    Those from `end_B` on are padding and leave no trace; nor do those that the last S would write over.
+    """
+    B, K, S, _ = cached_BKSH.shape
+    is_kept_BT = (positions_BT < end_B[:, None]) & (positions_BT >= end_B[:, None] - S)
+    slots_BT = jnp.where(is_kept_BT, positions_BT % S, S)
+    # An index a head, not a window of all heads: XLA then writes in place, where else it may copy the whole cache.
+    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    return cached_BKSH.at[rows, heads, slots_BT[:, None]].set(new_BTKH.swapaxes(1, 2), mode="drop")
 
-    return jax.vmap(place)(cached_BSKH, new_BTKH, positions_BT[:, 0])
+
+def positions_of_slots(num_slots: int, length_B: jax.Array) -> jax.Array:
+    """positions_BS: the newest position that each slot can hold in rows of that length; negative where it is empty."""
+    slots_S = jnp.arange(num_slots, dtype=jnp.int32)
+    newest_B1 = length_B[:, None] - 1
+    return newest_B1 - (newest_B1 - slots_S[None]) % num_slots

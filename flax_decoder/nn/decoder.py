@@ -19,6 +19,9 @@ from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import at_least_float32, check_float64
 
+# Up to so many vectors, making logits is a matter of reading the head; beyond, of multiplying.
+FEW_ROWS = 32
+
 
 class Block(nn.Module):
     """One layer: attention moves information between positions, the feed-forward network works on it at each.
@@ -37,6 +40,8 @@ class Block(nn.Module):
         cached: LayerKV | None,
         positions_BT: jax.Array,
         deterministic: bool = True,
+        end_B: jax.Array | None = None,
+        num_spare: int = 0,
     ) -> tuple[jax.Array, LayerKV | None]:
         """Adds to the residual stream what this layer finds; see `SelfAttention` for the arguments."""
         config = self.config
@@ -47,7 +52,7 @@ class Block(nn.Module):
 
         h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
         h_BTD, cached = SelfAttention(config, name="attention")(
-            h_BTD, positions_BT, window, cached, deterministic=deterministic
+            h_BTD, positions_BT, window, cached, end_B, num_spare, deterministic=deterministic
         )
         h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
         attended_BTD = x_BTD + dropout(h_BTD)
@@ -79,22 +84,29 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, cache: KVCache | None = None, *, deterministic: bool = True
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        num_tokens_B: jax.Array | None = None,
+        last_only: bool = False,
+        deterministic: bool = True,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Maps tokens to the logits of the tokens that follow them.
 
         Args:
             tokens_BT: token ids, integers.
             cache: keys and values of the tokens before, from `empty_cache` or an earlier call.
+            num_tokens_B: with a cache, how many tokens of each row count; those behind them are padding.
+            last_only: gives the logits of each row's last token alone, (B, 1, V), where T of them would go unread.
             deterministic: False applies dropout and needs `rngs={"dropout": rng}`.
 
         Returns:
             logits_BTV in at least float32; with a cache, also the cache with these tokens in it.
 
         Raises:
-            ValueError: ids outside the vocabulary or more tokens than the cache holds (both where their values are
-                known, that is outside of jit), more positions than learned ones reach, or float64 where JAX has it
-                switched off.
+            ValueError: ids outside the vocabulary (where they are known, that is outside of jit), more positions than
+                learned ones reach, or float64 where JAX has it switched off.
         """
         config = self.config
         if config.vocab_size is None:
@@ -105,34 +117,43 @@ class Decoder(nn.Module):
         if config.positions == "learned" and T > config.context_length:
             raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
+        real_positions_BT, end_B = positions_BT, None
         if cache is not None:
-            if not isinstance(cache.length_B, jax.core.Tracer) and int(np.max(cache.length_B)) + T > cache.capacity:
-                raise ValueError(f"{T} more tokens do not fit into a cache of {cache.capacity}")
             positions_BT = cache.length_B[:, None] + positions_BT
+            end_B = cache.length_B + (T if num_tokens_B is None else num_tokens_B)
+            # Padding may stand beyond the learned positions, and NaN there would spread by attention.
+            real_positions_BT = positions_BT if num_tokens_B is None else jnp.minimum(positions_BT, end_B[:, None] - 1)
 
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
         embedding_VD = embedding_VD.astype(config.dtype)
-        x_BTD = self.embed(embedding_VD, tokens_BT, positions_BT)
+        x_BTD = self.embed(embedding_VD, tokens_BT, real_positions_BT)
         self.sow("intermediates", "embeddings", x_BTD)
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
-        cached_L = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
-        x_BTD, cached_L = self.run_layers(x_BTD, cached_L, positions_BT, deterministic)
-
-        x_BTD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BTD)
+        x_BTD, layers = self.run_layers(x_BTD, cache, positions_BT, end_B, deterministic)
+        x_BCD = x_BTD  # the C positions whose logits are wanted
+        if last_only:
+            last_B = jnp.full(B, T, jnp.int32) if num_tokens_B is None else num_tokens_B
+            x_BCD = jnp.take_along_axis(x_BTD, jnp.maximum(last_B - 1, 0)[:, None, None], axis=1)
+        x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
         if config.tied_head:
             head_DV = embedding_VD.T
         else:
             head_DV = self.param("head", normal, (config.embed_dim, config.vocab_size)).astype(config.dtype)
-        x_RD = x_BTD.reshape(B * T, config.embed_dim)
-        dtype = at_least_float32(x_BTD.dtype)
-        logits_BTV = jnp.dot(x_RD, head_DV, preferred_element_type=dtype).reshape(B, T, -1)
+        x_RD = x_BCD.reshape(-1, config.embed_dim)
+        dtype = at_least_float32(x_RD.dtype)
+        if config.tied_head and cache is not None and 1 < x_RD.shape[0] <= FEW_ROWS:
+            # The same product the other way round: on CPU this reads a transposed matrix twice as fast for few rows.
+            logits_RV = jnp.dot(embedding_VD, x_RD.T, preferred_element_type=dtype).T
+        else:
+            logits_RV = jnp.dot(x_RD, head_DV, preferred_element_type=dtype)
+        logits_BCV = logits_RV.reshape(*x_BCD.shape[:2], -1)
         if config.logit_soft_cap is not None:
-            logits_BTV = config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap)
-        if cache is None or cached_L is None:
-            return logits_BTV
-        return logits_BTV, KVCache(*cached_L, cache.length_B + T)
+            logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
+        if cache is None or end_B is None:
+            return logits_BCV
+        return logits_BCV, cache.replace(layers=layers, length_B=end_B)
 
     def embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """x_BTD: a vector for what each token is, and where the config says so, for where it stands."""
@@ -151,10 +172,11 @@ class Decoder(nn.Module):
     def run_layers(
         self,
         x_BTD: jax.Array,
-        cached_L: LayerKV | None,
+        cache: KVCache | None,
         positions_BT: jax.Array,
+        end_B: jax.Array | None,
         deterministic: bool,
-    ) -> tuple[jax.Array, LayerKV | None]:
+    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """Applies the blocks one after the other, each with its part of the stacked parameters and of the cache."""
         config = self.config
         block = Block(config, parent=None)
@@ -165,9 +187,12 @@ class Decoder(nn.Module):
         needs_rngs = config.dropout > 0 and not deterministic
         rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if needs_rngs else None
         looks_inside = self.is_mutable_collection("intermediates")
+        num_spare = 0 if cache is None else cache.num_spare
 
-        def layer(x_BTD: jax.Array, own: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, Any]]:
-            params, window, cached, rng = own
+        def layer(
+            x_BTD: jax.Array, own: tuple[Any, ...], cached: LayerKV | None = None
+        ) -> tuple[jax.Array, tuple[Any, Any]]:
+            params, window, rng = own
             (x_BTD, cached), seen = block.apply(
                 {"params": params},
                 x_BTD,
@@ -175,6 +200,8 @@ class Decoder(nn.Module):
                 cached,
                 positions_BT,
                 deterministic,
+                end_B,
+                num_spare,
                 rngs=None if rng is None else {"dropout": rng},
                 mutable=["intermediates"] if looks_inside else [],
             )
@@ -183,22 +210,60 @@ class Decoder(nn.Module):
         if config.remat:
             # Unrolled, the compiler would merge the second computation with the first; inside a scan it cannot.
             layer = jax.checkpoint(layer, prevent_cse=not config.scan_layers)
-        windows_L = [window or NO_WINDOW for window in config.windows]
-        stacked: Any = self.get_variable("params", "layers"), np.asarray(windows_L, np.int32), cached_L, rngs_L
-        scan = jax.lax.scan if config.scan_layers else unrolled_scan
-        x_BTD, (cached_L, seen) = scan(layer, x_BTD, stacked)
+        windows_L = np.asarray([window or NO_WINDOW for window in config.windows], np.int32)
+        params: Any = self.get_variable("params", "layers")
+        if cache is None and not isinstance(params, tuple):
+            scan = jax.lax.scan if config.scan_layers else unrolled_scan
+            x_BTD, (_, seen) = scan(layer, x_BTD, (params, windows_L, rngs_L))
+            layers: tuple[LayerKV, ...] = ()
+        else:
+            # Layers may differ in the slots they have, and a loop over them would copy the cache at each token.
+            params_L = params if isinstance(params, tuple) else unstack(params)
+            owns = zip(params_L, windows_L, [None] * config.num_layers if rngs_L is None else rngs_L, strict=True)
+            cached_layers = [None] * config.num_layers if cache is None else cache.layers
+            results = []
+            for own, cached in zip(owns, cached_layers, strict=True):
+                x_BTD, result = layer(x_BTD, own, cached)
+                results.append(result)
+            layers, seen_layers = zip(*results, strict=True)
+            seen = jax.tree.map(lambda *parts: jnp.stack(parts), *seen_layers)
         if looks_inside:
             self.put_variable("intermediates", "layers", seen)
-        return x_BTD, cached_L
+        return x_BTD, layers
+
+
+def unstack_layers(params: Any) -> Any:
+    """The params with an array a layer, not stacked ones: what `Decoder` is fastest with where it runs often.
+
+    A stacked array is cut up at each pass, which costs as much as reading all weights; this does it once, for a copy
+    of the layers in memory.
+
+    Args:
+        params: the parameters of a `Decoder`, in either form.
+
+    Returns:
+        The same, with a tuple of L trees under "layers"; for `model.apply` and generation, not for training.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    return {**params, "layers": _unstack_layers(params["layers"])}
+
+
+def unstack(stacked: Any) -> tuple[Any, ...]:
+    """A tree for each layer, out of a tree of stacked arrays."""
+    leaves, structure = jax.tree.flatten(stacked)
+    return tuple(jax.tree.unflatten(structure, own) for own in zip(*map(jnp.unstack, leaves), strict=True))
+
+
+_unstack_layers = jax.jit(unstack)
 
 
 def unrolled_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` without a loop: faster to run on CPU, slower to compile."""
-    leaves, structure = jax.tree.flatten(stacked)
     results = []
     # Unstacking at once lets the gradient of a stacked array be one concatenation.
-    for own in zip(*map(jnp.unstack, leaves), strict=True):
-        carry, result = step(carry, jax.tree.unflatten(structure, own))
+    for own in unstack(stacked):
+        carry, result = step(carry, own)
         results.append(result)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 

@@ -1,0 +1,93 @@
+"""Conversations to text, by the template that a tokenizer brings.
+
+A template is a Jinja program, by the convention of Hugging Face `transformers`: it sees the messages and writes them
+with the marks that the model was trained on. It runs in a sandbox: it comes with a download, and may touch nothing.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from flax_decoder.errors import UserError
+
+Message = Mapping[str, str]
+"""Has "role" ("system", "user" or "assistant") and "content"."""
+
+
+class ChatTemplate:
+    """Writes a conversation as the text that a model continues with its next answer."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = "chat template"):
+        """Compiles a template.
+
+        Args:
+            source: the Jinja program.
+            special_tokens: further names that it may use, such as bos_token, with their texts.
+            name: what to call it in messages.
+
+        Raises:
+            UserError: the program cannot be compiled.
+        """
+        self._name, self._special_tokens = name, dict(special_tokens)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{name}: cannot be used: {error}") from None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation, up to where the next answer begins.
+
+        Raises:
+            UserError: the template refuses the messages, for example a system message, or fails.
+        """
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+        except Exception as error:  # a template can fail in any way that a program can
+            raise UserError(f"{self._name}: refuses these messages: {error}") from None
+
+
+def load_chat_template(folder: Path) -> ChatTemplate:
+    """Reads the template of a model folder: chat_template.jinja, or "chat_template" in tokenizer_config.json.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        document = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        file = folder / "chat_template.jinja"
+        source = file.read_text("utf-8") if file.is_file() else document.get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if isinstance(source, list):  # several, by their names
+        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+    if not isinstance(source, str):
+        raise UserError(
+            f"{folder}: brings no chat template: no chat_template.jinja, no chat_template in tokenizer_config.json;\n"
+            f"a model that was not trained on conversations can continue a text: flax-decoder generate {folder}"
+        )
+    special_tokens = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in document.items()
+        if name.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+    }
+    return ChatTemplate(source, special_tokens, str(file if file.is_file() else path))
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
