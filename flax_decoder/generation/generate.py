@@ -19,7 +19,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 from flax_decoder.generation.sampling import Sampling
 from flax_decoder.generation.speculative import Draft, PromptLookup
-from flax_decoder.generation.steps import Written, cache_capacity
+from flax_decoder.generation.steps import WRITE_TOKENS, Written, cache_capacity
 from flax_decoder.generation.stream import Prefix, read_prompts, rolls, stream
 from flax_decoder.nn.decoder import Decoder, check_tokens, unstack_layers
 
@@ -99,6 +99,7 @@ def generate(
         end_ids=end_ids,
         prefix=prefix,
         guess=guess,
+        piece_tokens=WRITE_TOKENS,
     ):
         new_BT[:, made : made + written.tokens_BC.shape[1]] = written.tokens_BC
         made += written.tokens_BC.shape[1]
@@ -152,6 +153,7 @@ def complete(
         end_ids=end_ids,
         prefix=prefix,
         num_top=top_logprobs,
+        piece_tokens=WRITE_TOKENS,
     )
     B = len(prompts) * num_samples
     nothing = Written(

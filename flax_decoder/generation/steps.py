@@ -23,8 +23,8 @@ from flax_decoder.nn.precision import at_least_float32
 # Prompts are read in pieces of so many tokens: enough that the weights, which each piece reads once, are not what takes
 # the time, and few enough that memory stays small and a short prompt is not mostly padding.
 READ_TOKENS = 128
-# Tokens a compiled loop writes before they are handed out: enough to hide the hand-over, few enough to look fluent.
-WRITE_TOKENS = 16
+# A compiled loop writes at most so many tokens before they are handed out: enough to hide the hand-over.
+WRITE_TOKENS = 64
 # A cache has at least so many slots, or as many as this size holds: below, reading it costs little beside the weights.
 FEWEST_SLOTS, SMALL_CACHE_BYTES = 256, 2**20
 

@@ -27,6 +27,9 @@ from flax_decoder.generation.steps import (
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.decoder import Decoder, unstack_layers
 
+# Who reads along gets so many tokens at a time: few enough to look fluent.
+STREAM_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -56,6 +59,7 @@ def stream(
     prefix: Prefix | None = None,
     guess: PromptLookup | Draft | None = None,
     num_top: int | None = None,
+    piece_tokens: int = STREAM_TOKENS,
 ) -> Iterator[Written]:
     """As `generate`, but gives the new tokens as they are made; what is wrong is raised at once.
 
@@ -70,6 +74,7 @@ def stream(
         end_ids: see there.
         prefix: see there.
         guess: see there.
+        piece_tokens: how many tokens come at a time, at most WRITE_TOKENS; with `guess` the guesses decide.
         num_top: give log-probabilities, and those of so many of the likeliest tokens; not with `guess`.
 
     Returns:
@@ -94,6 +99,7 @@ def stream(
         prefix=prefix,
         rows_B2=_padded(row_numbers(prompts, num_samples), batch_capacity(num_rows)),
         longest=max(map(len, prompts)) + max_new_tokens,
+        piece_tokens=piece_tokens,
     )
     if guess is None:
         return _stream_plain(task, params, num_top)
@@ -116,6 +122,7 @@ class _Task:
     prefix: Prefix | None
     rows_B2: np.ndarray
     longest: int
+    piece_tokens: int
 
     @property
     def texts(self) -> list[np.ndarray]:
@@ -158,7 +165,7 @@ def _stream_plain(task: _Task, params: Any, num_top: int | None) -> Iterator[Wri
             ended_B=_padded(has_ended, B, True),
             seen=_seen(texts, made, read[1].shape) if task.sampling.looks_back else None,
         )
-        for written in _write_pieces(run, jax.device_put(state), made, count, num_rows):
+        for written in _write_pieces(run, jax.device_put(state), made, count, num_rows, task.piece_tokens):
             yield written
             made += written.tokens_BC.shape[1]
             texts = [np.concatenate(pair) for pair in zip(texts, written.tokens_BC, strict=True)]
@@ -168,7 +175,7 @@ def _stream_plain(task: _Task, params: Any, num_top: int | None) -> Iterator[Wri
 
 
 def _write_pieces(
-    run: Callable[..., tuple[Texts, Written]], state: Texts, made: int, count: int, num_rows: int
+    run: Callable[..., tuple[Texts, Written]], state: Texts, made: int, count: int, num_rows: int, piece_tokens: int
 ) -> Iterator[Written]:
     """Writes `count` tokens in pieces; while one is looked at, the next is already computed."""
     waiting: tuple[Written, int] | None = None
@@ -176,8 +183,8 @@ def _write_pieces(
     while made < end or waiting is not None:
         ready, waiting = waiting, None
         if made < end:
-            # The first token comes alone: someone may be waiting for it.
-            piece = min(WRITE_TOKENS if made > 0 else 1, end - made)
+            # The first token comes alone where someone may be waiting for it.
+            piece = min(piece_tokens if made > 0 or piece_tokens == WRITE_TOKENS else 1, end - made)
             state, written = run(texts=state, number=np.int32(made), count=np.int32(piece))
             made, waiting = made + piece, (written, piece)
         if ready is not None:
