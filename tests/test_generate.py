@@ -11,7 +11,7 @@ import pytest
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
 from flax_decoder.generation.sampling import Sampling
-from flax_decoder.generation.steps import READ_TOKENS, batch_capacity, cache_capacity
+from flax_decoder.generation.steps import READ_TOKENS, SHORT_READ_TOKENS, batch_capacity, cache_capacity
 from flax_decoder.generation.stream import STREAM_TOKENS, rolls, stream
 
 stream_module = importlib.import_module("flax_decoder.generation.stream")
@@ -133,7 +133,19 @@ def test_ten_times_the_context_in_constant_memory(kind, monkeypatch):
 @functools.cache
 def two_hundred_prompts(context):
     """Lengths at, below and above the ends of the pieces that prompts are read in and of the context."""
-    edges = [1, 2, READ_TOKENS - 1, READ_TOKENS, READ_TOKENS + 1, context - 3, context - 1, context, context + 1]
+    edges = [
+        1,
+        2,
+        SHORT_READ_TOKENS,
+        SHORT_READ_TOKENS + 1,
+        READ_TOKENS - 1,
+        READ_TOKENS,
+        READ_TOKENS + 1,
+        context - 3,
+        context - 1,
+        context,
+        context + 1,
+    ]
     rng = np.random.default_rng(7)
     lengths = [*edges, *rng.integers(1, 2 * context, 200 - len(edges))]
     return [rng.integers(0, V, length).astype(np.int32) for length in lengths]
@@ -441,11 +453,11 @@ def test_two_hundred_prompts_compile_few_programs():
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for number in range(60):
-            batch = [rng.integers(0, V, rng.integers(1, 120)) for _ in range(1 + number % 7)]
+            batch = [rng.integers(0, V, rng.integers(1, 145)) for _ in range(1 + number % 7)]
             fd.complete(model, params, batch, int(rng.integers(1, 40)), key, **settings[number % 3])
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    # One to unstack the params; reading and writing for a batch of 1 and of 8.
+    # One to unstack the params; reading and writing for a batch of 1, with pieces of two lengths, and of 8.
     assert 1 <= len(compiled) <= 6
 
 

@@ -20,9 +20,10 @@ from flax_decoder.nn.cache import KVCache, empty_cache, positions_of_slots
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.precision import at_least_float32
 
-# Prompts are read in pieces of so many tokens: enough that the weights, which each piece reads once, are not what takes
-# the time, and few enough that memory stays small and a short prompt is not mostly padding.
-READ_TOKENS = 128
+# Prompts are read in pieces of so many tokens a row: enough that the weights, which each piece reads once, are not what
+# takes the time, and few enough that memory stays small and a short prompt is not mostly padding. Several rows make a
+# piece long enough by themselves; a single one takes long pieces as far as it reaches.
+READ_TOKENS, SHORT_READ_TOKENS = 128, 32
 # A compiled loop writes at most so many tokens before they are handed out: enough to hide the hand-over.
 WRITE_TOKENS = 64
 # A cache has at least so many slots, or as many as this size holds: below, reading it costs little beside the weights.
@@ -201,13 +202,16 @@ def read_all(
     model: Decoder, params: Any, cache: KVCache, logits_BV: jax.Array, prompts: Sequence[np.ndarray]
 ) -> tuple[KVCache, jax.Array]:
     """Reads prompts, or what is left of them, piece by piece; rows of the cache beyond the prompts stay empty."""
-    B, T = logits_BV.shape[0], min(READ_TOKENS, model.config.context_length)
-    for start in range(0, max(map(len, prompts)), T):
+    B, longest, start = logits_BV.shape[0], max(map(len, prompts)), 0
+    while start < longest:
+        T = SHORT_READ_TOKENS if B > 1 or longest - start <= SHORT_READ_TOKENS else READ_TOKENS
+        T = min(T, model.config.context_length)
         tokens_BT, num_tokens_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
         for row, prompt in enumerate(prompts):
             piece = prompt[start : start + T]
             tokens_BT[row, : len(piece)], num_tokens_B[row] = piece, len(piece)
         cache, logits_BV = read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
+        start += T
     return cache, logits_BV
 
 
