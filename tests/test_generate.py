@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import pytest
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
 from flax_decoder.generation.sampling import Sampling
-from flax_decoder.generation.steps import READ_TOKENS, SHORT_READ_TOKENS, batch_capacity, cache_capacity
-from flax_decoder.generation.stream import STREAM_TOKENS, rolls, stream
+from flax_decoder.generation.steps import READ_TOKENS, SHORT_READ_TOKENS, WRITE_TOKENS, batch_capacity, cache_capacity
+from flax_decoder.generation.stream import rolls, stream
 
 stream_module = importlib.import_module("flax_decoder.generation.stream")
 steps = importlib.import_module("flax_decoder.generation.steps")
@@ -189,16 +190,26 @@ def test_a_context_of_one_token():
 
 
 def test_the_text_does_not_depend_on_how_much_of_it_is_asked_for():
-    """Chunks end in different places for each length; borders are at 1 + a multiple of STREAM_TOKENS."""
-    model, params = make("rotary grouped", context_length=3 * STREAM_TOKENS)
+    """Pieces end in different places for each length."""
+    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
     rng, prompt_BT = jax.random.key(5), prompts(2, 3)
-    longest = 2 * STREAM_TOKENS + 3
+    longest = 2 * WRITE_TOKENS + 3
     whole_BT = np.asarray(fd.generate(model, params, prompt_BT, longest, rng))
-    for length in (1, 2, STREAM_TOKENS, STREAM_TOKENS + 1, STREAM_TOKENS + 2, 2 * STREAM_TOKENS + 1):
+    for length in (1, 2, WRITE_TOKENS, WRITE_TOKENS + 1, 2 * WRITE_TOKENS + 1):
         np.testing.assert_array_equal(fd.generate(model, params, prompt_BT, length, rng), whole_BT[:, : 3 + length])
-    chunks = [written.tokens_BC for written in stream(model, params, list(prompt_BT), longest, rng, Sampling())]
-    assert [chunk.shape[1] for chunk in chunks] == [1, STREAM_TOKENS, STREAM_TOKENS, 2]
-    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), whole_BT[:, 3:])
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.02, [1, 1, 2, 4, 8, 16, 32, 64, 9]), (0.04, [1] * 137)])
+def test_streamed_pieces_grow_until_one_takes_its_time(seconds, sizes, monkeypatch):
+    # A clock that goes on by so much at each look; two looks a piece, and one piece is always computed ahead.
+    clock = itertools.count()
+    monkeypatch.setattr(stream_module.time, "perf_counter", lambda: next(clock) * seconds)
+    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
+    rng, prompt_BT = jax.random.key(5), prompts(2, 3)
+    pieces = [written.tokens_BC for written in stream(model, params, list(prompt_BT), 137, rng, Sampling())]
+    assert [piece.shape[1] for piece in pieces] == sizes
+    expected_BT = fd.generate(model, params, prompt_BT, 137, rng)
+    np.testing.assert_array_equal(np.concatenate([prompt_BT, *pieces], axis=1), expected_BT)
 
 
 def test_the_seed_makes_the_text():
@@ -214,11 +225,11 @@ def test_the_seed_makes_the_text():
 
 def test_each_token_is_drawn_anew():
     """So hot that logits do not matter: a random key that came twice would draw the same token twice."""
-    model, params = make("rotary grouped", context_length=3 * STREAM_TOKENS)
-    tokens = fd.generate(model, params, prompts(1, 3), 2 * STREAM_TOKENS, jax.random.key(0), temperature=1e9)[0, 3:]
+    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
+    tokens = fd.generate(model, params, prompts(1, 3), 2 * WRITE_TOKENS, jax.random.key(0), temperature=1e9)[0, 3:]
     # 32 draws of 23 tokens show about 23 (1 - (22/23)^32) = 17 of them.
     assert len(set(tokens.tolist())) > 12
-    assert tokens[:STREAM_TOKENS].tolist() != tokens[STREAM_TOKENS:].tolist()
+    assert tokens[:WRITE_TOKENS].tolist() != tokens[WRITE_TOKENS:].tolist()
 
 
 def test_rows_are_drawn_by_themselves():
@@ -333,7 +344,7 @@ def test_no_more_is_computed_when_all_rows_have_ended():
     first_B = np.asarray(fd.generate(model, params, prompt_BT, 1, temperature=0.0))[:, -1]
     ends = first_B.tolist()
     chunks = list(stream(model, params, list(prompt_BT), 150, None, Sampling(temperature=0), end_ids=ends))
-    assert sum(written.tokens_BC.shape[1] for written in chunks) <= 1 + STREAM_TOKENS
+    assert sum(written.tokens_BC.shape[1] for written in chunks) <= 1 + 2 + WRITE_TOKENS
     tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 150, temperature=0.0, end_ids=ends))
     assert tokens_BT.shape == (2, 153) and (tokens_BT[:, 3:] == first_B[:, None]).all()
 

@@ -99,7 +99,7 @@ def generate(
         end_ids=end_ids,
         prefix=prefix,
         guess=guess,
-        piece_tokens=WRITE_TOKENS,
+        first_piece=WRITE_TOKENS,
     ):
         new_BT[:, made : made + written.tokens_BC.shape[1]] = written.tokens_BC
         made += written.tokens_BC.shape[1]
@@ -153,7 +153,7 @@ def complete(
         end_ids=end_ids,
         prefix=prefix,
         num_top=top_logprobs,
-        piece_tokens=WRITE_TOKENS,
+        first_piece=WRITE_TOKENS,
     )
     B = len(prompts) * num_samples
     nothing = Written(

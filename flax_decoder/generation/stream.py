@@ -1,6 +1,7 @@
 """Reading prompts and writing on, piece by piece, for a batch of any size."""
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,9 @@ from flax_decoder.generation.steps import (
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.decoder import Decoder, unstack_layers
 
-# Who reads along gets so many tokens at a time: few enough to look fluent.
-STREAM_TOKENS = 16
+# Who reads along gets more tokens at a time until a piece takes this long: the eye sees no steps in it, and to hand over
+# costs little beside it.
+STREAM_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def stream(
     prefix: Prefix | None = None,
     guess: PromptLookup | Draft | None = None,
     num_top: int | None = None,
-    piece_tokens: int = STREAM_TOKENS,
+    first_piece: int = 1,
 ) -> Iterator[Written]:
     """As `generate`, but gives the new tokens as they are made; what is wrong is raised at once.
 
@@ -74,7 +76,8 @@ def stream(
         end_ids: see there.
         prefix: see there.
         guess: see there.
-        piece_tokens: how many tokens come at a time, at most WRITE_TOKENS; with `guess` the guesses decide.
+        first_piece: how many tokens come first, at most WRITE_TOKENS; pieces then double while they are quick. With
+            `guess` the guesses decide.
         num_top: give log-probabilities, and those of so many of the likeliest tokens; not with `guess`.
 
     Returns:
@@ -99,7 +102,7 @@ def stream(
         prefix=prefix,
         rows_B2=_padded(row_numbers(prompts, num_samples), batch_capacity(num_rows)),
         longest=max(map(len, prompts)) + max_new_tokens,
-        piece_tokens=piece_tokens,
+        first_piece=first_piece,
     )
     if guess is None:
         return _stream_plain(task, params, num_top)
@@ -122,7 +125,7 @@ class _Task:
     prefix: Prefix | None
     rows_B2: np.ndarray
     longest: int
-    piece_tokens: int
+    first_piece: int
 
     @property
     def texts(self) -> list[np.ndarray]:
@@ -165,7 +168,7 @@ def _stream_plain(task: _Task, params: Any, num_top: int | None) -> Iterator[Wri
             ended_B=_padded(has_ended, B, True),
             seen=_seen(texts, made, read[1].shape) if task.sampling.looks_back else None,
         )
-        for written in _write_pieces(run, jax.device_put(state), made, count, num_rows, task.piece_tokens):
+        for written in _write_pieces(run, jax.device_put(state), made, count, num_rows, task.first_piece):
             yield written
             made += written.tokens_BC.shape[1]
             texts = [np.concatenate(pair) for pair in zip(texts, written.tokens_BC, strict=True)]
@@ -175,20 +178,23 @@ def _stream_plain(task: _Task, params: Any, num_top: int | None) -> Iterator[Wri
 
 
 def _write_pieces(
-    run: Callable[..., tuple[Texts, Written]], state: Texts, made: int, count: int, num_rows: int, piece_tokens: int
+    run: Callable[..., tuple[Texts, Written]], state: Texts, made: int, count: int, num_rows: int, first_piece: int
 ) -> Iterator[Written]:
     """Writes `count` tokens in pieces; while one is looked at, the next is already computed."""
     waiting: tuple[Written, int] | None = None
-    end = made + count
+    end, size = made + count, first_piece
     while made < end or waiting is not None:
         ready, waiting = waiting, None
+        started = time.perf_counter()
         if made < end:
-            # The first token comes alone where someone may be waiting for it.
-            piece = min(piece_tokens if made > 0 or piece_tokens == WRITE_TOKENS else 1, end - made)
+            piece = min(size, end - made)
             state, written = run(texts=state, number=np.int32(made), count=np.int32(piece))
             made, waiting = made + piece, (written, piece)
         if ready is not None:
-            yield jax.tree.map(lambda array, length=ready[1]: np.asarray(array)[:num_rows, :length], ready[0])
+            arrays = jax.tree.map(lambda array, length=ready[1]: np.asarray(array)[:num_rows, :length], ready[0])
+            if time.perf_counter() - started < STREAM_SECONDS:
+                size = min(2 * size, WRITE_TOKENS)
+            yield arrays
 
 
 def _stream_guessed(task: _Task, params: Any, guess: PromptLookup | Draft) -> Iterator[Written]:
