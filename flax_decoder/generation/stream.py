@@ -28,8 +28,8 @@ from flax_decoder.generation.steps import (
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.decoder import Decoder, unstack_layers
 
-# Who reads along gets more tokens at a time until a piece takes this long: the eye sees no steps in it, and to hand over
-# costs little beside it.
+# Who reads along gets more tokens at a time until a piece takes this long: the eye sees no steps in it, and handing it
+# over costs little beside making it.
 STREAM_SECONDS = 0.03
 
 
