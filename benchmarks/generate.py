@@ -1,12 +1,13 @@
 """Tokens a second beside PyTorch's: the same weights, prompts and tokens, in turn, in one process.
 
     pip install -e ".[torch]" && python benchmarks/generate.py [--rounds N] [--shape S] [--table] [--json FILE]
+        [--plot FILE]
 
 Greedy, in float32 on two threads, a prompt of 32 tokens and 128 new ones, against `transformers`' generate with its
 cache. Each round takes every contestant once, so that a machine that slows down slows all of them; results are medians
 and their ratios. Beside them the bytes of weights that batch 1 reads a second, and those of a matrix-vector product,
 measured in the same rounds; the time to the first token of a prompt of 512; what streaming costs. `--table` measures
-our tokens a second at batch 1, 8 and 32 with a cache of 256 to 4,096 tokens.
+our tokens a second at batch 1, 8 and 32 with a cache of 256 to 4,096 tokens; `--plot` draws them.
 """
 
 import argparse
@@ -188,6 +189,25 @@ def table(shape: str, num_rounds: int) -> dict[str, float]:
     return result
 
 
+def plot(result: dict[str, float], shape: str, file: Path) -> None:
+    """Draws a table: tokens a second over the context, a line a batch."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for B, marker in zip(TABLE_BATCHES, "os^", strict=True):
+        rates = [result[f"batch {B}, context {S}: tokens/s"] for S in TABLE_CONTEXTS]
+        axes.plot(TABLE_CONTEXTS, rates, marker=marker, label=f"batch {B}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(TABLE_CONTEXTS, [f"{S:,}" for S in TABLE_CONTEXTS])
+    axes.set_xlabel("slots of the cache")
+    axes.set_ylabel("tokens a second, all rows together")
+    axes.set_title(f"{shape}: {SIZES[shape][1]} layers, {SIZES[shape][2]} wide, two threads, float32")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     """Prints what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -195,6 +215,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SIZES, action="append", help="left out: all")
     parser.add_argument("--table", action="store_true", help="the throughput table in place of the comparison")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="with --table and one --shape: a picture of it")
     options = parser.parse_args()
     torch.set_num_threads(NUM_THREADS)
     transformers.logging.set_verbosity_error()
@@ -204,6 +225,8 @@ def main() -> None:
         print(shape)
         for name, value in result.items():
             print(f"  {name:<44} {value:10.3f}")
+    if options.plot:
+        plot(results[options.shape[0]], options.shape[0], options.plot)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
 
