@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,9 +21,8 @@ from flax_decoder.interop.family import Family, Rule
 from flax_decoder.interop.schedule import learning_rate
 from flax_decoder.interop.weights import Place, Shape, places, split
 
-# Under this name transformers calls `_watched_attention`, which only looks on.
+# Under this name transformers calls `_attention`, which only looks on.
 _ATTENTION = "flax_decoder_ledger"
-_seen_attention: list[dict[str, torch.Tensor]] = []
 
 
 def open_model(folder: Path) -> Any:
@@ -78,7 +78,7 @@ class PyTorchSide:
             num_steps: length of the schedule.
             exact: computes in float64, also where the model's own code would not.
         """
-        transformers.AttentionInterface.register(_ATTENTION, _watched_attention)
+        transformers.AttentionInterface.register(_ATTENTION, _attention)
         transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
         self.family, self.config, self.shapes = family, config, dict(shapes)
         self.lift = _Lift() if exact else None
@@ -110,16 +110,17 @@ class PyTorchSide:
             self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
             for name, hook in self._hooks(seen)
         ]
-        _seen_attention.clear()
+        layers: list[dict[str, torch.Tensor]] = []
+        transformers.AttentionInterface.register(_ATTENTION, functools.partial(_attention, layers=layers))
         try:
             with torch.no_grad():
                 seen["logits"] = self._logits(tokens_BT)
         finally:
+            transformers.AttentionInterface.register(_ATTENTION, _attention)
             for handle in handles:
                 handle.remove()
-        for layer, tensors in enumerate(_seen_attention):
+        for layer, tensors in enumerate(layers):
             seen |= {f"layers.{layer}.attention.{name}": tensor for name, tensor in tensors.items()}
-        _seen_attention.clear()
         for layer in range(self.config.num_layers):
             here = f"layers.{layer}.attention."
             seen[here + "q"] = seen.get(here + "query_norm", seen[here + "query"])
@@ -240,22 +241,23 @@ def _layer_hook(seen: dict[str, torch.Tensor], layer: int) -> Any:
     return hook
 
 
-def _watched_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **settings: Any
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    layers: list[dict[str, torch.Tensor]] | None = None,
+    **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention of the module's own family, with a look at what goes in, through, and out."""
+    """The attention of the module's own family; what goes in, through and out is added to `layers`."""
     attend = sys.modules[type(module).__module__].eager_attention_forward
     with _SoftmaxInput() as softmax:
         heads_BTNH, weights_BNTS = attend(module, query, key, value, mask, **settings)
-    _seen_attention.append(
-        {
-            "q_rotated": query.transpose(1, 2),
-            "k_rotated": key.transpose(1, 2),
-            "scores": softmax.seen,
-            "weights": weights_BNTS,
-            "heads": heads_BTNH,
-        }
-    )
+    if layers is not None:
+        seen = {"q_rotated": query.transpose(1, 2), "k_rotated": key.transpose(1, 2), "scores": softmax.seen}
+        layers.append({**seen, "weights": weights_BNTS, "heads": heads_BTNH})
     return heads_BTNH, weights_BNTS
 
 
