@@ -178,8 +178,8 @@ def convert(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Compares a model with PyTorch, tensor by tensor."""
-    if options.json is not None and options.json.parent.is_dir() is False:
-        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise UserError(f"--json {options.json}: must name a file in a folder that exists")
     from flax_decoder.files import write_text
     from flax_decoder.loading import compare
 
@@ -187,7 +187,10 @@ def compare(options: argparse.Namespace) -> int:
     ledger = compare(options.path, **{name: getattr(options, name) for name in names})
     print(ledger)
     if options.json is not None:
-        write_text(options.json, ledger.to_json())
+        try:
+            write_text(options.json, ledger.to_json())
+        except OSError as error:
+            raise FaultError(f"{options.json}: cannot be written: {error}") from error
     return 0 if ledger.holds else 1
 
 

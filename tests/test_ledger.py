@@ -662,7 +662,11 @@ def test_command_ends_with_1_where_a_row_does_not_hold(capsys):
     failing = ledger.Ledger(rows, "a cause")
     with mock.patch.object(comparison, "compare_models", lambda *_, **__: failing):
         assert cli.main(["compare", saved("gpt2", 0).name]) == 1
-    assert "1 of 1 rows do not hold; the first is logits: a cause" in capsys.readouterr().out
+        with mock.patch("flax_decoder.files.write_text", side_effect=OSError("disk full")):
+            assert cli.main(["compare", saved("gpt2", 0).name, "--json", "rows.json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "fault: rows.json: cannot be written: disk full\n"
+    assert "1 of 1 rows do not hold; the first is logits: a cause" in captured.out
     assert json.loads(failing.to_json())["rows"][0]["relative"] is None
 
 
@@ -673,7 +677,8 @@ def test_command_ends_with_1_where_a_row_does_not_hold(capsys):
         (["--batch-size", "3"], "batch_size = 3"),
         (["--length", "4"], "number of heads"),
         (["--length", "1"], "from 2 to"),
-        (["--json", "/nowhere/rows.json"], "there is no folder /nowhere"),
+        (["--json", "/nowhere/rows.json"], "must name a file in a folder that exists"),
+        (["--json", "/"], "must name a file in a folder that exists"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments, message, capsys):
