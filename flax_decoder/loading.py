@@ -127,17 +127,17 @@ def compare(
             f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
         ) from None
     own_model, own_params, tokenizer = load(path)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(path)
-        if _is_run_folder(folder):
-            family = choose_family(own_model.config, str(path))
-            folder = Path(place)
-            write_folder(folder, own_model.config, own_params, tokenizer, family)
-        family = read_family(folder)
-        if torch_model is None:
+    folder = Path(path)
+    is_run = _is_run_folder(folder)
+    family = choose_family(own_model.config, str(path)) if is_run else read_family(folder)
+    if torch_model is None:
+        with tempfile.TemporaryDirectory() as place:
+            if is_run:
+                folder = Path(place)
+                write_folder(folder, own_model.config, own_params, tokenizer, family)
             torch_model = open_model(folder)
-        model, params = model or own_model, own_params if params is None else params
-        return compare_models(model, params, torch_model, family, steps=steps, **settings)
+    model, params = model or own_model, own_params if params is None else params
+    return compare_models(model, params, torch_model, family, steps=steps, **settings)
 
 
 def load_with_tokenizer(

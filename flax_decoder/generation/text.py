@@ -87,9 +87,9 @@ class TextDecoder:
     def add(self, tokens: np.ndarray) -> str:
         """Takes the next tokens, and gives the text that no later token can change and was not given yet."""
         tokenizer, stop = self._tokenizer, self._stop
-        self._tokens.extend(tokens.tolist())
-        ends = [place for place, token in enumerate(self._tokens) if token in tokenizer.end_ids]
-        self._tokens = self._tokens[: min(ends, default=len(self._tokens))]
+        new = tokens.tolist()
+        ends = [place for place, token in enumerate(new) if token in tokenizer.end_ids]
+        self._tokens.extend(new[: min(ends, default=len(new))])
         text = tokenizer.decode(self._tokens)
         places = [place for place in (text.find(end) for end in stop) if place >= 0]
         if places or ends:

@@ -133,8 +133,9 @@ def _check_length(model: Decoder, length: int | None) -> int:
     """Tokens a sequence: enough that a window acts where that costs little, and never as many as there are heads."""
     config = model.config
     windows = [window for window in config.windows if window is not None and window <= MOST_TOKENS - 8]
-    wanted = max([64, *(window + 8 for window in windows)]) if length is None else length
-    wanted = min(wanted, config.context_length) if length is None else wanted
+    wanted = length
+    if wanted is None:
+        wanted = min(max([64, *(window + 8 for window in windows)]), config.context_length)
     if wanted in (config.num_heads, config.kv_heads):
         if length is not None:
             raise UserError(f"length = {length} is also a number of heads, so the two could be mistaken; take another")

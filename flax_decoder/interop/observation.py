@@ -176,7 +176,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, tup
         if (masked != (theirs < MASKED)).any():
             return np.inf, 1.0, ours.shape
         ours, theirs = np.where(masked, 0, ours), np.where(masked, 0, theirs)
-    difference, scale = float(largest_of(ours - theirs)), float(largest_of(theirs))
+    difference, scale = largest_of(ours - theirs), largest_of(theirs)
     # NaN is never equal to anything, and a model that computes it agrees with nothing.
     return (difference, scale, ours.shape) if np.isfinite(difference) else (np.inf, 1.0, ours.shape)
 

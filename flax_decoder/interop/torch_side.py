@@ -164,11 +164,8 @@ class PyTorchSide:
         for place in self.places:
             if path in place.rule.ours:
                 tensor = self._tensor(kind, self.parameters[place.name]).detach().cpu().numpy()
-                shapes = [
-                    self.shapes[ours] if place.layer is None else self.shapes[ours][1:] for ours in place.rule.ours
-                ]
                 rule = place.rule if kind == "params" else replace(place.rule, offset=0.0)
-                parts.append(split(rule, tensor, shapes)[place.rule.ours.index(path)])
+                parts.append(split(rule, tensor, place.parts(self.shapes))[place.rule.ours.index(path)])
         return np.stack(parts) if path.startswith("layers/") else parts[0].copy()
 
     def _tensor(self, kind: str, parameter: torch.Tensor) -> torch.Tensor:

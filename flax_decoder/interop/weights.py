@@ -25,6 +25,10 @@ class Place(NamedTuple):
     rule: Rule
     layer: int | None
 
+    def parts(self, shapes: Mapping[str, Shape]) -> list[Shape]:
+        """Shapes of our parameters in it, each without its layer axis, out of those of all parameters by path."""
+        return [shapes[path] if self.layer is None else shapes[path][1:] for path in self.rule.ours]
+
 
 def flatten(params: Any) -> dict[str, Any]:
     """The leaves of a params tree by path, such as layers/attention/query/kernel."""
@@ -133,7 +137,7 @@ def read_params(
     for paths, group in itertools.groupby(all_places, key=lambda place: place.rule.ours):
         together = [_Parameter(wanted[path]) for path in paths]
         for place in group:
-            _read_place(place, found[place.name], [shapes[path] for path in paths], together)
+            _read_place(place, found[place.name], place.parts(shapes), together)
         params |= {path: parameter.place() for path, parameter in zip(paths, together, strict=True)}
     return params
 
@@ -144,8 +148,7 @@ def _read_place(place: Place, tensor: Tensor, shapes: Sequence[Shape], together:
         raise UserError(
             f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for {place.shape}"
         )
-    own = [shape if place.layer is None else shape[1:] for shape in shapes]
-    for parameter, part in zip(together, split(place.rule, tensor.read(), own), strict=True):
+    for parameter, part in zip(together, split(place.rule, tensor.read(), shapes), strict=True):
         parameter.put(place.layer, part)
 
 
