@@ -48,5 +48,7 @@ CHIPS = (
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that a device calls itself by, the longest name that fits; None, rather than a guess, for any other."""
+    if " MIG " in device_kind:  # a slice of a GPU, with an unknown part of what it can do
+        return None
     known = [chip for chip in CHIPS if device_kind.startswith(chip.name)]
     return max(known, key=lambda chip: len(chip.name), default=None)
