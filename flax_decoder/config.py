@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -36,6 +37,12 @@ _RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attrib
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _is_not_zero(count: int) -> int:
+    if count == 0:
+        raise ValueError("must be a number of devices, or -1 for the rest")
+    return count
+
+
 def _as_tuple(value: Any) -> Any:
     """TOML knows lists only; a frozen, hashable config wants tuples."""
     return tuple(value) if isinstance(value, list) else value
@@ -49,6 +56,10 @@ def _as_qk_norm(value: Any) -> Any:
 def _as_remat(value: Any) -> Any:
     """Likewise."""
     return {"true": "full", "false": "none"}.get(str(value).lower(), value)
+
+
+# A number of devices, or -1 for all that the other mesh axes leave.
+NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -318,6 +329,27 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, config=_RULES)
+class MeshConfig:
+    """How devices share the work: their number is the product of the four axes; -1, once, is the rest of them."""
+
+    data: NumDevices | None = None
+    """groups that each compute a part of the batch; left out, as many of the rest as divide the batch"""
+    fsdp: NumDevices = 1
+    """like data, and parameters and optimizer state are split too: each device holds its part of them"""
+    tensor: NumDevices = 1
+    """parts of each matrix: attention heads, feed-forward width and vocabulary"""
+    context: NumDevices = 1
+    """parts of each sequence, for those that are too long for one device"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        rest = [name for name, count in dataclasses.asdict(self).items() if count == -1]
+        if len(rest) > 1:
+            raise ValueError(f"{' and '.join(rest)} are -1, but only one axis can be the rest of the devices")
+        return self
+
+
+@dataclass(frozen=True, config=_RULES)
 class RunConfig:
     """Where a run lives, and whom it tells."""
 
@@ -339,6 +371,7 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

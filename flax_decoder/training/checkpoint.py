@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -136,7 +137,8 @@ def restore_state(folder: Path, step: int, state: TrainState) -> TrainState:
     """
     params = restore_params(folder, step, state.params)
     opt_state = _restore(folder / "checkpoints" / str(step) / "optimizer", state.opt_state)
-    return state.replace(step=jnp.asarray(step, jnp.int32), params=params, opt_state=opt_state)
+    step_there = jax.device_put(np.int32(step), jnp.asarray(state.step).sharding)
+    return state.replace(step=step_there, params=params, opt_state=opt_state)
 
 
 def restore_params(folder: Path, step: int, params: Any) -> Any:

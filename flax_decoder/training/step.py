@@ -9,10 +9,12 @@ import numpy as np
 import optax
 from flax import struct
 from flax.training import train_state
+from jax.sharding import Mesh
 
 from flax_decoder.config import Config
-from flax_decoder.nn.axes import num_parts
+from flax_decoder.nn.axes import logical_axes, num_parts
 from flax_decoder.nn.decoder import Decoder, check_tokens, head_params
+from flax_decoder.parallel.mesh import sharding_of
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import make_optimizer
 
@@ -38,28 +40,45 @@ class TrainState(train_state.TrainState):
     loss_chunk_tokens: int | None = struct.field(pytree_node=False, default=None)
 
 
-def init_state(model: Decoder, config: Config, *, rng: jax.Array) -> TrainState:
+def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step.
 
     Args:
         model: the network.
         config: optimizer, number of steps, seed, accumulation and loss of the run.
-        rng: from which the parameters are drawn.
+        rng: from which the parameters are drawn; the same ones on any mesh.
+        mesh: devices that hold the state in parts, each made where it belongs; None is the default device.
     """
-    # The parameters do not depend on the tokens, nor on their number.
-    params = jax.jit(model.init)(rng, np.zeros((1, 1), np.int32))["params"]
+    make = state_maker(model, config)
+    shardings = None if mesh is None else state_shardings(mesh, jax.eval_shape(make, rng))
+    return jax.jit(make, out_shardings=shardings)(rng)
+
+
+def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainState]:
+    """The function from a random key to the state before the first step; see `init_state`."""
     tx = make_optimizer(config.optimizer, config.training.num_steps)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        apply_fn=model.apply,
-        params=params,
-        tx=tx,
-        opt_state=jax.jit(tx.init)(params),
-        seed=config.training.seed,
-        accumulation_steps=config.training.accumulation_steps,
-        z_loss=config.training.z_loss,
-        loss_chunk_tokens=config.training.loss_chunk_tokens,
-    )
+
+    def make(rng: jax.Array) -> TrainState:
+        # The parameters do not depend on the tokens, nor on their number.
+        params = model.init(rng, np.zeros((1, 1), np.int32))["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            apply_fn=model.apply,
+            params=params,
+            tx=tx,
+            opt_state=tx.init(params),
+            seed=config.training.seed,
+            accumulation_steps=config.training.accumulation_steps,
+            z_loss=config.training.z_loss,
+            loss_chunk_tokens=config.training.loss_chunk_tokens,
+        )
+
+    return make
+
+
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+    """Where each array of a state, or of an abstract one, lies on a mesh: moments lie where their parameters do."""
+    return jax.tree.map(lambda axes: sharding_of(mesh, *axes), logical_axes(state))
 
 
 def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
@@ -69,8 +88,8 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
 
     Args:
         state: where training stands; not changed.
-        batch: "inputs" and "targets", token ids (B, T), and optionally "mask" (B, T): the weight of each target in the
-            loss, 0 leaves it out.
+        batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
+            loss, 0 leaves it out; and "positions" (B, T), where in the text the inputs stand if not one after another.
         axis_name: the mapped axis over which the batch is spread, under `pmap` or `shard_map`.
 
     Returns:
@@ -180,6 +199,7 @@ def loss_sum(
     result = apply_fn(
         {"params": params},
         batch["inputs"],
+        positions_BT=batch.get("positions"),
         hidden_only=chunk_tokens is not None,
         deterministic=rng is None,
         rngs=None if rng is None else {"dropout": rng},
