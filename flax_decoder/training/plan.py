@@ -21,7 +21,6 @@ from flax_decoder.training.hlo import parse_hlo
 from flax_decoder.training.roofline import Roofline, memory_bytes, product_flops, roofline
 from flax_decoder.training.speed import DEFAULT_VOCAB_SIZE, flops_per_token
 from flax_decoder.training.step import TrainState, state_maker, state_shardings, train_step
-from flax_decoder.training.topology import devices_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +208,8 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
 
 def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes of the state and of a batch, and where their parts would lie on a mesh."""
-    state = jax.eval_shape(state_maker(Decoder(config.model), config), jax.random.key(0))
+    make = state_maker(Decoder(config.model), config)
+    state = jax.eval_shape(lambda: make(jax.random.key(0)))
     state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, state_shardings(mesh, state))
     shape = config.training.batch_size, config.model.context_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding_of(mesh, "batch", "length"))
@@ -241,8 +241,10 @@ def _capacity(mesh: Mesh) -> float | None:
 
 
 def _memory(state: Any, batch: Any, compiled: Any, used: int | None, capacity: float | None) -> Memory:
-    sizes = {name: sum(map(_bytes_a_device, jax.tree.leaves(tree))) for name, tree in
-             {"params": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}.items()}
+    sizes = {
+        name: sum(map(_bytes_a_device, jax.tree.leaves(tree)))
+        for name, tree in {"params": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}.items()
+    }
     if compiled is None:
         temporaries, program = (used or 0) - sum(sizes.values()), 0
     else:
@@ -264,4 +266,3 @@ def _used_bytes(error: Exception) -> int:
     if found is None:
         raise error
     return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
-

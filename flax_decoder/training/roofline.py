@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 from jax.extend import core
 
 from flax_decoder.training.hardware import Chip
@@ -69,8 +68,8 @@ def product_flops(jaxpr: core.Jaxpr) -> float:
         match name:
             case "dot_general":
                 (contracted, _), _ = settings["dimension_numbers"]
-                left = equation.invars[0].aval.shape
-                total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+                left, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+                total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
             case "scan":
                 total += settings["length"] * sum(inner)
             case "cond":
@@ -92,9 +91,14 @@ def product_flops(jaxpr: core.Jaxpr) -> float:
 
 def _fused_attention_flops(name: str, equation: Any) -> float:
     """cuDNN's causal attention: two products forward and five backward, of which it leaves out the upper half."""
-    q_BTNH, k_BSKH = (variable.aval for variable in equation.invars[:2])
+    q_shape, (_, num_keys, *_) = map(_shape, equation.invars[:2])
     products = 5 if "_bwd" in name else 2
-    return products * 2 * math.prod(q_BTNH.shape) * k_BSKH.shape[1] / 2
+    return products * 2 * math.prod(q_shape) * num_keys / 2
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = variable.aval.shape
+    return shape
 
 
 def _jaxprs(settings: dict[str, Any]) -> list[Any]:
@@ -111,8 +115,8 @@ def _jaxprs(settings: dict[str, Any]) -> list[Any]:
 def memory_bytes(program: Program) -> float:
     """What a compiled program moves to and from the chip's memory, by a rule that any chip obeys.
 
-    What comes in is read once, and what an instruction leaves in memory is written once and read once. What stays inside
-    of a fusion, or in the fast memory of a TPU core, is not counted; nor is that some results are read often.
+    What comes in is read once, and what an instruction leaves in memory is written once and read once. What stays
+    inside of a fusion, or in the fast memory of a TPU core, is not counted; nor is that some results are read often.
     """
     total = sum(one.num_bytes for one in program.computations[program.entry].values() if one.opcode == "parameter")
     for _, instruction, times in program.runs():

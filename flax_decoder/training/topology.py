@@ -81,8 +81,8 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
     if kind in GPUS:
         if len(counts) != 1 or (counts[0] > GPUS_A_NODE and counts[0] % GPUS_A_NODE != 0):
             raise UserError(
-                f"--topology {name}: {kind} takes a number of GPUs, 1 to {GPUS_A_NODE} or whole nodes of {GPUS_A_NODE}, "
-                f"such as {kind}:8"
+                f"--topology {name}: {kind} takes a number of GPUs, 1 to {GPUS_A_NODE} or whole nodes of "
+                f"{GPUS_A_NODE}, such as {kind}:8"
             )
         return kind, counts
     tpu = TPUS[kind]
@@ -106,10 +106,13 @@ def prepare(name: str) -> None:
         UserError: the name is wrong, or the compiler is not installed.
     """
     kind, _ = parse_topology(name)
+    # A program out of the cache can neither be timed nor, on some devices, be looked into.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if kind in TPUS:
         _require("libtpu", "tpu")
-        # It would ask the cloud's metadata server which TPU this is.
+        # It would ask the cloud's metadata server which TPU this is, and lock a TPU that it does not use.
         os.environ |= {
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v5litepod-8",
             "TPU_WORKER_HOSTNAMES": "localhost",
@@ -139,9 +142,7 @@ def devices_of(name: str) -> list[Any]:
     if kind in TPUS:
         # The compiler counts all dimensions of a host, and assumes 2 x 2 chips; one chip has a host of its own.
         options = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(counts) == 1 else {}
-        return topologies.get_topology_desc(
-            f"{kind}:{'x'.join(map(str, counts))}", platform="tpu", **options
-        ).devices
+        return topologies.get_topology_desc(f"{kind}:{'x'.join(map(str, counts))}", platform="tpu", **options).devices
     # One slice, so many nodes, so many GPUs on each.
     num_local = min(counts[0], GPUS_A_NODE)
     return topologies.get_topology_desc(
@@ -163,5 +164,6 @@ def _gpu_description(kind: str) -> str:
 def _require(module: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise UserError(
-            f'the compiler for this topology is missing (no {module}); install it with\n  pip install "flax-decoder[{extra}]"'
+            f"the compiler for this topology is missing ({module}); install it with\n"
+            f'  pip install "flax-decoder[{extra}]"'
         )
