@@ -111,16 +111,6 @@ def test_what_does_not_fit_comes_with_a_change_that_does(small_chip, capsys, tmp
     assert "larger chips" in capsys.readouterr().out
 
 
-class Refuses:
-    """A traced step that the compiler finds too big."""
-
-    def __init__(self, message):
-        self.message = message
-
-    def lower(self):
-        raise jax.errors.JaxRuntimeError(self.message)
-
-
 def test_a_refusal_of_the_compiler_is_read():
     error = jax.errors.JaxRuntimeError(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2.50G of 1.75G hbm."

@@ -145,8 +145,9 @@ def devices_of(name: str) -> list[Any]:
         return topologies.get_topology_desc(f"{kind}:{'x'.join(map(str, counts))}", platform="tpu", **options).devices
     # One slice, so many nodes, so many GPUs on each.
     num_local = min(counts[0], GPUS_A_NODE)
+    shape = f"1x{counts[0] // num_local}x{num_local}"
     return topologies.get_topology_desc(
-        f"1x{counts[0] // num_local}x{num_local}", platform="cuda", target_config=_gpu_description(kind)
+        name, platform="cuda", topology=shape, target_config=_gpu_description(kind)
     ).devices
 
 
