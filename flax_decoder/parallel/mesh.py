@@ -21,6 +21,8 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 RULES = (
     ("batch", ("data", "fsdp")),
+    # The same, seen from the parameters: devices that hold copies of the same part.
+    ("copies", "data"),
     ("length", "context"),
     # Parameters alone: activations are whole along the residual stream.
     ("embed", "fsdp"),
