@@ -36,7 +36,7 @@ RULES = {
     "training.sample_tokens": 12,
 }
 # All that a line of metrics.jsonl says but how long it took.
-TIMES = ("tokens_per_second", "seconds")
+TIMES = ("tokens_per_second", "mfu", "mfu_causal", "seconds")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from flax_decoder.generation.generate import generate
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.checkpoint import Checkpoints, commit_time, restore_state, saved_steps
 from flax_decoder.training.evaluation import evaluate
+from flax_decoder.training.flops import utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses, require_reporters
 from flax_decoder.training.optimizer import learning_rate_schedule
@@ -114,13 +115,15 @@ def run_steps(
             if not (saves or evaluates or step % training.log_every == 0):
                 continue
             train_loss = float(metrics["loss"][count - 1])
+            tokens_per_second = tokens_a_step / pace.seconds_a_step
             row = as_row(
                 step,
                 tokens=step * tokens_a_step,
                 train_loss=train_loss,
                 learning_rate=schedule(step - 1),
                 gradient_norm=metrics["gradient_norm"][count - 1],
-                tokens_per_second=tokens_a_step / pace.seconds_a_step,
+                tokens_per_second=tokens_per_second,
+                **utilization(config.model, tokens_per_second, jax.devices()[0].device_kind, num_devices=1),
                 seconds=progress.seconds(),
             )
             if not np.isfinite(train_loss):
