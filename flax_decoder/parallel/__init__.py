@@ -1,0 +1,1 @@
+"""Devices: how they are arranged, and what each of them holds."""
