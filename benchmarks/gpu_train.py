@@ -272,19 +272,24 @@ def torch_call(config: Config, model: Decoder, batches: np.ndarray, backend: Any
     return call
 
 
-def our_call(config: Config, state: Any, batches: np.ndarray) -> Call:
-    """The same steps of ours, in one program."""
+def our_call(config: Config, batches: np.ndarray) -> Call:
+    """The same steps of ours, in one program on one device, as train.py takes them."""
     import jax
 
-    from flax_decoder.training.step import train_steps
+    from flax_decoder.nn.decoder import Decoder
+    from flax_decoder.parallel.mesh import make_mesh, use_mesh
+    from flax_decoder.training.step import init_state, jit_steps
 
-    take_steps = jax.jit(train_steps, donate_argnums=0)
+    mesh = make_mesh(config, jax.devices()[:1])
+    state = init_state(Decoder(config.model), config, rng=jax.random.key(0), mesh=mesh)
+    take_steps = jit_steps(state, mesh)
 
     def call() -> list[float]:
         nonlocal state
         inputs = {"inputs": batches[:, :, :-1], "targets": batches[:, :, 1:]}
-        state, metrics = jax.block_until_ready(take_steps(state, inputs, len(batches)))
-        return [float(loss) for loss in metrics["loss"]]
+        with use_mesh(mesh):
+            state, metrics = jax.block_until_ready(take_steps(state, inputs, len(batches)))
+        return np.asarray(metrics["loss"]).tolist()
 
     return call
 
@@ -302,12 +307,12 @@ def check_losses(shape: str, changes: dict[str, Any]) -> None:
     import flax_decoder as fd
 
     config = config_of(shape, changes | {"model.dtype": "float32", "model.attention": "auto"}, tiny=True)
-    state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
     theirs = Decoder(config.model)
-    copy_params(state.params, theirs)
+    # The same random key as in `our_call`.
+    copy_params(fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0)).params, theirs)
     batches = random_batches(config, CHECKED_STEPS)
     their_losses = torch_call(config, theirs, batches, SDPBackend.MATH, compiled=False)()
-    our_losses = our_call(config, state, batches)()
+    our_losses = our_call(config, batches)()
     if not np.allclose(our_losses, their_losses, rtol=TOLERANCE, atol=0):
         sys.exit(f"{shape}: the losses of the same steps differ: {our_losses}, PyTorch {their_losses}")
 
@@ -318,14 +323,10 @@ def turn(name: str, config: Config, tiny: bool, compiled: bool) -> dict[str, Any
     if name == OURS:
         import jax
 
-        import flax_decoder as fd
-
         device = jax.devices()[0]
         if not tiny and device.platform != "gpu":
             sys.exit('JAX sees no GPU: pip install -e ".[cuda13]", or ".[cuda12]"')
-        state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
-        call, device_kind = our_call(config, state, batches), device.device_kind
-        del state  # its memory is given to the steps
+        call, device_kind = our_call(config, batches), device.device_kind
     else:
         if tiny:
             torch.set_num_threads(1)  # more wait for each other longer than they compute
