@@ -19,7 +19,8 @@ from flax_decoder.training.collectives import bytes_by_kind, collectives_of, pap
 from flax_decoder.training.hardware import chip_of
 from flax_decoder.training.hlo import parse_hlo
 from flax_decoder.training.roofline import Roofline, memory_bytes, product_flops, roofline
-from flax_decoder.training.speed import DEFAULT_VOCAB_SIZE, flops_per_token
+from flax_decoder.training.flops import flops_per_token
+from flax_decoder.training.speed import DEFAULT_VOCAB_SIZE
 from flax_decoder.training.step import TrainState, state_maker, state_shardings, train_step
 
 
@@ -178,7 +179,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = config.training.batch_size * config.model.context_length
     flops = product_flops(traced.jaxpr.jaxpr) / mesh.size
-    model_flops = flops_per_token(config.model, num_params) * tokens / mesh.size
+    model_flops = flops_per_token(config.model, "causal") * tokens / mesh.size
     sent, bounds = None, None
     if compiled is not None:
         program = parse_hlo(compiled.as_text())
