@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.errors import UserError
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.parallel.mesh import make_mesh, sharding_of, use_mesh
+from flax_decoder.parallel.mesh import compiler_options, make_mesh, sharding_of, use_mesh
 from flax_decoder.training.collectives import bytes_by_kind, collectives_of, paper_bytes
 from flax_decoder.training.hardware import chip_of
 from flax_decoder.training.hlo import parse_hlo
@@ -167,7 +167,9 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
     with use_mesh(mesh):
         state, batch = abstract_arguments(config, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
-        traced = jax.jit(train_step, donate_argnums=0, out_shardings=shardings).trace(state, batch)
+        options = compiler_options(mesh)
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+        traced = jitted.trace(state, batch)
         start = time.perf_counter()
         try:
             compiled = traced.lower().compile()
