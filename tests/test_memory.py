@@ -6,7 +6,7 @@ import numpy as np
 import flax_decoder as fd
 from flax_decoder.training.step import mean_gradients
 
-B, T = 16, 128
+B, T = 4, 128
 SIZES = {
     "model.vocab_size": 64,
     "model.context_length": T,
@@ -35,8 +35,8 @@ def test_each_way_to_recompute_keeps_less_than_the_one_before():
 
 def test_chunks_take_an_eighth_of_what_all_logits_take():
     """Where little else is kept: here all logits are 64 MiB, and a chunk of them is 1 MiB."""
-    large = {"model__vocab_size": 8192, "model__remat": "full"}
+    large = {"model__vocab_size": 32_768, "model__embed_dim": 8, "model__remat": "full"}
     plain = temporaries(**large, training__loss_chunk_tokens=0)
-    assert plain > B * T * 8192 * 4
-    assert temporaries(**large, training__loss_chunk_tokens=32) <= plain / 8
+    assert plain > B * T * 32_768 * 4
+    assert temporaries(**large, training__loss_chunk_tokens=8) <= plain / 8
     assert temporaries(**large) == plain  # nothing that small is cut unasked
