@@ -1,0 +1,1 @@
+"""Many devices: which holds what."""
