@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -36,6 +37,12 @@ _RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attrib
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _is_not_zero(count: int) -> int:
+    if count == 0:
+        raise ValueError("must be a number of devices, or -1 for the rest")
+    return count
+
+
 def _as_tuple(value: Any) -> Any:
     """TOML knows lists only; a frozen, hashable config wants tuples."""
     return tuple(value) if isinstance(value, list) else value
@@ -44,6 +51,10 @@ def _as_tuple(value: Any) -> Any:
 def _as_qk_norm(value: Any) -> Any:
     """`true` and `false` were the only values once, and still mean what they did."""
     return {"true": "head", "false": "none"}.get(str(value).lower(), value)
+
+
+# A number of devices, or -1 for all that the other mesh axes leave.
+NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -307,6 +318,52 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, config=_RULES)
+class MeshConfig:
+    """How devices share the work: their number is the product of the four axes; -1, once, is the rest of them."""
+
+    data: NumDevices | None = None
+    """groups that each compute a part of the batch; left out, as many of the rest as divide the batch"""
+    fsdp: NumDevices = 1
+    """like data, and parameters and optimizer state are split too: each device holds its part of them"""
+    tensor: NumDevices = 1
+    """parts of each matrix: attention heads, feed-forward width and vocabulary"""
+    context: NumDevices = 1
+    """parts of each sequence, for those that are too long for one device"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        rest = [name for name, count in dataclasses.asdict(self).items() if count == -1]
+        if len(rest) > 1:
+            raise ValueError(f"{' and '.join(rest)} are -1, but only one axis can be the rest of the devices")
+        return self
+
+
+@dataclass(frozen=True, config=_RULES)
+class DistributedConfig:
+    """The processes of a job, where it has more than one and their launcher does not tell them of each other."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process, the same for all; left out, the launcher says it, or there is only one"""
+    num_processes: PositiveInt | None = None
+    """how many processes there are; left out, the launcher says it"""
+    process_id: NonNegativeInt | None = None
+    """which of them this is, from 0; left out, the launcher says it"""
+    heartbeat_seconds: PositiveInt = 100
+    """a process that is silent for so long is taken for dead, and the others end too"""
+    join_seconds: PositiveInt = 300
+    """how long to wait at the start until all processes are there"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        host, _, port = (self.coordinator or "host:1").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"coordinator = {self.coordinator!r} must be HOST:PORT, such as node1:8476")
+        if self.num_processes is not None and (self.process_id or 0) >= self.num_processes:
+            raise ValueError(f"process_id = {self.process_id} must be under num_processes = {self.num_processes}")
+        return self
+
+
+@dataclass(frozen=True, config=_RULES)
 class RunConfig:
     """Where a run lives, and whom it tells."""
 
@@ -328,6 +385,8 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

@@ -78,15 +78,15 @@ def assert_equal_to_the_last_bit(folder, expected):
 
 def at_step(monkeypatch, step, action):
     """Lets `action` happen once, when the loop asks for the batches of the call in which a step lies."""
-    original, happened = loop.train_batch, []
+    original, happened = loop.place_batches, []
 
-    def train_batch(*args, **options):
-        if options["step"] <= step < options["step"] + options.get("num_steps", 1) and not happened:
+    def place_batches(tokens, config, mesh, first, num_steps):
+        if first <= step < first + num_steps and not happened:
             happened.append(step)
             action()
-        return original(*args, **options)
+        return original(tokens, config, mesh, first, num_steps)
 
-    monkeypatch.setattr(loop, "train_batch", train_batch)
+    monkeypatch.setattr(loop, "place_batches", place_batches)
 
 
 class CrashError(Exception):

@@ -11,7 +11,14 @@ import numpy as np
 
 
 def train_batch(
-    tokens: np.ndarray, *, seed: int, step: int, batch_size: int, context_length: int, num_steps: int | None = None
+    tokens: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    context_length: int,
+    num_steps: int | None = None,
+    rows: slice = slice(None),
 ) -> dict[str, np.ndarray]:
     """The training batch of a step, or of several steps in a row.
 
@@ -22,9 +29,11 @@ def train_batch(
         batch_size: B, windows a step.
         context_length: T, tokens a window.
         num_steps: give the batches of this many steps, with a leading axis.
+        rows: read only these windows of each batch.
 
     Returns:
-        `inputs` and `targets`, int32 [B, T] or [num_steps, B, T]; targets are the inputs moved on by one token.
+        `inputs` and `targets`, int32 [B, T] or [num_steps, B, T], B as many as `rows` has; targets are the inputs
+        moved on by one token.
 
     Raises:
         ValueError: the tokens are fewer than T + 1.
@@ -38,10 +47,10 @@ def train_batch(
         offset, order = _epoch_order(seed, epoch, num_windows, num_offsets)
         epoch_start = epoch * num_windows
         starts.append(offset + T * order[max(first - epoch_start, 0) : end - epoch_start])
-    starts_B = np.concatenate(starts)
-    windows = tokens[starts_B[:, None] + np.arange(T + 1)]
-    if num_steps is not None:
-        windows = windows.reshape(num_steps, batch_size, T + 1)
+    starts_of_steps = np.concatenate(starts).reshape(-1, batch_size)[:, rows]
+    windows = tokens[starts_of_steps[:, :, None] + np.arange(T + 1)]
+    if num_steps is None:
+        (windows,) = windows
     return {"inputs": windows[..., :-1].astype(np.int32), "targets": windows[..., 1:].astype(np.int32)}
 
 

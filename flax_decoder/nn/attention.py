@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention_kernels import blockwise
+from flax_decoder.nn.axes import constrain, num_parts
 from flax_decoder.nn.cache import LayerKV, positions_of_slots, write
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.norm import Norm
@@ -139,7 +140,7 @@ class SelfAttention(nn.Module):
         self.sow("intermediates", "heads", heads_BTNH)
 
         out = Linear((config.embed_dim,), 2, config.attention_out_bias, config.output_stddev, config.dtype, name="out")
-        return out(heads_BTNH), cached
+        return out(constrain(heads_BTNH, "batch", "length", "heads", None)), cached
 
     def with_cached(
         self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, cached: LayerKV, end_B: jax.Array | None
@@ -171,9 +172,9 @@ class SelfAttention(nn.Module):
             shape = (num_heads, config.head_width)
             return Linear(shape, 1, config.attention_in_bias, config.init_stddev, config.dtype, name=name)(x_BTD)
 
-        q_BTNH = project("query", config.num_heads)
-        k_BTKH = project("key", config.kv_heads)
-        v_BTKH = project("value", config.kv_heads)
+        q_BTNH = constrain(project("query", config.num_heads), "batch", "length", "heads", None)
+        k_BTKH = constrain(project("key", config.kv_heads), "batch", "length", "kv_heads", None)
+        v_BTKH = constrain(project("value", config.kv_heads), "batch", "length", "kv_heads", None)
 
         if config.qk_norm != "none":
             q_BTNH = self.normalise("query_norm", q_BTNH)
@@ -202,4 +203,6 @@ class SelfAttention(nn.Module):
     def blockwise_is_chosen(self) -> bool:
         """Whether the config asks for blocks, or leaves the choice and they are fast here."""
         choice = self.config.attention
+        if num_parts("length") > 1:
+            return False  # it counts on tokens that stand in their order
         return choice == "blockwise" or (choice == "auto" and jax.default_backend() == "cpu")

@@ -13,8 +13,10 @@ from jax.typing import ArrayLike
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 from flax_decoder.nn.attention import NO_WINDOW, SelfAttention
+from flax_decoder.nn.axes import constrain
 from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.feed_forward import FeedForward
+from flax_decoder.nn.linear import project
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import at_least_float32, check_float64
@@ -66,6 +68,7 @@ class Block(nn.Module):
         x_BTD = attended_BTD + dropout(h_BTD)
         if config.norm_position == "post":
             x_BTD = norm(name="feed_forward_norm")(x_BTD)
+        x_BTD = constrain(x_BTD, "batch", "length", None)
         self.sow("intermediates", "residual", x_BTD)
         return x_BTD, cached
 
@@ -88,6 +91,7 @@ class Decoder(nn.Module):
         tokens_BT: jax.Array,
         cache: KVCache | None = None,
         *,
+        positions_BT: jax.Array | None = None,
         num_tokens_B: jax.Array | None = None,
         last_only: bool = False,
         deterministic: bool = True,
@@ -97,6 +101,7 @@ class Decoder(nn.Module):
         Args:
             tokens_BT: token ids, integers.
             cache: keys and values of the tokens before, from `empty_cache` or an earlier call.
+            positions_BT: where in the text the tokens stand, for tokens in another order than that; not with a cache.
             num_tokens_B: with a cache, how many tokens of each row count; those behind them are padding.
             last_only: gives the logits of each row's last token alone, (B, 1, V), where T of them would go unread.
             deterministic: False applies dropout and needs `rngs={"dropout": rng}`.
@@ -106,7 +111,7 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: ids outside the vocabulary (where they are known, that is outside of jit), more positions than
-                learned ones reach, or float64 where JAX has it switched off.
+                learned ones reach, positions beside a cache, or float64 where JAX has it switched off.
         """
         config = self.config
         if config.vocab_size is None:
@@ -116,7 +121,10 @@ class Decoder(nn.Module):
         B, T = tokens_BT.shape
         if config.positions == "learned" and T > config.context_length:
             raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
-        positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
+        if positions_BT is not None and cache is not None:
+            raise ValueError("a cache says where its tokens stand: leave out positions_BT")
+        if positions_BT is None:
+            positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
         real_positions_BT, end_B = positions_BT, None
         if cache is not None:
             positions_BT = cache.length_B[:, None] + positions_BT
@@ -127,7 +135,7 @@ class Decoder(nn.Module):
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
         embedding_VD = embedding_VD.astype(config.dtype)
-        x_BTD = self.embed(embedding_VD, tokens_BT, real_positions_BT)
+        x_BTD = constrain(self.embed(embedding_VD, tokens_BT, real_positions_BT), "batch", "length", None)
         self.sow("intermediates", "embeddings", x_BTD)
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
@@ -141,14 +149,13 @@ class Decoder(nn.Module):
             head_DV = embedding_VD.T
         else:
             head_DV = self.param("head", normal, (config.embed_dim, config.vocab_size)).astype(config.dtype)
-        x_RD = x_BCD.reshape(-1, config.embed_dim)
-        dtype = at_least_float32(x_RD.dtype)
-        if config.tied_head and cache is not None and 1 < x_RD.shape[0] <= FEW_ROWS:
+        dtype = at_least_float32(x_BCD.dtype)
+        if config.tied_head and cache is not None and 1 < x_BCD.shape[0] * x_BCD.shape[1] <= FEW_ROWS:
             # The same product the other way round: on CPU this reads a transposed matrix twice as fast for few rows.
-            logits_RV = jnp.dot(embedding_VD, x_RD.T, preferred_element_type=dtype).T
+            x_RD = x_BCD.reshape(-1, config.embed_dim)
+            logits_BCV = jnp.dot(embedding_VD, x_RD.T, preferred_element_type=dtype).T.reshape(*x_BCD.shape[:2], -1)
         else:
-            logits_RV = jnp.dot(x_RD, head_DV, preferred_element_type=dtype)
-        logits_BCV = logits_RV.reshape(*x_BCD.shape[:2], -1)
+            logits_BCV = constrain(project(x_BCD, head_DV, dtype), "batch", "length", "vocab")
         if config.logit_soft_cap is not None:
             logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
         if cache is None or end_B is None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.nn.axes import constrain
 from flax_decoder.nn.linear import Linear
 
 
@@ -50,5 +51,6 @@ class FeedForward(nn.Module):
             h_BTF *= activation(linear("gate", config.mlp_width, config.init_stddev)(x_BTD))
         else:
             h_BTF = activation(h_BTF)
+        h_BTF = constrain(h_BTF, "batch", "length", "mlp")
         self.sow("intermediates", "hidden", h_BTF)
         return linear("down", config.embed_dim, config.output_stddev)(h_BTF)

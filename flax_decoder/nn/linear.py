@@ -3,7 +3,10 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+
+from flax_decoder.nn.axes import num_parts
 
 
 class Linear(nn.Module):
@@ -31,10 +34,25 @@ class Linear(nn.Module):
         rest, inputs = x.shape[: -self.num_input_axes], x.shape[-self.num_input_axes :]
         kernel = self.param("kernel", nn.initializers.normal(self.init_stddev), (*inputs, *self.features))
         matrix = kernel.reshape(math.prod(inputs), math.prod(self.features)).astype(self.dtype)
-        # Two axes only: with three, the gradient of the kernel sums over two of them at once, which CPUs do slowly.
-        y = x.astype(self.dtype).reshape(-1, matrix.shape[0]) @ matrix
+        y = project(x.astype(self.dtype).reshape(*rest, -1), matrix)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, self.features).reshape(1, -1).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
+            y += bias.reshape((1,) * len(rest) + (-1,))
         y = y.reshape(*rest, *self.features)
         self.sow("intermediates", "output", y)
         return y
+
+
+def project(x: jax.Array, matrix: jax.Array, dtype: str | jnp.dtype | None = None) -> jax.Array:
+    """x W over the last axis of x.
+
+    Args:
+        x: (batch, length, inputs).
+        matrix: (inputs, outputs).
+        dtype: of the result, where it is not that of `x`.
+    """
+    if num_parts("length") > 1:
+        return jnp.dot(x, matrix, preferred_element_type=dtype)  # merged with the batch, a split axis would be gathered
+    # Two axes only: with three, the gradient of the kernel sums over two of them at once, which CPUs do slowly.
+    rows = jnp.dot(x.reshape(-1, matrix.shape[0]), matrix, preferred_element_type=dtype)
+    return rows.reshape(*x.shape[:-1], matrix.shape[1])

@@ -1,1 +1,1 @@
-"""Many devices: which holds what."""
+"""Devices: how they are arranged, and what each of them holds."""

@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from flax_decoder.errors import FaultError, UserError
+from flax_decoder.parallel.processes import first_alone
 from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.step import TrainState
 
@@ -26,7 +28,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_newest: int):
         """Opens the checkpoints of a run; the newest few are kept, and the one with the lowest validation loss."""
         self._folder = folder / "checkpoints"
-        set_broken_aside(folder)
+        first_alone(lambda: set_broken_aside(folder))
 
         def val_loss(metrics: dict[str, float]) -> float:
             return metrics["val_loss"]
@@ -136,7 +138,8 @@ def restore_state(folder: Path, step: int, state: TrainState) -> TrainState:
     """
     params = restore_params(folder, step, state.params)
     opt_state = _restore(folder / "checkpoints" / str(step) / "optimizer", state.opt_state)
-    return state.replace(step=jnp.asarray(step, jnp.int32), params=params, opt_state=opt_state)
+    step_there = jax.device_put(np.int32(step), jnp.asarray(state.step).sharding)
+    return state.replace(step=step_there, params=params, opt_state=opt_state)
 
 
 def restore_params(folder: Path, step: int, params: Any) -> Any:

@@ -1,6 +1,7 @@
 """The folder of a run: made whole or not at all, and never filled with another run."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ FREE_FIELDS = {
 }
 
 
-def open_run(config: Config, folder: Path) -> tuple[Config, Tokenizer, Corpus]:
+def open_run(config: Config, folder: Path, check: Callable[[Config], Any]) -> tuple[Config, Tokenizer, Corpus]:
     """Makes the folder of a new run, or opens that of one to be continued.
 
     Args:
         config: the run as asked for.
         folder: where it lives.
+        check: raises UserError where a run cannot be trained here, once everything in its config is known.
 
     Returns:
         The config with everything in it that the text decides, the tokenizer, and the corpus on disk.
@@ -42,6 +44,7 @@ def open_run(config: Config, folder: Path) -> tuple[Config, Tokenizer, Corpus]:
     if started:
         corpus, tokenizer = load_corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer.json")
         config = _resolve(config, tokenizer, corpus)
+        check(config)
         _refuse_another_run(config, load_config(folder / "config.toml"), corpus, folder)
         return config, tokenizer, corpus
 
@@ -51,6 +54,7 @@ def open_run(config: Config, folder: Path) -> tuple[Config, Tokenizer, Corpus]:
         raise UserError(f"{folder}: exists and holds no run; give an empty or a new --run.folder")
     tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
     config = _resolve(config, tokenizer, corpus)
+    check(config)
     try:
         with new_folder(folder) as unfinished:
             save_corpus(corpus, unfinished / "corpus")

@@ -9,9 +9,12 @@ import numpy as np
 import optax
 from flax import struct
 from flax.training import train_state
+from jax.sharding import Mesh
 
 from flax_decoder.config import Config
+from flax_decoder.nn.axes import logical_axes
 from flax_decoder.nn.decoder import Decoder, check_tokens
+from flax_decoder.parallel.mesh import sharding_of
 from flax_decoder.training.loss import cross_entropy
 from flax_decoder.training.optimizer import make_optimizer
 
@@ -35,27 +38,44 @@ class TrainState(train_state.TrainState):
     z_loss: float = struct.field(pytree_node=False)
 
 
-def init_state(model: Decoder, config: Config, *, rng: jax.Array) -> TrainState:
+def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step.
 
     Args:
         model: the network.
         config: optimizer, number of steps, seed, accumulation and loss of the run.
-        rng: from which the parameters are drawn.
+        rng: from which the parameters are drawn; the same ones on any mesh.
+        mesh: devices that hold the state in parts, each made where it belongs; None is the default device.
     """
-    # The parameters do not depend on the tokens, nor on their number.
-    params = jax.jit(model.init)(rng, np.zeros((1, 1), np.int32))["params"]
+    make = state_maker(model, config)
+    shardings = None if mesh is None else state_shardings(mesh, jax.eval_shape(make, rng))
+    return jax.jit(make, out_shardings=shardings)(rng)
+
+
+def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainState]:
+    """The function from a random key to the state before the first step; see `init_state`."""
     tx = make_optimizer(config.optimizer, config.training.num_steps)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        apply_fn=model.apply,
-        params=params,
-        tx=tx,
-        opt_state=jax.jit(tx.init)(params),
-        seed=config.training.seed,
-        accumulation_steps=config.training.accumulation_steps,
-        z_loss=config.training.z_loss,
-    )
+
+    def make(rng: jax.Array) -> TrainState:
+        # The parameters do not depend on the tokens, nor on their number.
+        params = model.init(rng, np.zeros((1, 1), np.int32))["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            apply_fn=model.apply,
+            params=params,
+            tx=tx,
+            opt_state=tx.init(params),
+            seed=config.training.seed,
+            accumulation_steps=config.training.accumulation_steps,
+            z_loss=config.training.z_loss,
+        )
+
+    return make
+
+
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+    """Where each array of a state, or of an abstract one, lies on a mesh: moments lie where their parameters do."""
+    return jax.tree.map(lambda axes: sharding_of(mesh, *axes), logical_axes(state))
 
 
 def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
@@ -65,8 +85,8 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
 
     Args:
         state: where training stands; not changed.
-        batch: "inputs" and "targets", token ids (B, T), and optionally "mask" (B, T): the weight of each target in the
-            loss, 0 leaves it out.
+        batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
+            loss, 0 leaves it out; and "positions" (B, T), where in the text the inputs stand if not one after another.
         axis_name: the mapped axis over which the batch is spread, under `pmap` or `shard_map`.
 
     Returns:
@@ -159,7 +179,13 @@ def loss_sum(
 ) -> tuple[jax.Array, Metrics]:
     """The sum to be minimised over a batch, and the sums "loss" and "num_tokens"; `rng` turns dropout on."""
     rngs = None if rng is None else {"dropout": rng}
-    logits_BTV = apply_fn({"params": params}, batch["inputs"], deterministic=rng is None, rngs=rngs)
+    logits_BTV = apply_fn(
+        {"params": params},
+        batch["inputs"],
+        positions_BT=batch.get("positions"),
+        deterministic=rng is None,
+        rngs=rngs,
+    )
     check_tokens(batch["targets"], logits_BTV.shape[-1], batch.get("mask"))
     losses_BT, penalties_BT = cross_entropy(logits_BTV, batch["targets"], z_loss)
     mask_BT = batch["mask"].astype(jnp.float32) if "mask" in batch else jnp.ones_like(losses_BT)

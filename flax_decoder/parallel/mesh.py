@@ -1,0 +1,137 @@
+"""Devices to a mesh, and the one table of what is split over which of its axes.
+
+The network names the axes of its arrays by what they mean ("batch", "embed", "heads"); the mesh names those of the
+devices by what they are for. `RULES` maps one to the other, and XLA puts in what has to travel between devices.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flax_decoder.config import Config
+from flax_decoder.errors import UserError
+
+# The last axis has devices that are next to each other: tensor parallelism talks most, in the middle of each layer.
+AXES = ("data", "fsdp", "context", "tensor")
+
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("length", "context"),
+    # Parameters alone: activations are whole along the residual stream.
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    # "layers" and "head_dim" are never split.
+)
+
+
+def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
+    """How many devices lie along each axis of the mesh.
+
+    Args:
+        config: the run; its `mesh`, and what is split over it.
+        num_devices: how many there are.
+
+    Returns:
+        The length of each of `AXES`; their product may be under `num_devices`.
+
+    Raises:
+        UserError: there are too few devices, or they do not divide what they are to split.
+    """
+    asked = {axis: getattr(config.mesh, axis) for axis in AXES}
+    fixed = math.prod(count for count in asked.values() if count not in (None, -1))
+    shown = " x ".join(f"{axis} {count}" for axis, count in asked.items() if count not in (None, -1))
+    if fixed > num_devices:
+        raise UserError(f"mesh: {shown} = {fixed} devices are more than the {num_devices} there are")
+    rest = num_devices // fixed
+    if -1 in asked.values() and fixed * rest != num_devices:
+        raise UserError(f"mesh: {num_devices} devices are not a multiple of {shown} = {fixed}, so -1 has no number")
+    sizes = {axis: rest if count == -1 else count for axis, count in asked.items()}
+    if sizes["data"] is None:
+        # Nobody asked for a number: what divides the batch is right, and one always does.
+        left = 1 if -1 in asked.values() else rest
+        parts = config.training.batch_size // config.training.accumulation_steps
+        sizes["data"] = max(n for n in range(1, left + 1) if parts % (n * sizes["fsdp"]) == 0 or n == 1)
+    _check_divides(config, sizes)
+    return sizes
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
+    """Arranges devices as `config.mesh` says; those that are too many are left out.
+
+    Args:
+        config: the run.
+        devices: of this machine, of all processes of a job, or of a topology that is only described.
+
+    Raises:
+        UserError: see `mesh_sizes`; or devices of some process of a job would be left out.
+    """
+    sizes = mesh_sizes(config, len(devices))
+    used = math.prod(sizes.values())
+    if used < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise UserError(
+            f"mesh: uses {used} of {len(devices)} devices, but a job of several processes must use all: set mesh.data "
+            f"or mesh.fsdp to -1, and training.batch_size = {config.training.batch_size} to a multiple"
+        )
+    return mesh_of(devices[:used], **sizes)
+
+
+def mesh_of(devices: Sequence[jax.Device], data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of the given lengths, laid on the devices in the order that suits their wires."""
+    shape = (data, fsdp, context, tensor)
+    if devices[0].platform == "cpu":
+        arranged = np.asarray(devices).reshape(shape)
+    else:
+        from jax.experimental import mesh_utils
+
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # With Auto axes the compiler decides how each operation is split; the table says it for the arrays that matter.
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Within it, what is compiled is spread over the mesh by `RULES`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield mesh
+
+
+def sharding_of(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """Where an array lies, by the logical names of its axes; None is an axis that is not split."""
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, RULES) or PartitionSpec())
+
+
+def _check_divides(config: Config, sizes: dict[str, int]) -> None:
+    """Raises UserError where a size is not a multiple of the devices that are to split it."""
+    model, training = config.model, config.training
+    rows = training.batch_size // training.accumulation_steps
+    of_parts = " / accumulation_steps" if training.accumulation_steps > 1 else ""
+    split = [
+        (f"training.batch_size{of_parts}", rows, ("data", "fsdp")),
+        ("model.embed_dim", model.embed_dim, ("fsdp",)),
+        ("model.num_heads", model.num_heads, ("tensor",)),
+        ("model.num_kv_heads", model.kv_heads, ("tensor",)),
+        ("model.mlp_dim", model.mlp_width, ("tensor",)),
+        ("model.vocab_size", model.vocab_size or 0, ("tensor",)),
+    ]
+    for name, size, axes in split:
+        parts = math.prod(sizes[axis] for axis in axes)
+        if size % parts != 0:
+            over = " x ".join(f"mesh.{axis}" for axis in axes if sizes[axis] > 1 or len(axes) == 1)
+            advice = ""
+            if name == "model.vocab_size":
+                advice = f"; set it to {-(-size // parts) * parts}: ids that no token has do no harm"
+            raise UserError(f"{name} = {size} is not a multiple of {over} = {parts}{advice}")
+    # Each device holds an early and a late part of a sequence, so that all have as much to look back on.
+    if sizes["context"] > 1 and model.context_length % (2 * sizes["context"]) != 0:
+        raise UserError(
+            f"model.context_length = {model.context_length} is not a multiple of 2 x mesh.context = "
+            f"{2 * sizes['context']}"
+        )
