@@ -1,37 +1,37 @@
 """Attention over a ring of devices has the numbers of attention on one, shares the work and holds no whole sequence."""
 
-import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from flax import linen as nn
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention import NO_WINDOW, dot_product_attention
+from flax_decoder.nn.cache import empty_cache
+from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.positions import alibi_slopes
 from flax_decoder.nn.ring import find_ring
 from flax_decoder.nn.ring_attention import ring_attention
 from flax_decoder.nn.token_blocks import count_blocks
+from flax_decoder.parallel.mesh import mesh_of, use_mesh
 from flax_decoder.parallel.zigzag import zigzag
 
-AXES = ("data", "fsdp", "context", "tensor")
-RULES = (("batch", ("data", "fsdp")), ("length", "context"), ("heads", "tensor"), ("kv_heads", "tensor"))
 B, H = 2, 5
 
 # float32 rounds at 6e-8; sums of about a hundred products of order 1, joined in another order.
 TOLERANCE = 5e-6
 
 
-@contextlib.contextmanager
 def use_devices(data=1, fsdp=1, context=1, tensor=1):
+    """The ambient mesh of as many devices."""
     shape = (data, fsdp, context, tensor)
-    devices = jax.devices()[: np.prod(shape)]
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        yield mesh
+    return use_mesh(mesh_of(jax.devices()[: math.prod(shape)], *shape))
 
 
 def random_arrays(length, num_heads, num_kv_heads, num_rows=B, dtype=np.float32):
@@ -257,6 +257,66 @@ def test_sequences_can_grow_with_the_devices():
     assert many.temp_size_in_bytes < 1.1 * few.temp_size_in_bytes
     scores_bytes = 4 * B * 4 * (512 * 8) ** 2
     assert many.temp_size_in_bytes < scores_bytes / 100
+
+
+# --- In the network ---
+
+SIZES = {"vocab_size": 16, "context_length": 32, "num_layers": 2, "embed_dim": 12, "mlp_dim": 14}
+GROUPED = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+SCANNED = {"positions": "rotary", "window": 9, "window_pattern": (True, False), "scan_layers": True}
+UNROLLED = {"positions": "alibi", "attention_soft_cap": 5.0, "attention_scale": 0.4, "remat": True}
+
+
+@pytest.mark.parametrize("settings", [SCANNED, UNROLLED], ids=["scanned", "unrolled"])
+def test_a_model_has_the_same_loss_and_gradients_on_a_ring(settings):
+    model = Decoder(ModelConfig(**SIZES, **GROUPED, **settings))
+    params = reference.random_params(model)
+    tokens_BT = np.random.default_rng(0).integers(0, 16, (2, 32), np.int32)
+    weights_BTV = np.random.default_rng(1).standard_normal((2, 32, 16)).astype(np.float32)
+
+    def loss(params, tokens_BT, weights_BTV, positions_BT=None):
+        return (weights_BTV * model.apply({"params": params}, tokens_BT, positions_BT=positions_BT)).mean()
+
+    expected = jax.jit(jax.value_and_grad(loss))(params, tokens_BT, weights_BTV)
+    with use_devices(data=2, context=2, tensor=2):
+        order = zigzag(32, 2)
+        arrays = tokens_BT[:, order], weights_BTV[:, order], order[None]
+        program = jax.jit(jax.value_and_grad(loss)).lower(params, *arrays)
+        assert "collective_permute" in program.as_text()
+        found = program.compile()(params, *arrays)
+    for (path, here), there in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4 * np.abs(there).max(), err_msg=where)
+
+
+def test_a_model_that_looks_inside_or_generates_has_no_ring():
+    config = ModelConfig(**SIZES, **GROUPED)
+    model = Decoder(config)
+    params = reference.random_params(model)
+    tokens_BT = np.zeros((2, 32), np.int32)
+
+    def permutes(**settings):
+        apply = functools.partial(model.apply, **settings)
+        return "ppermute" in str(jax.make_jaxpr(apply)({"params": params}, tokens_BT))
+
+    with use_devices(data=2, context=4):
+        assert permutes()
+        assert not permutes(mutable=["intermediates"])
+        assert not permutes(cache=empty_cache(config, 2, 32))
+
+
+def test_dropout_in_a_model_reaches_the_weights():
+    model = Decoder(ModelConfig(**SIZES, **GROUPED, dropout=0.5))
+    params = reference.random_params(model)
+
+    def keys_of(**settings):
+        apply = functools.partial(model.apply, **settings)
+        text = str(jax.make_jaxpr(apply)({"params": params}, np.zeros((2, 32), np.int32)))
+        return text[text.index("ppermute") :].count("random_bits")
+
+    with use_devices(context=4):
+        assert keys_of(deterministic=False, rngs={"dropout": jax.random.key(0)}) > 0
+        assert keys_of() == 0
 
 
 # --- Where there is a ring ---

@@ -72,7 +72,7 @@ def find_ring(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Ring | None
 
     def axes_of(logical: str, *sizes: int) -> tuple[str, ...]:
         entry = (nn.logical_to_mesh_axes((logical,)) or (None,))[0] or ()
-        axes = (entry,) if isinstance(entry, str) else tuple(entry)
+        axes = tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry) if axis in mesh.shape)
         return axes if all(size % _count(mesh, axes) == 0 for size in sizes) else ()
 
     (B, T, N, _), K = q_shape, k_shape[2]

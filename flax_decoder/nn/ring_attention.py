@@ -70,8 +70,8 @@ def ring_attention(
         slopes_N: how much the scores of each head fall per position of distance (ALiBi); not learned.
         soft_cap: scores go through soft_cap * tanh(score / soft_cap) first (Gemma 2).
         scale: what scores are multiplied by, where it is not 1 / sqrt(H).
-        dropout: probability of zeroing a weight; needs `rng`.
-        rng: start of the dropout's randomness.
+        dropout: probability of zeroing a weight, where there is an `rng`.
+        rng: start of the dropout's randomness; left out, there is no dropout.
         block_tokens: most queries, and most keys, of a block.
 
     Returns:
@@ -105,7 +105,7 @@ class _Formula:
 
     def drop(self, sight: Sight, weights_BKGTS: jax.Array) -> jax.Array:
         """Zeroes some weights: of the same two blocks always the same ones, since two passes must agree on them."""
-        if self.dropout == 0:
+        if self.dropout == 0 or sight.rng is None:
             return weights_BKGTS
         rng = jax.random.fold_in(sight.rng, sight.positions_BT.max())
         rng = jax.random.fold_in(rng, sight.key_positions_BS.min())
