@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import linen as nn
 from jax.sharding import AbstractMesh, PartitionSpec
+
+from flax_decoder.nn.axes import mesh_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Ring:
     @property
     def size(self) -> int:
         """C, number of devices in a ring."""
-        return _count(self.mesh, self.axes)
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
     def spec(self) -> PartitionSpec:
@@ -67,22 +68,9 @@ def find_ring(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Ring | None
         which parameters are made with: attention as on one device gives the same numbers.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return None
-
-    def axes_of(logical: str, *sizes: int) -> tuple[str, ...]:
-        entry = (nn.logical_to_mesh_axes((logical,)) or (None,))[0] or ()
-        axes = tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry) if axis in mesh.shape)
-        return axes if all(size % _count(mesh, axes) == 0 for size in sizes) else ()
-
     (B, T, N, _), K = q_shape, k_shape[2]
-    rows, length, heads = axes_of("batch", B), axes_of("length", T), axes_of("heads", N, K)
-    if heads != axes_of("kv_heads", N, K):
+    rows, length, heads = mesh_axes("batch", B), mesh_axes("length", T), mesh_axes("heads", N, K)
+    if heads != mesh_axes("kv_heads", N, K):
         heads = ()  # each head of keys must lie where its group of queries does
-    if _count(mesh, length) == 1:
-        return None
-    return Ring(mesh, rows, length, heads)
-
-
-def _count(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
+    ring = Ring(mesh, rows, length, heads)
+    return None if ring.size == 1 or mesh.manual_axes else ring
