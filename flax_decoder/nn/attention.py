@@ -73,8 +73,9 @@ def dot_product_attention(
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
 
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    heads_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", drop(weights_BKGTS).astype(v_BSKH.dtype), v_BSKH)
-    return heads_BTKGH.reshape(B, T, N, H), scores_BKGTS, weights_BKGTS
+    # In this order of axes the product reads the values as they lie in a cache; in another, a transposed copy of them.
+    heads_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", drop(weights_BKGTS).astype(v_BSKH.dtype), v_BSKH)
+    return heads_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), scores_BKGTS, weights_BKGTS
 
 
 class SelfAttention(nn.Module):
