@@ -11,6 +11,7 @@ import reference
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+import flax_decoder as fd
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention import NO_WINDOW, dot_product_attention
 from flax_decoder.nn.cache import empty_cache
@@ -19,7 +20,7 @@ from flax_decoder.nn.positions import alibi_slopes
 from flax_decoder.nn.ring import find_ring
 from flax_decoder.nn.ring_attention import ring_attention
 from flax_decoder.nn.token_blocks import count_blocks
-from flax_decoder.parallel.mesh import mesh_of, use_mesh
+from flax_decoder.parallel.mesh import mesh_of, sharding_of, use_mesh
 from flax_decoder.parallel.zigzag import zigzag
 
 B, H = 2, 5
@@ -287,6 +288,22 @@ def test_a_model_has_the_same_loss_and_gradients_on_a_ring(settings):
     for (path, here), there in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         where = jax.tree_util.keystr(path)
         np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4 * np.abs(there).max(), err_msg=where)
+
+
+def test_a_training_step_on_eight_devices_takes_less_than_an_eighth_of_the_memory_each():
+    """Of all that lives during a step: activations, gradients, logits and whatever attention holds."""
+
+    def temporaries(context, length):
+        settings = {f"model.{name}": value for name, value in (SIZES | GROUPED).items()}
+        settings |= {"model.context_length": length, "model.num_layers": 1, "model.positions": "rotary"}
+        config = fd.load_config(None, settings | {"mesh.context": context, "training.batch_size": 2})
+        with use_devices(context=context) as mesh:
+            state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=mesh)
+            tokens = jax.ShapeDtypeStruct((2, length), np.int32, sharding=sharding_of(mesh, "batch", "length"))
+            batch = dict.fromkeys(("inputs", "targets", "positions"), tokens)
+            return jax.jit(fd.train_step).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8, 512) < temporaries(1, 512) / 8
 
 
 def test_a_model_that_looks_inside_or_generates_has_no_ring():
