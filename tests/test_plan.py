@@ -1,6 +1,9 @@
 import dataclasses
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -118,3 +121,20 @@ def test_a_refusal_of_the_compiler_is_read():
     assert plan_module._used_bytes(error) == 2.5 * 2**30
     with pytest.raises(jax.errors.JaxRuntimeError, match="other"):
         plan_module._used_bytes(jax.errors.JaxRuntimeError("some other fault"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_tpu_compiler_gathers_and_scatters_parameters(tmp_path):
+    """Matrices of the usual proportions: on tiny ones other things than the parameters would weigh."""
+    sizes = SIZES | {"model.embed_dim": 512, "model.context_length": 128, "model.dtype": "bfloat16"}
+    sizes |= {"model.scan_layers": "true", "model.remat": "full", "model.positions": "rotary", "mesh.fsdp": 4}
+    arguments = [f"--{name}={value}".replace("_", "-") for name, value in sizes.items()]
+    file = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "flax_decoder", "plan", "--topology", "v5p:2x2x1", "--json", str(file), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(file.read_text())
+    sent, paper = found["sent_bytes"], found["paper_bytes"]
+    assert found["memory"]["fits"] and "4 x TPU v5: fsdp 4" in result.stdout
+    assert sent["reduce-scatter"] > 0.8 * paper["reduce-scatter"] and sent["all-gather"] > 0.8 * paper["all-gather"]
+    assert sent["all-reduce"] < 0.1 * paper["reduce-scatter"] and sum(sent.values()) < 1.2 * sum(paper.values())

@@ -16,10 +16,10 @@ from flax_decoder.errors import UserError
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel.mesh import compiler_options, make_mesh, sharding_of, use_mesh
 from flax_decoder.training.collectives import bytes_by_kind, collectives_of, paper_bytes
+from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.hardware import chip_of
 from flax_decoder.training.hlo import parse_hlo
 from flax_decoder.training.roofline import Roofline, memory_bytes, product_flops, roofline
-from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.speed import DEFAULT_VOCAB_SIZE
 from flax_decoder.training.step import TrainState, state_maker, state_shardings, train_step
 
