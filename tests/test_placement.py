@@ -68,9 +68,9 @@ def expected_batches(first, num_steps):
 
 
 @functools.cache
-def run(*changes, num_devices=NUM_DEVICES, **mesh):
-    """Losses and final parameters of a few steps, as the loop takes them; each change is a tuple of pairs."""
-    config = make_config(*map(dict, changes), **mesh)
+def run(changes, num_devices=NUM_DEVICES, **mesh):
+    """Losses and final parameters of a few steps, as the loop takes them; `changes` are pairs, to be hashable."""
+    config = make_config(dict(changes), **mesh)
     devices = one_mesh(config, num_devices)
     state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=devices)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(devices)
@@ -97,8 +97,9 @@ def run(*changes, num_devices=NUM_DEVICES, **mesh):
     ids=str,
 )
 def test_a_mesh_gives_the_numbers_of_one_device(changes, mesh):
-    metrics, params = run(tuple(changes.items()), **mesh)
-    expected, expected_params = run(tuple(changes.items()), num_devices=1)
+    changes = tuple(changes.items())
+    metrics, params = run(changes, **mesh)
+    expected, expected_params = run(changes, num_devices=1)
     for name in ("loss", "gradient_norm"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
     assert len(set(expected["loss"].tolist())) == NUM_STEPS
