@@ -339,6 +339,31 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, config=_RULES)
+class DistributedConfig:
+    """The processes of a job, where it has more than one and their launcher does not tell them of each other."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process, the same for all; left out, the launcher says it, or there is only one"""
+    num_processes: PositiveInt | None = None
+    """how many processes there are; left out, the launcher says it"""
+    process_id: NonNegativeInt | None = None
+    """which of them this is, from 0; left out, the launcher says it"""
+    heartbeat_seconds: PositiveInt = 100
+    """a process that is silent for so long is taken for dead, and the others end too"""
+    join_seconds: PositiveInt = 300
+    """how long to wait at the start until all processes are there"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        host, _, port = (self.coordinator or "host:1").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"coordinator = {self.coordinator!r} must be HOST:PORT, such as node1:8476")
+        if self.num_processes is not None and (self.process_id or 0) >= self.num_processes:
+            raise ValueError(f"process_id = {self.process_id} must be under num_processes = {self.num_processes}")
+        return self
+
+
+@dataclass(frozen=True, config=_RULES)
 class RunConfig:
     """Where a run lives, and whom it tells."""
 
@@ -361,6 +386,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from flax_decoder.errors import FaultError, UserError
+from flax_decoder.parallel.processes import first_alone
 from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.step import TrainState
 
@@ -27,7 +28,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_newest: int):
         """Opens the checkpoints of a run; the newest few are kept, and the one with the lowest validation loss."""
         self._folder = folder / "checkpoints"
-        set_broken_aside(folder)
+        first_alone(lambda: set_broken_aside(folder))
 
         def val_loss(metrics: dict[str, float]) -> float:
             return metrics["val_loss"]

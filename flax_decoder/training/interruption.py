@@ -4,6 +4,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from flax_decoder.parallel.processes import largest
+
 
 class Interruption:
     """While it is entered, the first of the two signals is noted; the second one acts as it would without.
@@ -15,6 +17,12 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+
+    def has_come(self) -> bool:
+        """Whether a signal has come to this process or, with others in a job, to any: all must stop at one step."""
+        number = largest(self.signal or 0)
+        self.signal = signal.Signals(number) if number else None
+        return number > 0
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,5 +1,6 @@
 """The story of a run, top to bottom."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, mesh_sizes, sharding_of, use_mesh
 from flax_decoder.training.checkpoint import Checkpoints, commit_time, restore_state, saved_steps
 from flax_decoder.training.evaluation import evaluate
@@ -48,23 +50,38 @@ def train(config: Config, folder: Path) -> int:
         FaultError: the loss is not a number, or something cannot be read or written.
     """
     require_reporters(config.run)
+    processes.join(config.distributed)
+    # Which process this is belongs to this start, and not to the run.
+    alike = dataclasses.replace(config.distributed, coordinator=None, num_processes=None, process_id=None)
+    config = dataclasses.replace(config, distributed=alike)
+    if not processes.is_first():  # it comes when the first one has made the folder
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
+    with processes.printing_once():
+        return run(config, folder)
+
+
+def run(config: Config, folder: Path) -> int:
+    """The part of `train` that follows once all processes of the job are there."""
     devices = jax.devices()
-    config, tokenizer, corpus = open_run(config, folder, lambda config: mesh_sizes(config, len(devices)))
-    done = max(saved_steps(folder), default=0)
-    if done >= config.training.num_steps and has_results(folder, done):
+    config, tokenizer, corpus = processes.first_alone(
+        lambda: open_run(config, folder, lambda config: mesh_sizes(config, len(devices)))
+    )
+    done = processes.agreed(max(saved_steps(folder), default=0))
+    if processes.agreed(done >= config.training.num_steps and has_results(folder, done)):
         print(
             f"{folder} is finished: {done} steps are done. Go on with --training.num-steps {2 * done}, "
             "or start another run with --run.folder"
         )
         return 0
-    write_text(folder / "config.toml", to_toml(config))
+    if processes.is_first():
+        write_text(folder / "config.toml", to_toml(config))
     mesh = make_mesh(config, devices)
     model = Decoder(config.model)
     state = init_state(model, config, rng=jax.random.key(config.training.seed), mesh=mesh)
     if done > 0:
         state = restore_state(folder, done, state)
         print(f"continuing {folder} from the checkpoint of step {done}")
-    log = MetricsLog(config.run, folder, done)
+    log = MetricsLog(config.run, folder, done, writes=processes.is_first())
     checkpoints = Checkpoints(folder, config.training.keep_newest)
     describe(model, state.params, tokenizer, corpus, mesh)
     with Interruption() as interruption:
@@ -73,7 +90,7 @@ def train(config: Config, folder: Path) -> int:
         if interruption.signal is not None:
             print(f"stopped by {interruption.signal.name}: saved at step {int(state.step)}; the same command continues")
             return 128 + interruption.signal
-        write_results(config, folder, model, state, tokenizer, log)
+        write_results(config, folder, model, state.params, tokenizer, log)
     return 0
 
 
@@ -101,26 +118,27 @@ def run_steps(
     with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
         while not stops:
             batches = place_batches(corpus.train_tokens, config, mesh, step, most_steps)
-            count = min(pace.num_steps, steps_to_next_event(step, training))
+            count = processes.agreed(min(pace.num_steps, steps_to_next_event(step, training)))
             with pace.timed(count):
                 state, metrics = take_steps(state, batches, count)
                 jax.block_until_ready(state)
             step += count
 
-            interrupted = interruption.signal is not None
+            interrupted = interruption.has_come()
             stops = interrupted or step == training.num_steps
             saves = stops or step % training.save_every == 0
             # A signal wants an end soon: it gets its checkpoint, but an evaluation only if it was due.
             evaluates = step % training.eval_every == 0 or (saves and not interrupted)
             if not (saves or evaluates or step % training.log_every == 0):
                 continue
-            train_loss = float(metrics["loss"][count - 1])
+            last = {name: values[count - 1] for name, values in jax.device_get(metrics).items()}
+            train_loss = float(last["loss"])
             row = as_row(
                 step,
                 tokens=step * tokens_a_step,
                 train_loss=train_loss,
                 learning_rate=schedule(step - 1),
-                gradient_norm=metrics["gradient_norm"][count - 1],
+                gradient_norm=last["gradient_norm"],
                 tokens_per_second=tokens_a_step / pace.seconds_a_step,
                 seconds=progress.seconds(),
             )
@@ -199,7 +217,7 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def write_results(
-    config: Config, folder: Path, model: Decoder, state: TrainState, tokenizer: Tokenizer, log: MetricsLog
+    config: Config, folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer, log: MetricsLog
 ) -> None:
     """What a user looks at afterwards: the curve, the best loss, advice, and a text."""
     sample, curve = (folder / name for name in RESULTS)
@@ -212,7 +230,11 @@ def write_results(
         )
         print(advice(log.rows))
     if config.training.sample_tokens > 0:
-        text = write_sample(config, model, state.params, tokenizer)
+        params = processes.gathered(params)
+    if not processes.is_first():
+        return
+    if config.training.sample_tokens > 0:
+        text = write_sample(config, model, params, tokenizer)
         write_text(sample, text)
         print(f"a sample, also in {sample}:\n\n{text}")
     plot_losses(log.rows, curve)

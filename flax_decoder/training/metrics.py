@@ -24,23 +24,28 @@ class MetricsLog:
         rows: all lines so far, those of earlier sittings included.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, step: int):
+    def __init__(self, config: RunConfig, folder: Path, step: int, *, writes: bool = True):
         """Opens the log of a run that stands at `step`; lines of steps after it, which will come again, are dropped.
+
+        Of several processes only one writes; the others keep their lines to themselves.
 
         Raises:
             UserError: a reporter is asked for that is not installed.
         """
         require_reporters(config)
         self._path = folder / "metrics.jsonl"
-        self._reporters = open_reporters(config, folder)
+        self._writes = writes
+        self._reporters = open_reporters(config, folder) if writes else []
         self.rows = [row for row in read_metrics(self._path) if row["step"] <= step]
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if writes:
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> None:
         """Writes a line to disk and tells the other reporters."""
         self.rows.append(row)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self._writes:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         for report in self._reporters:
             report(row)
 

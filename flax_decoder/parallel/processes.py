@@ -1,0 +1,149 @@
+"""A job of several processes: joining it, and agreeing in it.
+
+All processes run the same program on the same config, each on its own devices. What they compute together, JAX passes
+between them; what only one may do, such as making a folder or printing, the first one does. They share the folder of
+the run, so it must lie on a file system that all of them see.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flax_decoder.config import DistributedConfig
+from flax_decoder.errors import FaultError, UserError
+
+T = TypeVar("T")
+
+# What a launcher tells each process it starts: how many there are, and which one this is.
+LAUNCHERS = {
+    # Set by srun alone: within sbatch or salloc, a lone process must not wait for others.
+    "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+}
+
+
+def join(config: DistributedConfig) -> None:
+    """Joins the job that this process is part of, if it is part of one; before anything is computed.
+
+    Args:
+        config: where the other processes are found. What is left out, the launcher says: SLURM, Open MPI, Kubernetes,
+            or the machine of a TPU pod.
+
+    Raises:
+        UserError: the other processes were not found, or it is not said which of how many this one is.
+    """
+    count, index = find_job(config, os.environ)
+    if config.coordinator is not None and (count is None or index is None):
+        raise UserError(
+            "distributed.coordinator is given, but not which of how many processes this is: "
+            "give --distributed.num-processes N and --distributed.process-id I"
+        )
+    found = config.coordinator is not None or in_a_job(os.environ)
+    if not found and (config.process_id is not None or (config.num_processes or 1) > 1):
+        raise UserError(
+            f"distributed.num_processes = {config.num_processes} and process_id = {config.process_id} say nothing of "
+            "where the others are: give --distributed.coordinator HOST:PORT"
+        )
+    alone = count == 1 or not found
+    if alone or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            count,
+            index,
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+            initialization_timeout=config.join_seconds,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot join the other processes of the job: {str(error).splitlines()[0]};\n"
+            "give --distributed.coordinator HOST:PORT, or run alone with --distributed.num-processes 1"
+        ) from error
+
+
+def in_a_job(environment: Mapping[str, str]) -> bool:
+    """Whether this process was started as one of several that can find each other by themselves."""
+    launched = any(int(environment.get(count, 1)) > 1 for count, _ in LAUNCHERS.values())
+    # Kubernetes numbers the pods of an indexed job, as those of a JobSet are.
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    # The names of all workers of a TPU pod, where Kubernetes made it; a TPU machine of another kind must be asked.
+    workers = environment.get("TPU_WORKER_HOSTNAMES")
+    return launched or in_kubernetes or (has_tpu() if workers is None else "," in workers)
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips and what drives them."""
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def find_job(config: DistributedConfig, environment: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """How many processes there are and which one this is: as configured, else as the launcher says; None unknown."""
+    count, index = config.num_processes, config.process_id
+    for count_name, index_name in LAUNCHERS.values():
+        if count_name in environment and index_name in environment:
+            count = int(environment[count_name]) if count is None else count
+            index = int(environment[index_name]) if index is None else index
+    return count, index
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes for all."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def printing_once() -> Iterator[None]:
+    """Within it, only the first process prints."""
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def first_alone(act: Callable[[], T]) -> T:
+    """Lets the first process act, and when it is done the others, which find what it has made.
+
+    Raises:
+        FaultError: in the others, where the first one failed; it says why.
+    """
+    if jax.process_count() == 1:
+        return act()
+    if not is_first():
+        if not agreed(True):
+            raise FaultError("the first process of the job has stopped; its output says why")
+        return act()
+    done = False
+    try:
+        result = act()
+        done = True
+    finally:
+        agreed(done)
+    return result
+
+
+def agreed(value: T) -> T:
+    """The value that the first process has: a number, a truth value, or an array of numbers."""
+    if jax.process_count() == 1:
+        return value
+    result: T = multihost_utils.broadcast_one_to_all(np.asarray(value)).tolist()
+    return result
+
+
+def gathered(arrays: Any) -> Any:
+    """Arrays that processes hold parts of, whole in the memory of each; others as they are."""
+    return arrays if jax.process_count() == 1 else multihost_utils.process_allgather(arrays, tiled=True)
+
+
+def largest(value: int) -> int:
+    """The largest of the values that the processes have."""
+    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(value)).max())
