@@ -107,7 +107,7 @@ def test_a_refused_vocabulary_fits_once_it_is_what_the_message_says():
     ("changes", "message"),
     [
         ({"mesh__data": -1, "mesh__fsdp": -1}, "data and fsdp are -1, but only one axis can be the rest"),
-        ({"mesh__tensor": 0}, "mesh.tensor = 0: must be a number of devices, or -1"),
+        ({"mesh__tensor": 0}, "mesh.tensor: 0 is no number of devices; leave it out, or give -1"),
         ({"mesh__context": -2}, "mesh.context = -2"),
         ({"mesh__data": 1.5}, "mesh.data = 1.5"),
         ({"mesh__model": 2}, "mesh.model: there is no such setting"),
