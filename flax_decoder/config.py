@@ -39,7 +39,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 def _is_not_zero(count: int) -> int:
     if count == 0:
-        raise ValueError("must be a number of devices, or -1 for the rest")
+        raise ValueError("0 is no number of devices; leave it out, or give -1 for the rest")
     return count
 
 
