@@ -53,6 +53,11 @@ def _as_qk_norm(value: Any) -> Any:
     return {"true": "head", "false": "none"}.get(str(value).lower(), value)
 
 
+def _as_remat(value: Any) -> Any:
+    """Likewise."""
+    return {"true": "full", "false": "none"}.get(str(value).lower(), value)
+
+
 # A number of devices, or -1 for all that the other mesh axes leave.
 NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
@@ -147,8 +152,9 @@ class ModelConfig:
     """what activations are computed in; params, norms, softmax and loss stay float32; float64 needs JAX_ENABLE_X64=1"""
     scan_layers: bool = False
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
-    remat: bool = False
-    """computes a block's activations again in the backward pass instead of keeping them: less memory, more time"""
+    remat: Annotated[Literal["none", "attention", "dots", "full"], BeforeValidator(_as_remat)] = "none"
+    """what the backward pass computes again instead of keeping it: nothing; the scores of attention; all of a block but
+    the outputs of its projections (dots); or all of it, from its input alone, which takes a third more time (full)"""
 
     def with_vocab_size(self, vocab_size: int) -> Self:
         """The same model with V filled in where it was left out."""
@@ -287,6 +293,8 @@ class OptimizerConfig:
     """what decays: matrices and embeddings only, or biases and norms too"""
     clip_norm: NonNegativeFloat = 1.0
     """gradients longer than this are scaled down to it; 0 is off"""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """what AdamW's two moments and Muon's momentum are kept in; bfloat16, rounded at random, takes half the memory"""
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -311,6 +319,9 @@ class TrainingConfig:
     """steps between lines in metrics.jsonl"""
     z_loss: NonNegativeFloat = 0.0
     """weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (PaLM uses 1e-4)"""
+    loss_chunk_tokens: NonNegativeInt | None = None
+    """a device makes the logits of this many tokens at a time, and no more are ever held: less memory, the same result;
+    0: of all at once; left out: of as many as make 1 GiB"""
     sample_tokens: NonNegativeInt = 500
     """length of the text written after training, in tokens; 0 writes none"""
     seed: NonNegativeInt = 0

@@ -18,9 +18,10 @@ LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: None, 10: 2.5}
 KEPT = [4, 8, 10]
 
 
-def make_state():
+def make_state(**optimizer):
     sizes = {"vocab_size": 11, "context_length": 4, "num_layers": 1, "embed_dim": 8, "num_heads": 2}
-    config = fd.load_config(None, {f"model.{name}": value for name, value in sizes.items()})
+    settings = {f"model.{name}": value for name, value in sizes.items()}
+    config = fd.load_config(None, settings | {f"optimizer.{name}": value for name, value in optimizer.items()})
     return fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
 
 
@@ -68,6 +69,24 @@ def test_a_state_comes_back_to_the_last_bit(saved, step):
         assert one.dtype == other.dtype
     abstract = jax.eval_shape(lambda: state.params)
     jax.tree.map(np.testing.assert_array_equal, restore_params(folder, step, abstract), expected.params)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_bfloat16_come_back_as_they_were(tmp_path, name):
+    state = make_state(name=name, moments_dtype="bfloat16")
+    batch = {"inputs": np.arange(8).reshape(2, 4), "targets": np.arange(8).reshape(2, 4)}
+    state = jax.block_until_ready(jax.jit(fd.train_step)(state, batch)[0])
+    checkpoints = Checkpoints(tmp_path, keep_newest=1)
+    checkpoints.save(state, 1.0)
+    checkpoints.close()
+    restored = restore_state(tmp_path, 1, make_state(name=name, moments_dtype="bfloat16"))
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(restored.opt_state)}
+    assert jnp.dtype("bfloat16") in dtypes
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
+    assert dtypes == {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
+    # The other dtype is another state, and is not cast without a word.
+    with pytest.raises(FaultError, match="cannot be restored"):
+        restore_state(tmp_path, 1, make_state(name=name))
 
 
 @pytest.mark.parametrize(("wanted", "step"), [("latest", 10), ("best", 4), (8, 8)])

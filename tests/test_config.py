@@ -107,6 +107,15 @@ def test_qk_norm_may_be_a_switch(toml, meaning, write):
     assert load_config(overrides={"model.qk_norm": toml.strip('"')}).model.qk_norm == meaning
 
 
+@pytest.mark.parametrize(
+    ("toml", "meaning"),
+    [("true", "full"), ("false", "none"), ('"dots"', "dots"), ('"none"', "none"), ('"full"', "full")],
+)
+def test_remat_may_be_a_switch(toml, meaning, write):
+    assert load_config(write(f"[model]\nremat = {toml}\n")).model.remat == meaning
+    assert load_config(overrides={"model.remat": toml.strip('"')}).model.remat == meaning
+
+
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_every_config_file_loads(path):
     config = load_config(path)

@@ -194,7 +194,7 @@ def test_each_setting_changes_the_logits():
 
 # --- One layout of params, several ways to run ---
 
-WAYS = [(scan, remat) for scan in (False, True) for remat in (False, True)]
+WAYS = [(scan, remat) for scan in (False, True) for remat in ("none", "attention", "dots", "full")]
 
 
 @functools.cache
@@ -214,15 +214,15 @@ def loss_and_gradients(scan_layers, remat, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("scan_layers", "remat"), WAYS[1:])
 def test_scan_and_remat_change_no_number(scan_layers, remat, dropout):
-    expected = loss_and_gradients(False, False, dropout)
+    expected = loss_and_gradients(False, "none", dropout)
     result = loss_and_gradients(scan_layers, remat, dropout)
     # Gradients of order 1 to 100; the compiler may sum in another order.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), result, expected)
 
 
 def test_dropout_drops():
-    (_, whole_BTV), _ = loss_and_gradients(False, False, 0.0)
-    (_, dropped_BTV), _ = loss_and_gradients(False, False, 0.3)
+    (_, whole_BTV), _ = loss_and_gradients(False, "none", 0.0)
+    (_, dropped_BTV), _ = loss_and_gradients(False, "none", 0.3)
     assert np.abs(whole_BTV - dropped_BTV).max() > 0.1
 
 

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_decoder.training.loss import cross_entropy
+from flax_decoder.training.loss import chunk_size, chunked_losses, cross_entropy, summed_losses
 
 B, T, V = 2, 3, 7
 LOGITS = np.random.default_rng(0).normal(size=(B, T, V)).astype(np.float32)
@@ -57,3 +58,97 @@ def test_where_all_tokens_are_as_frequent_the_best_logits_are_equal_ones():
     assert loss == pytest.approx(math.log(V), rel=1e-6)  # float32
     np.testing.assert_allclose(gradient_V, 0, atol=1e-7)  # probabilities of 1/7 in float32
     assert mean_loss(jnp.asarray(LOGITS[0, 0])) > math.log(V) + 0.01
+
+
+# --- The same in chunks ---
+
+D = 5
+X = np.random.default_rng(1).normal(size=(B, T, D)).astype(np.float32)
+HEAD = {"head": np.random.default_rng(2).normal(size=(D, V)).astype(np.float32)}
+MASK = np.array([[1, 0, 2], [0.5, 1, 1]], np.float32)
+
+
+def make_logits(head, x_BTD):
+    return 2 * jnp.tanh(x_BTD @ head["head"])
+
+
+def at_once(head, x_BTD, targets_BT, mask_BT, z_loss=0.25):
+    return summed_losses(make_logits(head, x_BTD), targets_BT, mask_BT, z_loss)
+
+
+def in_chunks(head, x_BTD, targets_BT, mask_BT, z_loss=0.25, *, chunk_tokens):
+    return chunked_losses(make_logits, head, x_BTD, targets_BT, mask_BT, z_loss, chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 5, 6, 100])  # of 6 tokens: also what does not divide them
+def test_chunks_change_neither_loss_nor_gradient(chunk_tokens):
+    both = []
+    for compute in (at_once, functools.partial(in_chunks, chunk_tokens=chunk_tokens)):
+        # Without a gradient it is another program.
+        sums = jax.jit(compute)(HEAD, X, TARGETS, MASK)
+        sums_too, gradients = jax.jit(jax.value_and_grad(compute, argnums=(0, 1), has_aux=True))(HEAD, X, TARGETS, MASK)
+        both.append((sums, sums_too, gradients))
+    # Numbers of order 1, a handful of float32 roundings.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-6), both[1], both[0])
+    assert both[0][0][0] != both[0][0][1] and np.abs(both[0][2][0]["head"]).min() > 1e-4
+
+
+def test_chunks_pass_on_what_follows_the_sum_and_only_that():
+    def gradients(factor, other):
+        def loss(head, x_BTD):
+            total, alone = in_chunks(head, x_BTD, TARGETS, MASK, chunk_tokens=2)
+            return factor * total + other * alone
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(HEAD, X)
+
+    once, thrice, nothing = gradients(1.0, 5.0), gradients(3.0, 0.0), gradients(0.0, 5.0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-6), once, thrice)
+    jax.tree.map(lambda a: np.testing.assert_array_equal(a, 0), nothing)
+
+
+def test_chunks_sum_the_gradient_of_a_bfloat16_head_in_float32():
+    """64 chunks of tokens that are alike: bfloat16 would stop growing where an addend is under its last digit."""
+    chunks = 64
+    x_BTD = jnp.tile(jnp.asarray(X[:1, :1]), (1, 4 * chunks, 1)).astype(jnp.bfloat16)
+    targets_BT, mask_BT = np.full((1, 4 * chunks), 3), np.ones((1, 4 * chunks), np.float32)
+
+    def loss(head, chunk_tokens, tokens=4 * chunks):
+        def make_logits(head, x_BTD):
+            return jnp.einsum("BTD,DV->BTV", x_BTD, head["head"], preferred_element_type=jnp.float32)
+
+        args = (x_BTD[:, :tokens], targets_BT[:, :tokens], mask_BT[:, :tokens])
+        return chunked_losses(make_logits, head, *args, chunk_tokens=chunk_tokens)[0]
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=(1, 2))
+    of_all, of_one = gradient(HEAD, 4)["head"], gradient(HEAD, 4, 4)["head"]
+    assert of_all.dtype == jnp.float32
+    np.testing.assert_allclose(of_all, chunks * of_one, rtol=1e-5)
+
+
+def arrays_in(jaxpr):
+    """The shapes of all arrays in a program, inside of its loops too."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from arrays_in(inner)
+
+
+def test_chunks_never_hold_all_logits():
+    def most_logits(compute):
+        program = jax.make_jaxpr(jax.value_and_grad(compute, argnums=(0, 1), has_aux=True))(HEAD, X, TARGETS, MASK)
+        shapes = [shape for shape in arrays_in(program.jaxpr) if shape[-1:] == (V,) and shape[-2:] != (D, V)]
+        return max(map(math.prod, shapes))
+
+    assert most_logits(at_once) == B * T * V
+    assert most_logits(functools.partial(in_chunks, chunk_tokens=2)) == 2 * V
+
+
+def test_a_chunk_is_chosen_by_what_its_logits_take():
+    assert chunk_size(8192, 65) is None  # 2 MiB: not worth a loop
+    assert chunk_size(8192, 128_256) == 2092  # 2**30 bytes, less than one token short
+    assert chunk_size(8192, 128_256, 512) == 512 and chunk_size(8192, 65, 512) == 512
+    assert chunk_size(8192, 128_256, 0) is None
+    assert chunk_size(8192, 128_256, 8192) is None  # one chunk is no chunk
+    assert chunk_size(8, 2**40) == 1

@@ -82,6 +82,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(here, capsys):
         ("--model.positions=rotary", "model.positions", "learned", "rotary"),
         ("--data.tokenizer=byte", "data.tokenizer", "char", "byte"),
         ("--optimizer.name=muon", "optimizer.name", "adamw", "muon"),
+        ("--optimizer.moments-dtype=bfloat16", "optimizer.moments_dtype", "float32", "bfloat16"),
         ("--training.seed=3", "training.seed", "0", "3"),
     ],
 )
@@ -129,6 +130,7 @@ def test_an_empty_folder_is_as_good_as_none(here):
 
 def test_more_steps_and_what_changes_no_number_are_taken(here, capsys):
     more = ["--training.num-steps=6", "--model.attention=reference", "--model.scan-layers=true"]
+    more += ["--model.remat=full", "--training.loss-chunk-tokens=5"]
     assert main(["train", *ARGUMENTS, *more, "--training.eval-every=3"]) == 0
     assert "from the checkpoint of step 4" in capsys.readouterr().out
     assert saved_steps(RUN)[-1] == 6

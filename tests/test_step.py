@@ -1,5 +1,6 @@
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_decoder as fd
-from flax_decoder.training.step import loss_sum, train_steps
+from flax_decoder.parallel.mesh import mesh_of, sharding_of, use_mesh
+from flax_decoder.training.step import accumulate, loss_sum, mean_gradients, state_shardings, train_steps
 
 B, T, V = 8, 5, 11
 NUM_DEVICES = 8
@@ -163,6 +165,58 @@ def test_accumulation_equals_one_large_batch(parts, mask):
     assert_same(take_step(make_state(training__batch_size=B, training__accumulation_steps=parts), batch), whole)
 
 
+def test_gradients_accumulate_in_float32():
+    """Parts are computed in bfloat16, but their sum has float32's digits: those of summing on the host in float64."""
+    state, batch = make_state(model__dtype="bfloat16", training__batch_size=B), make_batch()
+    in_parts = state.replace(accumulation_steps=B)
+    rng = jax.random.key(0)  # without dropout nothing is drawn from it
+    sums, total = jax.jit(accumulate)(in_parts, batch, rng)
+    rows = [{name: array[i : i + 1] for name, array in batch.items()} for i in range(B)]
+    parts = [jax.jit(accumulate)(state, row, rng)[1] for row in rows]
+    expected = jax.tree.map(lambda *leaves: np.sum(np.asarray(leaves, np.float64), axis=0), *parts)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((sums, total)))
+
+    def difference(tree):
+        errors = jax.tree.map(lambda leaf, exact: np.abs(leaf - exact).max() / np.abs(exact).max(), tree, expected)
+        return max(jax.tree.leaves(errors))
+
+    assert difference(total) < 2e-7  # eight additions in float32
+    narrow = jax.tree.map(lambda *leaves: sum(leaf.astype(jnp.bfloat16) for leaf in leaves), *parts)
+    assert difference(jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), narrow)) > 1e-3  # what it must not be
+    # All at once, each gradient is rounded to bfloat16's 8 bits in other places.
+    assert difference(jax.jit(accumulate)(state, batch, rng)[1]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "mask", "rtol"),
+    [
+        ({}, "none", 2e-6),
+        ({"training__z_loss": 0.3, "model__logit_soft_cap": 0.5}, "uneven", 2e-6),
+        ({"model__tied_head": False, "training__batch_size": B, "training__accumulation_steps": 2}, "uneven", 2e-6),
+        ({"model__dropout": 0.3}, "none", 2e-6),
+        # The gradient of the head is rounded to bfloat16 a chunk, not once.
+        ({"model__dtype": "bfloat16"}, "uneven", 0.02),
+    ],
+)
+def test_a_loss_in_chunks_changes_no_step(changes, mask, rtol):
+    plain, chunked = make_state(**changes), make_state(**changes, training__loss_chunk_tokens=7)
+    batch = make_batch(mask=mask)
+    jaxpr = jax.make_jaxpr(fd.eval_step)
+    assert "scan[" in str(jaxpr(chunked, batch)) and "scan[" not in str(jaxpr(plain, batch))
+    (gradients, metrics), (expected, expected_metrics) = (
+        jax.jit(mean_gradients)(state, batch) for state in (chunked, plain)
+    )
+    for name in expected_metrics:
+        assert float(metrics[name]) == pytest.approx(float(expected_metrics[name]), rel=rtol)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * np.abs(other).max()),
+        gradients,
+        expected,
+    )
+    for name, total in score(chunked, batch).items():
+        assert float(total) == pytest.approx(float(score(plain, batch)[name]), rel=2e-6)
+
+
 def test_masked_targets_do_not_count_whatever_they_are():
     state, batch = make_state(), make_batch(mask="uneven")
     expected = take_step(state, batch)
@@ -304,8 +358,9 @@ def test_bfloat16_is_for_computing_only():
     ("changes", "primitive"),
     [
         ({"model__scan_layers": True}, "scan["),
-        ({"model__remat": True}, "remat"),
-        ({"model__scan_layers": True, "model__remat": True}, "remat"),
+        ({"model__remat": "full"}, "remat"),
+        ({"model__remat": "attention"}, "remat"),
+        ({"model__scan_layers": True, "model__remat": "dots"}, "remat"),
     ],
 )
 def test_loops_and_recomputing_change_no_loss(changes, primitive):
@@ -322,3 +377,48 @@ def test_loops_and_recomputing_change_no_loss(changes, primitive):
     assert primitive in str(jax.make_jaxpr(fd.eval_step)(state, make_batch()))
     assert primitive not in str(jax.make_jaxpr(fd.eval_step)(plain, make_batch()))
     np.testing.assert_allclose(losses(state), losses(plain), rtol=1e-5)  # three float32 steps
+
+
+LAYOUTS = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}, {"tensor": 2}]
+
+
+def on_mesh(state, batch, sizes, compute):
+    """A computation on a state and a batch that are spread over a mesh: its result, and the compiled program."""
+    mesh = mesh_of(jax.devices()[: math.prod(sizes.values())], **sizes)
+    spread = jax.device_put(batch, sharding_of(mesh, "batch", "length"))
+    with use_mesh(mesh):
+        program = jax.jit(compute).lower(jax.device_put(state, state_shardings(mesh, state)), spread).compile()
+        result = program(jax.device_put(state, state_shardings(mesh, state)), spread)
+    return jax.device_get(jax.block_until_ready(result)), program.as_text()
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_each_device_cuts_its_own_tokens_into_chunks(sizes, tied_head):
+    changes = {"model__tied_head": tied_head, "model__vocab_size": 38, "model__context_length": 6}
+    changes |= {"model__num_heads": 4, "model__num_kv_heads": 2, "training__z_loss": 0.1, "model__embed_dim": 16}
+    plain, chunked = make_state(**changes), make_state(**changes, training__loss_chunk_tokens=2)
+    batch = {name: np.random.default_rng(0).integers(0, 38, (B, 6), np.int32) for name in ("inputs", "targets")}
+    batch["mask"] = np.random.default_rng(1).random((B, 6)).astype(np.float32)
+    expected = jax.jit(mean_gradients)(plain, batch)
+    result, program = on_mesh(chunked, batch, sizes, mean_gradients)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), result, expected)
+    # Between devices travels what belongs to a chunk; the head and its gradient travel before and after, once.
+    head_size = 38 * 16 // sizes["tensor"] if "tensor" in sizes else 38 * 16
+    assert largest_message(program, in_loops=True) < head_size // 4
+    if "fsdp" in sizes:
+        assert largest_message(program, in_loops=False) >= head_size // 4
+
+
+def largest_message(program, in_loops):
+    """Numbers in the largest collective of a compiled program, of those inside of its loops or of the others."""
+    bodies = set(re.findall(r"body=%([\w.-]+)", program))
+    largest, is_in_loop = 0, False
+    for line in program.splitlines():
+        if start := re.match(r"(?:ENTRY )?%([\w.-]+) \(", line):
+            is_in_loop = start[1] in bodies
+        if is_in_loop == in_loops and re.search(r" (?:all-|reduce-scatter|collective-)[\w-]*\(", line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", line.split(" = ", 1)[1].split("(", 2)[0] + line.split(" = ", 1)[1])
+            sizes = [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes[:1]]
+            largest = max([largest, *sizes])
+    return largest

@@ -68,6 +68,8 @@ def compare_models(
         )
     if optimizer is not None and optimizer.name != "adamw":
         raise UserError(f'optimizer.name = "{optimizer.name}" has no counterpart in PyTorch; use "adamw"')
+    if optimizer is not None and optimizer.moments_dtype != "float32":
+        raise UserError(f'optimizer.moments_dtype = "{optimizer.moments_dtype}" has no counterpart in PyTorch')
     batches = [_batch(model, batch_size, length, seed + step) for step in range(max(steps, 1))]
     shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
 

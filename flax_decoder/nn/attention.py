@@ -127,14 +127,16 @@ class SelfAttention(nn.Module):
 
         drops_weights = config.dropout > 0 and not deterministic
         wants_weights = self.is_mutable_collection("intermediates")
-        attend = functools.partial(
-            dot_product_attention, soft_cap=config.attention_soft_cap, scale=config.attention_scale
+        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        attend: Callable[..., tuple[jax.Array, ...]] = functools.partial(
+            dot_product_attention, soft_cap=config.attention_soft_cap, scale=config.attention_scale, drop=dropout
         )
+        if config.remat == "attention" and not wants_weights:
+            attend = jax.checkpoint(attend, prevent_cse=not config.scan_layers)
         if self.blockwise_is_chosen() and cached is None and not drops_weights and not wants_weights:
             heads_BTNH = blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
         else:
-            dropout = nn.Dropout(config.dropout, deterministic=deterministic)
-            heads_BTNH, scores_BKGTS, weights_BKGTS = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, drop=dropout)
+            heads_BTNH, scores_BKGTS, weights_BKGTS = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
             self.sow("intermediates", "scores", scores_BKGTS)
             self.sow("intermediates", "weights", weights_BKGTS)
         self.sow("intermediates", "heads", heads_BTNH)

@@ -23,6 +23,12 @@ from flax_decoder.nn.precision import at_least_float32, check_float64
 
 # Up to so many vectors, making logits is a matter of reading the head; beyond, of multiplying.
 FEW_ROWS = 32
+# What the backward pass of a block may find kept, by `remat`; "attention" is in the hands of attention itself.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # The products with parameters; those of queries with keys and of weights with values have batch axes.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Block(nn.Module):
@@ -94,6 +100,7 @@ class Decoder(nn.Module):
         positions_BT: jax.Array | None = None,
         num_tokens_B: jax.Array | None = None,
         last_only: bool = False,
+        hidden_only: bool = False,
         deterministic: bool = True,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Maps tokens to the logits of the tokens that follow them.
@@ -104,6 +111,7 @@ class Decoder(nn.Module):
             positions_BT: where in the text the tokens stand, for tokens in another order than that; not with a cache.
             num_tokens_B: with a cache, how many tokens of each row count; those behind them are padding.
             last_only: gives the logits of each row's last token alone, (B, 1, V), where T of them would go unread.
+            hidden_only: gives what `logits` would make them of, (B, T, D), for who cannot hold T times V numbers.
             deterministic: False applies dropout and needs `rngs={"dropout": rng}`.
 
         Returns:
@@ -145,22 +153,41 @@ class Decoder(nn.Module):
             last_B = jnp.full(B, T, jnp.int32) if num_tokens_B is None else num_tokens_B
             x_BCD = jnp.take_along_axis(x_BTD, jnp.maximum(last_B - 1, 0)[:, None, None], axis=1)
         x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
-        if config.tied_head:
-            head_DV = embedding_VD.T
+        if not config.tied_head:
+            self.param("head", normal, (config.embed_dim, config.vocab_size))
+        if hidden_only:
+            result = x_BCD
         else:
-            head_DV = self.param("head", normal, (config.embed_dim, config.vocab_size)).astype(config.dtype)
+            result = constrain(self.logits(x_BCD, is_generating=cache is not None), "batch", "length", "vocab")
+        if cache is None or end_B is None:
+            return result
+        return result, cache.replace(layers=layers, length_B=end_B)
+
+    def logits(self, x_BCD: jax.Array, *, is_generating: bool = False) -> jax.Array:
+        """The head: logits_BCV, in at least float32, of the tokens that follow normalised hidden states.
+
+        By itself it is `model.apply({"params": head_params(params)}, x_BCD, method="logits")`.
+
+        Args:
+            x_BCD: hidden states, as `hidden_only` gives them; C of the T positions.
+            is_generating: takes the product that is fastest where there are few of them and no gradient is wanted.
+        """
+        config = self.config
+        head_DV: jax.Array
+        if config.tied_head:
+            head_DV = self.get_variable("params", "embedding").astype(config.dtype).T
+        else:
+            head_DV = self.get_variable("params", "head").astype(config.dtype)
         dtype = at_least_float32(x_BCD.dtype)
-        if config.tied_head and cache is not None and 1 < x_BCD.shape[0] * x_BCD.shape[1] <= FEW_ROWS:
+        if config.tied_head and is_generating and 1 < x_BCD.shape[0] * x_BCD.shape[1] <= FEW_ROWS:
             # The same product the other way round: on CPU this reads a transposed matrix twice as fast for few rows.
             x_RD = x_BCD.reshape(-1, config.embed_dim)
-            logits_BCV = jnp.dot(embedding_VD, x_RD.T, preferred_element_type=dtype).T.reshape(*x_BCD.shape[:2], -1)
+            logits_BCV = jnp.dot(head_DV.T, x_RD.T, preferred_element_type=dtype).T.reshape(*x_BCD.shape[:2], -1)
         else:
-            logits_BCV = constrain(project(x_BCD, head_DV, dtype), "batch", "length", "vocab")
+            logits_BCV = project(x_BCD, head_DV, dtype)
         if config.logit_soft_cap is not None:
             logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
-        if cache is None or end_B is None:
-            return logits_BCV
-        return logits_BCV, cache.replace(layers=layers, length_B=end_B)
+        return logits_BCV
 
     def embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """x_BTD: a vector for what each token is, and where the config says so, for where it stands."""
@@ -214,9 +241,9 @@ class Decoder(nn.Module):
             )
             return x_BTD, (cached, seen.get("intermediates"))
 
-        if config.remat:
+        if config.remat in REMAT_POLICIES:
             # Unrolled, the compiler would merge the second computation with the first; inside a scan it cannot.
-            layer = jax.checkpoint(layer, prevent_cse=not config.scan_layers)
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         windows_L = np.asarray([window or NO_WINDOW for window in config.windows], np.int32)
         params: Any = self.get_variable("params", "layers")
         if cache is None and not isinstance(params, tuple):
@@ -237,6 +264,12 @@ class Decoder(nn.Module):
         if looks_inside:
             self.put_variable("intermediates", "layers", seen)
         return x_BTD, layers
+
+
+def head_params(params: Any) -> Any:
+    """Those of a `Decoder`'s parameters that make logits: the head, or the embedding where it is the head, too."""
+    name = "head" if "head" in params else "embedding"
+    return {name: params[name]}
 
 
 def unstack_layers(params: Any) -> Any:

@@ -8,6 +8,8 @@ the run, so it must lie on a file system that all of them see.
 import contextlib
 import importlib.util
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +56,8 @@ def join(config: DistributedConfig) -> None:
     alone = count == 1 or not found
     if alone or jax.distributed.is_initialized():
         return
+    if config.coordinator is not None and index != 0:
+        wait_for(config.coordinator, config.join_seconds)
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -67,6 +71,26 @@ def join(config: DistributedConfig) -> None:
             f"cannot join the other processes of the job: {str(error).splitlines()[0]};\n"
             "give --distributed.coordinator HOST:PORT, or run alone with --distributed.num-processes 1"
         ) from error
+
+
+def wait_for(coordinator: str, seconds: float) -> None:
+    """Returns when somebody listens at HOST:PORT: where nobody does, JAX would abort with no word on what to do.
+
+    Raises:
+        UserError: nobody has listened for so many seconds.
+    """
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"distributed.coordinator = {coordinator}: no answer in {seconds} seconds ({error}); "
+                    "does process 0 run there, and can this machine reach it?"
+                ) from None
+        time.sleep(0.2)
 
 
 def in_a_job(environment: Mapping[str, str]) -> bool:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from flax_decoder.errors import FaultError, UserError
@@ -152,7 +153,13 @@ def restore_params(folder: Path, step: int, params: Any) -> Any:
 
 
 def _restore(path: Path, like: Any) -> Any:
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+
+    def target(leaf: Any) -> jax.ShapeDtypeStruct:
+        # Without a place for each array Orbax puts it where it was saved, on devices that may not be there.
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+
+    abstract = jax.tree.map(target, like)
     try:
         with ocp.StandardCheckpointer(restore_concurrent_gb=_limit_gb(abstract)) as checkpointer:
             return checkpointer.restore(path.absolute(), abstract)

@@ -17,7 +17,14 @@ LARGEST_EXPONENT = 709.0
 
 
 def evaluate(
-    model: Decoder, params: Any, tokens: np.ndarray, num_bytes: int, *, batch_size: int, limit: int = 0
+    model: Decoder,
+    params: Any,
+    tokens: np.ndarray,
+    num_bytes: int,
+    *,
+    batch_size: int,
+    limit: int = 0,
+    loss_chunk_tokens: int | None = None,
 ) -> dict[str, float]:
     """The loss on a text, read in windows of the context length, or of the text if it is shorter, without overlap.
 
@@ -28,13 +35,14 @@ def evaluate(
         num_bytes: size of the text in UTF-8.
         batch_size: windows at once.
         limit: read only this many batches, evenly spaced; 0 reads all.
+        loss_chunk_tokens: as in the config's section training.
 
     Returns:
         "loss" in nats a token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" that were predicted.
     """
     context_length = min(model.config.context_length, len(tokens) - 1)
     batches = validation_batches(tokens, batch_size=batch_size, context_length=context_length, limit=limit)
-    sums = [_loss_sums(model, params, batch) for batch in batches]
+    sums = [_loss_sums(model, params, batch, loss_chunk_tokens) for batch in batches]
     # Summed on the host in float64: float32 would lose digits over a long text.
     total, num_tokens = (math.fsum(float(part[name]) for part in sums) for name in ("loss", "num_tokens"))
     loss = total / num_tokens
@@ -46,6 +54,6 @@ def evaluate(
     }
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _loss_sums(model: Decoder, params: Any, batch: Batch) -> Metrics:
-    return loss_sum(params, model.apply, batch)[1]
+@functools.partial(jax.jit, static_argnames=("model", "loss_chunk_tokens"))
+def _loss_sums(model: Decoder, params: Any, batch: Batch, loss_chunk_tokens: int | None) -> Metrics:
+    return loss_sum(params, model.apply, batch, loss_chunk_tokens=loss_chunk_tokens)[1]

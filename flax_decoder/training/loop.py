@@ -165,6 +165,7 @@ def validate(model: Decoder, state: TrainState, corpus: Corpus, training: Traini
         corpus.validation_bytes,
         batch_size=training.batch_size,
         limit=training.eval_batches,
+        loss_chunk_tokens=training.loss_chunk_tokens,
     )
     return {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
 

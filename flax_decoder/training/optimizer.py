@@ -8,6 +8,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from flax_decoder.config import OptimizerConfig
+from flax_decoder.training.moments import with_bfloat16_moments
 
 # Axes of the stacked kernels of a block: (those summed over, those written to). The layer axis in front is a batch.
 # Heads are joined: the matrix that Muon straightens is the one that multiplies the residual stream.
@@ -70,6 +71,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         )
         # Muon brings an Adam for other parameters, but one with Nesterov momentum that decays norms: ours takes those.
         update = optax.partition({"muon": muon, "adamw": update}, optimizer_of_each)
+    if config.moments_dtype == "bfloat16":
+        update = with_bfloat16_moments(update)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
     return optax.chain(clip, update)
 

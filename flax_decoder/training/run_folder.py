@@ -17,7 +17,16 @@ FREE_FIELDS = {
     "model": {"attention", "scan_layers", "remat"},
     "data": {"path"},  # the text itself is compared
     "optimizer": set(),
-    "training": {"num_steps", "eval_every", "eval_batches", "save_every", "keep_newest", "log_every", "sample_tokens"},
+    "training": {
+        "num_steps",
+        "eval_every",
+        "eval_batches",
+        "save_every",
+        "keep_newest",
+        "log_every",
+        "sample_tokens",
+        "loss_chunk_tokens",
+    },
 }
 
 

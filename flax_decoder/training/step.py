@@ -12,10 +12,10 @@ from flax.training import train_state
 from jax.sharding import Mesh
 
 from flax_decoder.config import Config
-from flax_decoder.nn.axes import logical_axes
-from flax_decoder.nn.decoder import Decoder, check_tokens
+from flax_decoder.nn.axes import logical_axes, num_parts
+from flax_decoder.nn.decoder import Decoder, check_tokens, head_params
 from flax_decoder.parallel.mesh import sharding_of
-from flax_decoder.training.loss import cross_entropy
+from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import make_optimizer
 
 Batch = dict[str, jax.Array]
@@ -31,11 +31,13 @@ class TrainState(train_state.TrainState):
         seed: start of the dropout's randomness.
         accumulation_steps: a step computes its batch in this many parts.
         z_loss: weight of the penalty on the softmax's normaliser.
+        loss_chunk_tokens: a device makes the logits of so many tokens at a time; 0 is all, None as many as are fast.
     """
 
     seed: int = struct.field(pytree_node=False)
     accumulation_steps: int = struct.field(pytree_node=False)
     z_loss: float = struct.field(pytree_node=False)
+    loss_chunk_tokens: int | None = struct.field(pytree_node=False, default=None)
 
 
 def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | None = None) -> TrainState:
@@ -68,6 +70,7 @@ def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainSt
             seed=config.training.seed,
             accumulation_steps=config.training.accumulation_steps,
             z_loss=config.training.z_loss,
+            loss_chunk_tokens=config.training.loss_chunk_tokens,
         )
 
     return make
@@ -152,7 +155,7 @@ def jit_steps(state: TrainState, mesh: Mesh) -> Any:
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """The sums "loss" (nats) and "num_tokens" over a batch as in `train_step`, without dropout."""
-    return loss_sum(state.params, state.apply_fn, batch)[1]
+    return loss_sum(state.params, state.apply_fn, batch, loss_chunk_tokens=state.loss_chunk_tokens)[1]
 
 
 def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
@@ -160,7 +163,14 @@ def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics
 
     def sums_and_gradients(batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
         compute = jax.grad(loss_sum, has_aux=True)
-        gradients, sums = compute(state.params, state.apply_fn, batch, z_loss=state.z_loss, rng=rng)
+        gradients, sums = compute(
+            state.params,
+            state.apply_fn,
+            batch,
+            z_loss=state.z_loss,
+            loss_chunk_tokens=state.loss_chunk_tokens,
+            rng=rng,
+        )
         return sums, gradients
 
     num_parts = state.accumulation_steps
@@ -184,21 +194,35 @@ def loss_sum(
     batch: Batch,
     *,
     z_loss: float = 0.0,
+    loss_chunk_tokens: int | None = None,
     rng: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The sum to be minimised over a batch, and the sums "loss" and "num_tokens"; `rng` turns dropout on."""
-    rngs = None if rng is None else {"dropout": rng}
-    logits_BTV = apply_fn(
+    targets_BT = batch["targets"]
+    mask_BT = batch["mask"].astype(jnp.float32) if "mask" in batch else jnp.ones(targets_BT.shape, jnp.float32)
+    vocab_size = params["embedding"].shape[0]
+    check_tokens(targets_BT, vocab_size, batch.get("mask"))
+    tokens_here = targets_BT.size // (num_parts("batch") * num_parts("length"))
+    chunk_tokens = chunk_size(tokens_here, vocab_size // num_parts("vocab"), loss_chunk_tokens)
+
+    result = apply_fn(
         {"params": params},
         batch["inputs"],
         positions_BT=batch.get("positions"),
+        hidden_only=chunk_tokens is not None,
         deterministic=rng is None,
-        rngs=rngs,
+        rngs=None if rng is None else {"dropout": rng},
     )
-    check_tokens(batch["targets"], logits_BTV.shape[-1], batch.get("mask"))
-    losses_BT, penalties_BT = cross_entropy(logits_BTV, batch["targets"], z_loss)
-    mask_BT = batch["mask"].astype(jnp.float32) if "mask" in batch else jnp.ones_like(losses_BT)
-    # A target that does not count may be any number, such as -100: its loss must not become 0 * NaN.
-    losses_BT = jnp.where(mask_BT > 0, losses_BT, 0.0)
-    sums = {"loss": jnp.sum(losses_BT * mask_BT), "num_tokens": jnp.sum(mask_BT)}
-    return jnp.sum((losses_BT + penalties_BT) * mask_BT), sums
+    if chunk_tokens is None:
+        total, loss = summed_losses(result, targets_BT, mask_BT, z_loss)
+    else:
+        total, loss = chunked_losses(
+            lambda head, x_BTD: apply_fn({"params": head}, x_BTD, method="logits"),
+            head_params(params),
+            result,
+            targets_BT,
+            mask_BT,
+            z_loss,
+            chunk_tokens=chunk_tokens,
+        )
+    return total, {"loss": loss, "num_tokens": jnp.sum(mask_BT).astype(loss.dtype)}

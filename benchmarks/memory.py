@@ -1,0 +1,124 @@
+"""What the memory settings save, and what they cost in time: the tables of docs/memory.md.
+
+    python benchmarks/memory.py [--json FILE]
+
+Memory is what the compiler sets aside for one training step beside the state and the batch; for that the step is
+compiled, not run, so the shapes may be large. Time is the median of steps that are run, at a shape that a CPU can do.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import flax_decoder as fd
+
+MIB = 2**20
+ROUNDS = 7
+LARGE_VOCABULARY = {
+    "model.vocab_size": 128_256,
+    "model.context_length": 1024,
+    "model.num_layers": 2,
+    "model.embed_dim": 256,
+    "training.batch_size": 8,
+}
+# GPT-2 small but for its vocabulary; scores are held whole, as a GPU without a fused kernel would.
+DEEP = {
+    "model.vocab_size": 256,
+    "model.context_length": 1024,
+    "model.num_layers": 12,
+    "model.embed_dim": 768,
+    "model.num_heads": 12,
+    "model.scan_layers": True,
+    "model.attention": "reference",
+    "model.dtype": "bfloat16",
+    "training.batch_size": 8,
+}
+TIMED = {
+    "model.context_length": 256,
+    "model.num_layers": 6,
+    "model.embed_dim": 384,
+    "model.num_heads": 6,
+    "training.batch_size": 8,
+}
+CHUNKS = (0, None, 2048, 1024, 512, 256)
+POLICIES = ("none", "attention", "dots", "full")
+
+
+def main() -> None:
+    """Prints three tables, and writes them where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write the figures to this file, too")
+    options = parser.parse_args()
+    chunk = "training.loss_chunk_tokens"
+    figures = {
+        "loss_chunk_tokens, 128,256 tokens, 8 x 1024": {
+            str(tokens): {
+                "MiB": temporaries(LARGE_VOCABULARY | {chunk: tokens}) / MIB,
+                "seconds": step_seconds(LARGE_VOCABULARY | {chunk: tokens, "training.batch_size": 1}),
+            }
+            for tokens in CHUNKS
+        },
+        "remat, 12 x 768, 8 x 1024": {
+            policy: {
+                "MiB": temporaries(DEEP | {"model.remat": policy}) / MIB,
+                "seconds": step_seconds(TIMED | {"model.vocab_size": 256, "model.remat": policy}),
+            }
+            for policy in POLICIES
+        },
+        "moments_dtype": {
+            dtype: {
+                "MiB": moments_bytes(DEEP | {"optimizer.moments_dtype": dtype}) / MIB,
+                "seconds": step_seconds(TIMED | {"model.vocab_size": 256, "optimizer.moments_dtype": dtype}),
+            }
+            for dtype in ("float32", "bfloat16")
+        },
+    }
+    for title, rows in figures.items():
+        print(f"\n{title}")
+        for name, row in rows.items():
+            print(f"{name:>10}  {row['MiB']:10,.0f} MiB  {row['seconds']:7.3f} s a step")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+
+
+def make(settings: dict[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
+    """A function that makes the state, and a batch of random tokens."""
+    config = fd.load_config(None, {name: value for name, value in settings.items() if value is not None})
+    shape = (config.training.batch_size, config.model.context_length)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    batch = {"inputs": tokens, "targets": np.roll(tokens, -1, axis=1)}
+    return lambda: fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0)), batch
+
+
+def temporaries(settings: dict[str, Any]) -> int:
+    """Bytes that a step needs beside its inputs and outputs."""
+    make_state, batch = make(settings)
+    step = jax.jit(fd.train_step, donate_argnums=0).lower(jax.eval_shape(make_state), batch)
+    return step.compile().memory_analysis().temp_size_in_bytes
+
+
+def moments_bytes(settings: dict[str, Any]) -> int:
+    """Bytes of the optimizer's state."""
+    state = jax.eval_shape(make(settings)[0])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state))
+
+
+def step_seconds(settings: dict[str, Any]) -> float:
+    """Median time of a step after the first, which compiles."""
+    make_state, batch = make(settings)
+    state, take_step, seconds = make_state(), jax.jit(fd.train_step, donate_argnums=0), []
+    for _ in range(1 + ROUNDS):
+        start = time.perf_counter()
+        state, _ = jax.block_until_ready(take_step(state, batch))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.training.moments import round_at_random, with_bfloat16_moments
+
+MODEL = {"vocab_size": 11, "context_length": 5, "num_layers": 2, "embed_dim": 8, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def optax_may_promote():
+    """Optax itself computes `float ** int32`, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_rounding_takes_a_neighbour_and_is_right_on_average():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=7) * np.geomspace(1e-20, 1e20, 7), jnp.float32)
+    rngs = jax.random.split(jax.random.key(0), 20_000)
+    rounded = np.asarray(jax.jit(jax.vmap(round_at_random, (None, 0)))(x, rngs), np.float64)
+    x = np.asarray(x, np.float64)
+    gap = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)  # between bfloat16 numbers there: they have 8 bits
+    assert (np.abs(rounded - x) < gap).all()
+    assert all(len(set(column)) == 2 for column in rounded.T)
+    # The mean of 20,000 steps of one gap is off by at most gap / 2 / sqrt(20,000), times 5 to be sure.
+    assert (np.abs(rounded.mean(0) - x) < 5 * gap / 2 / 20_000**0.5).all()
+
+
+def test_rounding_keeps_what_bfloat16_has():
+    kept = [0.0, -0.0, 1.0, -3.5, 2.0**-126, np.inf, -np.inf, np.nan]
+    # As a GPU writes a NaN: adding anything to its bits would carry into the sign, and make it a zero.
+    full_nan = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    x = jnp.concatenate([jnp.asarray(kept, jnp.float32), jnp.asarray(full_nan)])
+    for seed in range(5):
+        rounded = jax.jit(round_at_random)(x, jax.random.key(seed))
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(rounded.astype(jnp.float32), x)
+
+
+def second_moment(round_to_bfloat16, num_steps, beta2):
+    """Mean over 500 parameters of the second moment, after one large gradient and many that are zero."""
+    adam = optax.scale_by_adam(b2=beta2)
+    optimizer = with_bfloat16_moments(adam) if round_to_bfloat16 == "at random" else adam
+    params = {"w": jnp.zeros(500)}
+
+    def nearest(state):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype) if x.ndim else x, state)
+
+    @jax.jit
+    def run():
+        def step(state, gradient):
+            _, state = optimizer.update({"w": jnp.full(500, gradient)}, state)
+            return nearest(state) if round_to_bfloat16 == "to the nearest" else state, None
+
+        gradients = jnp.zeros(num_steps).at[0].set(1.0)
+        return jax.lax.scan(step, optimizer.init(params), gradients)[0]
+
+    return float(optax.tree.get(run(), "nu")["w"].astype(jnp.float32).mean())
+
+
+def test_the_second_moment_fades_as_it_should():
+    """The reason for all this: rounded to the nearest, it stays where it is for ever."""
+    exact = 0.001 * 0.999**999
+    assert second_moment("no", 1000, 0.999) == pytest.approx(exact, rel=1e-3)
+    # 500 walks of 1000 random steps, each of at most 2**-8 of the value: the mean strays by about a hundredth.
+    assert second_moment("at random", 1000, 0.999) == pytest.approx(exact, rel=0.03)
+    assert second_moment("to the nearest", 1000, 0.999) == pytest.approx(0.001, rel=0.01)
+
+
+def make_state(moments_dtype, name="adamw"):
+    settings = {f"model.{field}": value for field, value in MODEL.items()}
+    config = fd.load_config(
+        None, settings | {"optimizer.moments_dtype": moments_dtype, "optimizer.name": name, "training.num_steps": 30}
+    )
+    return fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
+
+
+def sizes(state):
+    """Bytes of the optimizer state by dtype, and of the parameters."""
+    result = {}
+    for leaf in jax.tree.leaves(state.opt_state):
+        result[str(leaf.dtype)] = result.get(str(leaf.dtype), 0) + leaf.nbytes
+    return result, sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_take_half_the_memory_and_nothing_else_is_rounded(name):
+    batch = {"inputs": np.arange(10).reshape(2, 5), "targets": np.arange(10).reshape(2, 5)}
+    moments = 0
+    for moments_dtype in ("float32", "bfloat16"):
+        state, _ = jax.jit(fd.train_step)(make_state(moments_dtype, name), batch)
+        by_dtype, of_params = sizes(state)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+        if moments_dtype == "float32":
+            assert "bfloat16" not in by_dtype
+            moments = by_dtype["float32"]
+        else:
+            # All but a few numbers, such as Muon's three coefficients.
+            assert 2 * by_dtype["bfloat16"] == pytest.approx(moments, abs=64) and by_dtype.get("float32", 0) <= 64
+    assert moments > (1.9 if name == "adamw" else 1.1) * of_params
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_training_goes_as_with_float32_moments(name):
+    """The first update is the same: it is made before anything is rounded. Later ones differ by little."""
+    rng = np.random.default_rng(0)
+    batch = {"inputs": rng.integers(0, 11, (8, 5))}
+    batch["targets"] = (batch["inputs"] * 3 + 1) % 11
+    take_step = jax.jit(fd.train_step)
+    losses = {}
+    for moments_dtype in ("float32", "bfloat16"):
+        state = make_state(moments_dtype, name)
+        losses[moments_dtype] = []
+        for _ in range(30):
+            state, metrics = take_step(state, batch)
+            losses[moments_dtype].append(float(metrics["loss"]))
+    exact, rounded = losses["float32"], losses["bfloat16"]
+    assert rounded[:2] == pytest.approx(exact[:2], rel=1e-6) and rounded != pytest.approx(exact, rel=1e-6)
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert exact[-1] < 0.9 * exact[0]
+
+
+def test_equal_states_take_equal_steps():
+    """Copies of a state on several devices, or before and after a crash, must not drift apart."""
+    batch = {"inputs": np.arange(10).reshape(2, 5), "targets": np.arange(10).reshape(2, 5)}
+    take_step = jax.jit(fd.train_step)
+    states = [make_state("bfloat16") for _ in range(2)]
+    for _ in range(3):
+        states = [take_step(state, batch)[0] for state in states]
+    jax.tree.map(np.testing.assert_array_equal, states[0].opt_state, states[1].opt_state)
+
+
+def test_each_moment_is_rounded_by_numbers_of_its_own():
+    """Shared ones would make parameters that have the same gradients stray together, not cancel out."""
+    optimizer = with_bfloat16_moments(optax.scale_by_adam())
+    gradients = {"a": jnp.full(100, 0.3), "b": jnp.full(100, 0.3)}
+    first = optimizer.update(gradients, optimizer.init(gradients))[1]
+    second = optimizer.update(gradients, first)[1]
+    rounded = [optax.tree.get(state, name)[leaf] for state in (first, second) for name in ("mu", "nu") for leaf in "ab"]
+    ups = [np.asarray(moment > moment.min()) for moment in rounded]
+    assert all(10 < up.sum() < 100 for up in ups)
+    assert len({up.tobytes() for up in ups}) == 8

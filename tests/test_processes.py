@@ -1,0 +1,244 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.config import DistributedConfig
+from flax_decoder.errors import UserError
+from flax_decoder.parallel import processes
+from flax_decoder.training import loop
+from flax_decoder.training.checkpoint import saved_steps
+from flax_decoder.training.metrics import read_metrics
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
+NUM_STEPS = 12
+SETTINGS = {
+    "model.context_length": 8,
+    "model.num_layers": 1,
+    "model.embed_dim": 16,
+    "model.num_heads": 2,
+    "model.vocab_size": 24,  # the text has 23, which no two devices divide
+    "training.num_steps": NUM_STEPS,
+    "training.batch_size": 4,
+    "training.eval_every": 4,
+    "training.save_every": 4,
+    "training.log_every": 2,
+    "training.sample_tokens": 5,
+    # Not a matter of how many steps there will be.
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+}
+# Sums of float32 in another order.
+LOSS_TOLERANCE = 1e-5
+HEARTBEAT_SECONDS = 10
+FLAGS = "--xla_backend_optimization_level=0"  # see conftest.py
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "hamlet.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def train_here(folder, text, **changes):
+    """Trains in this process; `changes` to SETTINGS are named section__field."""
+    overrides = {name.replace("__", "."): value for name, value in changes.items()}
+    config = fd.load_config(None, SETTINGS | {"data.path": str(text), "run.folder": str(folder)} | overrides)
+    return loop.train(config, Path(folder))
+
+
+class Job:
+    """Processes of one training job on this machine."""
+
+    def __init__(self, num_processes, devices_each, folder, text, **changes):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = SETTINGS | {
+            "data.path": text,
+            "run.folder": folder,
+            "distributed.coordinator": f"127.0.0.1:{port}",
+            "distributed.num_processes": num_processes,
+            "distributed.heartbeat_seconds": HEARTBEAT_SECONDS,
+        }
+        settings |= {name.replace("__", "."): value for name, value in changes.items()}
+        environment = os.environ | {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices_each}"}
+        self.folder = folder
+        self.processes = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    TRAIN,
+                    *(f"--{name}={value}" for name, value in settings.items()),
+                    f"--distributed.process-id={index}",
+                ],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for index in range(num_processes)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def wait_for_checkpoint(self):
+        end = time.monotonic() + 120
+        while not saved_steps(self.folder):
+            assert time.monotonic() < end and self.processes[0].poll() is None, self.end()
+            time.sleep(0.02)
+
+    def end(self):
+        """Exit codes and outputs."""
+        outputs = [process.communicate(timeout=120)[0] for process in self.processes]
+        return [process.returncode for process in self.processes], outputs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, text):
+    """A run of one process on one device."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train_here(folder, text, mesh__data=1) == 0
+    return folder
+
+
+def assert_same_run(folder, expected):
+    """The losses of all steps, and the parameters they led to."""
+    rows, expected_rows = (read_metrics(path / "metrics.jsonl") for path in (folder, expected))
+    every = {row["step"]: row for row in rows}  # where a run was stopped it has logged one step more
+    for row in expected_rows:
+        for name in {"train_loss", "val_loss"} & row.keys():
+            assert every[row["step"]][name] == pytest.approx(row[name], rel=LOSS_TOLERANCE)
+    for name in ("sample.txt", "loss.png"):
+        assert (folder / name).stat().st_size > 0
+    pairs = zip(*(np.asarray(fd.load(path)[1]["embedding"]) for path in (folder, expected)), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_two_processes_train_as_one_does(whole, text, tmp_path):
+    with Job(2, 2, tmp_path / "run", text) as job:
+        codes, outputs = job.end()
+    assert codes == [0, 0], outputs
+    assert "on 4 devices (cpu): data 4" in outputs[0]
+    assert "step" not in outputs[1]  # one prints for all
+    assert_same_run(job.folder, whole)
+    # Where the processes were belongs to that start: the folder alone says how to go on.
+    assert fd.load_config(job.folder / "config.toml").distributed.coordinator is None
+
+
+def test_four_processes_stop_at_one_step_and_go_on_as_one(text, tmp_path):
+    # Each process has a part of each matrix, so that none could save or sample alone.
+    with Job(4, 1, tmp_path / "run", text, mesh__fsdp=2, mesh__tensor=2, training__num_steps=20_000) as job:
+        job.wait_for_checkpoint()
+        job.processes[2].send_signal(signal.SIGTERM)
+        codes, outputs = job.end()
+    assert codes == [143] * 4, outputs
+    step = max(saved_steps(job.folder))
+    assert f"stopped by SIGTERM: saved at step {step}" in outputs[0]
+    assert read_metrics(job.folder / "metrics.jsonl")[-1]["step"] == step
+    assert train_here(job.folder, text, training__num_steps=step + 4, mesh__tensor=2, run__resume="must") == 0
+    assert train_here(tmp_path / "expected", text, training__num_steps=step + 4, mesh__data=1) == 0
+    assert_same_run(job.folder, tmp_path / "expected")
+
+
+def test_a_job_ends_with_its_first_dead_process_and_goes_on_with_fewer(text, tmp_path):
+    with Job(2, 1, tmp_path / "run", text, training__num_steps=20_000) as job:
+        job.wait_for_checkpoint()
+        job.processes[1].kill()
+        start = time.monotonic()
+        codes, outputs = job.end()
+    assert time.monotonic() - start < 3 * HEARTBEAT_SECONDS  # the next heartbeat, the grace, and a busy machine
+    assert codes == [-signal.SIGABRT, -signal.SIGKILL], outputs
+    step = max(saved_steps(job.folder))
+    assert train_here(job.folder, text, training__num_steps=step + 4, mesh__data=1, run__resume="must") == 0
+    assert train_here(tmp_path / "expected", text, training__num_steps=step + 4, mesh__data=1) == 0
+    assert_same_run(job.folder, tmp_path / "expected")
+
+
+def test_what_the_first_process_refuses_ends_them_all(text, tmp_path):
+    with Job(2, 1, tmp_path / "run", text, mesh__data=2, training__batch_size=5) as job:
+        codes, outputs = job.end()
+    assert codes == [2, 1]
+    assert "error: training.batch_size = 5 is not a multiple of mesh.data = 2" in outputs[0]
+    assert "fault: the first process of the job has stopped; its output says why" in outputs[1]
+    assert not job.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_job", "found"),
+    [
+        ({}, False, (None, None)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, True, (4, 3)),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False, (1, 0)),
+        # In a batch script, outside of srun: one process, whatever the job has asked for.
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False, (None, None)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, True, (2, 1)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, True, (None, None)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False, (None, None)),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True, (None, None)),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, (None, None)),
+    ],
+)
+def test_what_launchers_say(monkeypatch, environment, is_job, found):
+    monkeypatch.setattr(processes, "has_tpu", lambda: False)
+    assert processes.in_a_job(environment) == is_job
+    assert processes.find_job(DistributedConfig(), environment) == found
+    # What is configured goes before.
+    assert processes.find_job(DistributedConfig(num_processes=8, process_id=7), environment) == (8, 7)
+
+
+def test_a_tpu_machine_is_asked_for_its_neighbours(monkeypatch):
+    monkeypatch.setattr(processes, "has_tpu", lambda: True)
+    assert processes.in_a_job({})
+    assert not processes.in_a_job({"TPU_WORKER_HOSTNAMES": "localhost"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coordinator": "node1:1234"}, "give --distributed.num-processes N and --distributed.process-id I"),
+        ({"num_processes": 2, "process_id": 1}, "say nothing of where the others are"),
+        ({"process_id": 1}, "say nothing of where the others are"),
+    ],
+)
+def test_half_a_description_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        processes.join(DistributedConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distributed.coordinator": "node1"}, "coordinator = 'node1' must be HOST:PORT"),
+        ({"distributed.num_processes": 2, "distributed.process_id": 2}, "process_id = 2 must be under num_processes"),
+        ({"distributed.num_processes": 0}, "distributed.num_processes = 0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(UserError, match=message):
+        fd.load_config(None, settings)
+
+
+def test_nobody_is_waited_for_longer_than_asked():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        config = DistributedConfig(coordinator=address, num_processes=2, process_id=1, join_seconds=1)
+        with pytest.raises(UserError, match=f"distributed.coordinator = {address}: no answer in 1 seconds"):
+            processes.join(config)
