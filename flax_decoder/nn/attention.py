@@ -20,6 +20,8 @@ from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
 from flax_decoder.nn.precision import at_least_float32
+from flax_decoder.nn.ring import find_ring
+from flax_decoder.nn.ring_attention import ring_attention
 
 # A window that no sequence fills: a layer without one.
 NO_WINDOW = 2**30
@@ -71,8 +73,9 @@ def dot_product_attention(
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
 
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    heads_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", drop(weights_BKGTS).astype(v_BSKH.dtype), v_BSKH)
-    return heads_BTKGH.reshape(B, T, N, H), scores_BKGTS, weights_BKGTS
+    # In this order of axes the product reads the values as they lie in a cache; in another, a transposed copy of them.
+    heads_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", drop(weights_BKGTS).astype(v_BSKH.dtype), v_BSKH)
+    return heads_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), scores_BKGTS, weights_BKGTS
 
 
 class SelfAttention(nn.Module):
@@ -120,6 +123,7 @@ class SelfAttention(nn.Module):
             k_BSKH, v_BSKH, key_positions_BS, cached = self.with_cached(k_BSKH, v_BSKH, positions_BT, cached, end_B)
         distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None]
         mask_BTS = (distance_BTS >= 0) & (distance_BTS < window) & (key_positions_BS >= 0)[:, None]
+        slopes_N: jax.Array | None = None
         bias_BNTS: jax.Array | None = None
         if config.positions == "alibi":
             slopes_N = jnp.asarray(alibi_slopes(config.num_heads))
@@ -127,13 +131,29 @@ class SelfAttention(nn.Module):
 
         drops_weights = config.dropout > 0 and not deterministic
         wants_weights = self.is_mutable_collection("intermediates")
+        soft_cap, scale = config.attention_soft_cap, config.attention_scale
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
         attend: Callable[..., tuple[jax.Array, ...]] = functools.partial(
-            dot_product_attention, soft_cap=config.attention_soft_cap, scale=config.attention_scale, drop=dropout
+            dot_product_attention, soft_cap=soft_cap, scale=scale, drop=dropout
         )
         if config.remat == "attention" and not wants_weights:
             attend = jax.checkpoint(attend, prevent_cse=not config.scan_layers)
-        if self.blockwise_is_chosen() and cached is None and not drops_weights and not wants_weights:
+        ring = None if cached is not None or wants_weights else find_ring(q_BTNH.shape, k_BSKH.shape)
+        if ring is not None:
+            heads_BTNH = ring_attention(
+                ring,
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                positions_BT,
+                window,
+                slopes_N,
+                soft_cap=soft_cap,
+                scale=scale,
+                dropout=config.dropout,
+                rng=self.make_rng("dropout") if drops_weights else None,
+            )
+        elif self.blockwise_is_chosen() and cached is None and not drops_weights and not wants_weights:
             heads_BTNH = blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
         else:
             heads_BTNH, scores_BKGTS, weights_BKGTS = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)

@@ -32,15 +32,25 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         axes: a name for each axis; None is an axis that no one splits. One that the devices do not divide, such as a
             batch of one row, stays whole too.
     """
-    divided = (axis if axis and size % num_parts(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=True))
+    divided = (axis if axis and mesh_axes(axis, size) else None for axis, size in zip(axes, x.shape, strict=True))
     return nn.with_logical_constraint(x, tuple(divided))
 
 
 def num_parts(axis: str) -> int:
     """Over how many devices an axis is split where the code is being compiled for a mesh; else 1."""
-    (mesh_axes,) = nn.logical_to_mesh_axes((axis,)) or (None,)
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(name, 1) for name in ([mesh_axes] if isinstance(mesh_axes, str) else mesh_axes or ()))
+    return _count(mesh_axes(axis))
+
+
+def mesh_axes(axis: str, *sizes: int) -> tuple[str, ...]:
+    """The axes of the mesh over which a logical axis is split; none where one of the sizes is no multiple of them."""
+    (entry,) = nn.logical_to_mesh_axes((axis,)) or (None,)
+    there = jax.sharding.get_abstract_mesh().axis_names
+    names = tuple(name for name in ([entry] if isinstance(entry, str) else entry or ()) if name in there)
+    return names if all(size % _count(names) == 0 for size in sizes) else ()
+
+
+def _count(names: tuple[str, ...]) -> int:
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
 def logical_axes(params: Any) -> Any:

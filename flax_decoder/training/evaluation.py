@@ -42,7 +42,8 @@ def evaluate(
     """
     context_length = min(model.config.context_length, len(tokens) - 1)
     batches = validation_batches(tokens, batch_size=batch_size, context_length=context_length, limit=limit)
-    sums = [_loss_sums(model, params, batch, loss_chunk_tokens) for batch in batches]
+    # Each is waited for: devices that one CPU simulates block each other where many programs are under way.
+    sums = [jax.device_get(_loss_sums(model, params, batch, loss_chunk_tokens)) for batch in batches]
     # Summed on the host in float64: float32 would lose digits over a long text.
     total, num_tokens = (math.fsum(float(part[name]) for part in sums) for name in ("loss", "num_tokens"))
     loss = total / num_tokens
