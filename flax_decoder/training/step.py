@@ -157,6 +157,15 @@ def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -
     return jax.lax.fori_loop(0, num_steps, take, (state, metrics))
 
 
+def jit_steps(state: TrainState, mesh: Mesh) -> Any:
+    """`train_steps` under jit on a mesh; the state that is given to it is used up.
+
+    What goes in comes out in the same place: without a word, the compiler might choose another.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=shardings)
+
+
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """The sums "loss" (nats) and "num_tokens" over a batch as in `train_step`, without dropout."""
     return loss_sum(state.params, state.apply_fn, batch, loss_chunk_tokens=state.loss_chunk_tokens)[1]
