@@ -196,7 +196,9 @@ class Decoder(nn.Module):
     def embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """x_BTD: a vector for what each token is, and where the config says so, for where it stands."""
         config = self.config
-        x_BTD = look_up(embedding_VD, tokens_BT)
+        # Each device looks up the columns it holds, for the tokens of its neighbours, too: neither the table nor its
+        # gradient then has to travel, only vectors do.
+        x_BTD = constrain(look_up(embedding_VD, tokens_BT), "copies", "length", "embed")
         if config.embed_scale != 1:
             x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
         if config.positions == "learned":
