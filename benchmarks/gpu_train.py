@@ -22,7 +22,7 @@ medians over all rounds, the fastest PyTorch over ours. MFU is against the dense
 full and, in brackets, halved.
 
 `--tiny` runs tiny shapes on the CPU, to see that all works; its times say nothing. Any field of the model or the
-training can be given, to try it: `--model.scan-layers true`, `--model.remat true`, `--training.accumulation-steps 2`.
+training can be given, to try it: `--model.scan-layers true`, `--model.remat dots`, `--training.loss-chunk-tokens 8192`.
 So can XLA's flags, in the environment variable XLA_FLAGS. Worth trying, one at a time:
 
     --xla_gpu_enable_triton_gemm=false              cuBLAS for all products
@@ -77,6 +77,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model.attention_out_bias": True,
         "model.mlp_bias": True,
         "training.batch_size": 32,
+        # There is memory for all logits at once, and one sum of the head's gradient is faster than several.
+        "training.loss_chunk_tokens": 0,
     },
     "1B": {
         "model.vocab_size": 128256,
@@ -91,6 +93,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model.norm": "rmsnorm",
         "model.feed_forward": "swiglu",
         "training.batch_size": 8,
+        "training.loss_chunk_tokens": 0,
     },
 }
 TINY_GPT2 = {

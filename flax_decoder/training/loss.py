@@ -31,8 +31,10 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, z_loss: float = 
     """
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     inside_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
-    ids_BT1 = jnp.where(inside_BT, targets_BT, 0)[:, :, None]
-    target_logits_BT = jnp.take_along_axis(logits_BTV, ids_BT1, axis=-1)[:, :, 0]
+    # Looking the target's logit up would be the same, but its gradient could not be computed in one pass with Z's.
+    ids_V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.result_type(targets_BT))
+    is_target_BTV = targets_BT[:, :, None] == ids_V[None, None]
+    target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
     losses_BT = jnp.where(inside_BT, log_z_BT - target_logits_BT, jnp.nan)
     return losses_BT, z_loss * jnp.square(log_z_BT)
 

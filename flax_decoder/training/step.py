@@ -108,6 +108,7 @@ def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+        state = state.replace(params=_as_own(state.params, axis_name))
     sums, gradients = accumulate(state, batch, rng)
     if axis_name is not None:
         sums, gradients = jax.lax.psum((sums, gradients), axis_name)
@@ -115,6 +116,18 @@ def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None
     num_tokens = jnp.maximum(sums["num_tokens"], 1)
     gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
     return gradients, {"loss": sums["loss"] / num_tokens, "gradient_norm": optax.tree.norm(gradients)}
+
+
+def _as_own(params: Any, axis_name: str) -> Any:
+    """The same parameters, but each device's own in the eyes of JAX, so that so are their gradients.
+
+    `shard_map` follows, unless told not to, what is the same on all devices: it adds up the gradients of that unasked,
+    and whoever adds them up once more gets too large ones.
+    """
+    followed = jax.typeof(jax.lax.axis_index(axis_name)).manual_axis_type.varying
+    if not followed:
+        return params
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis_name, to="varying"), params)
 
 
 def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -> tuple[TrainState, Metrics]:
@@ -185,7 +198,7 @@ def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics
     parts = jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1), batch)
     rngs = jax.random.split(rng, num_parts)
     shapes = jax.eval_shape(sums_and_gradients, jax.tree.map(lambda part: part[0], parts), rngs[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
     return jax.lax.scan(add_part, zeros, (parts, rngs))[0]
 
 
