@@ -14,6 +14,7 @@ from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
+from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, mesh_sizes, use_mesh
@@ -64,6 +65,7 @@ def train(config: Config, folder: Path) -> int:
 def run(config: Config, folder: Path) -> int:
     """The part of `train` that follows once all processes of the job are there."""
     devices = jax.devices()
+    choose_kernel(config.model)  # raises where the one asked for does not run here
     config, tokenizer, corpus = processes.first_alone(
         lambda: open_run(config, folder, lambda config: mesh_sizes(config, len(devices)))
     )
