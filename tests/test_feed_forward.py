@@ -6,6 +6,7 @@ import pytest
 import reference
 
 from flax_decoder.config import ModelConfig, fields_of
+from flax_decoder.nn import feed_forward
 from flax_decoder.nn.feed_forward import FeedForward
 
 B, T, D, F = 2, 5, 7, 11
@@ -31,6 +32,23 @@ def test_feed_forward(kind, mlp_bias):
     expected_BTD = [[reference.feed_forward(x_D, exact, config) for x_D in x_TD] for x_TD in X_BTD.astype(np.float64)]
     # Sums of 11 float32 products that reach 100 with relu_squared.
     np.testing.assert_allclose(y_BTD, expected_BTD, rtol=1e-5, atol=1e-4 if kind == "relu_squared" else 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
+def test_on_a_gpu_less_is_kept_for_the_gradient_which_is_the_same(kind, monkeypatch):
+    layer = FeedForward(ModelConfig(embed_dim=D, num_heads=1, mlp_dim=F, feed_forward=kind))
+    params = random_params(layer)
+
+    def kept_and_gradients(platform):
+        monkeypatch.setattr(feed_forward, "target_platform", lambda: platform)
+        _, pull_back = jax.vjp(lambda params, x_BTD: layer.apply({"params": params}, x_BTD), params, X_BTD)
+        kept = [leaf for leaf in jax.tree.leaves(pull_back) if leaf.size == B * T * F]
+        return len(kept), pull_back(X_BTD)
+
+    on_cpu, expected = kept_and_gradients("cpu")
+    on_gpu, gradients = kept_and_gradients("gpu")
+    assert on_gpu == 2 < on_cpu  # what the activation takes, and what the matrix after it takes
+    jax.tree.map(lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5), gradients, expected)
 
 
 def test_the_width_is_four_times_the_models_where_it_is_left_out():
