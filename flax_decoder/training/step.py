@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.nn.axes import logical_axes, num_parts
 from flax_decoder.nn.decoder import Decoder, check_tokens, head_params
-from flax_decoder.parallel.mesh import sharding_of
+from flax_decoder.parallel.mesh import compiler_options, sharding_of
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import make_optimizer
 
@@ -108,6 +108,7 @@ def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+        state = state.replace(params=_as_own(state.params, axis_name))
     sums, gradients = accumulate(state, batch, rng)
     if axis_name is not None:
         sums, gradients = jax.lax.psum((sums, gradients), axis_name)
@@ -115,6 +116,18 @@ def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None
     num_tokens = jnp.maximum(sums["num_tokens"], 1)
     gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
     return gradients, {"loss": sums["loss"] / num_tokens, "gradient_norm": optax.tree.norm(gradients)}
+
+
+def _as_own(params: Any, axis_name: str) -> Any:
+    """The same parameters, but each device's own in the eyes of JAX, so that so are their gradients.
+
+    `shard_map` follows, unless told not to, what is the same on all devices: it adds up the gradients of that unasked,
+    and whoever adds them up once more gets too large ones.
+    """
+    followed = jax.typeof(jax.lax.axis_index(axis_name)).manual_axis_type.varying
+    if not followed:
+        return params
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis_name, to="varying"), params)
 
 
 def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -> tuple[TrainState, Metrics]:
@@ -142,6 +155,16 @@ def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), metrics, new)
 
     return jax.lax.fori_loop(0, num_steps, take, (state, metrics))
+
+
+def jit_steps(state: TrainState, mesh: Mesh) -> Any:
+    """`train_steps` under jit on a mesh; the state that is given to it is used up.
+
+    What goes in comes out in the same place: without a word, the compiler might choose another.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
+    options = compiler_options(mesh)
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
@@ -175,7 +198,7 @@ def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics
     parts = jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1), batch)
     rngs = jax.random.split(rng, num_parts)
     shapes = jax.eval_shape(sums_and_gradients, jax.tree.map(lambda part: part[0], parts), rngs[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
     return jax.lax.scan(add_part, zeros, (parts, rngs))[0]
 
 

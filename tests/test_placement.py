@@ -1,0 +1,260 @@
+"""Training spread over devices: the same batches, state and numbers as on one, in parts where they belong."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.data.batches import train_batch
+from flax_decoder.parallel.mesh import make_mesh, sharding_of, use_mesh
+from flax_decoder.training import loop, placement
+from flax_decoder.training.checkpoint import Checkpoints, restore_state
+from flax_decoder.training.metrics import read_metrics
+from flax_decoder.training.placement import place_batches
+from flax_decoder.training.step import state_shardings, train_steps
+
+B, T, V, NUM_STEPS = 24, 16, 34, 3
+NUM_DEVICES = 8
+TOKENS = np.random.default_rng(0).integers(0, V, 5003).astype(np.uint16)
+SIZES = {
+    "model.vocab_size": V,
+    "model.context_length": T,
+    "model.num_layers": 2,
+    "model.scan_layers": True,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.embed_dim": 16,
+    "model.mlp_dim": 24,
+    "training.batch_size": B,
+    "training.num_steps": 100,
+    "optimizer.warmup_steps": 0,
+    # Adam hardly feels how long a gradient is; with a large epsilon it does, and what is all but zero stays small.
+    "optimizer.epsilon": 1e-3,
+}
+MODERN = {
+    "model.positions": "rotary",
+    "model.norm": "rmsnorm",
+    "model.feed_forward": "swiglu",
+    "model.qk_norm": "head",
+    "model.tied_head": False,
+    "model.dropout": 0.2,
+}
+CLASSIC = {
+    "model.norm_bias": True,
+    "model.attention_in_bias": True,
+    "model.attention_out_bias": True,
+    "model.mlp_bias": True,
+    "model.remat": True,
+    "model.window": 6,
+    "training.z_loss": 1e-3,
+}
+IN_PARTS = {"training.accumulation_steps": 3}
+MUON = {"optimizer.name": "muon"}
+
+
+def make_config(*changes, **mesh):
+    """SIZES with some changes, and mesh axes by name."""
+    overrides = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    return fd.load_config(None, functools.reduce(dict.__or__, changes, SIZES) | overrides)
+
+
+def one_mesh(config, num_devices=NUM_DEVICES):
+    return make_mesh(config, jax.devices()[:num_devices])
+
+
+def expected_batches(first, num_steps):
+    return train_batch(TOKENS, seed=0, step=first, batch_size=B, context_length=T, num_steps=num_steps)
+
+
+@functools.cache  # layouts share the run on one device
+def run(changes, num_devices=NUM_DEVICES, **mesh):
+    """Losses and final parameters of a few steps, as the loop takes them; `changes` are pairs, to be hashable."""
+    config = make_config(dict(changes), **mesh)
+    devices = one_mesh(config, num_devices)
+    state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=devices)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(devices)
+    take_steps = jax.jit(train_steps, donate_argnums=0, out_shardings=shardings)
+    with use_mesh(devices):
+        batches = place_batches(TOKENS, config, devices, 0, NUM_STEPS)
+        state, metrics = take_steps(state, batches, NUM_STEPS)
+    return jax.device_get((metrics, state.params))
+
+
+# --- The same numbers ---
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "mesh"),
+    [
+        (MODERN, {}, {}),  # the default: data 8
+        (MODERN, {}, {"data": 2, "fsdp": 2, "tensor": 2}),
+        (CLASSIC, {}, {"fsdp": 4, "tensor": 2}),
+        (CLASSIC, IN_PARTS, {"fsdp": 2, "context": 2, "tensor": 2}),
+    ],
+    ids=["default", "data fsdp tensor", "fsdp tensor", "in parts on fsdp context tensor"],
+)
+def test_a_mesh_gives_the_numbers_of_one_device(architecture, changes, mesh):
+    metrics, params = run(tuple((architecture | changes).items()), **mesh)
+    expected, expected_params = run(tuple(architecture.items()), num_devices=1)
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
+    assert len(set(expected["loss"].tolist())) == NUM_STEPS
+    for (path, one), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(expected_params), strict=True):
+        # Sums of float32 in another order.
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+# --- Batches ---
+
+
+@pytest.mark.parametrize(
+    "mesh", [{}, {"data": 1}, {"data": 4, "tensor": 2}, {"data": 3}, {"data": 2, "fsdp": 4}, {"context": 2, "data": 4}]
+)
+def test_what_is_in_a_batch_does_not_depend_on_the_devices(mesh):
+    config = make_config(**mesh)
+    devices = one_mesh(config)
+    placed = place_batches(TOKENS, config, devices, 7, 2)
+    expected = expected_batches(7, 2)
+    assert placed.keys() - {"positions"} == expected.keys()
+    rows_here, tokens_here = B // (devices.shape["data"] * devices.shape["fsdp"]), T // devices.shape["context"]
+    for name, array in expected.items():
+        assert placed[name].dtype == np.int32
+        assert {shard.data.shape for shard in placed[name].addressable_shards} == {(2, rows_here, tokens_here)}
+        there = np.asarray(placed[name])
+        if devices.shape["context"] > 1:  # in another order, and "positions" says in which
+            there = np.take_along_axis(there, np.argsort(placed["positions"], axis=-1), axis=-1)
+        np.testing.assert_array_equal(there, array)
+    assert ("positions" in placed) == (devices.shape["context"] > 1)
+
+
+def test_each_row_is_read_once_and_only_where_it_is_needed(monkeypatch):
+    asked = []
+
+    def record(*args, rows, **options):
+        asked.append((rows.start, rows.stop))
+        return train_batch(*args, rows=rows, **options)
+
+    monkeypatch.setattr(placement, "train_batch", record)
+    config = make_config(data=2, fsdp=2, tensor=2)
+    jax.block_until_ready(place_batches(TOKENS, config, one_mesh(config), 0, 2))
+    assert sorted(asked) == [(0, 6), (6, 12), (12, 18), (18, 24)]  # "inputs" and "targets" of two devices each
+
+
+def test_positions_say_where_tokens_stand_and_the_load_is_balanced():
+    config = make_config(context=4)
+    placed = place_batches(TOKENS, config, one_mesh(config), 0, 1)["positions"]
+    looked_at = {shard.device.id: int((shard.data[0, 0] + 1).sum()) for shard in placed.addressable_shards}
+    assert set(looked_at.values()) == {T * (T + 1) // 2 // 4}  # tokens that a device's queries see
+
+
+# --- State ---
+
+
+@pytest.mark.parametrize("changes", [{}, MUON], ids=["adamw", "muon"])
+def test_moments_lie_where_their_parameters_do(changes):
+    config = make_config(changes)
+    devices = make_mesh(make_config(changes, data=2, fsdp=2, tensor=2), jax.devices())
+    state = jax.eval_shape(lambda rng: fd.init_state(fd.Decoder(config.model), config, rng=rng), jax.random.key(0))
+    shardings = state_shardings(devices, state)
+    specs = {named(path): sharding.spec for path, sharding in jax.tree.leaves_with_path(shardings.params)}
+    shapes = {named(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state.params)}
+    found = []
+    for (path, sharding), leaf in zip(
+        jax.tree.leaves_with_path(shardings.opt_state), jax.tree.leaves(state.opt_state), strict=True
+    ):
+        name = named(path)
+        if name not in specs:  # counts, and the constants that Muon keeps
+            assert sharding.is_fully_replicated and leaf.size <= 3
+            continue
+        assert sharding.spec == specs[name] and leaf.shape == shapes[name], name
+        found.append(name)
+    # Two moments of AdamW; Muon has one.
+    assert sorted(set(found)) == sorted(specs)
+    assert found.count("embedding") == 2 and found.count("layers/feed_forward/up/kernel") == (1 if changes else 2)
+
+
+def named(path):
+    """The name of the parameter that a path ends in, from the top of the params or from inside of an optimizer."""
+    names = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
+    return "/".join(name for name in names if name not in ("muon", "adamw", "adam"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_with_fsdp_a_device_holds_its_part_of_the_state(name):
+    """The default model, whose vectors, which stay whole, are a small part as they are in large ones."""
+    changes = {"model.vocab_size": 256, "training.batch_size": 8, "optimizer.name": name, "mesh.fsdp": 8}
+    config = fd.load_config(None, changes)
+    state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=one_mesh(config))
+    for tree in (state.params, state.opt_state):
+        leaves = jax.tree.leaves(tree)
+        whole = sum(leaf.nbytes for leaf in leaves)
+        for device in jax.devices():
+            here = [shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == device]
+            assert whole / 8 <= sum(here) <= 1.05 * whole / 8
+
+
+def test_the_parameters_drawn_do_not_depend_on_the_mesh():
+    config = make_config(MODERN, data=2, fsdp=2, tensor=2)
+    model = fd.Decoder(config.model)
+    spread = fd.init_state(model, config, rng=jax.random.key(5), mesh=one_mesh(config))
+    alone = fd.init_state(model, config, rng=jax.random.key(5))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), spread.params, alone.params)
+    assert not spread.params["head"].is_fully_replicated
+
+
+# --- Checkpoints ---
+
+
+@pytest.mark.parametrize("saved_on", [{"fsdp": 4}, {"data": 2, "tensor": 2}], ids=str)
+def test_a_checkpoint_comes_back_on_any_mesh_to_the_last_bit(saved_on, tmp_path):
+    config = make_config(MODERN)
+    state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
+    rng = np.random.default_rng(1)
+    state = jax.tree.map(lambda leaf: jnp.asarray(rng.random(leaf.shape), leaf.dtype), state)
+    state = state.replace(step=jnp.asarray(3, jnp.int32))
+
+    def place(state, **mesh):
+        return jax.device_put(state, state_shardings(one_mesh(make_config(MODERN, **mesh)), state))
+
+    checkpoints = Checkpoints(tmp_path, keep_newest=1)
+    checkpoints.save(place(state, **saved_on), None)
+    checkpoints.close()
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    for mesh in ({"data": 1}, {"tensor": 2}, {"data": 3}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 8}):
+        target = place(zeros, **mesh)
+        restored = restore_state(tmp_path, 3, target)
+        for one, other, there in zip(*map(jax.tree.leaves, (restored, state, target)), strict=True):
+            np.testing.assert_array_equal(one, other)
+            assert one.sharding == there.sharding and one.dtype == other.dtype
+
+
+def test_a_run_goes_on_with_the_same_batches_and_losses_on_other_devices(tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question:\n" * 40)
+    settings = {
+        "data.path": str(tmp_path / "text.txt"),
+        "data.tokenizer": "byte",
+        "model.vocab_size": 258,
+        "optimizer.schedule": "constant",
+        "training.log_every": 1,
+        "training.eval_every": 4,
+        "training.sample_tokens": 0,
+    }
+
+    def train(folder, num_steps, **mesh):
+        changes = {"run.folder": str(tmp_path / folder), "training.num_steps": num_steps}
+        assert loop.train(make_config(settings, changes, **mesh), tmp_path / folder) == 0
+        return {row["step"]: row for row in read_metrics(tmp_path / folder / "metrics.jsonl")}
+
+    expected = train("alone", 8, data=1)
+    assert list(train("moved", 4, data=3)) == [1, 2, 3, 4]
+    rows = train("moved", 8, fsdp=2, context=2, tensor=2)
+    assert list(rows) == list(expected)
+    for step, row in expected.items():
+        assert rows[step].keys() == row.keys()
+        for name in row.keys() & {"train_loss", "gradient_norm", "val_loss"}:
+            assert rows[step][name] == pytest.approx(row[name], rel=1e-5), (step, name)
+    _, params, _ = fd.load(tmp_path / "moved")  # and on one device, wherever it was trained
+    assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(params)} == {1}
