@@ -178,8 +178,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Compares a model with PyTorch, tensor by tensor."""
-    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise UserError(f"--json {options.json}: must name a file in a folder that exists")
+    _check_json_file(options.json)
     from flax_decoder.files import write_text
     from flax_decoder.loading import compare
 
@@ -206,6 +205,44 @@ def bench(options: argparse.Namespace) -> int:
         for name, value in result.items():
             print(f"{name:>28}  {value if isinstance(value, str) else format(value, ',.6g')}")
     return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Compiles a training step for chips that need not be here: does it fit, what does it move, how long at least."""
+    config = _config_of(options)
+    _check_json_file(options.json)
+    from flax_decoder.training.topology import devices_of, prepare
+
+    prepare(options.topology)  # before JAX is imported
+    from flax_decoder.files import write_text
+    from flax_decoder.training.fitting import smallest_change
+    from flax_decoder.training.plan import make_plan
+
+    devices = devices_of(options.topology)
+    made = make_plan(config, devices)
+    print(made)
+    result = made.to_dict() | {"topology": options.topology}
+    if made.memory.fits is False:
+        found = smallest_change(config, devices, made)
+        if found is None:
+            print("\nno single change of remat, accumulation and mesh makes it fit: it takes more or larger chips")
+        else:
+            change, smaller = found
+            arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+            print(f"\nit fits with {arguments}:\n\n{smaller}")
+            result |= {"change": change, "changed": smaller.to_dict()}
+    if options.json is not None:
+        try:
+            write_text(options.json, json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise FaultError(f"{options.json}: cannot be written: {error}") from error
+    return 1 if made.memory.fits is False else 0
+
+
+def _check_json_file(path: Path | None) -> None:
+    """Raises UserError, before any work is done, where a file cannot be at a path."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise UserError(f"--json {path}: must name a file in a folder that exists")
 
 
 def _sampling_of(options: argparse.Namespace) -> "Sampling":
@@ -304,6 +341,14 @@ def build_parser() -> Parser:
     sub.add_argument("--batch-size", metavar="N", type=int, default=2, help="sequences a batch, an even number")
     sub.add_argument("--length", metavar="N", type=int, help="tokens a sequence")
     sub.add_argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
+
+    sub = add("plan", plan)
+    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
+    sub.add_argument(
+        "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; by default what is here"
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
+    _add_config_fields(sub)
 
     sub = add("bench", bench)
     sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")

@@ -146,8 +146,8 @@ class ModelConfig:
     output_init: Literal["scaled", "zero"] = "scaled"
     """matrices that write into the residual stream start at init_stddev / sqrt(2 L), or at zero"""
 
-    attention: Literal["auto", "reference", "blockwise"] = "auto"
-    """which implementation computes attention; all give the same numbers, `reference` is the one to read"""
+    attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
+    """what computes attention, always the same numbers: reference is readable; auto is the best for CPU, GPU or TPU"""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """what activations are computed in; params, norms, softmax and loss stay float32; float64 needs JAX_ENABLE_X64=1"""
     scan_layers: bool = False
@@ -188,6 +188,22 @@ class ModelConfig:
         """The window of each layer in tokens, None where a layer sees everything before it."""
         pattern = self.window_pattern
         return tuple(self.window if pattern[i % len(pattern)] else None for i in range(self.num_layers))
+
+    def attention_obstacle(self, name: str) -> str | None:
+        """Why an implementation of attention cannot compute this model without dropout; None where it can."""
+        if name not in ("cudnn", "splash"):
+            return None
+        if self.positions == "alibi":
+            return 'adds no bias to the scores, as positions = "alibi" does'
+        if name == "splash":
+            return None if self.dtype != "float64" else 'computes in float32 or bfloat16, not in dtype = "float64"'
+        if self.dtype != "bfloat16":
+            return f'computes in bfloat16, not in dtype = "{self.dtype}"'
+        if self.attention_soft_cap is not None:
+            return f"cannot squash scores, as attention_soft_cap = {self.attention_soft_cap} does"
+        if self.head_width % 8 != 0 or self.head_width > 256:
+            return f"knows heads whose width is a multiple of 8 up to 256, not head_dim = {self.head_width}"
+        return None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -239,11 +255,10 @@ class ModelConfig:
             self.window is None and self.window_pattern != (True,),
             "window_pattern says which layers have a window, but window is not set",
         )
-        refuse_if(
-            self.attention == "blockwise" and self.dropout > 0,
-            'attention = "blockwise" never holds the weights that dropout = '
-            f'{self.dropout} would zero; use attention = "auto"',
-        )
+        obstacle = self.attention_obstacle(self.attention)
+        if self.dropout > 0 and self.attention not in ("auto", "reference"):
+            obstacle = f"never holds the weights that dropout = {self.dropout} would zero"
+        refuse_if(obstacle is not None, f'attention = "{self.attention}" {obstacle}; use attention = "auto"')
         return self
 
 

@@ -18,6 +18,7 @@ from flax_decoder.interop.hugging_face import (
     write_folder,
     write_special_tokens,
 )
+from flax_decoder.nn.attention_choice import for_these_devices
 from flax_decoder.nn.decoder import Decoder, abstract_params
 from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
 
@@ -164,7 +165,7 @@ def _is_run_folder(folder: Path) -> bool:
 def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
     step = choose_step(folder, step)
     config = load_config(folder / "config.toml")
-    model = Decoder(config.model)
+    model = Decoder(for_these_devices(config.model))
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     read_special_tokens(folder, tokenizer)
     return model, restore_params(folder, step, abstract_params(model, shardings)), tokenizer

@@ -235,6 +235,16 @@ RULES = [
     ({"model.rotary_window_base": 90.0, "model.window": 3}, "rotary_window_base = 90.0 needs rotary positions"),
     ({"model.rotary_window_base": 90.0, "model.positions": "rotary"}, "rotary_window_base = 90.0 needs"),
     ({"model.attention": "blockwise", "model.dropout": 0.1}, "dropout = 0.1"),
+    ({"model.attention": "splash", "model.dropout": 0.1}, 'attention = "splash" never holds the weights that dropout'),
+    ({"model.attention": "splash", "model.positions": "alibi"}, 'adds no bias to the scores, as positions = "alibi"'),
+    ({"model.attention": "splash", "model.dtype": "float64"}, 'not in dtype = "float64"; use attention = "auto"'),
+    ({"model.attention": "cudnn"}, 'computes in bfloat16, not in dtype = "float32"; use attention = "auto"'),
+    (
+        {"model.attention": "cudnn", "model.dtype": "bfloat16", "model.attention_soft_cap": 9.0},
+        "cannot squash scores, as attention_soft_cap = 9.0 does",
+    ),
+    ({"model.attention": "cudnn", "model.dtype": "bfloat16", "model.head_dim": 12}, "not head_dim = 12"),
+    ({"model.attention": "cudnn", "model.dtype": "bfloat16", "model.head_dim": 264}, "not head_dim = 264"),
     ({"training.accumulation_steps": 5}, "training.batch_size = 12 is not a multiple of accumulation_steps = 5"),
     (
         {"optimizer.warmup_steps": 100, "training.num_steps": 100},

@@ -1,3 +1,6 @@
+import dataclasses
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from flax_decoder.training.checkpoint import Checkpoints
 def run(tmp_path_factory):
     """A run folder with what loading needs, made without training, and the params of its two checkpoints."""
     folder, tokenizer = tmp_path_factory.mktemp("run"), CharTokenizer("abc")
-    sizes = {"vocab_size": 5, "context_length": 4, "num_layers": 1, "embed_dim": 8, "num_heads": 2}
+    sizes = {"vocab_size": 5, "context_length": 4, "num_layers": 1, "embed_dim": 16, "num_heads": 2}
     config = fd.load_config(None, {f"model.{name}": value for name, value in sizes.items()})
     state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(3))
     (folder / "config.toml").write_text(to_toml(config))
@@ -43,6 +46,15 @@ def test_a_run_is_loaded(run, choice, step):
 
 def test_a_path_may_be_text(run):
     assert fd.load(str(run[0]))[0].config == run[2].model
+
+
+def test_a_run_trained_with_a_kernel_of_other_devices_is_loaded(run, tmp_path):
+    """Attention by cuDNN gives the numbers of any other: a run from a GPU is evaluated here too."""
+    shutil.copytree(run[0], tmp_path / "run")
+    trained = dataclasses.replace(run[2].model, attention="cudnn", dtype="bfloat16")
+    (tmp_path / "run" / "config.toml").write_text(to_toml(dataclasses.replace(run[2], model=trained)))
+    model = fd.load(tmp_path / "run")[0]
+    assert model.config == dataclasses.replace(trained, attention="auto")
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):

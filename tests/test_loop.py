@@ -15,8 +15,9 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.cli import main
-from flax_decoder.training import loop
+from flax_decoder.training import hardware, loop
 from flax_decoder.training.checkpoint import saved_steps
+from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.metrics import read_metrics
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
@@ -36,7 +37,7 @@ RULES = {
     "training.sample_tokens": 12,
 }
 # All that a line of metrics.jsonl says but how long it took.
-TIMES = ("tokens_per_second", "seconds")
+TIMES = ("tokens_per_second", "mfu", "mfu_causal", "seconds")
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +268,21 @@ def test_the_process_saves_and_exits_with_the_code_of_the_signal(text, tmp_path,
     (step,) = saved_steps(tmp_path / "run")
     assert f"stopped by {number.name}: saved at step {step}; the same command continues" in out
     assert read_metrics(log)[-1]["step"] == step
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_each_line_tells_the_part_of_the_peak(text, tmp_path, monkeypatch, known):
+    if known:
+        monkeypatch.setattr(hardware, "CHIPS", (hardware.Chip("cpu", 1e12, 1e9, 1e9, 1e9),))
+    changes = {"mesh__data": 2, "mesh__tensor": 2, "model__vocab_size": 40, "training__num_steps": 4}
+    assert train(tmp_path, text, training__sample_tokens=0, **changes) == 0
+    model = fd.load_config(tmp_path / "config.toml").model
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        if known:
+            speed = row["tokens_per_second"]
+            assert row["mfu"] == pytest.approx(flops_per_token(model, "full") * speed / 4e12)
+            assert row["mfu_causal"] == pytest.approx(flops_per_token(model, "causal") * speed / 4e12)
+        else:
+            assert row["mfu"] == row["mfu_causal"] == "unknown"

@@ -9,6 +9,7 @@ import pytest
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import UserError
+from flax_decoder.training import metrics
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, bits_per_byte, plot_losses, read_metrics
 
 ROWS = [{"step": step, "train_loss": 3.0 / step, "seconds": 1.5 * step} for step in (2, 4, 6)]
@@ -82,6 +83,15 @@ def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     MetricsLog(RunConfig(tensorboard=True), tmp_path, 0).add({"step": 3, "train_loss": 1.5})
     assert written == [str(tmp_path / "tensorboard"), ("step", 3, 3), ("train_loss", 1.5, 3), "flush"]
+
+
+def test_other_reporters_get_no_words(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(metrics, "open_reporters", lambda config, folder: [told.append])
+    row = {"step": 3, "train_loss": 1.5, "mfu": "unknown", "mfu_causal": 0.25}
+    MetricsLog(RunConfig(), tmp_path, 0).add(row)
+    assert told == [{"step": 3, "train_loss": 1.5, "mfu_causal": 0.25}]
+    assert read_metrics(tmp_path / "metrics.jsonl") == [row]
 
 
 def test_wandb_goes_on_in_the_same_chart(tmp_path, monkeypatch):

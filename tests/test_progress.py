@@ -33,7 +33,7 @@ def test_the_call_that_compiles_does_not_set_the_pace_for_long(monkeypatch):
 
 
 def row(step, **more):
-    return {"step": step, "train_loss": 2.5, "tokens_per_second": 50.0, **more}
+    return {"step": step, "train_loss": 2.5, "tokens_per_second": 50.0, "mfu": "unknown", **more}
 
 
 def shown(monkeypatch, terminal, *rows):
@@ -59,3 +59,10 @@ def test_a_terminal_has_a_bar_with_loss_speed_and_time_left(monkeypatch):
     output = shown(monkeypatch, True, row(10), row(20))
     assert "20/400" in output and "loss 2.500  50 tokens/s" in output and "\x1b[" in output
     assert "s left" not in output
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_part_of_the_peak_is_told_where_it_is_known(monkeypatch, terminal):
+    known = shown(monkeypatch, terminal, row(10, mfu=0.4321), row(20, mfu=0.4321))
+    assert "50 tokens/s  43.2% MFU" in known
+    assert "MFU" not in shown(monkeypatch, terminal, row(10), row(20))

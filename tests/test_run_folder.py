@@ -98,6 +98,12 @@ def test_another_text_is_refused(here, capsys):
     assert "content changed" in refusal(capsys)
 
 
+@pytest.mark.parametrize("folder", [RUN, "runs/new"])
+def test_attention_that_does_not_run_here_is_refused(here, capsys, folder):
+    changes = ["--model.attention=cudnn", "--model.dtype=bfloat16", "--model.head-dim=8", f"--run.folder={folder}"]
+    assert 'model.attention = "cudnn" needs an NVIDIA GPU, and this runs on cpu' in refusal(capsys, *changes)
+
+
 def test_a_missing_text_under_another_name_is_refused(here, capsys):
     assert "missing.txt" in refusal(capsys, "--data.path=missing.txt")
 

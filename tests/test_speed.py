@@ -1,19 +1,17 @@
 import json
 
-import jax
 import pytest
 
 from flax_decoder.cli import main
-from flax_decoder.config import load_config
-from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training import speed
+from flax_decoder.training import hardware, speed
 
-SIZES = "--model.vocab-size=11 --model.context-length=8 --model.num-layers=1 --model.embed-dim=8 --model.num-heads=2"
+SIZES = "--model.vocab-size=12 --model.context-length=8 --model.num-layers=1 --model.embed-dim=8 --model.num-heads=2"
 
 
-def test_bench_tells_all_numbers(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(("mesh", "num_devices"), [("", 2), ("--mesh.fsdp=2 --mesh.context=2 --mesh.tensor=2", 8)])
+def test_bench_tells_all_numbers(monkeypatch, capsys, tmp_path, mesh, num_devices):
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", *SIZES.split(), "--training.batch-size=2", "--json"]) == 0
+    assert main(["bench", *SIZES.split(), *mesh.split(), "--training.batch-size=2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     numbers = {
         "parameters",
@@ -21,22 +19,33 @@ def test_bench_tells_all_numbers(monkeypatch, capsys, tmp_path):
         "step_seconds",
         "tokens_per_second",
         "flops_per_token",
+        "flops_per_token_causal",
         "decode_tokens_per_second",
     }
     assert result.keys() >= numbers | {"device", "mfu"}
     assert all(result[name] > 0 for name in numbers)
+    assert result["num_devices"] == num_devices
     assert result["tokens_per_second"] == pytest.approx(2 * 8 / result["step_seconds"])
-    assert result["mfu"] == "unknown"  # the peak of a CPU is in no table
+    assert result["mfu"] == result["mfu_causal"] == "unknown"  # the peak of a CPU is in no table
+    assert result["flops_per_token"] - result["flops_per_token_causal"] == 6 * 8 * 8
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"positions": "rotary"}, {"tied_head": False}, {"num_kv_heads": 1}])
-def test_flops_are_counted_by_matrix_products(changes):
-    """Six for each weight that a token meets in a product, and twelve for each key it may meet, a layer and width."""
-    settings = {"vocab_size": 11, "context_length": 8, "num_layers": 3, "embed_dim": 12, "num_heads": 2} | changes
-    config = load_config(None, {f"model.{name}": value for name, value in settings.items()}).model
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    products = 3 * (12 * 12 * 2 + 2 * 12 * 6 * config.kv_heads + 2 * 12 * 48) + 11 * 12
-    scales = 12 * (2 * 3 + 1)  # norms are counted, too, though they are no products: too few to matter
-    assert speed.flops_per_token(config, num_params) == 6 * (products + scales) + 12 * 3 * 12 * 8
+def test_bench_is_held_against_the_peak_of_all_devices(monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "CHIPS", (hardware.Chip("cpu", 1e12, 1e9, 1e9, 1e9),))
+    assert main(["bench", *SIZES.split(), "--training.batch-size=2", "--mesh.data=2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for name in ("", "_causal"):
+        flops_per_second = result[f"flops_per_token{name}"] * result["tokens_per_second"]
+        assert result[f"mfu{name}"] == pytest.approx(flops_per_second / 2e12)
+
+
+def test_bench_writes_a_line_a_number(monkeypatch, capsys):
+    seen = {"device": "cpu", "tokens_per_second": 1234.5, "mfu": "unknown"}
+    monkeypatch.setattr(speed, "measure_speed", lambda config: seen)
+    assert main(["bench", *SIZES.split()]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["device", "cpu"],
+        ["tokens_per_second", "1,234.5"],
+        ["mfu", "unknown"],
+    ]

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.nn.attention_kernels import blockwise
-from flax_decoder.nn.axes import constrain, num_parts
+from flax_decoder.nn.attention_choice import choose_kernel
+from flax_decoder.nn.attention_kernels import FUSED, blockwise, on_each_device
+from flax_decoder.nn.axes import constrain
 from flax_decoder.nn.cache import LayerKV, positions_of_slots, write
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.norm import Norm
@@ -23,7 +23,7 @@ from flax_decoder.nn.precision import at_least_float32
 from flax_decoder.nn.ring import find_ring
 from flax_decoder.nn.ring_attention import ring_attention
 
-# A window that no sequence fills: a layer without one.
+# A window that no sequence fills.
 NO_WINDOW = 2**30
 
 
@@ -94,11 +94,12 @@ class SelfAttention(nn.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        window: jax.Array | int,
+        window: int | None,
         cached: LayerKV | None = None,
         end_B: jax.Array | None = None,
         num_spare: int = 0,
         *,
+        fast: bool = False,
         deterministic: bool = True,
     ) -> tuple[jax.Array, LayerKV | None]:
         """Lets each position gather from itself and from those before it.
@@ -106,63 +107,87 @@ class SelfAttention(nn.Module):
         Args:
             x_BTD: what the positions hold.
             positions_BT: where they stand, counted from 0; B may be 1.
-            window: how many positions a query sees, its own included.
+            window: how many positions a query sees, its own included; None is all up to its own.
             cached: k_BKSH and v_BKSH of this layer, with the tokens before in the slots of their positions.
             end_B: with a cache, the position from which on a row's tokens are padding.
             num_spare: see `KVCache`.
+            fast: a faster implementation may be taken, as the tokens of each row stand in order from position 0 on.
             deterministic: False drops weights at random.
 
         Returns:
             What each position gathered, (B, T, D), and `cached` with the new keys and values in it.
+
+        Raises:
+            UserError: `config.attention` names an implementation that does not run on the devices.
         """
         config = self.config
         q_BTNH, k_BSKH, v_BSKH = self.queries_keys_values(x_BTD, positions_BT, window)
-        key_positions_BS = positions_BT
-        if cached is not None:
-            window = jnp.minimum(window, cached[0].shape[2] - num_spare)
-            k_BSKH, v_BSKH, key_positions_BS, cached = self.with_cached(k_BSKH, v_BSKH, positions_BT, cached, end_B)
-        distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None]
-        mask_BTS = (distance_BTS >= 0) & (distance_BTS < window) & (key_positions_BS >= 0)[:, None]
-        slopes_N: jax.Array | None = None
-        bias_BNTS: jax.Array | None = None
-        if config.positions == "alibi":
-            slopes_N = jnp.asarray(alibi_slopes(config.num_heads))
-            bias_BNTS = -slopes_N[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
-
         drops_weights = config.dropout > 0 and not deterministic
         wants_weights = self.is_mutable_collection("intermediates")
-        soft_cap, scale = config.attention_soft_cap, config.attention_scale
-        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
-        attend: Callable[..., tuple[jax.Array, ...]] = functools.partial(
-            dot_product_attention, soft_cap=soft_cap, scale=scale, drop=dropout
-        )
-        if config.remat == "attention" and not wants_weights:
-            attend = jax.checkpoint(attend, prevent_cse=not config.scan_layers)
         ring = None if cached is not None or wants_weights else find_ring(q_BTNH.shape, k_BSKH.shape)
+        kernel = choose_kernel(config) if fast and not (drops_weights or wants_weights) else "reference"
+        soft_cap, scale = config.attention_soft_cap, config.attention_scale
         if ring is not None:
-            heads_BTNH = ring_attention(
-                ring,
-                q_BTNH,
-                k_BSKH,
-                v_BSKH,
-                positions_BT,
-                window,
-                slopes_N,
-                soft_cap=soft_cap,
-                scale=scale,
-                dropout=config.dropout,
-                rng=self.make_rng("dropout") if drops_weights else None,
-            )
-        elif self.blockwise_is_chosen() and cached is None and not drops_weights and not wants_weights:
-            heads_BTNH = blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
+            rng = self.make_rng("dropout") if drops_weights else None
+            attend = functools.partial(ring_attention, ring, soft_cap=soft_cap, scale=scale, rng=rng)
+            sight = positions_BT, window or NO_WINDOW, self.slopes()
+            heads_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, *sight, dropout=config.dropout)
+        elif kernel in FUSED:
+            fused = functools.partial(FUSED[kernel], window=window, soft_cap=soft_cap, scale=scale)
+            heads_BTNH = on_each_device(fused, q_BTNH, k_BSKH, v_BSKH)
         else:
-            heads_BTNH, scores_BKGTS, weights_BKGTS = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
-            self.sow("intermediates", "scores", scores_BKGTS)
-            self.sow("intermediates", "weights", weights_BKGTS)
+            key_positions_BS = positions_BT
+            if cached is not None:
+                window = min(window or cached[0].shape[2], cached[0].shape[2] - num_spare)
+                k_BSKH, v_BSKH, key_positions_BS, cached = self.with_cached(k_BSKH, v_BSKH, positions_BT, cached, end_B)
+            mask_BTS, bias_BNTS = self.mask_and_bias(positions_BT, key_positions_BS, window)
+            drop = nn.Dropout(config.dropout, deterministic=deterministic)
+            heads_BTNH = self.by_formula(kernel, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, drop)
         self.sow("intermediates", "heads", heads_BTNH)
 
         out = Linear((config.embed_dim,), 2, config.attention_out_bias, config.output_stddev, config.dtype, name="out")
         return out(constrain(heads_BTNH, "batch", "length", "heads", None)), cached
+
+    def by_formula(
+        self,
+        kernel: str,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        mask_BTS: jax.Array,
+        bias_BNTS: jax.Array | None,
+        drop: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """heads_BTNH by `dot_product_attention`, of all queries at once or of one block after the other."""
+        config = self.config
+        attend: Callable[..., tuple[jax.Array, ...]] = functools.partial(
+            dot_product_attention, soft_cap=config.attention_soft_cap, scale=config.attention_scale, drop=drop
+        )
+        if config.remat == "attention" and not self.is_mutable_collection("intermediates"):
+            attend = jax.checkpoint(attend, prevent_cse=not config.scan_layers)
+        if kernel == "blockwise":
+            return blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
+        heads_BTNH, scores_BKGTS, weights_BKGTS = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
+        self.sow("intermediates", "scores", scores_BKGTS)
+        self.sow("intermediates", "weights", weights_BKGTS)
+        return heads_BTNH
+
+    def mask_and_bias(
+        self, positions_BT: jax.Array, key_positions_BS: jax.Array, window: int | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What each query may look at, mask_BTS, and what its position adds to the scores, bias_BNTS."""
+        distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None]
+        mask_BTS = (distance_BTS >= 0) & (key_positions_BS >= 0)[:, None]
+        if window is not None:
+            mask_BTS &= distance_BTS < window
+        slopes_N = self.slopes()
+        if slopes_N is None:
+            return mask_BTS, None
+        return mask_BTS, -slopes_N[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
+
+    def slopes(self) -> jax.Array | None:
+        """slopes_N: by how much the scores of each head fall per position of distance, where positions are ALiBi's."""
+        return jnp.asarray(alibi_slopes(self.config.num_heads)) if self.config.positions == "alibi" else None
 
     def with_cached(
         self, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, cached: LayerKV, end_B: jax.Array | None
@@ -185,7 +210,7 @@ class SelfAttention(nn.Module):
         return k_BSKH, v_BSKH, jnp.concatenate([earlier, positions_BT], axis=1), written
 
     def queries_keys_values(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, window: jax.Array | int
+        self, x_BTD: jax.Array, positions_BT: jax.Array, window: int | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What each position asks, how it can be found, and what it has to give: q_BTNH, k_BTKH and v_BTKH."""
         config = self.config
@@ -205,10 +230,7 @@ class SelfAttention(nn.Module):
         self.sow("intermediates", "k", k_BTKH)
         self.sow("intermediates", "v", v_BTKH)
         if config.positions == "rotary":
-            frequencies: np.ndarray | jax.Array = rotary_frequencies(config)
-            if config.rotary_window_base is not None:
-                in_window = rotary_frequencies(config, in_window=True)
-                frequencies = jnp.where(window == NO_WINDOW, frequencies, in_window)
+            frequencies = rotary_frequencies(config, in_window=window is not None)
             q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
             k_BTKH = rotate(k_BTKH, positions_BT, frequencies)
             self.sow("intermediates", "q_rotated", q_BTNH)
@@ -221,10 +243,3 @@ class SelfAttention(nn.Module):
         if self.config.qk_norm == "head":
             return norm(x_BTNH)
         return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
-
-    def blockwise_is_chosen(self) -> bool:
-        """Whether the config asks for blocks, or leaves the choice and they are fast here."""
-        choice = self.config.attention
-        if num_parts("length") > 1:
-            return False  # it counts on tokens that stand in their order
-        return choice == "blockwise" or (choice == "auto" and jax.default_backend() == "cpu")

@@ -12,14 +12,15 @@ from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.nn.attention import NO_WINDOW, SelfAttention
-from flax_decoder.nn.axes import constrain
+from flax_decoder.nn.attention import SelfAttention
+from flax_decoder.nn.axes import constrain, num_parts
 from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import at_least_float32, check_float64
+from flax_decoder.nn.stack import period_of, periodic_scan, unrolled_scan, unstack
 
 # Up to so many vectors, making logits is a matter of reading the head; beyond, of multiplying.
 FEW_ROWS = 32
@@ -44,12 +45,13 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        window: jax.Array,
+        window: int | None,
         cached: LayerKV | None,
         positions_BT: jax.Array,
         deterministic: bool = True,
         end_B: jax.Array | None = None,
         num_spare: int = 0,
+        fast: bool = False,
     ) -> tuple[jax.Array, LayerKV | None]:
         """Adds to the residual stream what this layer finds; see `SelfAttention` for the arguments."""
         config = self.config
@@ -60,7 +62,7 @@ class Block(nn.Module):
 
         h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
         h_BTD, cached = SelfAttention(config, name="attention")(
-            h_BTD, positions_BT, window, cached, end_B, num_spare, deterministic=deterministic
+            h_BTD, positions_BT, window, cached, end_B, num_spare, fast=fast, deterministic=deterministic
         )
         h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
         attended_BTD = x_BTD + dropout(h_BTD)
@@ -131,6 +133,8 @@ class Decoder(nn.Module):
             raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
         if positions_BT is not None and cache is not None:
             raise ValueError("a cache says where its tokens stand: leave out positions_BT")
+        # Faster kinds of attention count on whole texts in their order; parameters do not depend on how it is computed.
+        fast = positions_BT is None and cache is None and num_parts("length") == 1 and not self.is_initializing()
         if positions_BT is None:
             positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
         real_positions_BT, end_B = positions_BT, None
@@ -147,7 +151,7 @@ class Decoder(nn.Module):
         self.sow("intermediates", "embeddings", x_BTD)
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
-        x_BTD, layers = self.run_layers(x_BTD, cache, positions_BT, end_B, deterministic)
+        x_BTD, layers = self.run_layers(x_BTD, cache, positions_BT, end_B, deterministic, fast)
         x_BCD = x_BTD  # the C positions whose logits are wanted
         if last_only:
             last_B = jnp.full(B, T, jnp.int32) if num_tokens_B is None else num_tokens_B
@@ -192,7 +196,9 @@ class Decoder(nn.Module):
     def embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """x_BTD: a vector for what each token is, and where the config says so, for where it stands."""
         config = self.config
-        x_BTD = look_up(embedding_VD, tokens_BT)
+        # Each device looks up the columns it holds, for the tokens of its neighbours, too: neither the table nor its
+        # gradient then has to travel, only vectors do.
+        x_BTD = constrain(look_up(embedding_VD, tokens_BT), "copies", "length", "embed")
         if config.embed_scale != 1:
             x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
         if config.positions == "learned":
@@ -210,13 +216,14 @@ class Decoder(nn.Module):
         positions_BT: jax.Array,
         end_B: jax.Array | None,
         deterministic: bool,
+        fast: bool,
     ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """Applies the blocks one after the other, each with its part of the stacked parameters and of the cache."""
         config = self.config
         block = Block(config, parent=None)
         if self.is_initializing():
             init_rngs_L = jax.random.split(self.make_rng("params"), config.num_layers)
-            init = functools.partial(block.init, x_BTD=x_BTD, window=1, cached=None, positions_BT=positions_BT)
+            init = functools.partial(block.init, x_BTD=x_BTD, window=None, cached=None, positions_BT=positions_BT)
             self.put_variable("params", "layers", jax.vmap(lambda rng: init(rng)["params"])(init_rngs_L))
         needs_rngs = config.dropout > 0 and not deterministic
         rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if needs_rngs else None
@@ -224,9 +231,9 @@ class Decoder(nn.Module):
         num_spare = 0 if cache is None else cache.num_spare
 
         def layer(
-            x_BTD: jax.Array, own: tuple[Any, ...], cached: LayerKV | None = None
+            window: int | None, x_BTD: jax.Array, own: tuple[Any, ...], cached: LayerKV | None = None
         ) -> tuple[jax.Array, tuple[Any, Any]]:
-            params, window, rng = own
+            params, rng = own
             (x_BTD, cached), seen = block.apply(
                 {"params": params},
                 x_BTD,
@@ -236,6 +243,7 @@ class Decoder(nn.Module):
                 deterministic,
                 end_B,
                 num_spare,
+                fast,
                 rngs=None if rng is None else {"dropout": rng},
                 mutable=["intermediates"] if looks_inside else [],
             )
@@ -243,21 +251,22 @@ class Decoder(nn.Module):
 
         if config.remat in REMAT_POLICIES:
             # Unrolled, the compiler would merge the second computation with the first; inside a scan it cannot.
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
-        windows_L = np.asarray([window or NO_WINDOW for window in config.windows], np.int32)
+            is_scanned = config.scan_layers and config.num_layers % period_of(config.windows) == 0
+            policy = REMAT_POLICIES[config.remat]
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not is_scanned, static_argnums=0)
         params: Any = self.get_variable("params", "layers")
         if cache is None and not isinstance(params, tuple):
-            scan = jax.lax.scan if config.scan_layers else unrolled_scan
-            x_BTD, (_, seen) = scan(layer, x_BTD, (params, windows_L, rngs_L))
+            scan = periodic_scan if config.scan_layers else unrolled_scan
+            x_BTD, (_, seen) = scan(layer, x_BTD, (params, rngs_L), config.windows)
             layers: tuple[LayerKV, ...] = ()
         else:
             # Layers may differ in the slots they have, and a loop over them would copy the cache at each token.
             params_L = params if isinstance(params, tuple) else unstack(params)
-            owns = zip(params_L, windows_L, [None] * config.num_layers if rngs_L is None else rngs_L, strict=True)
+            owns = zip(params_L, [None] * config.num_layers if rngs_L is None else rngs_L, strict=True)
             cached_layers = [None] * config.num_layers if cache is None else cache.layers
             results = []
-            for own, cached in zip(owns, cached_layers, strict=True):
-                x_BTD, result = layer(x_BTD, own, cached)
+            for window, own, cached in zip(config.windows, owns, cached_layers, strict=True):
+                x_BTD, result = layer(window, x_BTD, own, cached)
                 results.append(result)
             layers, seen_layers = zip(*results, strict=True)
             seen = jax.tree.map(lambda *parts: jnp.stack(parts), *seen_layers)
@@ -289,23 +298,7 @@ def unstack_layers(params: Any) -> Any:
     return {**params, "layers": _unstack_layers(params["layers"])}
 
 
-def unstack(stacked: Any) -> tuple[Any, ...]:
-    """A tree for each layer, out of a tree of stacked arrays."""
-    leaves, structure = jax.tree.flatten(stacked)
-    return tuple(jax.tree.unflatten(structure, own) for own in zip(*map(jnp.unstack, leaves), strict=True))
-
-
 _unstack_layers = jax.jit(unstack)
-
-
-def unrolled_scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` without a loop: faster to run on CPU, slower to compile."""
-    results = []
-    # Unstacking at once lets the gradient of a stacked array be one concatenation.
-    for own in unstack(stacked):
-        carry, result = step(carry, own)
-        results.append(result)
-    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
 def abstract_params(model: Decoder, shardings: Any = None) -> Any:

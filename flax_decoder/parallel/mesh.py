@@ -21,6 +21,8 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 RULES = (
     ("batch", ("data", "fsdp")),
+    # The same, seen from the parameters: devices that hold copies of the same part.
+    ("copies", "data"),
     ("length", "context"),
     # Parameters alone: activations are whole along the residual stream.
     ("embed", "fsdp"),
@@ -30,6 +32,15 @@ RULES = (
     ("vocab", "tensor"),
     # "layers" and "head_dim" are never split.
 )
+
+# What the compiler for a platform is asked for beyond its defaults. A TPU then adds up gradients in parts also where
+# a part is as narrow as one register, 128 numbers; else it adds up the whole and throws most of it away.
+COMPILER_OPTIONS = {
+    "tpu": {
+        "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+        "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
+    }
+}
 
 
 def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
@@ -94,6 +105,11 @@ def mesh_of(devices: Sequence[jax.Device], data: int = 1, fsdp: int = 1, context
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # With Auto axes the compiler decides how each operation is split; the table says it for the arrays that matter.
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What to ask of the compiler for a step on a mesh, for `jax.jit`."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
 @contextlib.contextmanager

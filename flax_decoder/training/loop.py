@@ -14,18 +14,20 @@ from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
+from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel import processes
-from flax_decoder.parallel.mesh import make_mesh, mesh_sizes, sharding_of, use_mesh
+from flax_decoder.parallel.mesh import make_mesh, mesh_sizes, use_mesh
 from flax_decoder.training.checkpoint import Checkpoints, commit_time, restore_state, saved_steps
 from flax_decoder.training.evaluation import evaluate
+from flax_decoder.training.flops import utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses, require_reporters
 from flax_decoder.training.optimizer import learning_rate_schedule
 from flax_decoder.training.placement import place_batches
 from flax_decoder.training.progress import Pace, Progress
 from flax_decoder.training.run_folder import open_run
-from flax_decoder.training.step import TrainState, init_state, train_steps
+from flax_decoder.training.step import TrainState, init_state, jit_steps
 
 # A little under 1: fewer slips of the pen than the model's own distribution has.
 SAMPLE_TEMPERATURE = 0.8
@@ -63,6 +65,7 @@ def train(config: Config, folder: Path) -> int:
 def run(config: Config, folder: Path) -> int:
     """The part of `train` that follows once all processes of the job are there."""
     devices = jax.devices()
+    choose_kernel(config.model)  # raises where the one asked for does not run here
     config, tokenizer, corpus = processes.first_alone(
         lambda: open_run(config, folder, lambda config: mesh_sizes(config, len(devices)))
     )
@@ -106,9 +109,7 @@ def run_steps(
 ) -> TrainState:
     """Takes steps until all are done or a signal asks to stop; evaluates, saves and reports on the way."""
     training = config.training
-    # What goes in comes out in the same place: without a word, the compiler might choose another.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
-    take_steps = jax.jit(train_steps, donate_argnums=0, out_shardings=shardings)
+    take_steps = jit_steps(state, mesh)
     schedule = learning_rate_schedule(config.optimizer, training.num_steps)
     tokens_a_step = training.batch_size * config.model.context_length
     most_steps = min(MOST_STEPS_A_CALL, training.log_every)
@@ -133,13 +134,15 @@ def run_steps(
                 continue
             last = {name: values[count - 1] for name, values in jax.device_get(metrics).items()}
             train_loss = float(last["loss"])
+            tokens_per_second = tokens_a_step / pace.seconds_a_step
             row = as_row(
                 step,
                 tokens=step * tokens_a_step,
                 train_loss=train_loss,
                 learning_rate=schedule(step - 1),
                 gradient_norm=last["gradient_norm"],
-                tokens_per_second=tokens_a_step / pace.seconds_a_step,
+                tokens_per_second=tokens_per_second,
+                **utilization(config.model, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size),
                 seconds=progress.seconds(),
             )
             if not np.isfinite(train_loss):

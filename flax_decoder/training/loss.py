@@ -31,8 +31,10 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, z_loss: float = 
     """
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     inside_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
-    ids_BT1 = jnp.where(inside_BT, targets_BT, 0)[:, :, None]
-    target_logits_BT = jnp.take_along_axis(logits_BTV, ids_BT1, axis=-1)[:, :, 0]
+    # Looking the target's logit up would be the same, but its gradient could not be computed in one pass with Z's.
+    ids_V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.result_type(targets_BT))
+    is_target_BTV = targets_BT[:, :, None] == ids_V[None, None]
+    target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
     losses_BT = jnp.where(inside_BT, log_z_BT - target_logits_BT, jnp.nan)
     return losses_BT, z_loss * jnp.square(log_z_BT)
 
@@ -148,8 +150,19 @@ def _forward(
         return (sums, jax.tree.map(sum_here, head_gradients, head, logical_axes(head))), x_gradient
 
     (sums, head_gradients), x_gradients = _summing_scan(compute, (x_IXYRD, *labels))
-    head_gradient = jax.tree.map(lambda gradient: gradient.sum((0, 1)), head_gradients)
+    head_gradient = jax.tree.map(_sum_of_devices, head_gradients, logical_axes(head))
     return jax.tree.map(jnp.sum, sums), (head_gradient, x_gradients)
+
+
+def _sum_of_devices(gradient: jax.Array, axes: PartitionSpec) -> jax.Array:
+    """The sum of the gradients that X times Y devices have found, split as the parameter is.
+
+    First among those that each hold a part of it, who need only add up the parts they keep; then over its copies.
+    """
+    X, Y, *sizes = gradient.shape
+    num_shards = num_parts("embed") if X % num_parts("embed") == 0 else 1
+    of_copies = gradient.reshape(X // num_shards, num_shards, Y, *sizes).sum(1)
+    return constrain(of_copies, "copies", "length", *axes).sum((0, 1))
 
 
 def _backward(chunk_losses: Callable[..., Sums], gradients: Any, cotangents: Sums) -> tuple[Any, jax.Array, None]:

@@ -11,8 +11,10 @@ from typing import Any
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import UserError
 from flax_decoder.files import replacing, write_text
+from flax_decoder.training.flops import UNKNOWN
 
-Row = dict[str, float | int]
+# Numbers, or "unknown" where nothing is known.
+Row = dict[str, Any]
 # A number in the picture stands on white, not on the curve behind it.
 LABEL = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 
@@ -41,17 +43,18 @@ class MetricsLog:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> None:
-        """Writes a line to disk and tells the other reporters."""
+        """Writes a line to disk and tells the other reporters, who take nothing but numbers, what is known."""
         self.rows.append(row)
         if self._writes:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        numbers = {name: value for name, value in row.items() if value != UNKNOWN}
         for report in self._reporters:
-            report(row)
+            report(numbers)
 
     def seconds(self) -> float:
         """Time that the run has taken so far, in seconds."""
-        return self.rows[-1]["seconds"] if self.rows else 0.0
+        return float(self.rows[-1]["seconds"]) if self.rows else 0.0
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -150,4 +153,7 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
 
 def as_row(step: int, **values: Any) -> Row:
     """A line for the log; numbers that came from a device become Python's."""
-    return {"step": step, **{name: value if isinstance(value, int) else float(value) for name, value in values.items()}}
+    return {
+        "step": step,
+        **{name: value if isinstance(value, int | str) else float(value) for name, value in values.items()},
+    }

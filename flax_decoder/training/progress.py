@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from flax_decoder.training.flops import UNKNOWN
 from flax_decoder.training.metrics import Row
 
 # Where there is no terminal, this many lines tell of a whole run, beside those of evaluations.
@@ -78,12 +79,15 @@ class Progress:
 
     def show(self, row: Row) -> None:
         """Moves the bar to a line of the log, and prints what is worth keeping on the screen."""
-        step, loss, speed = int(row["step"]), row["train_loss"], row["tokens_per_second"]
-        self._bar.update(self._task, completed=step, description=f"loss {loss:.3f}  {speed:,.0f} tokens/s")
+        step, loss, tokens_per_second = int(row["step"]), row["train_loss"], row["tokens_per_second"]
+        speed = f"{tokens_per_second:,.0f} tokens/s"
+        if row["mfu"] != UNKNOWN:
+            speed += f"  {row['mfu']:.1%} MFU"
+        self._bar.update(self._task, completed=step, description=f"loss {loss:.3f}  {speed}")
         line = f"step {step:>{len(str(self._num_steps))}}  loss {loss:.4f}"
         if "val_loss" in row:
             bits = row["val_bits_per_byte"]
             self._console.print(f"{line}  validation {row['val_loss']:.4f} ({bits:.3f} bits per byte)")
         elif not self._console.is_terminal and step % max(self._num_steps // NUM_PLAIN_LINES, 1) == 0:
-            left = (self._num_steps - step) * self._tokens_a_step / speed
-            self._console.print(f"{line}  {speed:,.0f} tokens/s  {left:,.0f} s left")
+            left = (self._num_steps - step) * self._tokens_a_step / tokens_per_second
+            self._console.print(f"{line}  {speed}  {left:,.0f} s left")

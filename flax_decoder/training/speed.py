@@ -1,15 +1,19 @@
 """How fast a configuration trains and generates on the devices at hand."""
 
+import dataclasses
 import statistics
 import time
 
 import jax
 import numpy as np
 
-from flax_decoder.config import Config, ModelConfig
+from flax_decoder.config import Config
 from flax_decoder.generation.generate import generate
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training.step import init_state, train_steps
+from flax_decoder.parallel.mesh import make_mesh, use_mesh
+from flax_decoder.training.flops import flops_per_token, utilization
+from flax_decoder.training.placement import place_batches
+from flax_decoder.training.step import init_state, jit_steps
 
 # Where the text does not say the vocabulary, that of the byte tokenizer.
 DEFAULT_VOCAB_SIZE = 256
@@ -17,58 +21,56 @@ STEPS_A_CALL = 4
 TIMED_CALLS = 5
 DECODED_TOKENS = 128
 
-# Peak of dense bfloat16 matrix products, in FLOP/s a device, from the makers' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
 
 def measure_speed(config: Config) -> dict[str, float | str]:
     """Trains a few steps on random tokens and generates a few, and times both after they are compiled.
 
+    Args:
+        config: the run; it takes its steps on the devices that its mesh asks for.
+
     Returns:
-        Medians: "step_seconds", "tokens_per_second", "decode_tokens_per_second" (one row); "compile_seconds"; the count
-        "parameters"; "flops_per_token", and "mfu", the part of the device's peak that those make, or "unknown".
+        Of all devices together and medians: "step_seconds", "tokens_per_second", "decode_tokens_per_second" (one row);
+        "compile_seconds"; "device" and "num_devices"; the count "parameters"; "flops_per_token", and "mfu", the part of
+        the devices' peak that those make, or "unknown"; both again with attention halved, "flops_per_token_causal" and
+        "mfu_causal" (see `flops_per_token`, `utilization`).
+
+    Raises:
+        UserError: the devices at hand do not make the mesh.
     """
-    model_config = config.model.with_vocab_size(DEFAULT_VOCAB_SIZE)
-    model = Decoder(model_config)
-    state = init_state(model, config, rng=jax.random.key(config.training.seed))
-    shape = (config.training.batch_size, model_config.context_length + 1)
-    tokens = np.random.default_rng(0).integers(0, model_config.vocab_size, shape, np.int32)
+    config = dataclasses.replace(config, model=config.model.with_vocab_size(DEFAULT_VOCAB_SIZE))
+    model, training = config.model, config.training
+    mesh = make_mesh(config, jax.devices())
+    state = init_state(Decoder(model), config, rng=jax.random.key(training.seed), mesh=mesh)
+    num_tokens = STEPS_A_CALL * training.batch_size * (model.context_length + 1)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, num_tokens, np.int32)
     # Steps are taken as a run takes them, several in one call.
-    tokens = np.repeat(tokens[None], STEPS_A_CALL, axis=0)
-    batches = {"inputs": tokens[:, :, :-1], "targets": tokens[:, :, 1:]}
+    batches = place_batches(tokens, config, mesh, 0, STEPS_A_CALL)
 
-    start = time.perf_counter()
-    take_steps = jax.jit(train_steps, donate_argnums=0).lower(state, batches, STEPS_A_CALL).compile()
-    compile_seconds = time.perf_counter() - start
-    seconds = []
-    for _ in range(1 + TIMED_CALLS):  # the first warms up
+    with use_mesh(mesh):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(take_steps(state, batches, STEPS_A_CALL))
-        seconds.append((time.perf_counter() - start) / STEPS_A_CALL)
-    step_seconds = statistics.median(seconds[1:])
-    tokens_per_second = config.training.batch_size * model_config.context_length / step_seconds
+        take_steps = jit_steps(state, mesh).lower(state, batches, STEPS_A_CALL).compile()
+        compile_seconds = time.perf_counter() - start
+        seconds = []
+        for _ in range(1 + TIMED_CALLS):  # the first warms up
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(take_steps(state, batches, STEPS_A_CALL))
+            seconds.append((time.perf_counter() - start) / STEPS_A_CALL)
+        step_seconds = statistics.median(seconds[1:])
+        decode_tokens_per_second = decode_speed(Decoder(model), state.params, tokens[None, :1])
 
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    flops = flops_per_token(model_config, num_params)
-    device = jax.devices()[0].device_kind
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if device.startswith(name)), None)
+    tokens_per_second = training.batch_size * model.context_length / step_seconds
+    device_kind = mesh.devices.flat[0].device_kind
     return {
-        "device": device,
-        "parameters": num_params,
+        "device": device_kind,
+        "num_devices": mesh.size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "compile_seconds": compile_seconds,
         "step_seconds": step_seconds,
         "tokens_per_second": tokens_per_second,
-        "flops_per_token": flops,
-        "mfu": "unknown" if peak is None else flops * tokens_per_second / peak,
-        "decode_tokens_per_second": decode_speed(model, state.params, tokens[0, :1, :1]),
+        "flops_per_token": flops_per_token(model, "full"),
+        "flops_per_token_causal": flops_per_token(model, "causal"),
+        **utilization(model, tokens_per_second, device_kind, mesh.size),
+        "decode_tokens_per_second": decode_tokens_per_second,
     }
 
 
@@ -80,16 +82,3 @@ def decode_speed(model: Decoder, params: object, prompt_tokens_BT: np.ndarray) -
         jax.block_until_ready(generate(model, params, prompt_tokens_BT, num_tokens, temperature=0.0))
         seconds = time.perf_counter() - start
     return prompt_tokens_BT.shape[0] * num_tokens / seconds
-
-
-def flops_per_token(config: ModelConfig, num_params: int) -> int:
-    """Floating-point operations of a training step, a token (Chowdhery et al. 2022, appendix B).
-
-    Each parameter of a matrix product counts 6: a multiplication and an addition, forward and twice backward. Scores
-    and averages of attention count 12 T a layer and width, without the causal half left out.
-    """
-    looked_up = config.context_length * config.embed_dim if config.positions == "learned" else 0
-    if not config.tied_head:
-        looked_up += (config.vocab_size or 0) * config.embed_dim
-    attention = config.num_layers * config.num_heads * config.head_width * config.context_length
-    return 6 * (num_params - looked_up) + 12 * attention

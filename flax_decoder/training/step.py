@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.nn.axes import logical_axes, num_parts
 from flax_decoder.nn.decoder import Decoder, check_tokens, head_params
-from flax_decoder.parallel.mesh import sharding_of
+from flax_decoder.parallel.mesh import compiler_options, sharding_of
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import make_optimizer
 
@@ -155,6 +155,16 @@ def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), metrics, new)
 
     return jax.lax.fori_loop(0, num_steps, take, (state, metrics))
+
+
+def jit_steps(state: TrainState, mesh: Mesh) -> Any:
+    """`train_steps` under jit on a mesh; the state that is given to it is used up.
+
+    What goes in comes out in the same place: without a word, the compiler might choose another.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
+    options = compiler_options(mesh)
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:

@@ -1,0 +1,110 @@
+"""Splash attention, the kernel for TPUs that JAX carries: causal, with windows, never with the scores in memory."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_decoder.nn.attention_choice import target_platform
+
+# A TPU's vectors have 128 lanes, and the kernel takes blocks of whole vectors.
+LANES = 128
+# Tokens and bytes that a block of queries or keys may have. Larger blocks are faster (on a v6e 1024 tokens by a third
+# against axlearn's default: github.com/apple/axlearn/pull/958) until a step of the kernel has no room in 16 MiB of
+# vector memory: by the compiler for v5e and v5p these have it with any setting, and twice as many tokens have not.
+BLOCK_TOKENS = 1024
+BLOCK_BYTES = 2**18
+
+
+def splash(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """Causal attention of a whole sequence by the Splash kernel; CPUs run it step by step, slowly, for checking.
+
+    The sequence is padded to whole blocks. Padding lies in the future of all real tokens, so none of them sees it.
+
+    Args:
+        q_BTNH: queries; T = S.
+        k_BSKH: keys.
+        v_BSKH: values.
+        window: how many positions a query sees, its own included; None is all up to its own.
+        soft_cap: scores go through soft_cap * tanh(score / soft_cap) first.
+        scale: what scores are multiplied by, where it is not 1 / sqrt(H).
+
+    Returns:
+        heads_BTNH in the dtype of the queries.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    block_tokens = block_size(T, H, q_BTNH.dtype.itemsize)
+    num_padded = _up_to_whole(T, block_tokens)
+    # The kernel does not scale the scores. Scaling the queries is the same, up to one more rounding in bfloat16.
+    q_BTNH = (q_BTNH.astype(jnp.float32) * (H**-0.5 if scale is None else scale)).astype(q_BTNH.dtype)
+    q_BNPH, k_BKPH, v_BKPH = (_heads_first(x_BTNH, num_padded) for x_BTNH in (q_BTNH, k_BSKH, v_BSKH))
+    window = None if window is None or window >= T else window
+    kernel = _kernel(num_padded, block_tokens, window, soft_cap)
+    heads_BNPH: jax.Array = jax.vmap(kernel)(q_BNPH, k_BKPH, v_BKPH)
+    return heads_BNPH[:, :, :T].swapaxes(1, 2)
+
+
+def block_size(num_tokens: int, head_width: int, num_bytes: int) -> int:
+    """How many tokens a block has: as many as there is room for, unless that pads a sequence by more than an eighth.
+
+    Args:
+        num_tokens: length of a sequence.
+        head_width: H.
+        num_bytes: what one number takes.
+    """
+    token_bytes = _up_to_whole(head_width, LANES) * num_bytes
+    size = BLOCK_TOKENS
+    while size > LANES and (
+        size * token_bytes > BLOCK_BYTES or _up_to_whole(num_tokens, size) - num_tokens > num_tokens // 8
+    ):
+        size //= 2
+    return size
+
+
+def _up_to_whole(number: int, part: int) -> int:
+    """The next multiple of `part`."""
+    return -(-number // part) * part
+
+
+def _heads_first(x_BTNH: jax.Array, num_padded: int) -> jax.Array:
+    """x_BNPH: heads before positions, with zeros behind the last one up to P of them."""
+    return jnp.pad(x_BTNH.swapaxes(1, 2), ((0, 0), (0, 0), (0, num_padded - x_BTNH.shape[1]), (0, 0)))
+
+
+def _kernel(num_tokens: int, block_tokens: int, window: int | None, soft_cap: float | None) -> Any:
+    """The kernel for sequences of one length; JAX remembers which blocks it has to visit."""
+    # Needed only by those who use it, and slow to import.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    shape = num_tokens, num_tokens
+    if window is None:
+        mask: Any = splash_attention.CausalMask(shape)
+    else:
+        mask = splash_attention.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    block_sizes = splash_attention.BlockSizes(
+        block_q=block_tokens,
+        block_kv=block_tokens,
+        block_kv_compute=block_tokens,
+        block_q_dq=block_tokens,
+        block_kv_dq=block_tokens,
+        block_q_dkv=block_tokens,
+        block_kv_dkv=block_tokens,
+        block_kv_dkv_compute=block_tokens,
+    )
+    return splash_attention.make_splash_mha(
+        # One mask serves all heads.
+        splash_attention.MultiHeadMask([mask]),
+        block_sizes=block_sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=soft_cap,
+        interpret=target_platform() == "cpu",
+    )

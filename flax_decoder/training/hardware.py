@@ -1,0 +1,54 @@
+"""What the chips can do, from their makers' data sheets: the one table that plans and measurements are held against."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them.
+
+    Attributes:
+        name: how its `device_kind` begins.
+        peak_flops: dense bfloat16 matrix products, FLOP/s.
+        memory_bytes: its own memory; makers count in powers of ten or two, the smaller reading is taken.
+        memory_bandwidth: bytes/s between that memory and the cores.
+        interconnect_bandwidth: bytes/s it can send to its neighbours, over all its links (ICI, NVLink, else PCIe);
+            half of what data sheets give, who add up both directions.
+    """
+
+    name: str
+    peak_flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    interconnect_bandwidth: float
+
+
+# TPUs: Google Cloud, "TPU v4", "v5e", "v5p", "v6e", "TPU7x" (whose chips are two devices each). GPUs: NVIDIA's data
+# sheets, without sparsity.
+CHIPS = (
+    Chip("TPU v4", 275e12, 32e9, 1.2e12, 150e9),
+    Chip("TPU v5 lite", 197e12, 16e9, 0.8e12, 200e9),
+    Chip("TPU v5e", 197e12, 16e9, 0.8e12, 200e9),
+    Chip("TPU v5", 459e12, 95e9, 2.765e12, 600e9),  # v5p; the runtime says either name
+    Chip("TPU v6 lite", 918e12, 32e9, 1.6e12, 400e9),
+    Chip("TPU v6e", 918e12, 32e9, 1.6e12, 400e9),
+    Chip("TPU7x", 1153.5e12, 96e9, 3.69e12, 300e9),
+    Chip("NVIDIA A100-SXM4-40GB", 312e12, 40e9, 1.555e12, 300e9),
+    Chip("NVIDIA A100-SXM4-80GB", 312e12, 80e9, 2.039e12, 300e9),
+    Chip("NVIDIA A100-PCIE-40GB", 312e12, 40e9, 1.555e12, 32e9),
+    Chip("NVIDIA A100 80GB PCIe", 312e12, 80e9, 1.935e12, 32e9),
+    Chip("NVIDIA H100 80GB HBM3", 989e12, 80e9, 3.35e12, 450e9),
+    Chip("NVIDIA H100 PCIe", 756e12, 80e9, 2.0e12, 64e9),
+    Chip("NVIDIA H100 NVL", 835e12, 94e9, 3.9e12, 300e9),
+    Chip("NVIDIA H200", 989e12, 141e9, 4.8e12, 450e9),
+    Chip("NVIDIA H200 NVL", 835e12, 141e9, 4.8e12, 450e9),
+    Chip("NVIDIA B200", 2250e12, 180e9, 7.7e12, 900e9),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that a device calls itself by, the longest name that fits; None, rather than a guess, for any other."""
+    if " MIG " in device_kind:  # a slice of a GPU, with an unknown part of what it can do
+        return None
+    known = [chip for chip in CHIPS if device_kind.startswith(chip.name)]
+    return max(known, key=lambda chip: len(chip.name), default=None)

@@ -1,0 +1,271 @@
+"""Compiles the training step for devices, here or not, and tells what it takes of them before a run begins."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flax_decoder.config import Config
+from flax_decoder.errors import UserError
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.parallel.mesh import compiler_options, make_mesh, sharding_of, use_mesh
+from flax_decoder.training.collectives import bytes_by_kind, collectives_of, paper_bytes
+from flax_decoder.training.flops import flops_per_token
+from flax_decoder.training.hardware import chip_of
+from flax_decoder.training.hlo import parse_hlo
+from flax_decoder.training.roofline import Roofline, memory_bytes, product_flops, roofline
+from flax_decoder.training.speed import DEFAULT_VOCAB_SIZE
+from flax_decoder.training.step import TrainState, state_maker, state_shardings, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip.
+
+    Attributes:
+        params: the parameters.
+        optimizer: what the optimizer remembers.
+        batch: tokens.
+        temporaries: all that lives only during a step: activations, gradients, gathered weights.
+        program: the compiled program itself, where it lies in the same memory.
+        capacity: what the chip has; None where that is not known.
+    """
+
+    params: int
+    optimizer: int
+    batch: int
+    temporaries: int
+    program: int
+    capacity: float | None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.params + self.optimizer + self.batch + self.temporaries + self.program
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the chip has as much; None where that is not known."""
+        return None if self.capacity is None else self.total <= self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one training step takes, for each chip.
+
+    Attributes:
+        device: what JAX calls the chip.
+        mesh: devices along each axis.
+        tokens: in a step, over all chips.
+        parameters: how many numbers are learned.
+        memory: what lies on a chip.
+        flops: matrix products, with activations that are computed twice.
+        model_flops: those that the model itself asks for.
+        sent_bytes: by kind of exchange; None where the step was too big to be compiled.
+        paper_bytes: what the layout needs, by kind.
+        roofline: bounds of the time; None for a chip that is in no table, or a step that was not compiled.
+        compile_seconds: how long it took to compile.
+    """
+
+    device: str
+    mesh: dict[str, int]
+    tokens: int
+    parameters: int
+    memory: Memory
+    flops: float
+    model_flops: float
+    sent_bytes: dict[str, float] | None
+    paper_bytes: dict[str, float]
+    roofline: Roofline | None
+    compile_seconds: float
+
+    def __str__(self) -> str:
+        """The tables that the command prints."""
+        layout = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "alone"
+        lines = [
+            f"{math.prod(self.mesh.values())} x {self.device}: {layout}; compiled in {self.compile_seconds:.0f} s",
+            f"{self.parameters:,} parameters, {self.tokens:,} tokens a step",
+            "",
+            *self._memory_lines(),
+            "",
+            *self._exchange_lines(),
+            "",
+            *self._time_lines(),
+        ]
+        return "\n".join(lines)
+
+    def _memory_lines(self) -> Iterator[str]:
+        memory = self.memory
+        yield f"{'memory of a chip':<28}{'GB':>10}"
+        for name in ("params", "optimizer", "batch", "temporaries", "program"):
+            yield f"  {name:<26}{getattr(memory, name) / 1e9:>10.3f}"
+        verdict = ""
+        if memory.capacity is not None:
+            answer = "fits" if memory.fits else "does not fit"
+            verdict = f"  of {memory.capacity / 1e9:.1f}: {answer}, {memory.total / memory.capacity:.0%}"
+        yield f"  {'total':<26}{memory.total / 1e9:>10.3f}{verdict}"
+
+    def _exchange_lines(self) -> Iterator[str]:
+        yield f"{'sent by a chip in a step':<28}{'GB':>10}{'on paper':>10}"
+        for kind, paper in self.paper_bytes.items():
+            sent = None if self.sent_bytes is None else self.sent_bytes[kind]
+            if sent or paper:
+                yield f"  {kind:<26}{_giga(sent):>10}{_giga(paper):>10}"
+        paper = sum(self.paper_bytes.values())
+        total = None if self.sent_bytes is None else sum(self.sent_bytes.values())
+        ratio = f"  {total / paper:.2f} times" if total is not None and paper else ""
+        yield f"  {'total':<26}{_giga(total):>10}{_giga(paper):>10}{ratio}"
+
+    def _time_lines(self) -> Iterator[str]:
+        yield (
+            f"a chip computes {self.flops / 1e12:,.4g} TFLOP of matrix products a step, "
+            f"{self.model_flops / 1e12:,.4g} of them the model's own"
+        )
+        bounds = self.roofline
+        if bounds is None:
+            yield "how long that takes is not known for this device" if self.sent_bytes is not None else ""
+            return
+        yield (
+            f"at its peak: computing {bounds.compute_seconds:.4g} s, memory {bounds.memory_seconds:.4g} s, "
+            f"network {bounds.network_seconds:.4g} s"
+        )
+        yield (
+            f"a step takes at least {bounds.overlapped_seconds:.4g} s, MFU at most {bounds.mfu_bound:.1%}; "
+            f"{bounds.serial_seconds:.4g} s where nothing overlaps"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it by name, for JSON."""
+        memory = dataclasses.asdict(self.memory) | {"total": self.memory.total, "fits": self.memory.fits}
+        return dataclasses.asdict(self) | {"memory": memory}
+
+
+def _giga(count: float | None) -> str:
+    return "?" if count is None else f"{count / 1e9:,.3f}"
+
+
+def make_plan(config: Config, devices: list[Any]) -> Plan:
+    """Compiles the training step of a run for some devices, without memory for any array.
+
+    Args:
+        config: the run.
+        devices: from `devices_of`.
+
+    Raises:
+        UserError: the settings do not fit the devices.
+    """
+    config = dataclasses.replace(config, model=config.model.with_vocab_size(_vocab_size(config)))
+    mesh = make_mesh(config, devices)
+    kind = mesh.devices.flat[0].device_kind
+    chip = chip_of(kind)
+    with use_mesh(mesh):
+        state, batch = abstract_arguments(config, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
+        options = compiler_options(mesh)
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+        traced = jitted.trace(state, batch)
+        start = time.perf_counter()
+        try:
+            compiled = traced.lower().compile()
+            used = None
+        except jax.errors.JaxRuntimeError as error:
+            compiled, used = None, _used_bytes(error)
+        compile_seconds = time.perf_counter() - start
+
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    tokens = config.training.batch_size * config.model.context_length
+    flops = product_flops(traced.jaxpr.jaxpr) / mesh.size
+    model_flops = flops_per_token(config.model, "causal") * tokens / mesh.size
+    sent, bounds = None, None
+    if compiled is not None:
+        program = parse_hlo(compiled.as_text())
+        sent = bytes_by_kind(collectives_of(program))
+        if chip is not None:
+            bounds = roofline(
+                chip,
+                flops=flops,
+                model_flops=model_flops,
+                memory_bytes=memory_bytes(program),
+                wire_bytes=sum(sent.values()),
+            )
+    return Plan(
+        device=kind,
+        mesh=dict(mesh.shape),
+        tokens=tokens,
+        parameters=num_params,
+        memory=_memory(state, batch, compiled, used, _capacity(mesh)),
+        flops=flops,
+        model_flops=model_flops,
+        sent_bytes=sent,
+        paper_bytes=paper_bytes(config, state.params, mesh.shape),
+        roofline=bounds,
+        compile_seconds=compile_seconds,
+    )
+
+
+def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes of the state and of a batch, and where their parts would lie on a mesh."""
+    make = state_maker(Decoder(config.model), config)
+    state = jax.eval_shape(lambda: make(jax.random.key(0)))
+    state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, state_shardings(mesh, state))
+    shape = config.training.batch_size, config.model.context_length
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding_of(mesh, "batch", "length"))
+    names = ("inputs", "targets", "positions") if mesh.shape["context"] > 1 else ("inputs", "targets")
+    return state, dict.fromkeys(names, tokens)
+
+
+def _vocab_size(config: Config) -> int:
+    """The vocabulary, without reading the text: where the text would say it, that of the byte tokenizer."""
+    match config.data.tokenizer:
+        case _ if config.model.vocab_size is not None:
+            return config.model.vocab_size
+        case "bpe":
+            return config.data.bpe_vocab_size
+        case "char" | "byte":
+            return DEFAULT_VOCAB_SIZE
+    raise UserError("model.vocab_size is not set, and a plan reads no tokenizer: give --model.vocab-size N")
+
+
+def _capacity(mesh: Mesh) -> float | None:
+    """The memory of a chip: what a device that is here says, else what the table does."""
+    device = mesh.devices.flat[0]
+    try:
+        stats = device.memory_stats() or {}
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # it is only described
+        stats = {}
+    chip = chip_of(device.device_kind)
+    return stats.get("bytes_limit", None if chip is None else chip.memory_bytes)
+
+
+def _memory(state: Any, batch: Any, compiled: Any, used: int | None, capacity: float | None) -> Memory:
+    sizes = {
+        name: sum(map(_bytes_a_device, jax.tree.leaves(tree)))
+        for name, tree in {"params": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}.items()
+    }
+    if compiled is None:
+        temporaries, program = (used or 0) - sum(sizes.values()), 0
+    else:
+        stats = compiled.memory_analysis()
+        # A donated array makes room for the one that takes its place: only other results need their own.
+        temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        program = stats.generated_code_size_in_bytes
+    return Memory(**sizes, temporaries=temporaries, program=program, capacity=capacity)
+
+
+def _bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
+
+
+def _used_bytes(error: Exception) -> int:
+    """How much memory the step would have taken, from the compiler's refusal; other errors are raised again."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
+    if found is None:
+        raise error
+    return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))

@@ -1,0 +1,70 @@
+import dataclasses
+import itertools
+
+import jax
+import pytest
+
+from flax_decoder.config import load_config
+from flax_decoder.errors import UserError
+from flax_decoder.training import fitting
+from flax_decoder.training.plan import make_plan
+
+SIZES = {
+    "model.vocab_size": 16,
+    "model.context_length": 8,
+    "model.num_layers": 1,
+    "model.embed_dim": 16,
+    "model.num_heads": 2,
+    "training.batch_size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(load_config(None, SIZES | {"mesh.data": 8}), jax.devices())
+
+
+def with_capacity(plan, capacity):
+    return dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, capacity=capacity))
+
+
+def test_cheap_changes_come_first(plan):
+    config = load_config(None, SIZES | {"mesh.data": 8})
+    first = list(itertools.islice(fitting.changes(config, with_capacity(plan, 1e9)), 6))
+    assert first[:3] == [
+        {"model.remat": "dots"},
+        {"model.remat": "full"},
+        {"model.remat": "full", "training.accumulation_steps": 2},
+    ]
+    assert len({str(change) for change in first}) == len(first)
+
+
+def test_a_state_that_is_too_big_is_split_before_anything_else(plan):
+    config = load_config(None, SIZES | {"mesh.data": 8})
+    state = plan.memory.params + plan.memory.optimizer
+    found = list(fitting.changes(config, with_capacity(plan, state / 3)))
+    assert found[0] == {"mesh.data": 2, "mesh.fsdp": 4}
+    assert {change["mesh.fsdp"] for change in found} == {4, 8}
+    assert list(fitting.changes(config, with_capacity(plan, state / 100))) == []
+
+
+def test_what_is_in_use_is_not_proposed(plan):
+    config = load_config(None, SIZES | {"model.remat": "full", "training.accumulation_steps": 32, "mesh.data": 1})
+    alone = dataclasses.replace(with_capacity(plan, 1e9), mesh={"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
+    assert list(fitting.changes(config, alone)) == []
+
+
+def test_the_first_that_fits_is_taken(plan, monkeypatch):
+    config = load_config(None, SIZES | {"mesh.data": 8})
+    tried = []
+
+    def pretend(config, devices):
+        tried.append((config.model.remat, config.training.accumulation_steps))
+        if len(tried) == 1:
+            raise UserError("does not divide")
+        return with_capacity(plan, 1e9 if len(tried) == 3 else 1.0)
+
+    monkeypatch.setattr(fitting, "make_plan", pretend)
+    change, found = fitting.smallest_change(config, jax.devices(), with_capacity(plan, 1e9))
+    assert tried == [("dots", 1), ("full", 1), ("full", 2)]
+    assert change == {"model.remat": "full", "training.accumulation_steps": 2} and found.memory.fits

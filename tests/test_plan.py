@@ -1,0 +1,140 @@
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from flax_decoder.cli import main
+from flax_decoder.config import load_config
+from flax_decoder.errors import UserError
+from flax_decoder.training import plan as plan_module
+from flax_decoder.training.hardware import CHIPS
+from flax_decoder.training.plan import make_plan
+
+SIZES = {
+    "model.vocab_size": 64,
+    "model.context_length": 16,
+    "model.num_layers": 2,
+    "model.embed_dim": 32,
+    "model.num_heads": 4,
+    "training.batch_size": 8,
+}
+ARGUMENTS = [f"--{name}={value}".replace("_", "-") for name, value in SIZES.items()]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+def plan_of(changes=None):
+    return make_plan(load_config(None, SIZES | (changes or {})), jax.devices())
+
+
+def test_a_plan_counts_what_a_real_state_takes():
+    for mesh, parts in [({"mesh.fsdp": 8}, 8), ({"mesh.data": 8}, 1)]:
+        memory = plan_of(mesh).memory
+        state = 64 * 32 + 16 * 32 + 2 * (4 * 32 * 32 + 2 * 4 * 32 * 32)  # matrices
+        vectors = 32 * (2 * 2 + 1)
+        assert memory.params == 4 * (state / parts + vectors)
+        assert 0 <= memory.optimizer - 2 * memory.params <= 16  # counters
+        assert memory.batch == 2 * 4 * 8 * 16 / 8
+        assert memory.temporaries > 0 and memory.fits is None
+        assert memory.total == memory.params + memory.optimizer + memory.batch + memory.temporaries + memory.program
+
+
+def test_the_command_prints_and_writes_what_it_found(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert main(["plan", "--topology", "local", *ARGUMENTS, "--mesh.fsdp=8", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert found["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+    assert found["tokens"] == 8 * 16 and found["topology"] == "local" and found["memory"]["fits"] is None
+    assert found["sent_bytes"]["all-gather"] > 0 < found["paper_bytes"]["reduce-scatter"]
+    assert found["flops"] > found["model_flops"] * 0.9 > 0
+    for words in ("8 x cpu: fsdp 8", f"{found['parameters']:,} parameters", "on paper", "all-gather", "temporaries"):
+        assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v9:4"], "no such machine"),
+        (["--topology", "local", "--mesh.fsdp", "3"], "mesh.fsdp"),
+        (["--topology", "local", "--mesh.fsdp", "16"], "16"),
+        (["--topology", "local", "--json", "nowhere/plan.json"], "--json nowhere/plan.json"),
+        (["--topology", "local", "--data.tokenizer", "x.json", "--model.embed-dim", "32"], "--model.vocab-size"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert words in error and out == "" and len(error.splitlines()) <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_comes_without_the_text():
+    assert plan_module._vocab_size(load_config(None, {"data.tokenizer": "bpe", "data.bpe_vocab_size": 300})) == 300
+    assert plan_module._vocab_size(load_config(None, {"model.vocab_size": 7})) == 7
+    with pytest.raises(UserError, match=r"model\.vocab_size"):
+        plan_module._vocab_size(load_config(None, {"data.tokenizer": "tokenizer.json"}))
+
+
+@pytest.fixture
+def small_chip(monkeypatch):
+    """Makes CPUs chips of the table, with as many bytes as the test asks for."""
+
+    def make(memory_bytes):
+        chip = dataclasses.replace(CHIPS[0], name="cpu", memory_bytes=memory_bytes)
+        monkeypatch.setattr(plan_module, "chip_of", lambda kind: chip)
+
+    return make
+
+
+def test_what_does_not_fit_comes_with_a_change_that_does(small_chip, capsys, tmp_path):
+    arguments = ["plan", *ARGUMENTS, "--mesh.data=8", "--json", str(tmp_path / "plan.json")]
+    small_chip(1e9)
+    assert main(arguments) == 0
+    whole = json.loads((tmp_path / "plan.json").read_text())
+    assert "fits" in capsys.readouterr().out and "change" not in whole
+    assert whole["roofline"]["mfu_bound"] > 0
+    small_chip(whole["memory"]["total"] - 1000)
+    assert main(arguments) == 1
+    found = json.loads((tmp_path / "plan.json").read_text())
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed and "it fits with --" in printed
+    assert found["changed"]["memory"]["total"] <= found["memory"]["capacity"] < found["memory"]["total"]
+    small_chip(1000)
+    assert main(arguments) == 1
+    assert "larger chips" in capsys.readouterr().out
+
+
+def test_a_refusal_of_the_compiler_is_read():
+    error = jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2.50G of 1.75G hbm."
+    )
+    assert plan_module._used_bytes(error) == 2.5 * 2**30
+    with pytest.raises(jax.errors.JaxRuntimeError, match="other"):
+        plan_module._used_bytes(jax.errors.JaxRuntimeError("some other fault"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_tpu_compiler_gathers_and_scatters_parameters(tmp_path):
+    """Matrices of the usual proportions: on tiny ones other things than the parameters would weigh."""
+    sizes = SIZES | {"model.embed_dim": 512, "model.context_length": 128, "model.dtype": "bfloat16"}
+    sizes |= {"model.scan_layers": "true", "model.remat": "full", "model.positions": "rotary", "mesh.fsdp": 4}
+    arguments = [f"--{name}={value}".replace("_", "-") for name, value in sizes.items()]
+    file = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "flax_decoder", "plan", "--topology", "v5p:2x2x1", "--json", str(file), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(file.read_text())
+    sent, paper = found["sent_bytes"], found["paper_bytes"]
+    assert found["memory"]["fits"] and "4 x TPU v5: fsdp 4" in result.stdout
+    assert sent["reduce-scatter"] > 0.8 * paper["reduce-scatter"] and sent["all-gather"] > 0.8 * paper["all-gather"]
+    assert sent["all-reduce"] < 0.1 * paper["reduce-scatter"] and sum(sent.values()) < 1.2 * sum(paper.values())
