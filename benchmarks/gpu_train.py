@@ -11,26 +11,24 @@ Two shapes, both with a tied head and without dropout:
   128,256; RMSNorm, SwiGLU, rotary positions; 8 sequences of 2,048 tokens.
 
 A step is forward, backward, clipping to norm 1 and AdamW. Params, gradients and both moments are float32; products take
-bfloat16; norms, softmax and loss are float32. PyTorch's model, below, is written for speed: torch.compile around model
-and loss, queries, keys and values in one product, gate and up in another, fused attention (two kinds) and fused AdamW;
-its logits are rounded to bfloat16, ours are not. First both take a few steps on the CPU, in float32, at a tiny size and
-from the same weights: where their losses differ nothing is measured.
+bfloat16; norms, softmax and loss are float32. PyTorch's model, in torch_decoder.py, is written for speed: torch.compile
+around model and loss, queries, keys and values in one product, gate and up in another, fused attention (two kinds) and
+fused AdamW; its logits are rounded to bfloat16, ours are not. First both take a few steps on the CPU, in float32, at a
+tiny size and from the same weights: where their losses differ nothing is measured.
 
-Each turn is a process of its own, so that a contestant has all of the GPU's memory, and takes many steps in a row,
-their batches copied to the GPU with them, as train.py does. A round has a turn of each; the result is the ratio of
-medians over all rounds, the fastest PyTorch over ours. MFU is against the dense bfloat16 peak, attention counted in
-full and, in brackets, halved.
+Each turn is a process of its own, so that a contestant has all of the GPU's memory, and only its own libraries. It
+takes many steps in a row, their batches copied to the GPU with them, as train.py does. A round has a turn of each; the
+result is the ratio of medians over all rounds, the fastest PyTorch over ours. MFU is against the dense bfloat16 peak,
+attention counted in full and, in brackets, halved.
 
 `--tiny` runs tiny shapes on the CPU, to see that all works; its times say nothing. Any field of the model or the
 training can be given, to try it: `--model.scan-layers true`, `--model.remat dots`, `--training.loss-chunk-tokens 8192`.
 So can XLA's flags, in the environment variable XLA_FLAGS. Worth trying, one at a time:
 
+    --xla_gpu_enable_cudnn_layer_norm=true          124M: 2 ms a step less to read and write, as compiled for an H100
     --xla_gpu_enable_triton_gemm=false              cuBLAS for all products
     --xla_gpu_exhaustive_tiling_search=true         tries more shapes of tiles; compiles for minutes
     --xla_gpu_cudnn_gemm_fusion_level=2             lets cuDNN compete, with what can be fused into products
-    --xla_gpu_dot_merger_threshold_mb=1024          makes one product of those that share an input
-    --xla_gpu_enable_cudnn_layer_norm=true
-    --xla_gpu_enable_while_loop_double_buffering=true
     --xla_gpu_enable_latency_hiding_scheduler=true  for more than one GPU
 """
 
@@ -47,22 +45,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F  # noqa: N812
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flax_decoder.config import Config, ModelConfig, load_config
+from flax_decoder.config import Config, load_config
 from flax_decoder.errors import UserError
 
 STEPS_A_CALL, WARM_UP_CALLS, TIMED_CALLS = 10, 2, 5
 TINY_STEPS_A_CALL = 2
 OURS = "flax_decoder"
-# On CPU the first PyTorch is the only one: cuDNN is for GPUs.
+# Who takes part, and what computes PyTorch's attention. On CPU the first PyTorch is the only one: cuDNN is for GPUs.
 CONTESTANTS = {
-    OURS: None,
-    "PyTorch, flash attention": SDPBackend.FLASH_ATTENTION,
-    "PyTorch, cuDNN attention": SDPBackend.CUDNN_ATTENTION,
+    OURS: "",
+    "PyTorch, flash attention": "FLASH_ATTENTION",
+    "PyTorch, cuDNN attention": "CUDNN_ATTENTION",
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "124M": {
@@ -117,164 +111,6 @@ def config_of(shape: str, changes: dict[str, Any], tiny: bool = False) -> Config
     return load_config(None, settings)
 
 
-class Linear(nn.Linear):
-    """A product in the dtype of its input; the weights stay float32."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (..., in) to (..., out)."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm in float32."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.scale = nn.Parameter(torch.ones(config.embed_dim))
-        self.bias = nn.Parameter(torch.zeros(config.embed_dim)) if config.norm_bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (B, T, D) to the same shape and dtype."""
-        width, epsilon = self.scale.shape, self.config.norm_epsilon
-        if self.config.norm == "layernorm":
-            return F.layer_norm(x.float(), width, self.scale, self.bias, epsilon).to(x.dtype)
-        return F.rms_norm(x.float(), width, self.scale, epsilon).to(x.dtype)
-
-
-class Block(nn.Module):
-    """A pre-norm block."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        D, H, F_ = config.embed_dim, config.head_width, config.mlp_width
-        self.num_up = 2 if config.feed_forward == "swiglu" else 1
-        self.attention_norm, self.feed_forward_norm = Norm(config), Norm(config)
-        self.qkv = Linear(D, (config.num_heads + 2 * config.kv_heads) * H, bias=config.attention_in_bias)
-        self.out = Linear(config.num_heads * H, D, bias=config.attention_out_bias)
-        self.up = Linear(D, self.num_up * F_, bias=config.mlp_bias)
-        self.down = Linear(F_, D, bias=config.mlp_bias)
-
-    def forward(self, x: torch.Tensor, waves: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """Maps (B, T, D) to (B, T, D); `waves` are the cosines and sines of rotary positions."""
-        (B, T, _), N, K = x.shape, self.config.num_heads, self.config.kv_heads
-        heads = self.qkv(self.attention_norm(x)).view(B, T, N + 2 * K, -1).transpose(1, 2)
-        q, k, v = heads.split((N, K, K), dim=1)
-        if waves is not None:
-            q, k = rotate(q, *waves), rotate(k, *waves)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=K < N)
-        x = x + self.out(attended.transpose(1, 2).reshape(B, T, -1))
-        h = self.up(self.feed_forward_norm(x))
-        if self.num_up == 2:
-            gate, h = h.chunk(2, dim=-1)
-            h = F.silu(gate) * h
-        else:
-            h = F.gelu(h, approximate="tanh")
-        return x + self.down(h)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns number i of a head with number i + H/2, in float32; x is (B, N, T, H)."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-class Decoder(nn.Module):
-    """Tokens and targets to the mean loss: what torch.compile sees at once."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config, self.dtype = config, getattr(torch, config.dtype)
-        T, D, H = config.context_length, config.embed_dim, config.head_width
-        self.embedding = nn.Parameter(0.02 * torch.randn(config.vocab_size, D))
-        self.positions = nn.Parameter(0.02 * torch.randn(T, D)) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = Norm(config)
-        if config.positions == "rotary":
-            frequencies = config.rotary_base ** (-torch.arange(0, H, 2, dtype=torch.float64) / H)
-            angles = torch.arange(T)[:, None] * frequencies
-            self.register_buffer("cos", angles.cos().float(), persistent=False)
-            self.register_buffer("sin", angles.sin().float(), persistent=False)
-
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Maps two times (B, T) to a number, in nats a token."""
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
-        waves = None
-        if self.positions is not None:
-            x = x + self.positions.to(self.dtype)
-        else:
-            waves = (self.cos, self.sin)
-        for block in self.blocks:
-            x = block(x, waves)
-        logits = F.linear(self.final_norm(x), self.embedding.to(self.dtype))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
-def copy_params(params: Any, model: Decoder) -> None:
-    """Gives a PyTorch model the params of ours."""
-    layers = params["layers"]
-    attention, feed_forward = layers["attention"], layers["feed_forward"]
-    config = model.config
-    D = config.embed_dim
-
-    def put(target: torch.Tensor, *arrays: Any) -> None:
-        joined = np.concatenate([np.asarray(array) for array in arrays])
-        assert joined.shape == tuple(target.shape), (joined.shape, target.shape)
-        with torch.no_grad():
-            target.copy_(torch.from_numpy(joined))
-
-    def put_linear(target: nn.Linear, parts: list[Any], layer: int, width: int) -> None:
-        put(target.weight, *(part["kernel"][layer].reshape(width, -1).T for part in parts))
-        if target.bias is not None:
-            put(target.bias, *(part["bias"][layer].reshape(-1) for part in parts))
-
-    def put_norm(target: Norm, scale_and_bias: Any, layer: int | None = None) -> None:
-        for name, array in scale_and_bias.items():
-            put(getattr(target, name), array if layer is None else array[layer])
-
-    put(model.embedding, params["embedding"])
-    if model.positions is not None:
-        put(model.positions, params["positions"])
-    put_norm(model.final_norm, params["final_norm"])
-    for layer, block in enumerate(model.blocks):
-        put_linear(block.qkv, [attention[name] for name in ("query", "key", "value")], layer, D)
-        put_linear(block.out, [attention["out"]], layer, config.num_heads * config.head_width)
-        put_linear(block.up, [feed_forward[name] for name in ("gate", "up") if name in feed_forward], layer, D)
-        put_linear(block.down, [feed_forward["down"]], layer, config.mlp_width)
-        put_norm(block.attention_norm, layers["attention_norm"], layer)
-        put_norm(block.feed_forward_norm, layers["feed_forward_norm"], layer)
-
-
-def torch_call(config: Config, model: Decoder, batches: np.ndarray, backend: Any, compiled: bool) -> Call:
-    """Steps of PyTorch on batches (steps, B, T + 1), one after the other; `backend` computes attention."""
-    device = model.embedding.device
-    forward = torch.compile(model) if compiled else model
-    optimized = config.optimizer
-    # What decays is what has two axes, as in ours: norms and biases do not.
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optimized.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (optimized.beta1, optimized.beta2)
-    optimizer = torch.optim.AdamW(groups, optimized.learning_rate, betas, optimized.epsilon, fused=True)
-
-    def call() -> list[float]:
-        tokens = torch.from_numpy(batches).to(device, torch.int64)
-        losses = []
-        for inputs, targets in zip(tokens[:, :, :-1].contiguous(), tokens[:, :, 1:].contiguous(), strict=True):
-            with sdpa_kernel(backend):
-                loss = forward(inputs, targets)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), optimized.clip_norm)
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).tolist()  # waits for the GPU
-
-    return call
-
-
 def our_call(config: Config, batches: np.ndarray) -> Call:
     """The same steps of ours, in one program on one device, as train.py takes them."""
     import jax
@@ -306,15 +142,16 @@ def random_batches(config: Config, num_steps: int) -> np.ndarray:
 def check_losses(shape: str, changes: dict[str, Any]) -> None:
     """Exits where both do not have the same losses over the first steps, tiny and in float32, from the same weights."""
     import jax
+    import torch_decoder
 
     import flax_decoder as fd
 
     config = config_of(shape, changes | {"model.dtype": "float32", "model.attention": "auto"}, tiny=True)
-    theirs = Decoder(config.model)
+    theirs = torch_decoder.Decoder(config.model)
     # The same random key as in `our_call`.
-    copy_params(fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0)).params, theirs)
+    torch_decoder.copy_params(fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0)).params, theirs)
     batches = random_batches(config, CHECKED_STEPS)
-    their_losses = torch_call(config, theirs, batches, SDPBackend.MATH, compiled=False)()
+    their_losses = torch_decoder.steps_of(config, theirs, batches, "MATH", compiled=False)()
     our_losses = our_call(config, batches)()
     if not np.allclose(our_losses, their_losses, rtol=TOLERANCE, atol=0):
         sys.exit(f"{shape}: the losses of the same steps differ: {our_losses}, PyTorch {their_losses}")
@@ -331,10 +168,13 @@ def turn(name: str, config: Config, tiny: bool, compiled: bool) -> dict[str, Any
             sys.exit('JAX sees no GPU: pip install -e ".[cuda13]", or ".[cuda12]"')
         call, device_kind = our_call(config, batches), device.device_kind
     else:
+        import torch
+        import torch_decoder
+
         if tiny:
             torch.set_num_threads(1)  # more wait for each other longer than they compute
-        model = Decoder(config.model).to("cpu" if tiny else "cuda")
-        call = torch_call(config, model, batches, CONTESTANTS[name], compiled)
+        model = torch_decoder.Decoder(config.model).to("cpu" if tiny else "cuda")
+        call = torch_decoder.steps_of(config, model, batches, CONTESTANTS[name], compiled)
         device_kind = "cpu" if tiny else torch.cuda.get_device_name()
     seconds = []
     for _ in range(WARM_UP_CALLS + TIMED_CALLS):
@@ -395,8 +235,12 @@ def measure(shape: str, arguments: list[str], num_rounds: int, tiny: bool) -> di
 
 def summary(config: Config, turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians, what follows from them, and the ratio."""
+    import jax
+
+    from flax_decoder.nn.decoder import Decoder, abstract_params
     from flax_decoder.training.flops import utilization
 
+    jax.config.update("jax_platforms", "cpu")  # the GPU's memory is for those who take their turns
     tokens_a_step = config.training.batch_size * config.model.context_length
     device = turns[OURS][0]["device"]
     contestants = {}
@@ -410,8 +254,7 @@ def summary(config: Config, turns: dict[str, list[dict[str, Any]]]) -> dict[str,
             "turns": own,
         }
     fastest = min(result["step_seconds"] for name, result in contestants.items() if name != OURS)
-    with torch.device("meta"):
-        num_params = sum(p.numel() for p in Decoder(config.model).parameters())
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(Decoder(config.model))))
     ratio = fastest / contestants[OURS]["step_seconds"]
     return {"device": device, "parameters": num_params, "contestants": contestants, "ratio": ratio}
 
@@ -442,6 +285,13 @@ def changes_of(arguments: list[str]) -> dict[str, str]:
     return dict(zip(names, values, strict=True))
 
 
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main(arguments: list[str]) -> int:
     """Measures each shape and prints a table; 2 where there is no GPU or the arguments cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -453,7 +303,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--turn", metavar="NAME", help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(arguments)
-    if not options.tiny and not torch.cuda.is_available():
+    if not options.tiny and options.turn is None and not has_gpu():
         print("there is no GPU that PyTorch can use; --tiny runs tiny shapes on the CPU", file=sys.stderr)
         return 2
     shapes = options.shape or list(SHAPES)

@@ -170,9 +170,7 @@ def main() -> int:
         print(f"| {name} | {loss:.1e} | {tensor:.1e} | {single:.1e} |", flush=True)
         if not (loss <= LOSS_TOLERANCE and tensor <= PARAMS_TOLERANCE):
             broken.append(name)
-    print(
-        f"\nbounds: {LOSS_TOLERANCE:.0e} of the loss, {PARAMS_TOLERANCE:.0e} of a tensor; broken by {broken or 'none'}"
-    )
+    print(f"\nbroken bounds ({LOSS_TOLERANCE:.0e}, {PARAMS_TOLERANCE:.0e}): {', '.join(broken) or 'none'}")
     return 1 if broken else 0
 
 

@@ -1,11 +1,12 @@
 """The benchmark on a GPU, on the CPU: that both sides compute the same, and that it runs from end to end."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -19,19 +20,23 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("gpu_train", ROOT / "benchmarks" / "gpu_train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The script, as Python finds it when it runs it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu_train")
+
+
+@pytest.fixture
+def torch_decoder(benchmark):
+    return importlib.import_module("torch_decoder")
 
 
 @pytest.mark.parametrize("shape", ["124M", "1B"])
-def test_both_models_have_the_same_parameters(benchmark, shape):
+def test_both_models_have_the_same_parameters(benchmark, torch_decoder, shape):
     config = benchmark.config_of(shape, {})
     with torch.device("meta"):
-        theirs = benchmark.Decoder(config.model)
+        theirs = torch_decoder.Decoder(config.model)
     ours = abstract_params(Decoder(config.model))
     assert sum(p.numel() for p in theirs.parameters()) == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(ours))
 
@@ -50,12 +55,12 @@ def test_both_take_the_same_steps(benchmark, shape):
 
 
 @pytest.mark.parametrize("changes", [{"model.window": 9}, {"model.norm_epsilon": 1e-3}])
-def test_a_step_that_differs_is_noticed(benchmark, monkeypatch, changes):
+def test_a_step_that_differs_is_noticed(benchmark, torch_decoder, monkeypatch, changes):
     """PyTorch's model knows no windows; in the other case it does not get what is changed in ours."""
     if "model.window" not in changes:
         unchanged = benchmark.config_of("1B", {"model.dtype": "float32"}, tiny=True)
-        decoder = benchmark.Decoder
-        monkeypatch.setattr(benchmark, "Decoder", lambda _: decoder(unchanged.model))
+        decoder = torch_decoder.Decoder
+        monkeypatch.setattr(torch_decoder, "Decoder", lambda _: decoder(unchanged.model))
     with pytest.raises(SystemExit, match="losses of the same steps differ"):
         benchmark.check_losses("1B", changes)
 
@@ -87,6 +92,12 @@ def test_a_turn_in_a_process_of_its_own(benchmark, tmp_path):
     done = benchmark.start([*TINY, "--turn", "PyTorch, flash attention"], str(tmp_path), platform="cpu")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["seconds"]) == benchmark.TIMED_CALLS
+
+
+def test_our_turn_loads_nothing_of_pytorch():
+    """Both bring CUDA's libraries, of one name and maybe of two versions; a process keeps those it loads first."""
+    program = "import sys, gpu_train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT / "benchmarks").returncode == 0
 
 
 @pytest.mark.parametrize("failing", [{"PyTorch, cuDNN attention"}, {"flax_decoder"}, {"check"}])

@@ -302,14 +302,17 @@ def test_pmap_equals_one_device():
     assert replicated.step.tolist() == [2] * NUM_DEVICES
 
 
-@pytest.mark.parametrize(("follows", "parts"), [(False, 1), (True, 1), (True, 2)])
-def test_shard_map_equals_one_device(follows, parts):
+@pytest.mark.parametrize(
+    ("follows", "changes"),
+    [(False, {}), (True, {}), (True, {"training__accumulation_steps": 2, "training__loss_chunk_tokens": 3})],
+)
+def test_shard_map_equals_one_device(follows, changes):
     """Also where it follows what is the same on all devices, and would add up the gradients of that by itself."""
-    num_devices = NUM_DEVICES // parts
+    num_devices = NUM_DEVICES // 2
     mesh = jax.make_mesh((num_devices,), ("batch",), devices=jax.devices()[:num_devices], axis_types=(AxisType.Auto,))
     step = functools.partial(fd.train_step, axis_name="batch")
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P(), check_vma=follows)
-    state, batch = make_state(training__batch_size=B, training__accumulation_steps=parts), make_batch(mask="uneven")
+    state, batch = make_state(training__batch_size=B, **changes), make_batch(mask="uneven")
     assert_same(jax.block_until_ready(jax.jit(mapped)(state, batch)), take_step(make_state(), batch))
 
 

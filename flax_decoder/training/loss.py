@@ -184,7 +184,7 @@ def _on_each_device(compute: Callable[..., Any]) -> Callable[..., Any]:
 def _summing_scan(compute: Callable[[Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
     """Runs `compute` on one chunk after the other: the sum of its first results, and all of its second ones."""
     shapes, _ = jax.eval_shape(compute, jax.tree.map(lambda rows: rows[0], chunks))
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
 
     def add(total: Any, chunk: Any) -> tuple[Any, Any]:
         part, result = compute(chunk)
