@@ -114,13 +114,37 @@ def test_what_does_not_fit_comes_with_a_change_that_does(small_chip, capsys, tmp
     assert "larger chips" in capsys.readouterr().out
 
 
-def test_a_refusal_of_the_compiler_is_read():
-    error = jax.errors.JaxRuntimeError(
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2.50G of 1.75G hbm."
-    )
-    assert plan_module._used_bytes(error) == 2.5 * 2**30
+@pytest.mark.parametrize(
+    ("message", "temporaries"),
+    [
+        ("Ran out of memory in memory space hbm. Used 2.50G of 1.75G hbm.", 2.5 * 2**30 - 100),
+        ("the total memory required for HLO temporaries (456.64G) exceeds available HBM (15.75G).", 456.64 * 2**30),
+    ],
+)
+def test_a_refusal_of_the_compiler_is_read(message, temporaries):
+    error = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+    assert plan_module._refused_temporaries(error, 100) == round(temporaries)
     with pytest.raises(jax.errors.JaxRuntimeError, match="other"):
-        plan_module._used_bytes(jax.errors.JaxRuntimeError("some other fault"))
+        plan_module._refused_temporaries(jax.errors.JaxRuntimeError("some other fault"), 100)
+
+
+def test_a_step_that_is_too_big_to_be_compiled_has_a_plan_too(small_chip, monkeypatch, capsys):
+    small_chip(1e9)
+
+    class Stage:
+        def lower(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: HLO temporaries (4.00G) exceeds available HBM (1.00G)."
+            )
+
+        def trace(self, state, batch):
+            self.jaxpr = jax.make_jaxpr(lambda: 0)()
+            return self
+
+    monkeypatch.setattr(plan_module.jax, "jit", lambda *arguments, **settings: Stage())
+    made = plan_of()
+    assert made.memory.temporaries == 2**32 and made.memory.fits is False
+    assert made.sent_bytes is None and made.roofline is None and "does not fit" in str(made)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

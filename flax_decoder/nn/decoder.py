@@ -198,7 +198,9 @@ class Decoder(nn.Module):
         config = self.config
         # Each device looks up the columns it holds, for the tokens of its neighbours, too: neither the table nor its
         # gradient then has to travel, only vectors do.
-        x_BTD = constrain(look_up(embedding_VD, tokens_BT), "copies", "length", "embed")
+        embedding_VD = constrain(embedding_VD, "vocab", "embed")
+        x_BTD = look_up(embedding_VD, constrain(tokens_BT, "copies", "length"))
+        x_BTD = constrain(x_BTD, "copies", "length", "embed")
         if config.embed_scale != 1:
             x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
         if config.positions == "learned":

@@ -172,10 +172,9 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
         traced = jitted.trace(state, batch)
         start = time.perf_counter()
         try:
-            compiled = traced.lower().compile()
-            used = None
+            compiled, refusal = traced.lower().compile(), None
         except jax.errors.JaxRuntimeError as error:
-            compiled, used = None, _used_bytes(error)
+            compiled, refusal = None, error
         compile_seconds = time.perf_counter() - start
 
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -199,7 +198,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
         mesh=dict(mesh.shape),
         tokens=tokens,
         parameters=num_params,
-        memory=_memory(state, batch, compiled, used, _capacity(mesh)),
+        memory=_memory(state, batch, compiled or refusal, _capacity(mesh)),
         flops=flops,
         model_flops=model_flops,
         sent_bytes=sent,
@@ -243,15 +242,14 @@ def _capacity(mesh: Mesh) -> float | None:
     return stats.get("bytes_limit", None if chip is None else chip.memory_bytes)
 
 
-def _memory(state: Any, batch: Any, compiled: Any, used: int | None, capacity: float | None) -> Memory:
-    sizes = {
-        name: sum(map(_bytes_a_device, jax.tree.leaves(tree)))
-        for name, tree in {"params": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}.items()
-    }
-    if compiled is None:
-        temporaries, program = (used or 0) - sum(sizes.values()), 0
+def _memory(state: Any, batch: Any, outcome: Any, capacity: float | None) -> Memory:
+    """What lies on a chip; `outcome` is the compiled step, or the error that the compiler raised instead."""
+    parts = {"params": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}
+    sizes = {name: sum(map(_bytes_a_device, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    if isinstance(outcome, Exception):
+        temporaries, program = _refused_temporaries(outcome, sum(sizes.values())), 0
     else:
-        stats = compiled.memory_analysis()
+        stats = outcome.memory_analysis()
         # A donated array makes room for the one that takes its place: only other results need their own.
         temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         program = stats.generated_code_size_in_bytes
@@ -263,9 +261,13 @@ def _bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:
     return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
 
 
-def _used_bytes(error: Exception) -> int:
-    """How much memory the step would have taken, from the compiler's refusal; other errors are raised again."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
+def _refused_temporaries(error: Exception, state_bytes: int) -> int:
+    """How much a step needs beside its state, from the compiler's refusal; any other error is raised again."""
+    size = r"([\d.]+)([KMGT]?)"
+    if found := re.search(rf"HLO temporaries \({size}\)", str(error)):
+        state_bytes = 0
+    else:
+        found = re.search(rf"Used {size} of", str(error))
     if found is None:
         raise error
-    return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) - state_bytes
