@@ -225,7 +225,7 @@ def plan(options: argparse.Namespace) -> int:
     if made.memory.fits is False:
         found = smallest_change(config, devices, made)
         if found is None:
-            print("\nno single change of remat, accumulation and mesh makes it fit: it takes more or larger chips")
+            print("\nnone of the changes tried (remat, accumulation, fsdp) makes it fit: it takes more or larger chips")
         else:
             change, smaller = found
             arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
