@@ -22,6 +22,19 @@ from flax_decoder.training.step import TrainState
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest --full` also runs what is marked `full`: more cases of what a few have shown."""
+    parser.addoption("--full", action="store_true", help="also run the tests marked full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is marked `full`, where it is not asked for."""
+    if not config.getoption("--full"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
 # A line for each stretch of memory that this process has mapped; Linux only.
 MAPS = Path("/proc/self/maps")
 

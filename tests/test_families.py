@@ -119,6 +119,15 @@ SHAPES = {
 }
 CASES = [(model_type, number) for model_type, shapes in SHAPES.items() for number in range(len(shapes))]
 every_case = pytest.mark.parametrize(("model_type", "number"), CASES)
+# One shape a family, not the same for all; with --full, every one.
+a_case_each = pytest.mark.parametrize(
+    ("model_type", "number"),
+    [
+        pytest.param(name, number, marks=() if number == place % len(SHAPES[name]) else pytest.mark.full)
+        for place, name in enumerate(SHAPES)
+        for number in range(len(SHAPES[name]))
+    ],
+)
 
 
 def test_every_family_is_here():

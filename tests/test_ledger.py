@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 # ruff: noqa: E402
 import reference
-from test_families import SIZES, V, every_case, loaded, saved, torch_model
+from test_families import SIZES, V, a_case_each, loaded, saved, torch_model
 
 import flax_decoder as fd
 from flax_decoder import cli
@@ -95,7 +95,7 @@ def test_all_rows_hold_and_stand_in_the_order_of_computation():
     assert scores.shape == (2, 4, 19, 19) and 0 < scores.relative < scores.floor
 
 
-@every_case
+@a_case_each
 def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type, number):
     model, params, _ = loaded(model_type, number)
     shapes = {path: leaf.shape for path, leaf in flatten(params).items()}
