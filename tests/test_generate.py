@@ -199,11 +199,18 @@ def test_the_text_does_not_depend_on_how_much_of_it_is_asked_for():
         np.testing.assert_array_equal(fd.generate(model, params, prompt_BT, length, rng), whole_BT[:, : 3 + length])
 
 
-@pytest.mark.parametrize(("seconds", "sizes"), [(0.02, [1, 1, 2, 4, 8, 16, 32, 64, 9]), (0.04, [1] * 137)])
-def test_streamed_pieces_grow_until_one_takes_its_time(seconds, sizes, monkeypatch):
+@pytest.mark.parametrize(
+    ("seconds", "sizes"),
+    [
+        ([0.0095], [1, 1, 3, 3, 9, 9, 28, 28, 55]),  # 0.03 seconds are 3.2 times as much
+        ([0.04], [1] * 137),
+        ([0.0001] * 5 + [0.96], [1, 1, 64, 64, 2, 2, 1, 1, 1]),  # who was held up himself takes a smaller one again
+    ],
+)
+def test_streamed_pieces_take_as_long_as_the_eye_does_not_mind(seconds, sizes, monkeypatch):
     # A clock that goes on by so much at each look; two looks a piece, and one piece is always computed ahead.
-    clock = itertools.count()
-    monkeypatch.setattr(stream_module.time, "perf_counter", lambda: next(clock) * seconds)
+    clock = itertools.accumulate(itertools.chain(seconds, itertools.repeat(seconds[-1])))
+    monkeypatch.setattr(stream_module.time, "perf_counter", lambda: next(clock))
     model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
     rng, prompt_BT = jax.random.key(5), prompts(2, 3)
     pieces = [written.tokens_BC for written in stream(model, params, list(prompt_BT), 137, rng, Sampling())]

@@ -28,8 +28,8 @@ from flax_decoder.generation.steps import (
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.decoder import Decoder, unstack_layers
 
-# Who reads along gets more tokens at a time until a piece takes this long: the eye sees no steps in it, and handing it
-# over costs little beside making it.
+# Who reads along gets as many tokens at a time as are made in this: the eye sees no steps in it, and handing them over
+# costs little beside making them.
 STREAM_SECONDS = 0.03
 
 
@@ -76,8 +76,8 @@ def stream(
         end_ids: see there.
         prefix: see there.
         guess: see there.
-        first_piece: how many tokens come first, at most WRITE_TOKENS; pieces then double while they are quick. With
-            `guess` the guesses decide.
+        first_piece: how many tokens come first, at most WRITE_TOKENS; pieces then have as many as are quickly made, and
+            no fewer. With `guess` the guesses decide.
         num_top: give log-probabilities, and those of so many of the likeliest tokens; not with `guess`.
 
     Returns:
@@ -192,8 +192,8 @@ def _write_pieces(
             made, waiting = made + piece, (written, piece)
         if ready is not None:
             arrays = jax.tree.map(lambda array, length=ready[1]: np.asarray(array)[:num_rows, :length], ready[0])
-            if time.perf_counter() - started < STREAM_SECONDS:
-                size = min(2 * size, WRITE_TOKENS)
+            wanted = ready[1] * STREAM_SECONDS / (time.perf_counter() - started)
+            size = int(np.clip(wanted, first_piece, WRITE_TOKENS))
             yield arrays
 
 
