@@ -52,6 +52,8 @@ GPT2 = {
 # vocabulary, layers, width, heads, context
 SIZES = {"124M": (50257, 12, 768, 12, 1024), "char": (65, 4, 128, 4, 256)}
 BATCHES = {"124M": (1, 8), "char": (1,)}
+# PyTorch's threads go on looking for work for a while: they must not do so in the next one's turn.
+REST_SECONDS = 0.3
 TABLE_BATCHES, TABLE_CONTEXTS, TABLE_TOKENS = (1, 8, 32), (256, 512, 1024, 2048, 4096), 16
 Run = Callable[[], Any]
 
@@ -92,6 +94,7 @@ def interleaved(contestants: dict[str, Run], num_rounds: int) -> dict[str, list[
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(num_rounds):
         for name, run in contestants.items():
+            time.sleep(REST_SECONDS)
             seconds[name].append(seconds_of(run))
     return seconds
 
@@ -217,6 +220,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="with --table and one --shape: a picture of it")
     options = parser.parse_args()
+    if options.plot and not (options.table and len(options.shape or ()) == 1):
+        parser.error("--plot draws a table of one shape: give --table and one --shape, too")
     torch.set_num_threads(NUM_THREADS)
     transformers.logging.set_verbosity_error()
     measure = table if options.table else compare
