@@ -8,18 +8,16 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from flax_decoder.config import OptimizerConfig
+from flax_decoder.nn.axes import PROJECTIONS
 from flax_decoder.training.moments import with_bfloat16_moments
 
 # Axes of the stacked kernels of a block: (those summed over, those written to). The layer axis in front is a batch.
 # Heads are joined: the matrix that Muon straightens is the one that multiplies the residual stream.
 MATRICES = {
-    "query": MuonDimensionNumbers((1,), (2, 3)),
-    "key": MuonDimensionNumbers((1,), (2, 3)),
-    "value": MuonDimensionNumbers((1,), (2, 3)),
-    "out": MuonDimensionNumbers((1, 2), (3,)),
-    "up": MuonDimensionNumbers((1,), (2,)),
-    "gate": MuonDimensionNumbers((1,), (2,)),
-    "down": MuonDimensionNumbers((1,), (2,)),
+    name: MuonDimensionNumbers(
+        tuple(range(1, 1 + len(inputs))), tuple(range(1 + len(inputs), 1 + len(inputs + outputs)))
+    )
+    for name, (inputs, outputs) in PROJECTIONS.items()
 }
 
 
