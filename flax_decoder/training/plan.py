@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.errors import UserError
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.parallel.mesh import compiler_options, make_mesh, sharding_of, use_mesh
+from flax_decoder.parallel.mesh import make_mesh, sharding_of, use_mesh
 from flax_decoder.training.collectives import bytes_by_kind, collectives_of, paper_bytes
 from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.hardware import chip_of
 from flax_decoder.training.hlo import parse_hlo
 from flax_decoder.training.roofline import Roofline, memory_bytes, product_flops, roofline
 from flax_decoder.training.speed import DEFAULT_VOCAB_SIZE
-from flax_decoder.training.step import TrainState, state_maker, state_shardings, train_step
+from flax_decoder.training.step import TrainState, jit_steps, state_maker, state_shardings, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +166,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
     chip = chip_of(kind)
     with use_mesh(mesh):
         state, batch = abstract_arguments(config, mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
-        options = compiler_options(mesh)
-        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
-        traced = jitted.trace(state, batch)
+        traced = jit_steps(state, mesh, train_step).trace(state, batch)
         start = time.perf_counter()
         try:
             compiled, refusal = traced.lower().compile(), None

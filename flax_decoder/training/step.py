@@ -157,14 +157,14 @@ def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -
     return jax.lax.fori_loop(0, num_steps, take, (state, metrics))
 
 
-def jit_steps(state: TrainState, mesh: Mesh) -> Any:
-    """`train_steps` under jit on a mesh; the state that is given to it is used up.
+def jit_steps(state: TrainState, mesh: Mesh, take: Callable[..., Any] = train_steps) -> Any:
+    """`train_steps`, or `train_step`, under jit on a mesh; the state that is given to it is used up.
 
     What goes in comes out in the same place: without a word, the compiler might choose another.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
     options = compiler_options(mesh)
-    return jax.jit(train_steps, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+    return jax.jit(take, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
