@@ -48,14 +48,9 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_qk_norm(value: Any) -> Any:
-    """`true` and `false` were the only values once, and still mean what they did."""
-    return {"true": "head", "false": "none"}.get(str(value).lower(), value)
-
-
-def _as_remat(value: Any) -> Any:
-    """Likewise."""
-    return {"true": "full", "false": "none"}.get(str(value).lower(), value)
+def _flag_as(if_true: str, if_false: str) -> BeforeValidator:
+    """For a choice of words where `true` and `false` were the only values once: they still mean what they did."""
+    return BeforeValidator(lambda value: {"true": if_true, "false": if_false}.get(str(value).lower(), value))
 
 
 # A number of devices, or -1 for all that the other mesh axes leave.
@@ -116,7 +111,7 @@ class ModelConfig:
     """pre: x + f(norm(x)); post: norm(x + f(x)); both: x + norm(f(norm(x))); output: x + norm(f(x))"""
     parallel_residual: bool = False
     """attention and feed-forward read the same input: x + attention(norm(x)) + feed_forward(norm(x))"""
-    qk_norm: Annotated[Literal["none", "head", "all"], BeforeValidator(_as_qk_norm)] = "none"
+    qk_norm: Annotated[Literal["none", "head", "all"], _flag_as("head", "none")] = "none"
     """normalises queries and keys (RMS) before the rotation: over the width of each head, or over all heads at once"""
 
     norm_bias: bool = False
@@ -152,7 +147,7 @@ class ModelConfig:
     """what activations are computed in; params, norms, softmax and loss stay float32; float64 needs JAX_ENABLE_X64=1"""
     scan_layers: bool = False
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
-    remat: Annotated[Literal["none", "attention", "dots", "full"], BeforeValidator(_as_remat)] = "none"
+    remat: Annotated[Literal["none", "attention", "dots", "full"], _flag_as("full", "none")] = "none"
     """what the backward pass computes again instead of keeping it: nothing; the scores of attention; all of a block but
     the outputs of its projections (dots); or all of it, from its input alone, which takes a third more time (full)"""
 
