@@ -222,12 +222,13 @@ def verify(options: argparse.Namespace) -> int:
     folder = Path(options.path)
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: is not a run folder: it has no config.toml")
-    from flax_decoder.training.run_folder import verify_run
+    from flax_decoder.training.verification import verify_run
 
-    findings = verify_run(folder)
-    for finding in findings:
-        print(finding)
-    return 0 if all(finding.holds for finding in findings) else 1
+    holds = True
+    for finding in verify_run(folder):
+        print(finding, flush=True)
+        holds = holds and finding.holds is not False
+    return 0 if holds else 1
 
 
 def bench(options: argparse.Namespace) -> int:
