@@ -66,6 +66,7 @@ def arm(point, trigger):
     places = {
         "preparing": (run_folder, "prepare_corpus", "after"),
         "restoring": (loop, "restore_state", "before"),
+        "amid restoring": (checkpoint, "_restore", "before"),
         "evaluation": (loop, "evaluate", "before"),
         "save": (checkpoint.Checkpoints, "save", "before"),
         "before arrays": (ocp.AsyncCheckpointer, "save", "before"),
