@@ -20,6 +20,8 @@ UNFINISHED = re.compile(r"\.(new|old)-|\.tmp|-tmp|\.broken|^\.(?!lock$)")
 def losses(folder: Path) -> dict[int, dict[str, float]]:
     """The numbers of each step in the log that do not hang on the clock; none where there is no log yet."""
     rows = read_metrics(folder / "metrics.jsonl")
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps))  # one line each
     return {row["step"]: {name: row[name] for name in LOSSES if name in row} for row in rows}
 
 

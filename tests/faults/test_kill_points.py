@@ -99,6 +99,8 @@ def test_a_first_save_that_is_killed_amid_its_arrays(whole, tmp_path):
     arguments = tiny_run.command(tmp_path / "run", text, **RULES, training__save_every=SAVE_EVERY)
     killed_at("amid arrays", 1, ["train", *arguments[2:]], **environment)
     assert saved_steps(tmp_path / "run") == [] and run_state.leftovers(tmp_path / "run")
+    # That save will not be made again, so that nothing takes the place of what it left.
+    arguments = tiny_run.command(tmp_path / "run", text, **RULES, training__save_every=2 * SAVE_EVERY)
     code, output, errors = tiny_run.finish(arguments, **environment)
     assert code == 0 and "has no checkpoint yet: it starts from the beginning" in output, errors
     run_state.assert_ended_alike(tmp_path / "run", expected)
