@@ -60,7 +60,7 @@ class Checkpoints:
         # Orbax asks for these numbers at every save, to report them. Each time tensorstore (0.1.86) loses some lists,
         # which made a process grow by 53 KB a save.
         self._collect = tensorstore.experimental_collect_matching_metrics
-        tensorstore.experimental_collect_matching_metrics = lambda prefix: []
+        tensorstore.experimental_collect_matching_metrics = _no_metrics
 
     def save(self, state: TrainState, val_loss: float | None) -> None:
         """Copies the state and writes it in the background; without a loss it cannot become the best one.
@@ -333,6 +333,10 @@ def _losses(folder: Path) -> dict[int, float | None]:
         with contextlib.suppress(BrokenError):
             losses[step] = read_manifest(folder / str(step))["val_loss"]
     return losses
+
+
+def _no_metrics(metric_prefix: str, include_zero_metrics: bool = False) -> list[Any]:
+    return []
 
 
 @contextlib.contextmanager
