@@ -22,13 +22,13 @@ def step(tmp_path):
     return folder
 
 
-def rewrite(step, **changes):
+def rewrite(folder, **changes):
     """Writes a manifest that says something else, and holds by itself."""
-    manifest = json.loads((step / MANIFEST).read_text()) | changes
+    manifest = json.loads((folder / MANIFEST).read_text()) | changes
     del manifest["manifest_sha256"]
     text = json.dumps(manifest, indent=1) + "\n"
     manifest["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    (step / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def test_it_says_what_was_written(step):
