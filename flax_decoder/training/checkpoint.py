@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import SingleDeviceSharding
 
 from flax_decoder.errors import BrokenError, FaultError, UserError
@@ -56,6 +57,10 @@ class Checkpoints:
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(PARAMS, OPTIMIZER))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._unfinished: Future[None] | None = None
+        # Orbax asks for these numbers at every save, to report them. Each time tensorstore (0.1.86) loses some lists,
+        # which made a process grow by 53 KB a save.
+        self._collect = tensorstore.experimental_collect_matching_metrics
+        tensorstore.experimental_collect_matching_metrics = _no_metrics
 
     def save(self, state: TrainState, val_loss: float | None) -> None:
         """Copies the state and writes it in the background; without a loss it cannot become the best one.
@@ -91,6 +96,7 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._writer.close()
+            tensorstore.experimental_collect_matching_metrics = self._collect
 
     def __enter__(self) -> Self:
         return self
@@ -201,7 +207,7 @@ def set_aside(path: Path) -> None:
     print(f"{path}: is no checkpoint that holds; it is now {aside.name}")
 
 
-def choose_step(folder: Path, wanted: int | Literal["latest", "best"], part: str = "") -> int:
+def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
     """The step of a checkpoint that holds: the newest, that of the lowest validation loss, or the one asked for.
 
     Where the newest or the best is broken, the next one takes its place, and a warning says so.
@@ -209,7 +215,6 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"], part: str
     Args:
         folder: of the run.
         wanted: which.
-        part: look at the files of this part of it only, `PARAMS` or `OPTIMIZER`.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -221,7 +226,7 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"], part: str
     if isinstance(wanted, int):
         if wanted not in steps:
             raise UserError(f"{folder}: has no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}")
-        verify(steps_folder(folder) / str(wanted), part)
+        verify(steps_folder(folder) / str(wanted))
         return wanted
     if wanted == "best":
         losses = _losses(steps_folder(folder))
@@ -230,13 +235,13 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"], part: str
         steps.sort(key=lambda step: (step in losses, ranks.get(step, -np.inf), step))
     for step in reversed(steps):
         try:
-            verify(steps_folder(folder) / str(step), part)
+            verify(steps_folder(folder) / str(step))
             return step
         except BrokenError as error:
             if os.path.lexists(steps_folder(folder) / str(step)):  # else a run has just deleted it, as it does
                 print(f"warning: {error}; trying another checkpoint", file=sys.stderr)
     if saved_steps(folder) != sorted(steps):
-        return choose_step(folder, wanted, part)
+        return choose_step(folder, wanted)
     raise BrokenError(
         f"{folder}: none of its checkpoints holds ({', '.join(map(str, sorted(steps)))}); "
         "put them back from a copy, or start another run with --run.folder"
@@ -327,6 +332,10 @@ def _losses(folder: Path) -> dict[int, float | None]:
         with contextlib.suppress(BrokenError):
             losses[step] = read_manifest(folder / str(step))["val_loss"]
     return losses
+
+
+def _no_metrics(*prefix: Any, **options: Any) -> list[Any]:
+    return []
 
 
 @contextlib.contextmanager

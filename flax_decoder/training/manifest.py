@@ -25,7 +25,12 @@ Manifest = dict[str, Any]
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Flushes all files of a folder to disk, and then writes the manifest of them; facts must fit into JSON."""
+    """Flushes all files of a folder to disk, and then writes the manifest of them.
+
+    Args:
+        folder: of one checkpoint, under whatever name.
+        facts: what else the manifest is to say, in JSON; its "step" at least.
+    """
     files = {}
     for name, path in sorted(_files(folder).items()):
         with open(path, "rb+") as file:
@@ -39,10 +44,13 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, whole, but without a look at the files of which it speaks.
+    """The manifest of a checkpoint, whole, but without a look at the files of which it speaks.
+
+    Args:
+        folder: of one checkpoint, named by its step.
 
     Raises:
-        BrokenError: there is none, or it is not as it was written.
+        BrokenError: there is none, or it is not as it was written, or is that of another step.
     """
     path = folder / MANIFEST
     try:
@@ -65,17 +73,18 @@ def read_manifest(folder: Path) -> Manifest:
     found = document.get("format")
     if found != FORMAT:
         raise BrokenError(f"{path}: is of format {found}, and this version reads {FORMAT}: use the one that wrote it")
+    if str(document["step"]) != folder.name:
+        raise BrokenError(f"{path}: is that of step {document['step']}, and not of {folder.name}")
     return document
 
 
-def verify(folder: Path, part: str = "") -> Manifest:
-    """The manifest of a folder all of whose files are as it says.
+def verify(folder: Path) -> Manifest:
+    """The manifest of a checkpoint all of whose files are as it says.
 
     Files that it does not name are passed over: what a system leaves in folders by itself harms nothing.
 
     Args:
-        folder: of one checkpoint.
-        part: look only at the files in this folder of it.
+        folder: of one checkpoint, named by its step.
 
     Raises:
         BrokenError: something is missing or has changed; the message names the file and both hashes.
@@ -100,10 +109,8 @@ def verify(folder: Path, part: str = "") -> Manifest:
         if actual != wanted["sha256"]:
             raise BrokenError(f"{path}: is damaged: it has the SHA-256 {actual}, but was saved with {wanted['sha256']}")
 
-    prefix = part and f"{part}/"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(check, [name for name in manifest["files"] if name.startswith(prefix)]):
-            pass
+        list(pool.map(check, manifest["files"]))
     return manifest
 
 
