@@ -56,18 +56,16 @@ def test_a_run_that_is_killed_at_random_times(whole, tmp_path, count_cases, seed
         log_before = made_at(log)
         process = tiny_run.start(arguments, **environment)
         try:
-            if number % 4 == seed % 4:
-                time.sleep(rng.uniform(0, whole_seconds))  # mostly in imports, compiling and restoring
-            else:
-                # Such that the kills are spread over all the steps.
-                a_turn = (NUM_STEPS - newest) // (NUM_KILLS - number + 1)
-                target = newest + rng.randint(1, max(a_turn, 1))
-                # The log is made anew at a start: until then it has lines beyond the checkpoint.
-                end = time.monotonic() + DEADLINE_SECONDS
-                while made_at(log) == log_before or run_state.last_step(folder) < target:
-                    assert process.poll() is None and time.monotonic() < end, process.communicate()
-                    time.sleep(0.001)
-                time.sleep(rng.uniform(0, 0.1))  # in which it takes some steps and saves once or twice
+            # Such that the kills are spread over all the steps. Some come earlier: in imports, compiling, restoring.
+            target = newest + rng.randint(1, max((NUM_STEPS - newest) // (NUM_KILLS - number + 3), 1))
+            early = number % 4 == seed % 4
+            end = time.monotonic() + (rng.uniform(0, whole_seconds) if early else DEADLINE_SECONDS)
+            # The log is made anew at a start: until then it has lines beyond the checkpoint.
+            while (made_at(log) == log_before or run_state.last_step(folder) < target) and time.monotonic() < end:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.001)
+            assert early or time.monotonic() < end
+            time.sleep(rng.uniform(0, 0.05))  # in which it takes some steps and saves
         finally:
             process.kill()
             output, errors = process.communicate()
