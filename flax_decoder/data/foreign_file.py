@@ -15,6 +15,7 @@ from flax_decoder.errors import UserError
 
 # A FIFO is not waited for. The other names are not known on every system.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_LONGEST_NAME = 255
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -39,7 +40,8 @@ def open_inside(folder: Path, name: str, source: Path | None = None) -> BinaryIO
         UserError: the name is no plain one, the file is a link out of the folder, or no regular file that can be read.
     """
     path = folder / name
-    if name in ("", ".", "..") or not name.isprintable() or any(sign in name for sign in "/\\"):
+    is_plain = name not in ("", ".", "..") and name.isprintable() and not any(sign in name for sign in "/\\")
+    if not is_plain or len(name) > _LONGEST_NAME:
         raise UserError(f"{source or folder}: {shown(name)} is not the plain name of a file in the same folder")
     try:
         place = folder.resolve()

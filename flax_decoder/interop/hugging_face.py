@@ -183,10 +183,12 @@ def _find_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Tensor
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: weight_map must say the file of each tensor")
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         if not shard.endswith(".safetensors"):
             raise UserError(f"{index}: {shown(shard)} is not the plain name of a safetensors file in the same folder")
-        for name, tensor in read_header(opened(shard, index), folder / shard).items():
+    for shard, file in [(shard, opened(shard, index)) for shard in shards]:
+        for name, tensor in read_header(file, folder / shard).items():
             if weight_map.get(name) != shard:
                 said = shown(weight_map.get(name))
                 raise UserError(f"{index}: tensor {name} is in {shard}, but weight_map says {said}")

@@ -128,20 +128,20 @@ def refuse_too_large(config: ModelConfig, family: Family, tensors: Mapping[str, 
     D, H, L = config.embed_dim, config.head_width, config.num_layers
     # One matrix, or one of each layer, for every size.
     needed = {
-        "vocab_size": D * (config.vocab_size or 1),
-        "num_heads": L * D * H * config.num_heads,
-        "num_kv_heads": L * D * H * config.kv_heads,
-        "mlp_dim": L * D * config.mlp_width,
-        "context_length": D * config.context_length if config.positions == "learned" else 0,
+        ("vocab_size", "embed_dim"): D * (config.vocab_size or 1),
+        ("num_layers", "embed_dim", "num_heads", "head_dim"): L * D * H * config.num_heads,
+        ("num_layers", "embed_dim", "num_kv_heads", "head_dim"): L * D * H * config.kv_heads,
+        ("num_layers", "embed_dim", "mlp_dim"): L * D * config.mlp_width,
+        ("context_length", "embed_dim"): D * config.context_length if config.positions == "learned" else 0,
     }
-    largest = max(needed, key=lambda name: needed[name])
-    if needed[largest] > held or L > len(tensors):
-        theirs = {ours: setting.theirs for setting in family.all_settings for ours in setting.ours}
-        fields = [theirs[ours] for ours in ("num_layers", "embed_dim", largest)]
-        raise UserError(
-            f"{source}: {', '.join(fields)} ask for more than the files hold: {needed[largest]:,} numbers in {L:,} "
-            f"layers, where there are {held:,} in {len(tensors):,} tensors; get the whole model again"
-        )
+    theirs = {ours: setting.theirs for setting in family.all_settings for ours in setting.ours}
+    for sizes, count in needed.items():
+        if count > held or L > len(tensors):
+            fields = ", ".join(theirs[ours] for ours in sizes if ours in theirs)
+            raise UserError(
+                f"{source}: {fields} ask for {count:,} numbers and {L:,} layers, but the files hold {held:,} in "
+                f"{len(tensors):,} tensors; get the whole model again"
+            )
 
 
 def read_params(
