@@ -24,6 +24,9 @@ from flax_decoder.errors import UserError
 if TYPE_CHECKING:
     import tokenizers
 
+# What `data.tokenizer` may be beside the path of a tokenizer.json.
+KINDS = ("char", "byte", "bpe")
+
 _NUM_CODE_POINTS = 0x110000  # all of Unicode
 _MOST_TOKENS = 10_000_000  # the largest known vocabularies have 262,000
 

@@ -128,6 +128,7 @@ def refuse_too_large(config: ModelConfig, family: Family, tensors: Mapping[str, 
     D, H, L = config.embed_dim, config.head_width, config.num_layers
     # One matrix, or one of each layer, for every size.
     needed = {
+        ("num_layers",): L,
         ("vocab_size", "embed_dim"): D * (config.vocab_size or 1),
         ("num_layers", "embed_dim", "num_heads", "head_dim"): L * D * H * config.num_heads,
         ("num_layers", "embed_dim", "num_kv_heads", "head_dim"): L * D * H * config.kv_heads,
@@ -136,11 +137,12 @@ def refuse_too_large(config: ModelConfig, family: Family, tensors: Mapping[str, 
     }
     theirs = {ours: setting.theirs for setting in family.all_settings for ours in setting.ours}
     for sizes, count in needed.items():
-        if count > held or L > len(tensors):
+        most, what = (len(tensors), "tensors") if sizes == ("num_layers",) else (held, "numbers")
+        if count > most:
             fields = ", ".join(theirs[ours] for ours in sizes if ours in theirs)
             raise UserError(
-                f"{source}: {fields} ask for {count:,} numbers and {L:,} layers, but the files hold {held:,} in "
-                f"{len(tensors):,} tensors; get the whole model again"
+                f"{source}: {fields} ask for at least {count:,} {what}, but the files hold {most:,}; get the whole "
+                "model again"
             )
 
 
