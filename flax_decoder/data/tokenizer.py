@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flax_decoder.data.foreign_file import open_regular, read_content
-from flax_decoder.data.strict_json import VOCABULARY, parse_object
+from flax_decoder.data.strict_json import VOCABULARY, parse_object, shown
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
 from flax_decoder.errors import UserError
 
@@ -246,13 +246,24 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
         content: of the file.
         source: what the message of an error begins with.
     """
-    own = _recognise(parse_object(content, source, VOCABULARY))
+    document = parse_object(content, source, VOCABULARY)
+    own = _recognise(document)
     if own is not None:
         return own
     import tokenizers
 
     with _refusing(f"{source}: is not a tokenizer.json that the tokenizers library can use"):
-        tokenizer = SubwordTokenizer(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
+        library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        tokenizer = SubwordTokenizer(library)
+        tokenizer.encode_prompt("")  # where a template names tokens that there are none of, it fails only here
+        # The library quietly gives another id to an added token whose own is not the next one.
+        added = {token["content"]: token["id"] for token in document.get("added_tokens") or []}
+        wrong = next((token for token, id in added.items() if library.token_to_id(token) != id), None)
+    if wrong is not None:
+        raise UserError(
+            f"{source}: gives the added token {shown(wrong)} the id {shown(added[wrong])}, which does not go with the "
+            "vocabulary; get it again"
+        )
     if tokenizer.vocab_size > _MOST_TOKENS:
         raise UserError(
             f"{source}: has the token id {tokenizer.vocab_size - 1:,}, but no vocabulary has {_MOST_TOKENS:,} tokens; "

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import reference
+from hypothesis import HealthCheck, settings
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
@@ -111,3 +112,14 @@ def refusal(folder: Path) -> str:
     assert len(message.splitlines()) <= 2 and len(message) < 1500, message
     assert message.replace("\n", "").isprintable(), message
     return message
+
+
+def fuzzed(num_examples: int) -> settings:
+    """The same examples each time, as many as are asked for."""
+    return settings(
+        max_examples=num_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )

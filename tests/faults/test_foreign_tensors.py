@@ -6,13 +6,14 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from model_folder import (
     MOST_SECONDS,
     WEIGHTS,
     bounded,
     entry,
+    fuzzed,
     make_folder,
     refusal,
     safetensors_bytes,
@@ -339,17 +340,6 @@ def weights_of(file, path):
         readable = tensor.dtype in ("F32", "F16", "BF16")
         result[name] = tensor.dtype, tensor.shape, tensor.read().tobytes() if readable else None
     return result
-
-
-def fuzzed(num_examples):
-    """The same examples each time, as many as are asked for."""
-    return settings(
-        max_examples=num_examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 SIZES = [10_000, pytest.param(150_000, marks=pytest.mark.full)]
