@@ -42,11 +42,14 @@ VOCABULARY = Limits(40_000_000, 200_000_000, None)
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 100
 _short.maxlist = _short.maxdict = 8
+_short.maxlevel = 3
+_LONGEST_SHOWN = 400
 
 
 def shown(value: Any) -> str:
     """A value as a message quotes it: as Python writes it, on one line, and cut short where it is long."""
-    return _short.repr(value)
+    text = _short.repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
 
 
 def parse_object(content: bytes, source: str, limits: Limits) -> dict[str, Any]:
