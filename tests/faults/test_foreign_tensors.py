@@ -342,7 +342,7 @@ def weights_of(file, path):
     return result
 
 
-SIZES = [10_000, pytest.param(150_000, marks=pytest.mark.full)]
+SIZES = [10_000, pytest.param(120_000, marks=pytest.mark.full)]
 
 
 @FUZZ
