@@ -23,7 +23,7 @@ from flax_decoder.interop.tensor_file import read_header
 from flax_decoder.nn.decoder import Decoder
 
 MOST_GROWTH_BYTES = 200_000_000
-MOST_SECONDS = 1.0
+MOST_SECONDS = 1.0  # of work; on a machine that has much else to do, ten times that may pass
 SETTINGS = {
     "vocab_size": 256,
     "context_length": 32,
@@ -91,17 +91,17 @@ def _peak_bytes() -> int:
 
 
 @contextlib.contextmanager
-def bounded(seconds: float = MOST_SECONDS) -> Iterator[None]:
+def bounded() -> Iterator[None]:
     """Fails where what happens inside takes more memory or time than an attack may; memory on Linux only."""
     is_linux = Path("/proc/self/clear_refs").exists()
     if is_linux:
         Path("/proc/self/clear_refs").write_text("5")  # the highest use of memory so far is forgotten
-    before, start = _peak_bytes() if is_linux else 0, time.perf_counter()
+    before, start, start_work = _peak_bytes() if is_linux else 0, time.perf_counter(), time.process_time()
     yield
-    took = time.perf_counter() - start
+    took, worked = time.perf_counter() - start, time.process_time() - start_work
     growth = _peak_bytes() - before if is_linux else 0
     assert growth < MOST_GROWTH_BYTES, f"memory grew by {growth:,} bytes"
-    assert took < seconds, f"it took {took:.2f} s"
+    assert worked < MOST_SECONDS and took < 10 * MOST_SECONDS, f"it took {took:.2f} s, {worked:.2f} s of them work"
 
 
 def refusal(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """Safetensors files made to do harm, or damaged: refused by name, at little cost; what is read means one thing."""
 
+import copy
 import json
 import os
 import struct
@@ -9,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from model_folder import (
-    MOST_SECONDS,
     WEIGHTS,
     bounded,
     entry,
@@ -245,11 +245,14 @@ HEADER = _valid_header()
 NUMBERS = b"".join(array.tobytes() for _, array in ARRAYS.values())
 VALID = safetensors_bytes(HEADER, NUMBERS)
 
-HOSTILE = st.one_of(
+ODD = st.one_of(
     st.integers(-2, 60),
     st.sampled_from([2**31, 2**32, 2**63, 2**64 - 1, 2**64, 10**30, -(2**63), 1.0, 1e308, True, None, "", "F32", "F4"]),
     st.sampled_from(["BF16", "F16", "F64", "I8", "BOOL", "C64", "F8_E4M3", [], [1], [0, 4], {}, {"dtype": "F32"}]),
 )
+
+
+HOSTILE = ODD.map(copy.deepcopy)  # they are changed further
 
 
 @st.composite
@@ -316,7 +319,7 @@ def mutated_structure(draw):
 def check(content, path):
     """Either refused, or read as the reference implementation reads it, bit by bit."""
     path.write_bytes(content)
-    with bounded(seconds=MOST_SECONDS):
+    with bounded():
         try:
             with open(path, "rb") as file:
                 tensors = weights_of(file, path)
