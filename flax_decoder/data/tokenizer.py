@@ -29,6 +29,7 @@ KINDS = ("char", "byte", "bpe")
 
 _NUM_CODE_POINTS = 0x110000  # all of Unicode
 _MOST_TOKENS = 10_000_000  # the largest known vocabularies have 262,000
+_LONGEST_REASON = 300  # characters of what the library complains of, which may quote its input
 
 # Names of the tokens that open and close a text, in the tokenizer.json files of well-known models.
 _START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
@@ -235,8 +236,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         UserError: the file is missing or is no tokenizer.json.
     """
-    path = Path(path)
-    return parse_tokenizer(read_content(open_regular(path), VOCABULARY.num_bytes, str(path)), str(path))
+    content = read_content(open_regular(Path(path)), VOCABULARY.num_bytes, str(path))
+    return parse_tokenizer(content, str(path))
 
 
 def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
@@ -245,11 +246,18 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
     Args:
         content: of the file.
         source: what the message of an error begins with.
+
+    Raises:
+        UserError: it is not one, is too large, or could mean something else to another reader.
     """
     document = parse_object(content, source, VOCABULARY)
     own = _recognise(document)
     if own is not None:
         return own
+    model, added_tokens = document.get("model"), document.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise UserError(f"{source}: is not a tokenizer.json: it has no model with a vocab; get it again")
+    del document, model  # the library parses it all again
     import tokenizers
 
     with _refusing(f"{source}: is not a tokenizer.json that the tokenizers library can use"):
@@ -257,7 +265,7 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
         tokenizer = SubwordTokenizer(library)
         tokenizer.encode_prompt("")  # where a template names tokens that there are none of, it fails only here
         # The library quietly gives another id to an added token whose own is not the next one.
-        added = {token["content"]: token["id"] for token in document.get("added_tokens") or []}
+        added = {token["content"]: token["id"] for token in added_tokens}
         wrong = next((token for token, id in added.items() if library.token_to_id(token) != id), None)
     if wrong is not None:
         raise UserError(
@@ -280,7 +288,8 @@ def _refusing(complaint: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # where its Rust code panics, that is no Exception
-        raise UserError(f"{complaint}: {error}") from None
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise UserError(f"{complaint}: {reason}") from None
 
 
 def _recognise(document: Any) -> Tokenizer | None:
