@@ -18,6 +18,7 @@ from flax_decoder.config import SECTIONS, Config, fields_of, load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.lock import refuse_if_in_use
 from flax_decoder.parallel.launchers import in_a_job
+from flax_decoder.terminal import say
 
 if TYPE_CHECKING:
     from flax_decoder.generation.sampling import Sampling
@@ -40,13 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _keep_compilations()
         return command(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except FaultError as error:
-        print(f"fault: {error}", file=sys.stderr)
+        say(f"fault: {error}", file=sys.stderr)
         return 1
     except InUseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 73
     except BrokenPipeError:
         # The reader has gone, as `head` does; Python must not try to flush to it at exit.
@@ -98,7 +99,7 @@ def generate(options: argparse.Namespace) -> int:
 
     from flax_decoder.loading import load_with_tokenizer
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
@@ -118,14 +119,14 @@ def generate(options: argparse.Namespace) -> int:
     if options.no_stream:
         pieces = iter(list(pieces))
     shown = 0
-    print(prompt, end="", flush=True)
+    say(prompt, end="", flush=True)
     for row, piece in pieces:
         for _ in range(shown, row):
-            print(f"\n\n{prompt}", end="")
+            say(f"\n\n{prompt}", end="")
         shown = row
-        print(piece, end="", flush=True)
+        say(piece, end="", flush=True)
     for _ in range(shown + 1, options.num_samples):
-        print(f"\n\n{prompt}", end="")
+        say(f"\n\n{prompt}", end="")
     print()
     return 0
 
@@ -145,7 +146,7 @@ def chat(options: argparse.Namespace) -> int:
     from flax_decoder.generation.chat import Chat
     from flax_decoder.loading import load_with_tokenizer
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
     talk = Chat(
         model,
         params,
@@ -165,7 +166,7 @@ def chat(options: argparse.Namespace) -> int:
         pieces = talk.answer(message)
         try:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                say(piece, end="", flush=True)
         except KeyboardInterrupt:
             pieces.close()  # the part that was shown stays in the conversation
         print(flush=True)
@@ -179,7 +180,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from flax_decoder.loading import load_with_tokenizer
     from flax_decoder.training import evaluation
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
     tokens = tokenizer.encode_array(text)
     if len(tokens) < 2:
         raise UserError(f"{options.file}: is a single token; there is nothing to predict")
@@ -189,7 +190,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        print(
+        say(
             f"{options.file}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
             f"{result['bits_per_byte']:.4f} bits per byte, over {result['num_tokens']:,} tokens"
         )
@@ -200,8 +201,8 @@ def convert(options: argparse.Namespace) -> int:
     """Makes a Hugging Face folder out of a run folder, or a run folder out of a Hugging Face folder."""
     from flax_decoder.loading import convert
 
-    convert(options.source, options.destination, model_type=options.model_type)
-    print(f"{options.destination}: written")
+    convert(options.source, options.destination, model_type=options.model_type, allow_nan=options.allow_nan)
+    say(f"{options.destination}: written")
     return 0
 
 
@@ -211,9 +212,9 @@ def compare(options: argparse.Namespace) -> int:
     from flax_decoder.files import write_text
     from flax_decoder.loading import compare
 
-    names = ("steps", "batch_size", "length", "seed")
+    names = ("steps", "batch_size", "length", "seed", "allow_nan")
     ledger = compare(options.path, **{name: getattr(options, name) for name in names})
-    print(ledger)
+    say(ledger)
     if options.json is not None:
         try:
             write_text(options.json, ledger.to_json())
@@ -231,7 +232,7 @@ def verify(options: argparse.Namespace) -> int:
 
     holds = True
     for finding in verify_run(folder):
-        print(finding, flush=True)
+        say(finding, flush=True)
         holds = holds and finding.holds is not False
     return 0 if holds else 1
 
@@ -311,7 +312,7 @@ def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
         return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
     if options.prompt_lookup != 0:
         raise UserError("--draft and --prompt-lookup are two ways to guess tokens; give one of them")
-    model, params, _ = load(options.draft)
+    model, params, _ = load(options.draft, allow_nan=options.allow_nan)
     return Draft(model, params)
 
 
@@ -361,20 +362,20 @@ def build_parser() -> Parser:
     sub.add_argument("--no-stream", action="store_true", help="print when all is written")
     sub.add_argument("--prompt-lookup", metavar="N", type=int, default=0, help="guess N tokens from the text: faster")
     sub.add_argument("--draft", metavar="PATH", help="guess tokens with this smaller model: faster")
-    _add_step(sub)
+    _add_loading(sub)
 
     sub = add("chat", chat)
     sub.add_argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
     sub.add_argument("--system", metavar="TEXT", help="what the model is told before the first message")
     sub.add_argument("--max-new-tokens", metavar="N", type=int, default=1000, help="the longest answer")
     _add_sampling(sub)
-    _add_step(sub)
+    _add_loading(sub)
 
     sub = add("eval", evaluate)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
     sub.add_argument("file", metavar="FILE", help="a text")
     sub.add_argument("--json", action="store_true", help="one JSON object")
-    _add_step(sub)
+    _add_loading(sub)
 
     sub = add("convert", convert)
     sub.add_argument("source", metavar="SRC", help="a run folder, or a Hugging Face folder")
@@ -382,6 +383,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )
+    _add_allow_nan(sub)
 
     sub = add("compare", compare)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
@@ -390,6 +392,7 @@ def build_parser() -> Parser:
     sub.add_argument("--batch-size", metavar="N", type=int, default=2, help="sequences a batch, an even number")
     sub.add_argument("--length", metavar="N", type=int, help="tokens a sequence")
     sub.add_argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
+    _add_allow_nan(sub)
 
     sub = add("verify", verify)
     sub.add_argument("path", metavar="PATH", help="a run folder")
@@ -421,10 +424,15 @@ def _add_sampling(parser: Parser) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same text")
 
 
-def _add_step(parser: Parser) -> None:
+def _add_loading(parser: Parser) -> None:
+    _add_allow_nan(parser)
     parser.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
     )
+
+
+def _add_allow_nan(parser: Parser) -> None:
+    parser.add_argument("--allow-nan", action="store_true", help="read a Hugging Face folder with NaN weights too")
 
 
 def _step(text: str) -> str | int:

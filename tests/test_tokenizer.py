@@ -249,14 +249,14 @@ EMPTY_MODEL = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges"
 def test_files_that_are_no_tokenizer_json_are_refused(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json: is not"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: (is not|is nested|must hold a JSON object)"):
         load_tokenizer(path)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no such"):
+    with pytest.raises(UserError, match=r"nowhere\.json: cannot be read: No such file"):
         load_tokenizer(tmp_path / "nowhere.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         load_tokenizer(tmp_path)
 
 

@@ -5,6 +5,7 @@ tokenizer.json made elsewhere). Each writes a tokenizer.json that the Hugging Fa
 encodes and decodes the same there. The first two do not need that library, and encode a megabyte in milliseconds.
 """
 
+import contextlib
 import json
 import operator
 import os
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flax_decoder.data.foreign_file import open_regular, read_content
+from flax_decoder.data.strict_json import VOCABULARY, parse_object, shown
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
 from flax_decoder.errors import UserError
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 KINDS = ("char", "byte", "bpe")
 
 _NUM_CODE_POINTS = 0x110000  # all of Unicode
+_MOST_TOKENS = 10_000_000  # the largest known vocabularies have 262,000
+_LONGEST_REASON = 300  # characters of what the library complains of, which may quote its input
 
 # Names of the tokens that open and close a text, in the tokenizer.json files of well-known models.
 _START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
@@ -158,16 +163,15 @@ class SubwordTokenizer(Tokenizer):
     def encode_prompt(self, text: str) -> list[int]:
         """See `Tokenizer.encode_prompt`; what the file puts behind a text would end it, and is left out."""
         plain = self.encode(text)
-        around = self._tokenizer.encode(text, add_special_tokens=True).ids
+        with _refusing("the tokenizer cannot encode this text"):
+            around = self._tokenizer.encode(text, add_special_tokens=True).ids
         starts = range(len(around) - len(plain) + 1)
         start = next((i for i in starts if around[i : i + len(plain)] == plain), 0)
         return around[:start] + plain
 
     def _encode_piece(self, piece: str) -> list[int]:
-        try:
+        with _refusing("the tokenizer cannot encode this text"):
             return self._tokenizer.encode(piece, add_special_tokens=False).ids
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"the tokenizer cannot encode this text: {error}") from None
 
     def _pieces(self, text: str) -> Iterator[str]:
         start = 0
@@ -193,7 +197,8 @@ class SubwordTokenizer(Tokenizer):
         return len(text)
 
     def _decode(self, ids: np.ndarray) -> str:
-        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        with _refusing("the tokenizer cannot decode its own tokens"):
+            return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_json(self) -> str:
         """As the library writes it."""
@@ -231,25 +236,60 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         UserError: the file is missing or is no tokenizer.json.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes().decode("utf-8")
-        document = json.loads(content)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such tokenizer.json") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; give the path of a tokenizer.json") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON, so no tokenizer.json: {error}") from None
+    content = read_content(open_regular(Path(path)), VOCABULARY.num_bytes, str(path))
+    return parse_tokenizer(content, str(path))
+
+
+def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, as `load_tokenizer` gives it.
+
+    Args:
+        content: of the file.
+        source: what the message of an error begins with.
+
+    Raises:
+        UserError: it is not one, is too large, or could mean something else to another reader.
+    """
+    document = parse_object(content, source, VOCABULARY)
     own = _recognise(document)
     if own is not None:
         return own
+    model, added_tokens = document.get("model"), document.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise UserError(f"{source}: is not a tokenizer.json: it has no model with a vocab; get it again")
+    del document, model  # the library parses it all again
     import tokenizers
 
+    with _refusing(f"{source}: is not a tokenizer.json that the tokenizers library can use"):
+        library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        tokenizer = SubwordTokenizer(library)
+        tokenizer.encode_prompt("")  # where a template names tokens that there are none of, it fails only here
+        # The library quietly gives another id to an added token whose own is not the next one.
+        added = {token["content"]: token["id"] for token in added_tokens}
+        wrong = next((token for token, id in added.items() if library.token_to_id(token) != id), None)
+    if wrong is not None:
+        raise UserError(
+            f"{source}: gives the added token {shown(wrong)} the id {shown(added[wrong])}, which does not go with the "
+            "vocabulary; get it again"
+        )
+    if tokenizer.vocab_size > _MOST_TOKENS:
+        raise UserError(
+            f"{source}: has the token id {tokenizer.vocab_size - 1:,}, but no vocabulary has {_MOST_TOKENS:,} tokens; "
+            "it is damaged or made to do harm"
+        )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _refusing(complaint: str) -> Iterator[None]:
+    """Makes a UserError of anything that the `tokenizers` library raises."""
     try:
-        return SubwordTokenizer(tokenizers.Tokenizer.from_str(content))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path}: is not a tokenizer.json that the tokenizers library can use: {error}") from None
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # where its Rust code panics, that is no Exception
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise UserError(f"{complaint}: {reason}") from None
 
 
 def _recognise(document: Any) -> Tokenizer | None:

@@ -19,6 +19,7 @@ from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, mesh_sizes, use_mesh
+from flax_decoder.terminal import say
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,
@@ -282,7 +283,7 @@ def write_results(
     if config.training.sample_tokens > 0:
         text = write_sample(config, model, params, tokenizer)
         write_text(sample, text)
-        print(f"a sample, also in {sample}:\n\n{text}")
+        say(f"a sample, also in {sample}:\n\n{text}")
     plot_losses(log.rows, curve)
 
 
