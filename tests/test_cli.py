@@ -218,7 +218,7 @@ def test_every_sample_stops_before_a_text(run, capsys):
 
 def test_the_prompt_may_come_from_standard_input(run, capsys, monkeypatch):
     options = ["--max-new-tokens", "12"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("To be"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"To be")))
     assert generated(capsys, run, *options) == generated(capsys, run, "--prompt", "To be", *options)
 
 
