@@ -94,22 +94,6 @@ def test_train_refuses_a_wrong_config(refused, toml, parts):
 
 
 @pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        (b"", "is empty"),
-        (b" \n", "white space"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "PNG"),
-        (b"ab\0cd" * 99, "NUL"),
-        (b"ab", "tokens"),
-    ],
-)
-def test_train_refuses_what_is_no_text(refused, content, part):
-    Path("mine.txt").write_bytes(content)
-    error = refused("train", "--data.path=mine.txt")
-    assert part in error and "mine.txt" in error
-
-
-@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["--prompt", "To é"], ["é", "U+00E9"]),

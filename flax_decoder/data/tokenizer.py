@@ -180,7 +180,8 @@ class SubwordTokenizer(Tokenizer):
     def _find_cut(self, text: str, earliest: int) -> int:
         """Where, from `earliest` on, the text can be cut with no change to its tokens, at the latest at its end.
 
-        What may happen at a cut depends on the tokenizer (some put a space before each text), so it is tried out.
+        What may happen at a cut depends on the tokenizer (some put a space before each text), so it is tried out with
+        some text before and after it.
         """
         for start in range(earliest, len(text), _PIECE_CHARACTERS):
             for cut in _cuts(text, start, start + _PIECE_CHARACTERS):
