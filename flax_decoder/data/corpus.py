@@ -19,8 +19,8 @@ import numpy as np
 
 from flax_decoder.config import DataConfig
 from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer
-from flax_decoder.errors import FaultError, UserError
-from flax_decoder.files import open_regular, replacing
+from flax_decoder.errors import BrokenError, FaultError, UserError
+from flax_decoder.files import open_regular, replacing, sha256_of
 
 BUILT_IN = "pydoc_data.topics"
 """As `data.path`: the help texts of Python, some 465,000 characters of English that every CPython ships."""
@@ -170,7 +170,7 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
     """Opens a saved corpus; the tokens stay on disk, mapped read-only.
 
     Raises:
-        FaultError: a file is missing, or is not what corpus.json says.
+        BrokenError: a file is missing, or is not what corpus.json says.
     """
     folder = Path(folder)
     facts = _read_facts(folder / "corpus.json")
@@ -195,7 +195,7 @@ _FACTS = {
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    """What a corpus.json says; FaultError where it does not say all of it and nothing else."""
+    """What a corpus.json says; BrokenError where it does not say all of it and nothing else."""
     try:
         with open_regular(path) as file:
             content = file.read(_MOST_FACTS_BYTES + 1)
@@ -229,10 +229,9 @@ def _write_tokens(path: Path, tokens: np.ndarray) -> str:
 
 
 def _map_tokens(path: Path, num_tokens: int, sha256: str) -> np.ndarray:
-    """The array of a .npy file; FaultError where the file or the array is not the one that corpus.json tells of."""
+    """The array of a .npy file; BrokenError where the file or the array is not the one that corpus.json tells of."""
     try:
-        with open_regular(path) as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = sha256_of(path)
         if actual != sha256:
             raise ValueError(f"its SHA-256 is {actual}, but corpus.json says {sha256}")
         # Unlike np.load, it knows nothing of pickles and archives.
@@ -240,12 +239,12 @@ def _map_tokens(path: Path, num_tokens: int, sha256: str) -> np.ndarray:
     except Exception as error:  # a made-up header makes NumPy raise anything
         raise _damaged(path, error) from None
     if tokens.shape != (num_tokens,) or tokens.dtype.kind != "u":
-        raise FaultError(f"{path}: holds {tokens.dtype} {tokens.shape}, but corpus.json says {num_tokens} tokens")
+        raise BrokenError(f"{path}: holds {tokens.dtype} {tokens.shape}, but corpus.json says {num_tokens} tokens")
     return tokens
 
 
-def _damaged(path: Path, error: Exception) -> FaultError:
-    return FaultError(
+def _damaged(path: Path, error: Exception) -> BrokenError:
+    return BrokenError(
         f"{path}: is missing or damaged: {getattr(error, 'strerror', None) or error};\n"
         "put back a copy of the run folder, or train again on the text with another --run.folder"
     )
