@@ -257,6 +257,19 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """Checks all that a run needs, from the versions to the model itself, in under a minute."""
+    config = _config_of(options)
+    from flax_decoder.training.doctor import examine
+
+    _keep_threads_quiet()
+    holds = True
+    for finding in examine(config):
+        print(finding, flush=True)
+        holds = holds and finding.status != "FAILED"
+    return 0 if holds else 1
+
+
 def plan(options: argparse.Namespace) -> int:
     """Compiles a training step for chips that need not be here: does it fit, what does it move, how long at least."""
     config = _config_of(options)
@@ -425,6 +438,10 @@ def build_parser() -> Parser:
         "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; by default what is here"
     )
     sub.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
+    _add_config_fields(sub)
+
+    sub = add("doctor", doctor)
+    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
     _add_config_fields(sub)
 
     sub = add("bench", bench)
