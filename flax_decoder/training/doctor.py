@@ -29,10 +29,11 @@ PACKAGES = ("flax-decoder", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 
 # Sequences that are to be learned by heart: few, so that it is quick.
 ROWS = 4
-MOST_STEPS = 150
+MOST_STEPS = 400
 MOST_SECONDS = 20.0  # for those steps; with all else the whole stays under a minute
 # A loss this much smaller than the first one: the sequences are known, not only which tokens are frequent.
 LEARNED = 0.1
+LEARNED_IN_PART = 0.6
 # How far the first loss may be from what is expected: some ten times what it differs by from seed to seed.
 TOLERANCE = 0.25
 # A model that starts so much above ln V first has to unlearn; nats a token.
@@ -194,6 +195,8 @@ def check_learning(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainSt
     if len(losses) < MOST_STEPS and losses[-1] < losses[0]:
         what += f", and then {MOST_SECONDS:.0f} s were over"
         return state, Finding("learning", "warning", what, "check a smaller model: --model.num-layers 2")
+    if losses[-1] < LEARNED_IN_PART * losses[0]:
+        return state, Finding("learning", "warning", what, "it learns, but may be too small to know these by heart")
     return state, Finding("learning", "FAILED", what, "the gradient or the model is wrong: it must learn these")
 
 
@@ -249,7 +252,7 @@ def for_learning_by_heart(config: Config, vocab_size: int) -> Config:
     parts = config.training.accumulation_steps
     rows = min(config.training.batch_size, parts * max(1, ROWS // parts))
     # Wide models take smaller steps.
-    rate = min(2e-3, 0.3 / config.model.embed_dim)
+    rate = min(5e-3, 0.3 / config.model.embed_dim)
     optimizer = OptimizerConfig(
         name=config.optimizer.name, learning_rate=rate, schedule="constant", warmup_steps=10, weight_decay=0.0
     )
