@@ -20,7 +20,7 @@ from flax_decoder.interop.hugging_face import (
 )
 from flax_decoder.nn.attention_choice import for_these_devices
 from flax_decoder.nn.decoder import Decoder, abstract_params
-from flax_decoder.training.checkpoint import PARAMS, choose_step, restore_params, save_params
+from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
 from flax_decoder.training.run_folder import facts_of, refuse_changed_files, refuse_changed_model
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _is_run_folder(folder: Path) -> bool:
 
 
 def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
-    step = choose_step(folder, step, PARAMS)
+    step = choose_step(folder, step)
     config = load_config(folder / "config.toml")
     refuse_changed_model(folder, config)
     refuse_changed_files(folder, ["tokenizer.json"])

@@ -207,7 +207,7 @@ def set_aside(path: Path) -> None:
     print(f"{path}: is no checkpoint that holds; it is now {aside.name}")
 
 
-def choose_step(folder: Path, wanted: int | Literal["latest", "best"], part: str = "") -> int:
+def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
     """The step of a checkpoint that holds: the newest, that of the lowest validation loss, or the one asked for.
 
     Where the newest or the best is broken, the next one takes its place, and a warning says so.
@@ -215,7 +215,6 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"], part: str
     Args:
         folder: of the run.
         wanted: which.
-        part: look at the files of this part of it only, `PARAMS` or `OPTIMIZER`.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -227,7 +226,7 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"], part: str
     if isinstance(wanted, int):
         if wanted not in steps:
             raise UserError(f"{folder}: has no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}")
-        verify(steps_folder(folder) / str(wanted), part)
+        verify(steps_folder(folder) / str(wanted))
         return wanted
     if wanted == "best":
         losses = _losses(steps_folder(folder))
@@ -236,13 +235,13 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"], part: str
         steps.sort(key=lambda step: (step in losses, ranks.get(step, -np.inf), step))
     for step in reversed(steps):
         try:
-            verify(steps_folder(folder) / str(step), part)
+            verify(steps_folder(folder) / str(step))
             return step
         except BrokenError as error:
             if os.path.lexists(steps_folder(folder) / str(step)):  # else a run has just deleted it, as it does
                 print(f"warning: {error}; trying another checkpoint", file=sys.stderr)
     if saved_steps(folder) != sorted(steps):
-        return choose_step(folder, wanted, part)
+        return choose_step(folder, wanted)
     raise BrokenError(
         f"{folder}: none of its checkpoints holds ({', '.join(map(str, sorted(steps)))}); "
         "put them back from a copy, or start another run with --run.folder"
@@ -335,7 +334,7 @@ def _losses(folder: Path) -> dict[int, float | None]:
     return losses
 
 
-def _no_metrics(metric_prefix: str, include_zero_metrics: bool = False) -> list[Any]:
+def _no_metrics(*prefix: Any, **options: Any) -> list[Any]:
     return []
 
 
