@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from flax_decoder.generation.sampling import Sampling
     from flax_decoder.generation.speculative import Draft, PromptLookup
 
+# A prompt from standard input may have this many bytes: more than any model reads, and an end to what has none.
+MOST_PROMPT_BYTES = 16_000_000
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
 
 
@@ -92,6 +94,7 @@ def generate(options: argparse.Namespace) -> int:
     from flax_decoder.generation.text import decode_streams
 
     sampling = _sampling_of(options)
+    prompt = _prompt_of(options)
     if options.num_samples < 1 or options.max_new_tokens < 0 or "" in options.stop:
         raise UserError("--num-samples must be at least 1, --max-new-tokens at least 0, and --stop a text")
     import jax
@@ -100,7 +103,6 @@ def generate(options: argparse.Namespace) -> int:
     from flax_decoder.loading import load_with_tokenizer
 
     model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
-    prompt = sys.stdin.read() if options.prompt is None else options.prompt
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
@@ -163,6 +165,8 @@ def chat(options: argparse.Namespace) -> int:
         except EOFError:
             print()
             return 0
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: is not UTF-8 text: {error}") from None
         pieces = talk.answer(message)
         try:
             for piece in pieces:
@@ -181,7 +185,10 @@ def evaluate(options: argparse.Namespace) -> int:
     from flax_decoder.training import evaluation
 
     model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
-    tokens = tokenizer.encode_array(text)
+    try:
+        tokens = tokenizer.encode_array(text)
+    except UserError as error:
+        raise UserError(f"{options.file}: {error}") from None
     if len(tokens) < 2:
         raise UserError(f"{options.file}: is a single token; there is nothing to predict")
     # As many tokens at once as keep two cores busy without taking much memory.
@@ -251,6 +258,19 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """Checks all that a run needs, from the versions to the model itself, in under a minute."""
+    config = _config_of(options)
+    from flax_decoder.training.doctor import examine
+
+    _keep_threads_quiet()
+    holds = True
+    for finding in examine(config):
+        print(finding, flush=True)
+        holds = holds and finding.status != "FAILED"
+    return 0 if holds else 1
+
+
 def plan(options: argparse.Namespace) -> int:
     """Compiles a training step for chips that need not be here: does it fit, what does it move, how long at least."""
     config = _config_of(options)
@@ -301,6 +321,24 @@ def _sampling_of(options: argparse.Namespace) -> "Sampling":
 
     given = vars(options)
     return Sampling(**{field.name: given[field.name] for field in dataclasses.fields(Sampling) if field.name in given})
+
+
+def _prompt_of(options: argparse.Namespace) -> str:
+    """The prompt, which is text; UserError where its bytes are not, or do not end."""
+    from flax_decoder.data.corpus import decode_text
+
+    if options.prompt is not None:
+        name = "--prompt"
+        try:  # bytes of an argument that are not UTF-8 come as half surrogates, one each
+            content = options.prompt.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # other halves, which only Windows gives
+            content = options.prompt.encode("utf-8", "surrogatepass")
+    else:
+        content = b"" if sys.stdin is None else sys.stdin.buffer.read(MOST_PROMPT_BYTES + 1)
+        name = "standard input"
+        if len(content) > MOST_PROMPT_BYTES:
+            raise UserError(f"{name}: has over {MOST_PROMPT_BYTES:,} bytes, which is no prompt; give its last part")
+    return decode_text(content, name, "give the prompt in UTF-8")
 
 
 def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
@@ -403,6 +441,10 @@ def build_parser() -> Parser:
         "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; by default what is here"
     )
     sub.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
+    _add_config_fields(sub)
+
+    sub = add("doctor", doctor)
+    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
     _add_config_fields(sub)
 
     sub = add("bench", bench)

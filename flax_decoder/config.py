@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import reprlib
 import tomllib
 import types
 import typing
@@ -31,6 +32,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from flax_decoder.errors import UserError
+from flax_decoder.files import open_regular
 
 _RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -470,6 +472,9 @@ def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[s
             raise UserError(f"{source}: there is no section [{section}]{_nearest(section, list(SECTIONS))}")
         if not isinstance(values, dict):
             raise UserError(f"{source}: {section} must be a table, [{section}]")
+        for field, value in values.items():
+            name = f"{section}.{field}"
+            _refuse_no_text(value, name, _source_of(name, source, overridden))
         try:
             parts[section] = SECTIONS[section](**values)
         except ValidationError as error:
@@ -499,15 +504,54 @@ def fields_of(section: str) -> dict[str, Any]:
 SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
 
 
+# The shipped ones have 1 kB, and one with every field has 5.
+_MOST_CONFIG_BYTES = 1_000_000
+
+# How a value stands in a message: long and deep ones are cut.
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 100
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = file.read(_MOST_CONFIG_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; give a TOML file, such as configs/tiny.toml"
+        ) from None
+    if len(content) > _MOST_CONFIG_BYTES:
+        raise UserError(f"{path}: has over {_MOST_CONFIG_BYTES:,} bytes, so it is no config; give a TOML file")
+    try:
+        return _parse_toml(content.decode("utf-8").removeprefix("\ufeff"))  # some editors begin a file with this mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = content[error.start]
+        raise UserError(f"{path}: is not UTF-8 (byte 0x{byte:02X} at offset {error.start}, line {line})") from None
+    except ValueError as error:
         raise UserError(f"{path}: is not valid TOML: {error}") from None
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """What TOML says; ValueError, whatever is wrong with it."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _refuse_no_text(value: Any, name: str, source: str) -> None:
+    """Raises UserError where a text in a setting cannot be written to a file, or be the name of one."""
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str) and ("\0" in text or not _is_unicode(text)):
+            raise UserError(f"{source}: {name} = {text!a} has a NUL character or is not UTF-8; rename the file")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: bytes that are not come from the command line as half surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _find_field(name: str) -> tuple[str, str]:
@@ -527,8 +571,8 @@ def _plain_value(section: str, field: str, value: Any) -> Any:
     if str in _leaf_types(fields_of(section)[field].annotation) and not value.startswith("["):
         return value
     try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _parse_toml(f"value = {value}")["value"]
+    except ValueError:
         return value
 
 
@@ -548,16 +592,19 @@ def _first_complaint(error: ValidationError, section: str, source: str, overridd
     complaint, *others = error.errors(include_url=False)
     fields = [str(part) for part in complaint["loc"][:1]]  # deeper parts name branches of a union
     name = ".".join(part for part in (section, *fields) if part)
-    if name in overridden:
-        source = "the command line or overrides"
+    source = _source_of(name, source, overridden)
     if complaint["type"] == "unexpected_keyword_argument":
         what = f"there is no setting {name}{_nearest(fields[0], list(fields_of(section)))}"
     elif complaint["type"] == "value_error":
         what = f"{name}: {complaint['msg']}".replace("Value error, ", "").removeprefix(": ")
     else:
-        what = f"{name} = {complaint['input']!r}: {complaint['msg'].lower()}"
+        what = f"{name} = {_VALUES.repr(complaint['input'])}: {complaint['msg'].lower()}"
     count = len({other["loc"][:1] for other in others} - {complaint["loc"][:1]})
     return f"{source}: {what}" + (f" (and {count} more)" if count else "")
+
+
+def _source_of(name: str, source: str, overridden: Collection[str]) -> str:
+    return "the command line or overrides" if name in overridden else source
 
 
 def _nearest(name: str, known: list[str]) -> str:

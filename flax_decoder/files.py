@@ -1,14 +1,36 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, and files that are safe to read."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
+
+# Opening a FIFO waits for a writer, unless told not to. Windows knows no FIFOs, but text files.
+_READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Opens a file to read its bytes, if it is one: a FIFO might never answer, a device never end.
+
+    Raises:
+        OSError: there is nothing to read there; its `strerror` says why.
+    """
+    refusal = OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
+    if not stat.S_ISREG(os.stat(path).st_mode):  # not opened: some devices act on that alone
+        raise refusal
+    descriptor = os.open(path, _READING)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # something else took its name in between
+        os.close(descriptor)
+        raise refusal
+    return os.fdopen(descriptor, "rb")
 
 
 @contextlib.contextmanager
@@ -67,7 +89,7 @@ def flush_names(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -39,6 +39,7 @@ _END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
 _PIECE_CHARACTERS = 1_000_000
 _CUT_CONTEXT_CHARACTERS = 200  # far longer than any token that a cut after a newline could split
 _CUT_TRIES = 100
+_LONGEST_TRAINED_WORD = 256  # bytes; training takes time that grows with the square of a word's length
 
 
 class Tokenizer(ABC):
@@ -74,7 +75,8 @@ class Tokenizer(ABC):
         """
         if hasattr(ids, "__array__"):
             ids = np.asarray(ids)  # one copy from the device, where iterating would make one an element
-        array = np.fromiter(map(operator.index, ids), np.int64)
+        is_array = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"
+        array = np.asarray(ids).astype(np.int64) if is_array else np.fromiter(map(operator.index, ids), np.int64)
         outside = (array < 0) | (array >= self.vocab_size)
         if outside.any():
             raise ValueError(f"token id {array[outside][0]} is not in the vocabulary: 0 to {self.vocab_size - 1}")
@@ -108,10 +110,12 @@ class CharTokenizer(Tokenizer):
         ids = self._ids[_code_points(text)]
         lacking = ids < 0
         if lacking.any():
-            character = text[int(lacking.argmax())]
+            place = int(lacking.argmax())
+            character, line = text[place], text.count("\n", 0, place) + 1
             raise UserError(
-                f"the text has {character!r} (U+{ord(character):04X}), which this char vocabulary of {self.vocab_size} "
-                'characters lacks; use one of its characters, or train with data.tokenizer = "byte"'
+                f"the text has {character!r} (U+{ord(character):04X}, at character {place}, line {line}), which this "
+                f"char vocabulary of {self.vocab_size} characters lacks;\nuse one of its characters, or train with "
+                'data.tokenizer = "byte"'
             )
         return ids
 
@@ -181,19 +185,17 @@ class SubwordTokenizer(Tokenizer):
             start = end
 
     def _find_cut(self, text: str, earliest: int) -> int:
-        """Where, from `earliest` on, the text can be cut with no change to its tokens: after some newline, or its end.
+        """Where, from `earliest` on, the text can be cut with no change to its tokens, at the latest at its end.
 
-        What may happen at a cut depends on the tokenizer (some put a space before each text), so it is tried out.
+        What may happen at a cut depends on the tokenizer (some put a space before each text), so it is tried out with
+        some text before and after it.
         """
-        cut = earliest
-        for _ in range(_CUT_TRIES):
-            cut = text.find("\n", cut) + 1
-            if cut == 0:
-                break
-            before = text[max(cut - _CUT_CONTEXT_CHARACTERS, 0) : cut]
-            after = text[cut : cut + _CUT_CONTEXT_CHARACTERS]
-            if self._encode_piece(before + after) == self._encode_piece(before) + self._encode_piece(after):
-                return cut
+        for start in range(earliest, len(text), _PIECE_CHARACTERS):
+            for cut in _cuts(text, start, start + _PIECE_CHARACTERS):
+                before = text[max(cut - _CUT_CONTEXT_CHARACTERS, 0) : cut]
+                after = text[cut : cut + _CUT_CONTEXT_CHARACTERS]
+                if self._encode_piece(before + after) == self._encode_piece(before) + self._encode_piece(after):
+                    return cut
         return len(text)
 
     def _decode(self, ids: np.ndarray) -> str:
@@ -203,6 +205,18 @@ class SubwordTokenizer(Tokenizer):
     def to_json(self) -> str:
         """As the library writes it."""
         return self._tokenizer.to_str()
+
+
+def _cuts(text: str, start: int, end: int) -> Iterator[int]:
+    """Places to try and cut a text at: after its newlines; in long lines before their spaces, else anywhere."""
+    for separator, length in (("\n", 1), (" ", 0), ("", 0)):
+        place = start
+        for _ in range(_CUT_TRIES):
+            place = text.find(separator, place, end)
+            if place < 0:
+                break
+            yield place + length
+            place += 1
 
 
 def make_tokenizer(kind: str, text: str, bpe_vocab_size: int) -> Tokenizer:
@@ -306,14 +320,17 @@ def _recognise(document: Any) -> Tokenizer | None:
 
 def _train_bpe(text: str, vocab_size: int) -> SubwordTokenizer:
     """Byte-level BPE as in GPT-2. All 256 bytes are tokens, so any text can be encoded, not only the one trained on."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = pre_tokenizers.Split(Regex(f".{{1,{_LONGEST_TRAINED_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, parts])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = list(byte_characters())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    tokenizer.pre_tokenizer = byte_level
     return SubwordTokenizer(tokenizer)
 
 
