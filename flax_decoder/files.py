@@ -15,22 +15,28 @@ from typing import BinaryIO
 
 # Opening a FIFO waits for a writer, unless told not to. Windows knows no FIFOs, but text files.
 _READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+def open_regular(path: str | os.PathLike[str], *, follows: bool = True) -> BufferedReader:
     """Opens a file to read its bytes, if it is one: a FIFO might never answer, a device never end.
+
+    Args:
+        path: of the file.
+        follows: also reads the file to which a link leads.
 
     Raises:
         OSError: there is nothing to read there; its `strerror` says why.
     """
-    refusal = OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
-    if not stat.S_ISREG(os.stat(path).st_mode):  # not opened: some devices act on that alone
-        raise refusal
-    descriptor = os.open(path, _READING)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # something else took its name in between
+    mode = os.stat(path, follow_symlinks=follows).st_mode
+    if stat.S_ISREG(mode):  # else it is not opened: some devices act on that alone
+        descriptor = os.open(path, _READING if follows else _READING | _NO_LINK)
+        mode = os.fstat(descriptor).st_mode  # something else may have taken its name in between
+        if stat.S_ISREG(mode):
+            return os.fdopen(descriptor, "rb")
         os.close(descriptor)
-        raise refusal
-    return os.fdopen(descriptor, "rb")
+    kind = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+    raise OSError(errno.EINVAL, f"is {kind}", os.fspath(path))
 
 
 @contextlib.contextmanager

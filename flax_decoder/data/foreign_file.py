@@ -6,20 +6,17 @@ and its target never opened.
 """
 
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from flax_decoder import files
 from flax_decoder.data.strict_json import shown
 from flax_decoder.errors import UserError
 
-# A FIFO is not waited for. The other names are not known on every system.
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _LONGEST_NAME = 255
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_named(path: Path) -> BinaryIO:
     """Opens a file that the user has named; a link is followed.
 
     Raises:
@@ -69,19 +66,10 @@ def _is_snapshot(folder: Path) -> bool:
 def _open(path: Path, name: Path, *, follows: bool) -> BinaryIO:
     """Opens a regular file; messages call it `name`."""
     try:
-        # Looked at before it is opened, as opening a device can do something, and after, as it may be another by then.
-        mode = os.stat(path, follow_symlinks=follows).st_mode
-        if stat.S_ISREG(mode):
-            descriptor = os.open(path, _FLAGS if follows else _FLAGS | _NO_LINK)
-            mode = os.fstat(descriptor).st_mode
-            if stat.S_ISREG(mode):
-                return os.fdopen(descriptor, "rb")
-            os.close(descriptor)
+        return files.open_regular(path, follows=follows)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name}: cannot be read: {reason}; check the file and its permissions") from None
-    kind = "a link to another link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "no regular file"
-    raise UserError(f"{name}: is {kind}, so it is not read; put the file itself there")
+        raise UserError(f"{name}: cannot be read: {reason}; put the file itself there, with permission") from None
 
 
 def read_content(file: BinaryIO, most_bytes: int, source: str) -> bytes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_decoder.data.foreign_file import open_regular, read_content
+from flax_decoder.data.foreign_file import open_named, read_content
 from flax_decoder.data.strict_json import VOCABULARY, parse_object, shown
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
 from flax_decoder.errors import UserError
@@ -250,7 +250,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         UserError: the file is missing or is no tokenizer.json.
     """
-    content = read_content(open_regular(Path(path)), VOCABULARY.num_bytes, str(path))
+    content = read_content(open_named(Path(path)), VOCABULARY.num_bytes, str(path))
     return parse_tokenizer(content, str(path))
 
 
@@ -299,9 +299,10 @@ def _refusing(complaint: str) -> Iterator[None]:
     """Makes a UserError of anything that the `tokenizers` library raises."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # where its Rust code panics, that is no Exception
+    except BaseException as error:
+        # Where its Rust code panics, that is no Exception, and has no name that could be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise UserError(f"{complaint}: {reason}") from None
 

@@ -122,12 +122,12 @@ SPECIAL = {
     "folder": lambda place, canary: place.mkdir(),
 }
 REASONS = {
-    "link to a link out": "a link to another link",
-    "links in a circle": "a link to another link",
-    "link to itself": "a link to another link",
+    "link to a link out": "is a link;",
+    "links in a circle": "is a link;",
+    "link to itself": "is a link;",
     "link to nothing": "cannot be read: No such file",
-    "device": "no regular file",
-    "FIFO": "no regular file",
+    "device": "not a regular file",
+    "FIFO": "not a regular file",
     "folder": "is a folder",
 }
 FILES = ["config.json", "generation_config.json", "tokenizer.json", WEIGHTS, INDEX, "shard"]

@@ -366,7 +366,7 @@ def test_a_config_that_is_no_file_is_refused(name: str, capsys: pytest.CaptureFi
     make, reason = PLACES[name]
     make("mine.toml")
     error = refusal(capsys, "train", "mine.toml")
-    reason = {"folder without texts": "is not a regular file"}.get(name, reason.replace("such file", "such config"))
+    reason = {"folder without texts": "is a folder"}.get(name, reason.replace("such file", "such config"))
     assert error.startswith("mine.toml: ") and reason in error, error
 
 
