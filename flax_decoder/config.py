@@ -329,6 +329,13 @@ class TrainingConfig:
     """steps between lines in metrics.jsonl"""
     z_loss: NonNegativeFloat = 0.0
     """weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (PaLM uses 1e-4)"""
+    nan: Literal["stop", "skip"] = "stop"
+    """what to do where loss or gradients are not finite, which never changes parameters: end the run, or go on with the
+    next batch"""
+    skip_spikes: NonNegativeFloat = 0.0
+    """a batch whose loss is over this many times the running mean of losses is passed over; 0 is off"""
+    skip_limit: NonNegativeInt = 10
+    """most batches that may be passed over in all; one more ends the run"""
     loss_chunk_tokens: NonNegativeInt | None = None
     """a device makes the logits of this many tokens at a time, and no more are ever held: less memory, the same result;
     0: of all at once; left out: of as many as make 1 GiB"""
