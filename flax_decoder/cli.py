@@ -10,10 +10,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, fields_of, load_config
-from flax_decoder.errors import FaultError, UserError
+from flax_decoder.errors import FaultError, InUseError, UserError
+from flax_decoder.lock import refuse_if_in_use
+from flax_decoder.parallel.launchers import in_a_job
 
 if TYPE_CHECKING:
     from flax_decoder.generation.sampling import Sampling
@@ -23,7 +26,9 @@ DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a t
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 done, 1 a fault, 2 the user's input, over 128 a signal."""
+    """Runs a command; returns its exit code: 0 done, 1 a fault, 2 the user's input, 73 in use, over 128 a signal."""
+    # As Ctrl-C does, it unwinds what is under way; training takes over when it has something to save.
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         options, unknown = build_parser().parse_known_args(
             _with_hyphens(sys.argv[1:] if arguments is None else arguments)
@@ -39,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FaultError as error:
         print(f"fault: {error}", file=sys.stderr)
         return 1
+    except InUseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 73
     except BrokenPipeError:
         # The reader has gone, as `head` does; Python must not try to flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,14 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except Terminated:
+        return 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Terminated(BaseException):
+    """SIGTERM has come: as KeyboardInterrupt, it passes through all that only looks after errors."""
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def train(options: argparse.Namespace) -> int:
     """Trains on a text, then writes new text."""
     config = _config_of(options)
+    folder = Path(config.run.folder or ".")
+    # Said again, and for good, when the folder is taken; but that has waited for JAX. Processes of a job share it.
+    if config.distributed.coordinator is None and not in_a_job(os.environ):
+        refuse_if_in_use(folder)
     from flax_decoder.training import loop
 
-    return loop.train(config, Path(config.run.folder or "."))
+    return loop.train(config, folder)
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -191,6 +215,19 @@ def compare(options: argparse.Namespace) -> int:
         except OSError as error:
             raise FaultError(f"{options.json}: cannot be written: {error}") from error
     return 0 if ledger.holds else 1
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Checks every checkpoint of a run, and what they hang on, against their manifests."""
+    folder = Path(options.path)
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder}: is not a run folder: it has no config.toml")
+    from flax_decoder.training.run_folder import verify_run
+
+    findings = verify_run(folder)
+    for finding in findings:
+        print(finding)
+    return 0 if all(finding.holds for finding in findings) else 1
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -341,6 +378,9 @@ def build_parser() -> Parser:
     sub.add_argument("--batch-size", metavar="N", type=int, default=2, help="sequences a batch, an even number")
     sub.add_argument("--length", metavar="N", type=int, help="tokens a sequence")
     sub.add_argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
+
+    sub = add("verify", verify)
+    sub.add_argument("path", metavar="PATH", help="a run folder")
 
     sub = add("plan", plan)
     sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")

@@ -11,7 +11,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -452,6 +452,25 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         if isinstance(values, dict):
             values[field] = _plain_value(section, field, value)
     overridden = {override.replace("-", "_") for override in overrides or {}}
+    config = config_of(settings, source, overridden)
+    moved = _is_inside_a_run(path) and "run.folder" not in overridden
+    if config.run.folder is None or moved:
+        run = dataclasses.replace(config.run, folder=str(_default_folder(path)))
+        config = dataclasses.replace(config, run=run)
+    return config
+
+
+def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[str] = ()) -> Config:
+    """Checks settings that were read.
+
+    Args:
+        settings: values by section and field, as in TOML or JSON.
+        source: where they are from; the message of an error begins with it.
+        overridden: dotted names of those that are from elsewhere.
+
+    Raises:
+        UserError: as `load_config`.
+    """
     parts = {}
     for section, values in settings.items():
         if section not in SECTIONS:
@@ -463,14 +482,9 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         except ValidationError as error:
             raise UserError(_first_complaint(error, section, source, overridden)) from None
     try:
-        config = Config(**parts)
+        return Config(**parts)
     except ValidationError as error:
         raise UserError(_first_complaint(error, "", source, overridden)) from None
-    moved = _is_inside_a_run(path) and "run.folder" not in overridden
-    if config.run.folder is None or moved:
-        run = dataclasses.replace(config.run, folder=str(_default_folder(path)))
-        config = dataclasses.replace(config, run=run)
-    return config
 
 
 def to_toml(config: Config) -> str:
@@ -537,7 +551,7 @@ def _leaf_types(annotation: Any) -> set[type]:
     return {annotation}
 
 
-def _first_complaint(error: ValidationError, section: str, source: str, overridden: set[str]) -> str:
+def _first_complaint(error: ValidationError, section: str, source: str, overridden: Collection[str]) -> str:
     complaint, *others = error.errors(include_url=False)
     fields = [str(part) for part in complaint["loc"][:1]]  # deeper parts name branches of a union
     name = ".".join(part for part in (section, *fields) if part)

@@ -10,3 +10,11 @@ class UserError(ValueError):
 
 class FaultError(RuntimeError):
     """Something broke that the user did not ask for: a disk, a checkpoint, a loss that is not a number. Exit code 1."""
+
+
+class BrokenError(FaultError):
+    """A file is not what was once written: a bit has changed, or a part is missing. Exit code 1."""
+
+
+class InUseError(RuntimeError):
+    """Another process works in the run folder. Exit code 73."""

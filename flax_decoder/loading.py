@@ -20,7 +20,8 @@ from flax_decoder.interop.hugging_face import (
 )
 from flax_decoder.nn.attention_choice import for_these_devices
 from flax_decoder.nn.decoder import Decoder, abstract_params
-from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
+from flax_decoder.training.checkpoint import PARAMS, choose_step, restore_params, save_params
+from flax_decoder.training.run_folder import facts_of, refuse_changed_files, refuse_changed_model
 
 if TYPE_CHECKING:
     from flax_decoder.interop.ledger import Ledger
@@ -163,8 +164,10 @@ def _is_run_folder(folder: Path) -> bool:
 
 
 def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
-    step = choose_step(folder, step)
+    step = choose_step(folder, step, PARAMS)
     config = load_config(folder / "config.toml")
+    refuse_changed_model(folder, config)
+    refuse_changed_files(folder, ["tokenizer.json"])
     model = Decoder(for_these_devices(config.model))
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     read_special_tokens(folder, tokenizer)
@@ -177,4 +180,4 @@ def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) 
     write_special_tokens(folder, tokenizer)
     config = Config(model=model.config, data=DataConfig(tokenizer="tokenizer.json"))
     write_text(folder / "config.toml", to_toml(config))
-    save_params(folder, 0, params)
+    save_params(folder, 0, params, facts_of(config, folder))

@@ -6,7 +6,6 @@ import pytest
 import flax_decoder as fd
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.training.checkpoint import (
-    COMMITTED,
     Checkpoints,
     choose_step,
     restore_params,
@@ -45,8 +44,6 @@ def saved(tmp_path_factory):
     for step, loss in LOSSES.items():
         checkpoints.save(after(state, step), loss)
     checkpoints.close()
-    lines = [f'{{"step": {step}, "val_loss": {loss}}}\n' for step, loss in LOSSES.items() if loss is not None]
-    (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 11, "train_loss": 0.1}\n')
     return folder, state
 
 
@@ -101,15 +98,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(saved, tmp_path):
         choose_step(tmp_path, "latest")
 
 
-def test_only_whole_checkpoints_count(tmp_path):
-    for name in ("2", "4", "12", "12.orbax-checkpoint-tmp", "best"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        if name != "12":
-            (tmp_path / "checkpoints" / name / COMMITTED).touch()
-    assert saved_steps(tmp_path) == [2, 4]
-
-
 def test_a_checkpoint_that_cannot_be_read_is_a_fault(saved):
     folder, state = saved
-    with pytest.raises(FaultError, match="cannot be restored"):
+    with pytest.raises(FaultError, match=r"manifest\.json: is missing"):
         restore_params(folder, 7, state.params)

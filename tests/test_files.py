@@ -1,3 +1,8 @@
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from flax_decoder.files import new_folder, replacing, write_text
@@ -38,10 +43,23 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path):
         raise OSError("full")
     assert list(path.parent.iterdir()) == []
 
-    (path.parent / ".folder.new").mkdir()
-    (path.parent / ".folder.new" / "left by a crash").write_text("x")
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    left = path.parent / f".folder.new-{socket.gethostname()}-{process.pid}"
+    left.mkdir()
+    (left / "by a crash").write_text("x")
+    at_work = path.parent / f".folder.new-{socket.gethostname()}-{os.getppid()}"
+    at_work.mkdir()
     with new_folder(path) as unfinished:
         assert not path.exists()
         (unfinished / "whole").write_text("x")
-    assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
+    assert {entry.name for entry in path.parent.iterdir()} == {"folder", at_work.name}
     assert [entry.name for entry in path.iterdir()] == ["whole"]
+
+
+def test_whoever_is_ready_first_has_the_new_folder(tmp_path):
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "a") as unfinished:
+        (unfinished / "mine").write_text("x")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "theirs").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]

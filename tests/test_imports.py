@@ -14,7 +14,7 @@ PACKAGE = Path(flax_decoder.__file__).parent
 # Bottom to top. Names on one floor may not import each other, except within one package.
 FLOORS = [
     {"errors", "files"},
-    {"config"},
+    {"config", "lock"},
     {"nn", "data", "parallel"},
     {"generation", "lens"},
     {"training"},

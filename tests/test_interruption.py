@@ -1,32 +1,54 @@
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from flax_decoder.training.interruption import SIGNALS, Interruption
+
+# The main thread is at one line for many minutes, which Python does not leave to call a handler.
+AT_ONE_LINE = """
+import hashlib
 from flax_decoder.training.interruption import Interruption
+with Interruption() as interruption:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def handlers():
+    return [signal.getsignal(each) for each in SIGNALS]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_noted_and_the_handlers_come_back(number, capsys):
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    before = handlers()
     with Interruption() as interruption:
-        assert interruption.signal is None
-        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] != before
+        assert interruption.signal is None and not interruption.has_come()
+        assert handlers() != before
         os.kill(os.getpid(), number)
-        assert interruption.signal is number
-        # The next one acts as it would without: no second wish is waited for.
-        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+        assert interruption.signal is number and interruption.has_come()
+    assert handlers() == before
     assert number.name in capsys.readouterr().out
 
 
-def test_a_second_interrupt_leaves_at_once():
-    with pytest.raises(KeyboardInterrupt), Interruption():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+@pytest.mark.parametrize(("first", "second"), [SIGNALS, SIGNALS[::-1]])
+def test_the_second_one_leaves_at_once_whatever_is_under_way(first, second):
+    with subprocess.Popen([sys.executable, "-c", AT_ONE_LINE], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(first)
+        process.stdout.readline()
+        assert first.name in process.stdout.readline()
+        started = time.monotonic()
+        process.send_signal(second)
+        assert process.wait(timeout=20) == 128 + second
+        assert time.monotonic() - started < 10  # and not when the line has come to its end
 
 
 def test_the_handlers_come_back_after_an_error():
-    before = signal.getsignal(signal.SIGTERM)
+    before = handlers()
     with pytest.raises(RuntimeError), Interruption():
         raise RuntimeError
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert handlers() == before

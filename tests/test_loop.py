@@ -156,6 +156,7 @@ def test_what_a_run_folder_holds(whole, text):
         "checkpoints",
         "loss.png",
         "sample.txt",
+        ".lock",
     }
     config = fd.load_config(folder / "config.toml")
     assert config.model.vocab_size == len(set(TEXT))  # resolved
@@ -243,12 +244,17 @@ def test_a_broken_step_folder_is_no_checkpoint(text, tmp_path):
     assert list(rows_without_times(tmp_path / "run")) == [2, 4, 6, 8]
 
 
-def test_a_damaged_checkpoint_is_a_fault(whole, tmp_path, capsys):
-    shutil.copytree(whole[0], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(NUM_STEPS) / "params")
-    assert main(["generate", str(tmp_path / "run"), "--prompt", "To"]) == 1
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    for step in saved_steps(run)[:0:-1]:
+        shutil.rmtree(run / "checkpoints" / str(step) / "params")
+        assert main(["generate", str(run), "--prompt", "To", "--max-new-tokens", "1"]) == 0
+        assert f"checkpoints/{step}/params/" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints" / str(saved_steps(run)[0]) / "params")
+    assert main(["generate", str(run), "--prompt", "To"]) == 1
     error = capsys.readouterr().err
-    assert "params" in error and "Traceback" not in error
+    assert "none of its checkpoints holds" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -181,35 +181,6 @@ def test_what_the_first_process_refuses_ends_them_all(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("environment", "is_job", "found"),
-    [
-        ({}, False, (None, None)),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, True, (4, 3)),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False, (1, 0)),
-        # In a batch script, outside of srun: one process, whatever the job has asked for.
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False, (None, None)),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, True, (2, 1)),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, True, (None, None)),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False, (None, None)),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True, (None, None)),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, (None, None)),
-    ],
-)
-def test_what_launchers_say(monkeypatch, environment, is_job, found):
-    monkeypatch.setattr(processes, "has_tpu", lambda: False)
-    assert processes.in_a_job(environment) == is_job
-    assert processes.find_job(DistributedConfig(), environment) == found
-    # What is configured goes before.
-    assert processes.find_job(DistributedConfig(num_processes=8, process_id=7), environment) == (8, 7)
-
-
-def test_a_tpu_machine_is_asked_for_its_neighbours(monkeypatch):
-    monkeypatch.setattr(processes, "has_tpu", lambda: True)
-    assert processes.in_a_job({})
-    assert not processes.in_a_job({"TPU_WORKER_HOSTNAMES": "localhost"})
-
-
-@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"coordinator": "node1:1234"}, "give --distributed.num-processes N and --distributed.process-id I"),

@@ -21,6 +21,9 @@ from flax_decoder.errors import UserError
 if TYPE_CHECKING:
     import tokenizers
 
+# What `data.tokenizer` may be beside the path of a tokenizer.json.
+KINDS = ("char", "byte", "bpe")
+
 _NUM_CODE_POINTS = 0x110000  # all of Unicode
 
 # Names of the tokens that open and close a text, in the tokenizer.json files of well-known models.

@@ -14,19 +14,29 @@ from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
+from flax_decoder.lock import FolderLock
 from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, mesh_sizes, use_mesh
-from flax_decoder.training.checkpoint import Checkpoints, commit_time, restore_state, saved_steps
+from flax_decoder.training.checkpoint import (
+    Checkpoints,
+    choose_step,
+    clear_away,
+    require_space,
+    restore_state,
+    saved_steps,
+    steps_folder,
+)
 from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.flops import utilization
 from flax_decoder.training.interruption import Interruption
+from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses, require_reporters
 from flax_decoder.training.optimizer import learning_rate_schedule
 from flax_decoder.training.placement import place_batches
 from flax_decoder.training.progress import Pace, Progress
-from flax_decoder.training.run_folder import open_run
+from flax_decoder.training.run_folder import facts_of, open_run
 from flax_decoder.training.step import TrainState, init_state, jit_steps
 
 # A little under 1: fewer slips of the pen than the model's own distribution has.
@@ -49,6 +59,7 @@ def train(config: Config, folder: Path) -> int:
 
     Raises:
         UserError: the text, the folder or the settings cannot be used; nothing is written.
+        InUseError: another process works in the folder.
         FaultError: the loss is not a number, or something cannot be read or written.
     """
     require_reporters(config.run)
@@ -64,36 +75,64 @@ def train(config: Config, folder: Path) -> int:
 
 def run(config: Config, folder: Path) -> int:
     """The part of `train` that follows once all processes of the job are there."""
-    devices = jax.devices()
+    num_devices = jax.device_count()
     choose_kernel(config.model)  # raises where the one asked for does not run here
-    config, tokenizer, corpus = processes.first_alone(
-        lambda: open_run(config, folder, lambda config: mesh_sizes(config, len(devices)))
-    )
-    done = processes.agreed(max(saved_steps(folder), default=0))
-    if processes.agreed(done >= config.training.num_steps and has_results(folder, done)):
-        print(
-            f"{folder} is finished: {done} steps are done. Go on with --training.num-steps {2 * done}, "
-            "or start another run with --run.folder"
+    with FolderLock() as lock:
+        owner = lock if processes.is_first() else None
+        config, tokenizer, corpus = processes.first_alone(
+            lambda: open_run(config, folder, lambda config: mesh_sizes(config, num_devices), owner)
         )
-        return 0
-    if processes.is_first():
-        write_text(folder / "config.toml", to_toml(config))
-    mesh = make_mesh(config, devices)
+        done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
+        done = processes.agreed(done)
+        if processes.agreed(done >= config.training.num_steps and has_results(folder, done)):
+            print(
+                f"{folder} is finished: {done} steps are done. Go on with --training.num-steps {2 * done}, "
+                "or start another run with --run.folder"
+            )
+            return 0
+        if owner is not None:
+            owner.announce()
+            clear_away(folder, done)
+            write_text(folder / "config.toml", to_toml(config))
+        with Interruption() as interruption:
+            return train_from(done, config, folder, tokenizer, corpus, interruption)
+
+
+def train_from(
+    done: int, config: Config, folder: Path, tokenizer: Tokenizer, corpus: Corpus, interruption: Interruption
+) -> int:
+    """Takes the steps after `done` ones, from the start or from their checkpoint, and writes the results."""
+    training = config.training
+    mesh = make_mesh(config, jax.devices())
     model = Decoder(config.model)
-    state = init_state(model, config, rng=jax.random.key(config.training.seed), mesh=mesh)
+    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh)
     if done > 0:
         state = restore_state(folder, done, state)
         print(f"continuing {folder} from the checkpoint of step {done}")
+    num_saves = -(-(training.num_steps - done) // training.save_every)
+    processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
-    checkpoints = Checkpoints(folder, config.training.keep_newest)
     describe(model, state.params, tokenizer, corpus, mesh)
-    with Interruption() as interruption:
-        with use_mesh(mesh):
-            state = run_steps(config, model, state, corpus, mesh, checkpoints, log, interruption)
-        if interruption.signal is not None:
-            print(f"stopped by {interruption.signal.name}: saved at step {int(state.step)}; the same command continues")
-            return 128 + interruption.signal
+    with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
+        state = run_steps(config, model, state, corpus, mesh, checkpoints, log, interruption)
+    if not interruption.has_come():
         write_results(config, folder, model, state.params, tokenizer, log)
+    if interruption.signal is None:
+        return 0
+    print(f"stopped by {interruption.signal.name}: saved at step {int(state.step)}; the same command continues")
+    return 128 + interruption.signal
+
+
+def newest_step(folder: Path) -> int:
+    """How many steps the newest checkpoint that holds has done; 0 where there is none.
+
+    Raises:
+        BrokenError: there are some, but none that holds: to start anew would leave them to be overwritten.
+    """
+    if saved_steps(folder):
+        return choose_step(folder, "latest")
+    if (folder / "metrics.jsonl").exists():
+        print(f"{folder} has no checkpoint yet: it starts from the beginning")
     return 0
 
 
@@ -124,6 +163,7 @@ def run_steps(
                 state, metrics = take_steps(state, batches, count)
                 jax.block_until_ready(state)
             step += count
+            checkpoints.check()
 
             interrupted = interruption.has_come()
             stops = interrupted or step == training.num_steps
@@ -149,12 +189,13 @@ def run_steps(
                 raise FaultError(f"the loss is {train_loss} at step {step}; try a lower optimizer.learning_rate")
             if evaluates:
                 row |= validate(model, state, corpus, training)
+                stops = stops or interruption.has_come()  # it takes long enough for a signal to come
+                saves = saves or stops
             log.add(row)
             progress.show(row)
             if saves:
                 refuse_broken(state.params, step)
                 checkpoints.save(state, row.get("val_loss"))
-    checkpoints.close()
     return state
 
 
@@ -189,7 +230,8 @@ def refuse_broken(params: Any, step: int) -> None:
 def has_results(folder: Path, step: int) -> bool:
     """Whether the results in a run folder are those of the checkpoint at `step`, not of one before."""
     last_result = folder / RESULTS[-1]
-    return last_result.exists() and last_result.stat().st_mtime >= commit_time(folder, step)
+    saved = (steps_folder(folder) / str(step) / MANIFEST).stat().st_mtime
+    return last_result.exists() and last_result.stat().st_mtime >= saved
 
 
 def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, mesh: Mesh) -> None:

@@ -1,16 +1,23 @@
-"""The folder of a run: made whole or not at all, and never filled with another run."""
+"""The folder of a run: made whole or not at all, one process at a time its owner, never filled with another run."""
 
 import dataclasses
-from collections.abc import Callable
+import errno
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flax_decoder.config import Config, load_config, to_toml
+from flax_decoder.config import Config, config_of, fields_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
-from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
-from flax_decoder.errors import FaultError, UserError
-from flax_decoder.files import new_folder, write_text
-from flax_decoder.training.checkpoint import saved_steps
+from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
+from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
+from flax_decoder.files import new_folder, sha256_of, write_text
+from flax_decoder.lock import FolderLock
+from flax_decoder.training.checkpoint import newest_manifest, saved_steps, steps_folder
+from flax_decoder.training.manifest import verify
 
 # What may differ when a run is continued, because the losses of its steps do not hang on it.
 FREE_FIELDS = {
@@ -30,20 +37,28 @@ FREE_FIELDS = {
 }
 
 
-def open_run(config: Config, folder: Path, check: Callable[[Config], Any]) -> tuple[Config, Tokenizer, Corpus]:
+# Files of a run on which its checkpoints hang, and what each is in a message. The corpus has hashes of its own arrays.
+INPUTS = {"tokenizer.json": "tokenizer", "corpus/corpus.json": "corpus"}
+
+
+def open_run(
+    config: Config, folder: Path, check: Callable[[Config], Any], lock: FolderLock | None
+) -> tuple[Config, Tokenizer, Corpus]:
     """Makes the folder of a new run, or opens that of one to be continued.
 
     Args:
         config: the run as asked for.
         folder: where it lives.
         check: raises UserError where a run cannot be trained here, once everything in its config is known.
+        lock: takes the folder; None in processes of a job whose first one has it.
 
     Returns:
         The config with everything in it that the text decides, the tokenizer, and the corpus on disk.
 
     Raises:
         UserError: the text cannot be used, or the folder holds something else; nothing is written.
-        FaultError: the folder cannot be read or written.
+        InUseError: another process has the folder.
+        FaultError: the folder cannot be read or written, or a file in it is damaged.
     """
     started = (folder / "config.toml").is_file() and (folder / "corpus").is_dir()
     if config.run.resume == "must" and not saved_steps(folder):
@@ -51,10 +66,13 @@ def open_run(config: Config, folder: Path, check: Callable[[Config], Any]) -> tu
     if config.run.resume == "never" and started:
         raise UserError(f'{folder}: holds a run already, but run.resume = "never"; give another --run.folder')
     if started:
+        if lock is not None:
+            lock.take(folder)
+        refuse_changed_files(folder)
         corpus, tokenizer = load_corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer.json")
         config = _resolve(config, tokenizer, corpus)
         check(config)
-        _refuse_another_run(config, load_config(folder / "config.toml"), corpus, folder)
+        _refuse_another_run(config, saved_config(folder), tokenizer, corpus, folder)
         return config, tokenizer, corpus
 
     if folder.resolve() == Path.cwd():
@@ -69,7 +87,11 @@ def open_run(config: Config, folder: Path, check: Callable[[Config], Any]) -> tu
             save_corpus(corpus, unfinished / "corpus")
             write_text(unfinished / "tokenizer.json", tokenizer.to_json())
             write_text(unfinished / "config.toml", to_toml(config))
+            if lock is not None:
+                lock.take(unfinished)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InUseError(f"{folder}: another process has just made it; give another --run.folder") from None
         raise FaultError(f"{folder}: cannot make the run folder: {error}") from error
     return config, tokenizer, load_corpus(folder / "corpus")
 
@@ -83,31 +105,131 @@ def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Config:
     )
 
 
-def _refuse_another_run(config: Config, saved: Config, corpus: Corpus, folder: Path) -> None:
-    differences = [
-        f"{section}.{name}: saved {_value(saved, section, name)}, asked {_value(config, section, name)}"
-        for section, free in FREE_FIELDS.items()
-        for name in dataclasses.asdict(getattr(saved, section))
-        if name not in free and _value(saved, section, name) != _value(config, section, name)
+def facts_of(config: Config, folder: Path) -> dict[str, Any]:
+    """What the manifests of a run's checkpoints say of the run: its config, seed, tokenizer and corpus."""
+    return {
+        "seed": config.training.seed,
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "inputs": {name: sha256_of(folder / name) for name in INPUTS if (folder / name).is_file()},
+    }
+
+
+def refuse_changed_files(folder: Path, names: Iterable[str] = INPUTS) -> None:
+    """Raises BrokenError where the tokenizer or the corpus is not what it was when the newest checkpoint was saved."""
+    manifest = newest_manifest(folder)
+    saved = manifest["inputs"] if manifest is not None else {}
+    for name in saved.keys() & set(names):
+        path, wanted = folder / name, saved[name]
+        try:
+            actual = sha256_of(path)
+        except OSError as error:
+            raise BrokenError(f"{path}: cannot be read: {error.strerror}; the checkpoints need it") from error
+        if actual != wanted:
+            raise BrokenError(
+                f"{path}: has changed since the checkpoints were saved: its SHA-256 is {actual}, and was {wanted};\n"
+                f"put the {INPUTS[name]} back from a copy"
+            )
+
+
+def refuse_changed_model(folder: Path, config: Config) -> None:
+    """Raises BrokenError where the config in a run folder describes another model than its checkpoints hold."""
+    for name, saved, found in _guarded(config, saved_config(folder)):
+        if name.startswith("model.") and saved != found:
+            raise BrokenError(
+                f"{folder / 'config.toml'}: {name} is {found}, but the checkpoints were saved with {saved}; put it back"
+            )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found at one place of a run folder.
+
+    Attributes:
+        path: the place.
+        holds: whether it is as it was written.
+        what: in words.
+    """
+
+    path: Path
+    holds: bool
+    what: str
+
+    def __str__(self) -> str:
+        return f"{'ok    ' if self.holds else 'BROKEN'}  {self.path}: {self.what}"
+
+
+def verify_run(folder: Path) -> list[Finding]:
+    """Looks at every checkpoint of a run, oldest first, then at its config, tokenizer and corpus; changes nothing."""
+
+    def look(path: Path, act: Callable[[], str]) -> Finding:
+        try:
+            return Finding(path, True, act())
+        except (FaultError, UserError) as error:
+            return Finding(path, False, str(error).removeprefix(f"{path}: "))
+
+    def checkpoint(path: Path) -> str:
+        files = verify(path)["files"]
+        return f"{len(files)} files, {sum(file['bytes'] for file in files.values()):,} bytes"
+
+    def corpus(path: Path) -> str:
+        load_corpus(path)
+        refuse_changed_files(folder, ["corpus/corpus.json"])
+        return "as it was made"
+
+    def tokenizer(path: Path) -> str:
+        load_tokenizer(path)
+        refuse_changed_files(folder, ["tokenizer.json"])
+        return "as it was made"
+
+    def config(path: Path) -> str:
+        refuse_changed_model(folder, load_config(path))
+        return "the model that is in the checkpoints"
+
+    steps = [steps_folder(folder) / str(step) for step in saved_steps(folder)]
+    findings = [look(path, partial(checkpoint, path)) for path in steps]
+    for name, act in (("config.toml", config), ("tokenizer.json", tokenizer), ("corpus", corpus)):
+        if name != "corpus" or (folder / name).exists():  # a converted model has none
+            findings.append(look(folder / name, partial(act, folder / name)))
+    return findings or [Finding(steps_folder(folder), False, "holds no checkpoint")]
+
+
+def saved_config(folder: Path) -> Config:
+    """The settings with which a run was trained until now: those of its newest checkpoint, if it has one."""
+    manifest = newest_manifest(folder)
+    if manifest is None or manifest["config"] is None:
+        return load_config(folder / "config.toml")
+    return config_of(manifest["config"], f"the checkpoint of step {manifest['step']} in {folder}")
+
+
+def _guarded(asked: Config, saved: Config) -> list[tuple[str, Any, Any]]:
+    """The fields on which the losses hang: dotted name, value saved, value asked."""
+    both = [(section, name, free) for section, free in FREE_FIELDS.items() for name in fields_of(section)]
+    return [
+        (f"{section}.{name}", *(getattr(getattr(config, section), name) for config in (saved, asked)))
+        for section, name, free in both
+        if name not in free
     ]
-    if differences:
-        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        raise UserError(
-            f"{folder}: holds a run with other settings: {differences[0]}{more};\n"
-            "give this one its own --run.folder, or take the settings back"
-        )
+
+
+def _refuse_another_run(config: Config, saved: Config, tokenizer: Tokenizer, corpus: Corpus, folder: Path) -> None:
+    rows = _guarded(config, saved)
+    if config.data.tokenizer not in KINDS and Path(config.data.tokenizer).is_file():
+        saved_json, asked_json = (one.to_json() for one in (tokenizer, load_tokenizer(config.data.tokenizer)))
+        rows.append(("data.tokenizer, SHA-256", _sha256(saved_json), _sha256(asked_json)))
     try:
-        text = read_text(config.data.path)
+        rows.append(("data.path, SHA-256 of the text", corpus.sha256, read_text(config.data.path).sha256))
     except UserError:
-        if config.data.path == saved.data.path:
-            return  # the text is gone, but the run keeps its tokens
-        raise
-    if text.sha256 != corpus.sha256:
+        if config.data.path != saved.data.path:
+            raise
+        # The text is gone, but the run keeps its tokens.
+    rows = [row for row in rows if row[1] != row[2]]
+    if rows:
+        width = max(len(name) for name, _, _ in rows)
+        table = "\n".join(f"{name + ':':{width + 1}} saved {saved}, asked {asked}" for name, saved, asked in rows)
         raise UserError(
-            f"{folder}: holds a run on another text ({corpus.source}, now {text.name}, or its content changed);\n"
-            "give this one its own folder: --run.folder runs/NAME"
+            f"{folder}: holds a run with other settings; take them back, or give this one its own --run.folder\n{table}"
         )
 
 
-def _value(config: Config, section: str, name: str) -> Any:
-    return getattr(getattr(config, section), name)
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
