@@ -57,7 +57,7 @@ def test_without_a_terminal_there_are_plain_lines(monkeypatch):
 
 def test_a_terminal_has_a_bar_with_loss_speed_and_time_left(monkeypatch):
     output = shown(monkeypatch, True, row(10), row(20))
-    assert "20/400" in output and "loss 2.500  50 tokens/s" in output and "\x1b[" in output
+    assert "20/400" in output and "loss 2.5000  50 tokens/s" in output and "\x1b[" in output
     assert "s left" not in output
 
 

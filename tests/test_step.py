@@ -79,7 +79,7 @@ def assert_same(states_and_metrics, others, atol=1e-6):
 def test_the_loss_is_the_mean_over_targets_that_count(mask):
     state, batch = make_state(), make_batch(mask=mask)
     _, metrics = take_step(state, batch)
-    assert metrics.keys() == {"loss", "gradient_norm"}
+    assert metrics.keys() == {"loss", "gradient_norm", "applied"} and metrics["applied"]
     assert float(metrics["loss"]) == pytest.approx(expected_loss(state, batch), rel=1e-6)
     sums = score(state, batch)
     assert float(sums["num_tokens"]) == batch.get("mask", np.ones((B, T))).sum()

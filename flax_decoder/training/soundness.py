@@ -19,7 +19,7 @@ def first_bad(state: TrainState) -> str | None:
 
     Works on a state in parts on any number of devices and processes, all of which get the same answer.
     """
-    everywhere = state.step.sharding
+    everywhere = jnp.asarray(state.step).sharding
     for prefix, tree in (("the parameter ", state.params), ("the optimizer's ", state.opt_state)):
         finite = jax.jit(_are_finite, out_shardings=everywhere)(tree)
         if (name := _first_false(jax.device_get(finite), tree)) is not None:
@@ -43,7 +43,7 @@ def pass_over(training: TrainingConfig, state: TrainState, batch: Batch, metrics
     Args:
         training: what the run asks for.
         state: after that step, so as before it but for `step`.
-        batch: the step's.
+        batch: the step's, with a leading axis of one step.
         metrics: the step's.
         skipped: how many were passed over since the run began, this one included.
 
@@ -54,8 +54,9 @@ def pass_over(training: TrainingConfig, state: TrainState, batch: Batch, metrics
         FaultError: it may not; names the step and the first tensor that is not finite.
     """
     refuse_bad(state)
-    is_spike = bool(np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"]))
-    cause = f"the loss of {metrics['loss']:.4g} is a spike" if is_spike else explain(state, batch, metrics)
+    loss, norm = metrics["loss"], metrics["gradient_norm"]
+    is_spike = bool(np.isfinite(loss) and np.isfinite(norm))
+    cause = f"the loss of {loss:.4g} is a spike" if is_spike else explain(state, batch)
     cause = f"step {int(state.step)}: {cause}"
     if training.nan == "stop" and not is_spike:
         raise FaultError(
@@ -70,26 +71,24 @@ def pass_over(training: TrainingConfig, state: TrainState, batch: Batch, metrics
     return f"{cause}: its batch is passed over ({skipped} so far, at most {training.skip_limit})"
 
 
-def explain(state: TrainState, batch: Batch, metrics: Metrics) -> str:
-    """Computes a step that was not applied once more, and names what is not finite in it; see `pass_over`."""
+def explain(state: TrainState, batch: Batch) -> str:
+    """Computes a step that was not applied once more, and says what is not finite in it; see `pass_over`."""
     # Dropout is a function of the step, so the same numbers come out.
     before = state.replace(step=state.step - 1)
-    loss, norm, finite = jax.device_get(jax.jit(_look, out_shardings=state.step.sharding)(before, batch))
+    compute = jax.jit(_look, out_shardings=jnp.asarray(state.step).sharding)
+    loss, norm, finite = jax.device_get(compute(before, batch))
     if not np.isfinite(loss):
         return f"the loss is {loss}"
     if (name := _first_false(finite, state.params)) is not None:
         return f"the gradient of {name} is not finite"
     if not np.isfinite(norm):
-        return "the gradients are so long that their length is infinite"
-    return (
-        f"the loss was {metrics['loss']} and the length of the gradients {metrics['gradient_norm']}, but computed again "
-        "they are finite: this device or its memory is not to be trusted"
-    )
+        return "the gradients are so large that their length is infinite"
+    return "loss or gradients were not finite, but computed again they are: this device or its memory has a fault"
 
 
 def _look(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The loss of a step, the length of its gradients, and which of them are finite."""
-    gradients, metrics = mean_gradients(state, batch)
+    gradients, metrics = mean_gradients(state, jax.tree.map(lambda rows: rows[0], batch))
     return metrics["loss"], metrics["gradient_norm"], _are_finite(gradients)
 
 

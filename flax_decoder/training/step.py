@@ -118,8 +118,8 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
     """
     gradients, metrics = mean_gradients(state, batch, axis_name)
     loss = metrics["loss"]
-    # One gradient that is not finite makes their norm so. It also overflows before AdamW's squares do. Loss and norm are
-    # sums over all devices: all of them decide alike.
+    # One gradient that is not finite makes their norm so, which also overflows before AdamW's squares do.
+    # Both are sums over all devices: all of them decide alike.
     applied = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
     if state.skip_spikes > 0:
         applied &= loss <= state.skip_spikes * usual_loss(state.opt_state)
