@@ -18,7 +18,7 @@ from flax_decoder.lock import FolderLock
 from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel import processes
-from flax_decoder.parallel.mesh import make_mesh, mesh_sizes, use_mesh
+from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,
@@ -34,7 +34,7 @@ from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses, require_reporters
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
-from flax_decoder.training.placement import place_batches
+from flax_decoder.training.placement import place_batches, require_room
 from flax_decoder.training.progress import Pace, Progress
 from flax_decoder.training.run_folder import facts_of, open_run
 from flax_decoder.training.soundness import AGAIN, ANEW, pass_over, refuse_bad
@@ -83,7 +83,7 @@ def run(config: Config, folder: Path) -> int:
     with FolderLock() as lock:
         owner = lock if processes.is_first() else None
         config, tokenizer, corpus = processes.first_alone(
-            lambda: open_run(config, folder, lambda config: mesh_sizes(config, num_devices), owner)
+            lambda: open_run(config, folder, lambda config: require_room(config, num_devices), owner)
         )
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.agreed(done)

@@ -14,8 +14,7 @@ class LossMemory(NamedTuple):
     """What is remembered, as a part of the optimizer's state: so it is saved and restored with it.
 
     Attributes:
-        usual_loss: running mean of the losses of the steps that were applied, in nats a token; infinite before the
-            first, which is thus never a spike.
+        usual_loss: running mean of the losses of the steps that were applied, in nats a token; 0 before the first.
     """
 
     usual_loss: jax.Array
@@ -25,7 +24,7 @@ def remember_losses() -> optax.GradientTransformationExtraArgs:
     """A link in the chain of an optimizer that leaves the updates as they are, and keeps the usual loss."""
 
     def init(params: Any) -> LossMemory:
-        return LossMemory(jnp.full((), jnp.inf, jnp.float32))
+        return LossMemory(jnp.zeros((), jnp.float32))
 
     def update(
         updates: Any, state: LossMemory, params: Any = None, *, loss: jax.Array | None = None, **others: Any
@@ -33,11 +32,17 @@ def remember_losses() -> optax.GradientTransformationExtraArgs:
         if loss is None:
             return updates, state
         before, loss = state.usual_loss, loss.astype(jnp.float32)
-        return updates, LossMemory(jnp.where(jnp.isinf(before), loss, DECAY * before + (1 - DECAY) * loss))
+        return updates, LossMemory(jnp.where(before == 0, loss, DECAY * before + (1 - DECAY) * loss))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def usual_loss(opt_state: Any) -> jax.Array:
-    """The usual loss in the state of an optimizer that remembers losses."""
+    """The usual loss in the state of an optimizer that remembers losses; 0 where none is known yet."""
     return optax.tree.get(opt_state, "usual_loss")
+
+
+def is_spike(loss: jax.Array, opt_state: Any, factor: float) -> jax.Array:
+    """Whether a loss is over so many times the usual one; the first is usual, whatever it is."""
+    usual = usual_loss(opt_state)
+    return (usual > 0) & (loss > factor * usual)

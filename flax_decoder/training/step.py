@@ -17,7 +17,7 @@ from flax_decoder.nn.decoder import Decoder, check_tokens, head_params
 from flax_decoder.parallel.mesh import compiler_options, sharding_of
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import make_optimizer
-from flax_decoder.training.spikes import usual_loss
+from flax_decoder.training.spikes import is_spike
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -122,7 +122,7 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
     # Both are sums over all devices: all of them decide alike.
     applied = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
     if state.skip_spikes > 0:
-        applied &= loss <= state.skip_spikes * usual_loss(state.opt_state)
+        applied &= ~is_spike(loss, state.opt_state, state.skip_spikes)
     # Not a choice of each number between old and new: XLA on CPU would copy the optimizer's state for that.
     after = jax.lax.cond(
         applied,

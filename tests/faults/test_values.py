@@ -6,6 +6,8 @@ import sys
 import pytest
 from tiny_run import write_text_file
 
+from flax_decoder.cli import main
+
 # What is asked for, and the words of the refusal that name it.
 CASES = [
     (["optimizer.learning_rate=-0.001"], "optimizer.learning_rate = -0.001"),
@@ -43,7 +45,10 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.fault("Values: negative rate, zero steps, NaN, 1e30, heads not dividing, context 0")
+ROW = "Values: negative rate, zero steps, NaN, 1e30, heads not dividing, context 0"
+
+
+@pytest.mark.fault(ROW)
 def test_values_are_refused_before_anything_is_allocated(tmp_path, count_cases):
     text = write_text_file(tmp_path)
     entries = sorted(tmp_path.iterdir())
@@ -63,3 +68,14 @@ def test_values_are_refused_before_anything_is_allocated(tmp_path, count_cases):
         assert message[0].startswith("error: ") and words in message[0] and len(message) <= 2, end
     assert sorted(tmp_path.iterdir()) == entries
     count_cases(len(CASES))
+
+
+@pytest.mark.fault(ROW)
+@pytest.mark.parametrize("model", [{"vocab_size": 2**24, "embed_dim": 2**24}, {"mlp_dim": 2**24, "num_layers": 9999}])
+def test_a_model_larger_than_the_machine_is_refused(tmp_path, capsys, model):
+    text = write_text_file(tmp_path)
+    settings = [f"--model.{name}={value}" for name, value in model.items()]
+    assert main(["train", f"--data.path={text}", f"--run.folder={tmp_path / 'run'}", *settings]) == 2
+    error = capsys.readouterr().err
+    assert "its weights and their gradients take at least" in error and error.count("\n") == 2
+    assert not (tmp_path / "run").exists()
