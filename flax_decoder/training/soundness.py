@@ -19,11 +19,12 @@ def first_bad(state: TrainState) -> str | None:
 
     Works on a state in parts on any number of devices and processes, all of which get the same answer.
     """
+    trees = {"the parameter": state.params, "the optimizer's": state.opt_state}
     everywhere = jnp.asarray(state.step).sharding
-    for prefix, tree in (("the parameter ", state.params), ("the optimizer's ", state.opt_state)):
-        finite = jax.jit(_are_finite, out_shardings=everywhere)(tree)
-        if (name := _first_false(jax.device_get(finite), tree)) is not None:
-            return prefix + name
+    finite = iter(jax.device_get(jax.jit(_are_finite, out_shardings=everywhere)(list(trees.values()))))
+    for owner, tree in trees.items():
+        if (name := _first_false([next(finite) for _ in jax.tree.leaves(tree)], tree)) is not None:
+            return f"{owner} {name}"
     return None
 
 
