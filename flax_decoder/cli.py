@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import logging
 import os
 import signal
 import sys
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone, as `head` does; Python must not try to flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # those that say more than the system does have been turned into one of the above
+        print(f"fault: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -77,6 +81,7 @@ def train(options: argparse.Namespace) -> int:
         refuse_if_in_use(folder)
     from flax_decoder.training import loop
 
+    _keep_threads_quiet()
     return loop.train(config, folder)
 
 
@@ -222,12 +227,13 @@ def verify(options: argparse.Namespace) -> int:
     folder = Path(options.path)
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: is not a run folder: it has no config.toml")
-    from flax_decoder.training.run_folder import verify_run
+    from flax_decoder.training.verification import verify_run
 
-    findings = verify_run(folder)
-    for finding in findings:
-        print(finding)
-    return 0 if all(finding.holds for finding in findings) else 1
+    holds = True
+    for finding in verify_run(folder):
+        print(finding, flush=True)
+        holds = holds and finding.holds is not False
+    return 0 if holds else 1
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -274,6 +280,12 @@ def plan(options: argparse.Namespace) -> int:
         except OSError as error:
             raise FaultError(f"{options.json}: cannot be written: {error}") from error
     return 1 if made.memory.fits is False else 0
+
+
+def _keep_threads_quiet() -> None:
+    """What goes wrong in the threads of Orbax is raised, too, and told in one line: they need not log pages of it."""
+    for library in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _check_json_file(path: Path | None) -> None:

@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
+from fault_matrix import count_cases, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
 from flax_decoder.training.step import TrainState
 

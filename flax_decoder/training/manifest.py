@@ -25,7 +25,12 @@ Manifest = dict[str, Any]
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Flushes all files of a folder to disk, and then writes the manifest of them; facts must fit into JSON."""
+    """Flushes all files of a folder to disk, and then writes the manifest of them.
+
+    Args:
+        folder: of one checkpoint, under whatever name.
+        facts: what else the manifest is to say, in JSON; its "step" at least.
+    """
     files = {}
     for name, path in sorted(_files(folder).items()):
         with open(path, "rb+") as file:
@@ -39,10 +44,13 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, whole, but without a look at the files of which it speaks.
+    """The manifest of a checkpoint, whole, but without a look at the files of which it speaks.
+
+    Args:
+        folder: of one checkpoint, named by its step.
 
     Raises:
-        BrokenError: there is none, or it is not as it was written.
+        BrokenError: there is none, or it is not as it was written, or is that of another step.
     """
     path = folder / MANIFEST
     try:
@@ -65,16 +73,18 @@ def read_manifest(folder: Path) -> Manifest:
     found = document.get("format")
     if found != FORMAT:
         raise BrokenError(f"{path}: is of format {found}, and this version reads {FORMAT}: use the one that wrote it")
+    if str(document["step"]) != folder.name:
+        raise BrokenError(f"{path}: is that of step {document['step']}, and not of {folder.name}")
     return document
 
 
 def verify(folder: Path, part: str = "") -> Manifest:
-    """The manifest of a folder all of whose files are as it says.
+    """The manifest of a checkpoint all of whose files are as it says.
 
     Files that it does not name are passed over: what a system leaves in folders by itself harms nothing.
 
     Args:
-        folder: of one checkpoint.
+        folder: of one checkpoint, named by its step.
         part: look only at the files in this folder of it.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_decoder.config import RunConfig
-from flax_decoder.errors import UserError
+from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.files import replacing, write_text
 from flax_decoder.training.flops import UNKNOWN
 
@@ -43,11 +43,18 @@ class MetricsLog:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> None:
-        """Writes a line to disk and tells the other reporters, who take nothing but numbers, what is known."""
+        """Writes a line to disk and tells the other reporters, who take nothing but numbers, what is known.
+
+        Raises:
+            FaultError: it cannot be written.
+        """
         self.rows.append(row)
         if self._writes:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise FaultError(f"{self._path}: cannot be written: {error.strerror}") from error
         numbers = {name: value for name, value in row.items() if value != UNKNOWN}
         for report in self._reporters:
             report(numbers)
@@ -58,11 +65,22 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The lines of a metrics.jsonl; none where there is no file. A last line cut short by a crash is left out."""
+    """The lines of a metrics.jsonl; none where there is no file. A last line cut short by a crash is left out.
+
+    Raises:
+        BrokenError: a line is not what was written.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BrokenError(f"{path}: line {number} is damaged: {error}; mend it or take it out") from None
+        rows.append(row)
+    return rows
 
 
 def require_reporters(config: RunConfig) -> None:

@@ -5,8 +5,6 @@ import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,7 @@ from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
 from flax_decoder.files import new_folder, sha256_of, write_text
 from flax_decoder.lock import FolderLock
-from flax_decoder.training.checkpoint import newest_manifest, saved_steps, steps_folder
-from flax_decoder.training.manifest import verify
+from flax_decoder.training.checkpoint import newest_manifest, saved_steps
 
 # What may differ when a run is continued, because the losses of its steps do not hang on it.
 FREE_FIELDS = {
@@ -140,59 +137,6 @@ def refuse_changed_model(folder: Path, config: Config) -> None:
             raise BrokenError(
                 f"{folder / 'config.toml'}: {name} is {found}, but the checkpoints were saved with {saved}; put it back"
             )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found at one place of a run folder.
-
-    Attributes:
-        path: the place.
-        holds: whether it is as it was written.
-        what: in words.
-    """
-
-    path: Path
-    holds: bool
-    what: str
-
-    def __str__(self) -> str:
-        return f"{'ok    ' if self.holds else 'BROKEN'}  {self.path}: {self.what}"
-
-
-def verify_run(folder: Path) -> list[Finding]:
-    """Looks at every checkpoint of a run, oldest first, then at its config, tokenizer and corpus; changes nothing."""
-
-    def look(path: Path, act: Callable[[], str]) -> Finding:
-        try:
-            return Finding(path, True, act())
-        except (FaultError, UserError) as error:
-            return Finding(path, False, str(error).removeprefix(f"{path}: "))
-
-    def checkpoint(path: Path) -> str:
-        files = verify(path)["files"]
-        return f"{len(files)} files, {sum(file['bytes'] for file in files.values()):,} bytes"
-
-    def corpus(path: Path) -> str:
-        load_corpus(path)
-        refuse_changed_files(folder, ["corpus/corpus.json"])
-        return "as it was made"
-
-    def tokenizer(path: Path) -> str:
-        load_tokenizer(path)
-        refuse_changed_files(folder, ["tokenizer.json"])
-        return "as it was made"
-
-    def config(path: Path) -> str:
-        refuse_changed_model(folder, load_config(path))
-        return "the model that is in the checkpoints"
-
-    steps = [steps_folder(folder) / str(step) for step in saved_steps(folder)]
-    findings = [look(path, partial(checkpoint, path)) for path in steps]
-    for name, act in (("config.toml", config), ("tokenizer.json", tokenizer), ("corpus", corpus)):
-        if name != "corpus" or (folder / name).exists():  # a converted model has none
-            findings.append(look(folder / name, partial(act, folder / name)))
-    return findings or [Finding(steps_folder(folder), False, "holds no checkpoint")]
 
 
 def saved_config(folder: Path) -> Config:
