@@ -13,7 +13,7 @@ CASES = [
     (["optimizer.learning_rate=-0.001"], "optimizer.learning_rate = -0.001"),
     (["optimizer.learning_rate=nan"], "optimizer.learning_rate = nan"),
     (["optimizer.learning_rate=inf"], "optimizer.learning_rate = inf"),
-    (["optimizer.learning_rate=1e30"], "optimizer.learning_rate = 1e+30"),
+    (["optimizer.learning_rate=1e30", "optimizer.weight_decay=0"], "optimizer.learning_rate = 1e+30"),
     (["optimizer.learning_rate=1e400"], "optimizer.learning_rate = inf"),
     (["optimizer.learning_rate='0.1'"], "optimizer.learning_rate = '0.1'"),
     (["optimizer.beta2=1.0"], "optimizer.beta2 = 1.0"),
