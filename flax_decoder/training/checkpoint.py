@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import SingleDeviceSharding
 
 from flax_decoder.errors import BrokenError, FaultError, UserError
@@ -56,6 +57,10 @@ class Checkpoints:
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(PARAMS, OPTIMIZER))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._unfinished: Future[None] | None = None
+        # Orbax asks for these numbers at every save, to report them. Each time tensorstore (0.1.86) loses some lists,
+        # which made a process grow by 53 KB a save.
+        self._collect = tensorstore.experimental_collect_matching_metrics
+        tensorstore.experimental_collect_matching_metrics = _no_metrics
 
     def save(self, state: TrainState, val_loss: float | None) -> None:
         """Copies the state and writes it in the background; without a loss it cannot become the best one.
@@ -91,6 +96,7 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._writer.close()
+            tensorstore.experimental_collect_matching_metrics = self._collect
 
     def __enter__(self) -> Self:
         return self
@@ -327,6 +333,10 @@ def _losses(folder: Path) -> dict[int, float | None]:
         with contextlib.suppress(BrokenError):
             losses[step] = read_manifest(folder / str(step))["val_loss"]
     return losses
+
+
+def _no_metrics(metric_prefix: str, include_zero_metrics: bool = False) -> list[Any]:
+    return []
 
 
 @contextlib.contextmanager
