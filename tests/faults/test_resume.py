@@ -38,6 +38,7 @@ OTHERS = {
     "data.tokenizer": "byte",
     "optimizer.warmup_steps": 3,
     "training.accumulation_steps": 2,
+    "training.skip_spikes": 3.0,
 }
 # What some need beside them, to make sense at all.
 WITH = {
