@@ -65,8 +65,8 @@ def test_only_regular_files_are_opened(tmp_path):
         with open_regular(tmp_path / name) as file:
             assert file.read() == b"one\r\ntwo"
     os.mkfifo(tmp_path / "fifo")
-    for name in ("fifo", ".", "/dev/zero"):
-        with pytest.raises(OSError, match="is not a regular file"):
+    for name, kind in {"fifo": "not a regular file", ".": "a folder", "/dev/zero": "not a regular file"}.items():
+        with pytest.raises(OSError, match=f"is {kind}"):
             open_regular(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "nothing")
