@@ -134,7 +134,7 @@ def test_a_thousand_saves(tmp_path, count_cases):
             # The best one is that of step 300.
             checkpoints.save(state.replace(step=jnp.asarray(step, jnp.int32)), abs(step - 300) + 1.0)
             if step == warm:
-                checkpoints._wait()
+                checkpoints.wait()
                 memory, num_open = resident_bytes(), len(os.listdir("/proc/self/fd"))
     assert len(os.listdir("/proc/self/fd")) <= num_open
     assert resident_bytes() < 1.05 * memory
