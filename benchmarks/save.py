@@ -62,7 +62,7 @@ def main() -> None:
                 without, state = timed(lambda state=state: stretch(state))
                 seconds, _ = timed(lambda state=state: checkpoints.save(state, None))
                 with_save, state = timed(lambda state=state: stretch(state))
-                checkpoints._wait()  # the next stretch has none of it
+                checkpoints.wait()  # the next stretch has none of it
                 blocked.append(seconds)
                 shares.append(seconds / (seconds + with_save))
                 slower.append((seconds + with_save) / without - 1)

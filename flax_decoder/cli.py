@@ -19,6 +19,7 @@ from flax_decoder.config import SECTIONS, Config, fields_of, load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.lock import refuse_if_in_use
 from flax_decoder.parallel.launchers import in_a_job
+from flax_decoder.terminal import say
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from flax_decoder.generation.sampling import Sampling
     from flax_decoder.generation.speculative import Draft, PromptLookup
 
+# A prompt from standard input may have this many bytes: more than any model reads, and an end to what has none.
+MOST_PROMPT_BYTES = 16_000_000
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
 
 
@@ -45,20 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _keep_compilations()
         return command(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except FaultError as error:
-        print(f"fault: {error}", file=sys.stderr)
+        say(f"fault: {error}", file=sys.stderr)
         return 1
     except InUseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 73
     except BrokenPipeError:
         # The reader has gone, as `head` does; Python must not try to flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:  # those that say more than the system does have been turned into one of the above
-        print(f"fault: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        say(f"fault: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -122,6 +125,7 @@ def generate(options: argparse.Namespace) -> int:
     from flax_decoder.generation.text import decode_streams
 
     sampling = _sampling_of(options)
+    prompt = _prompt_of(options)
     if options.num_samples < 1 or options.max_new_tokens < 0 or "" in options.stop:
         raise UserError("--num-samples must be at least 1, --max-new-tokens at least 0, and --stop a text")
     import jax
@@ -129,8 +133,7 @@ def generate(options: argparse.Namespace) -> int:
 
     from flax_decoder.loading import load_with_tokenizer
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
-    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
@@ -149,14 +152,14 @@ def generate(options: argparse.Namespace) -> int:
     if options.no_stream:
         pieces = iter(list(pieces))
     shown = 0
-    print(prompt, end="", flush=True)
+    say(prompt, end="", flush=True)
     for row, piece in pieces:
         for _ in range(shown, row):
-            print(f"\n\n{prompt}", end="")
+            say(f"\n\n{prompt}", end="")
         shown = row
-        print(piece, end="", flush=True)
+        say(piece, end="", flush=True)
     for _ in range(shown + 1, options.num_samples):
-        print(f"\n\n{prompt}", end="")
+        say(f"\n\n{prompt}", end="")
     print()
     return 0
 
@@ -176,7 +179,7 @@ def chat(options: argparse.Namespace) -> int:
     from flax_decoder.generation.chat import Chat
     from flax_decoder.loading import load_with_tokenizer
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
     talk = Chat(
         model,
         params,
@@ -193,10 +196,12 @@ def chat(options: argparse.Namespace) -> int:
         except EOFError:
             print()
             return 0
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: is not UTF-8 text: {error}") from None
         pieces = talk.answer(message)
         try:
             for piece in pieces:
-                print(piece, end="", flush=True)
+                say(piece, end="", flush=True)
         except KeyboardInterrupt:
             pieces.close()  # the part that was shown stays in the conversation
         print(flush=True)
@@ -210,8 +215,11 @@ def evaluate(options: argparse.Namespace) -> int:
     from flax_decoder.loading import load_with_tokenizer
     from flax_decoder.training import evaluation
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step)
-    tokens = tokenizer.encode_array(text)
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    try:
+        tokens = tokenizer.encode_array(text)
+    except UserError as error:
+        raise UserError(f"{options.file}: {error}") from None
     if len(tokens) < 2:
         raise UserError(f"{options.file}: is a single token; there is nothing to predict")
     # As many tokens at once as keep two cores busy without taking much memory.
@@ -220,7 +228,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        print(
+        say(
             f"{options.file}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
             f"{result['bits_per_byte']:.4f} bits per byte, over {result['num_tokens']:,} tokens"
         )
@@ -231,8 +239,8 @@ def convert(options: argparse.Namespace) -> int:
     """Makes a Hugging Face folder out of a run folder, or a run folder out of a Hugging Face folder."""
     from flax_decoder.loading import convert
 
-    convert(options.source, options.destination, model_type=options.model_type)
-    print(f"{options.destination}: written")
+    convert(options.source, options.destination, model_type=options.model_type, allow_nan=options.allow_nan)
+    say(f"{options.destination}: written")
     return 0
 
 
@@ -242,9 +250,9 @@ def compare(options: argparse.Namespace) -> int:
     from flax_decoder.files import write_text
     from flax_decoder.loading import compare
 
-    names = ("steps", "batch_size", "length", "seed")
+    names = ("steps", "batch_size", "length", "seed", "allow_nan")
     ledger = compare(options.path, **{name: getattr(options, name) for name in names})
-    print(ledger)
+    say(ledger)
     if options.json is not None:
         try:
             write_text(options.json, ledger.to_json())
@@ -262,7 +270,7 @@ def verify(options: argparse.Namespace) -> int:
 
     holds = True
     for finding in verify_run(folder):
-        print(finding, flush=True)
+        say(finding, flush=True)
         holds = holds and finding.holds is not False
     return 0 if holds else 1
 
@@ -279,6 +287,19 @@ def bench(options: argparse.Namespace) -> int:
         for name, value in result.items():
             print(f"{name:>28}  {value if isinstance(value, str) else format(value, ',.6g')}")
     return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Checks all that a run needs, from the versions to the model itself, in under a minute."""
+    config = _config_of(options)
+    from flax_decoder.training.doctor import examine
+
+    _keep_threads_quiet()
+    holds = True
+    for finding in examine(config):
+        print(finding, flush=True)
+        holds = holds and finding.status != "FAILED"
+    return 0 if holds else 1
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -333,6 +354,24 @@ def _sampling_of(options: argparse.Namespace) -> "Sampling":
     return Sampling(**{field.name: given[field.name] for field in dataclasses.fields(Sampling) if field.name in given})
 
 
+def _prompt_of(options: argparse.Namespace) -> str:
+    """The prompt, which is text; UserError where its bytes are not, or do not end."""
+    from flax_decoder.data.corpus import decode_text
+
+    if options.prompt is not None:
+        name = "--prompt"
+        try:  # bytes of an argument that are not UTF-8 come as half surrogates, one each
+            content = options.prompt.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # other halves, which only Windows gives
+            content = options.prompt.encode("utf-8", "surrogatepass")
+    else:
+        content = b"" if sys.stdin is None else sys.stdin.buffer.read(MOST_PROMPT_BYTES + 1)
+        name = "standard input"
+        if len(content) > MOST_PROMPT_BYTES:
+            raise UserError(f"{name}: has over {MOST_PROMPT_BYTES:,} bytes, which is no prompt; give its last part")
+    return decode_text(content, name, "give the prompt in UTF-8")
+
+
 def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
     """How a command line wants tokens to be guessed."""
     from flax_decoder.generation.speculative import Draft, PromptLookup
@@ -342,7 +381,7 @@ def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
         return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
     if options.prompt_lookup != 0:
         raise UserError("--draft and --prompt-lookup are two ways to guess tokens; give one of them")
-    model, params, _ = load(options.draft)
+    model, params, _ = load(options.draft, allow_nan=options.allow_nan)
     return Draft(model, params)
 
 
@@ -392,20 +431,20 @@ def build_parser() -> Parser:
     sub.add_argument("--no-stream", action="store_true", help="print when all is written")
     sub.add_argument("--prompt-lookup", metavar="N", type=int, default=0, help="guess N tokens from the text: faster")
     sub.add_argument("--draft", metavar="PATH", help="guess tokens with this smaller model: faster")
-    _add_step(sub)
+    _add_loading(sub)
 
     sub = add("chat", chat)
     sub.add_argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
     sub.add_argument("--system", metavar="TEXT", help="what the model is told before the first message")
     sub.add_argument("--max-new-tokens", metavar="N", type=int, default=1000, help="the longest answer")
     _add_sampling(sub)
-    _add_step(sub)
+    _add_loading(sub)
 
     sub = add("eval", evaluate)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
     sub.add_argument("file", metavar="FILE", help="a text")
     sub.add_argument("--json", action="store_true", help="one JSON object")
-    _add_step(sub)
+    _add_loading(sub)
 
     sub = add("convert", convert)
     sub.add_argument("source", metavar="SRC", help="a run folder, or a Hugging Face folder")
@@ -413,6 +452,7 @@ def build_parser() -> Parser:
     sub.add_argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )
+    _add_allow_nan(sub)
 
     sub = add("compare", compare)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
@@ -421,6 +461,7 @@ def build_parser() -> Parser:
     sub.add_argument("--batch-size", metavar="N", type=int, default=2, help="sequences a batch, an even number")
     sub.add_argument("--length", metavar="N", type=int, help="tokens a sequence")
     sub.add_argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
+    _add_allow_nan(sub)
 
     sub = add("verify", verify)
     sub.add_argument("path", metavar="PATH", help="a run folder")
@@ -431,6 +472,10 @@ def build_parser() -> Parser:
         "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; by default what is here"
     )
     sub.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
+    _add_config_fields(sub)
+
+    sub = add("doctor", doctor)
+    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
     _add_config_fields(sub)
 
     sub = add("bench", bench)
@@ -452,10 +497,15 @@ def _add_sampling(parser: Parser) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same text")
 
 
-def _add_step(parser: Parser) -> None:
+def _add_loading(parser: Parser) -> None:
+    _add_allow_nan(parser)
     parser.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
     )
+
+
+def _add_allow_nan(parser: Parser) -> None:
+    parser.add_argument("--allow-nan", action="store_true", help="read a Hugging Face folder with NaN weights too")
 
 
 def _step(text: str) -> str | int:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import reprlib
 import tomllib
 import types
 import typing
@@ -21,26 +22,38 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
 
 from flax_decoder.errors import UserError
+from flax_decoder.files import open_regular
 
 _RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Far beyond what anybody means, these bounds stand for what a device cannot do: float32 rounds 1 - 1e-8 to 1 and 1e-50
+# to 0, the square of 1e30 is infinite, and counts are int32.
+Fraction = Annotated[float, Field(ge=0, le=0.999999)]
+Positive = Annotated[float, Field(ge=1e-15, le=1e15)]
+NonNegative = Annotated[float, Field(ge=0, le=1e15)]
+Epsilon = Annotated[float, Field(ge=1e-15, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
+Width = Annotated[int, Field(gt=0, le=2**24)]
 
 
 def _is_not_zero(count: int) -> int:
     if count == 0:
         raise ValueError("0 is no number of devices; leave it out, or give -1 for the rest")
     return count
+
+
+def _is_off_or_over_one(factor: float) -> float:
+    if 0 < factor <= 1:
+        raise ValueError(f"{factor} would take every second loss for a spike; give 0 (off) or more than 1")
+    return factor
 
 
 def _as_tuple(value: Any) -> Any:
@@ -61,21 +74,21 @@ NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 class ModelConfig:
     """The network. The letters are those of the array names: `q_BTNH` is [batch, position, head, head width]."""
 
-    vocab_size: PositiveInt | None = None
+    vocab_size: Width | None = None
     """V, number of tokens; left out, the tokenizer says it"""
-    context_length: PositiveInt = 64
+    context_length: Count = 64
     """T, the longest sequence the model is trained on, in tokens"""
-    num_layers: PositiveInt = 4
+    num_layers: Annotated[int, Field(gt=0, le=10_000)] = 4
     """L, number of blocks"""
-    embed_dim: PositiveInt = 128
+    embed_dim: Width = 128
     """D, width of the residual stream"""
-    num_heads: PositiveInt = 4
+    num_heads: Width = 4
     """N, number of query heads"""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Width | None = None
     """K, number of key/value heads: N (left out) is multi-head, 1 multi-query, between them grouped-query attention"""
-    head_dim: PositiveInt | None = None
+    head_dim: Width | None = None
     """H, width of one head; left out, D / N"""
-    mlp_dim: PositiveInt | None = None
+    mlp_dim: Width | None = None
     """F, width of the feed-forward layer; left out, 4 D"""
     feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu", "geglu", "geglu_tanh"] = "gelu"
     """between the two feed-forward matrices; `gelu` is the exact one (erf); the GLUs have a third matrix, the gate"""
@@ -84,28 +97,28 @@ class ModelConfig:
 
     positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "learned"
     """how the model knows the order of its tokens"""
-    rotary_base: Annotated[float, Field(gt=1)] = 10_000.0
+    rotary_base: Annotated[float, Field(gt=1, le=1e15)] = 10_000.0
     """base of the rotary wavelengths (theta)"""
-    rotary_window_base: Annotated[float, Field(gt=1)] | None = None
+    rotary_window_base: Annotated[float, Field(gt=1, le=1e15)] | None = None
     """the base in layers that have a window, whose waves are then not stretched; left out, all layers are alike"""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """part of each head's width that is rotated"""
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
     """how rotary wavelengths are stretched to reach beyond the length of the first training"""
-    rotary_scaling_factor: Annotated[float, Field(ge=1)] = 8.0
+    rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15)] = 8.0
     """by how much they are stretched"""
-    rotary_low_frequency_factor: PositiveFloat = 1.0
+    rotary_low_frequency_factor: Positive = 1.0
     """llama3: wavelengths over original context / this are stretched in full"""
-    rotary_high_frequency_factor: PositiveFloat = 4.0
+    rotary_high_frequency_factor: Positive = 4.0
     """llama3: wavelengths under original context / this stay as they are"""
-    rotary_original_context: PositiveInt = 8192
+    rotary_original_context: Count = 8192
     """llama3: the context length of the first training, in tokens"""
-    embed_scale: PositiveFloat = 1.0
+    embed_scale: Positive = 1.0
     """token embeddings are multiplied by this"""
 
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """how activations are normalised"""
-    norm_epsilon: PositiveFloat = 1e-5
+    norm_epsilon: Epsilon = 1e-5
     """added to the variance before the square root"""
     norm_position: Literal["pre", "post", "both", "output"] = "pre"
     """pre: x + f(norm(x)); post: norm(x + f(x)); both: x + norm(f(norm(x))); output: x + norm(f(x))"""
@@ -125,18 +138,18 @@ class ModelConfig:
     tied_head: bool = True
     """the head that makes logits is the embedding, transposed"""
 
-    window: PositiveInt | None = None
+    window: Count | None = None
     """a position sees itself and the window - 1 positions before it; left out, all before it"""
     window_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (True,)
     """which layers have the window, repeated over the stack: [true, false] is every other layer"""
-    attention_scale: PositiveFloat | None = None
+    attention_scale: Positive | None = None
     """scores are multiplied by this; left out, 1 / sqrt(H)"""
-    attention_soft_cap: PositiveFloat | None = None
+    attention_soft_cap: Positive | None = None
     """scores are squashed into ± this by tanh"""
-    logit_soft_cap: PositiveFloat | None = None
+    logit_soft_cap: Positive | None = None
     """logits are squashed into ± this by tanh"""
 
-    init_stddev: PositiveFloat = 0.02
+    init_stddev: Positive = 0.02
     """standard deviation of the matrices at the start"""
     output_init: Literal["scaled", "zero"] = "scaled"
     """matrices that write into the residual stream start at init_stddev / sqrt(2 L), or at zero"""
@@ -265,7 +278,7 @@ class DataConfig:
     """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's help texts"""
     tokenizer: str = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
-    bpe_vocab_size: Annotated[int, Field(ge=257)] = 1024
+    bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24)] = 1024
     """number of tokens a bpe tokenizer is trained to have"""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """the last part of the text, in characters, is kept for validation"""
@@ -277,15 +290,15 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of attention and feed-forward, AdamW for all else"""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: LearningRate = 1e-3
     """peak learning rate of AdamW"""
-    muon_learning_rate: PositiveFloat = 0.02
+    muon_learning_rate: LearningRate = 0.02
     """peak learning rate of Muon; it follows the same schedule"""
     muon_momentum: Fraction = 0.95
     """decay of Muon's momentum"""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """learning rate after the warm-up; wsd (warm-up, stable, decay) stays at the peak, then falls in a line"""
-    warmup_steps: NonNegativeInt | None = None
+    warmup_steps: CountOrZero | None = None
     """steps in which the learning rate rises from 0; left out, a twentieth of all steps"""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd: the last part of all steps, in which the rate falls"""
@@ -295,13 +308,13 @@ class OptimizerConfig:
     """decay of AdamW's mean of gradients"""
     beta2: Fraction = 0.99
     """decay of AdamW's mean of squared gradients"""
-    epsilon: PositiveFloat = 1e-8
+    epsilon: Epsilon = 1e-8
     """added to the root in AdamW's denominator"""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: NonNegative = 0.1
     """decoupled weight decay, times the learning rate"""
     decay: Literal["matrices", "all"] = "matrices"
     """what decays: matrices and embeddings only, or biases and norms too"""
-    clip_norm: NonNegativeFloat = 1.0
+    clip_norm: NonNegative = 1.0
     """gradients longer than this are scaled down to it; 0 is off"""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """what AdamW's two moments and Muon's momentum are kept in; bfloat16, rounded at random, takes half the memory"""
@@ -311,30 +324,37 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long, how much at once, and what is kept."""
 
-    num_steps: PositiveInt = 2000
+    num_steps: Count = 2000
     """number of optimizer steps"""
-    batch_size: PositiveInt = 12
+    batch_size: Count = 12
     """B, sequences a step, over all devices"""
-    accumulation_steps: PositiveInt = 1
+    accumulation_steps: Count = 1
     """a step's batch is computed in this many parts, one after the other: less memory, the same result"""
-    eval_every: PositiveInt = 250
+    eval_every: Count = 250
     """steps between evaluations"""
-    eval_batches: NonNegativeInt = 0
+    eval_batches: CountOrZero = 0
     """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
-    save_every: PositiveInt = 500
+    save_every: Count = 500
     """steps between checkpoints; the last step is always saved"""
-    keep_newest: PositiveInt = 2
+    keep_newest: Count = 2
     """newest checkpoints to keep, beside the best one"""
-    log_every: PositiveInt = 10
+    log_every: Count = 10
     """steps between lines in metrics.jsonl"""
-    z_loss: NonNegativeFloat = 0.0
+    z_loss: NonNegative = 0.0
     """weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (PaLM uses 1e-4)"""
-    loss_chunk_tokens: NonNegativeInt | None = None
+    nan: Literal["stop", "skip"] = "stop"
+    """what to do where loss or gradients are not finite, which never changes parameters: end the run, or go on with the
+    next batch"""
+    skip_spikes: Annotated[NonNegative, AfterValidator(_is_off_or_over_one)] = 0.0
+    """a batch whose loss is over this many times the running mean of losses is passed over; 0 is off"""
+    skip_limit: CountOrZero = 10
+    """most batches that may be passed over in all; one more ends the run"""
+    loss_chunk_tokens: CountOrZero | None = None
     """a device makes the logits of this many tokens at a time, and no more are ever held: less memory, the same result;
     0: of all at once; left out: of as many as make 1 GiB"""
-    sample_tokens: NonNegativeInt = 500
+    sample_tokens: CountOrZero = 500
     """length of the text written after training, in tokens; 0 writes none"""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """start of all randomness: weights, order of the text, dropout, sample"""
 
 
@@ -365,13 +385,13 @@ class DistributedConfig:
 
     coordinator: str | None = None
     """HOST:PORT of the first process, the same for all; left out, the launcher says it, or there is only one"""
-    num_processes: PositiveInt | None = None
+    num_processes: Count | None = None
     """how many processes there are; left out, the launcher says it"""
-    process_id: NonNegativeInt | None = None
+    process_id: CountOrZero | None = None
     """which of them this is, from 0; left out, the launcher says it"""
-    heartbeat_seconds: PositiveInt = 100
+    heartbeat_seconds: Count = 100
     """a process that is silent for so long is taken for dead, and the others end too"""
-    join_seconds: PositiveInt = 300
+    join_seconds: Count = 300
     """how long to wait at the start until all processes are there"""
 
     @model_validator(mode="after")
@@ -415,6 +435,22 @@ class Config:
         batch, parts = self.training.batch_size, self.training.accumulation_steps
         if batch % parts != 0:
             raise ValueError(f"training.batch_size = {batch} is not a multiple of accumulation_steps = {parts}")
+        length = self.model.context_length
+        if batch * length >= 2**31:
+            raise ValueError(
+                f"training.batch_size = {batch} times model.context_length = {length} is {batch * length} tokens a "
+                f"step, but the most is {2**31 - 1}"
+            )
+        optimizer = self.optimizer
+        rates = {"learning_rate": optimizer.learning_rate}
+        if optimizer.name == "muon":
+            rates["muon_learning_rate"] = optimizer.muon_learning_rate
+        for name, rate in rates.items():
+            if rate * optimizer.weight_decay > 1:
+                raise ValueError(
+                    f"optimizer.{name} = {rate} times weight_decay = {optimizer.weight_decay} is more than 1, "
+                    "but it is the part of each weight that a step takes away"
+                )
         steps, warmup = self.training.num_steps, self.optimizer.warmup_steps
         if warmup is not None and warmup >= steps:
             raise ValueError(f"optimizer.warmup_steps = {warmup} must be under training.num_steps = {steps}")
@@ -470,6 +506,9 @@ def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[s
             raise UserError(f"{source}: there is no section [{section}]{_nearest(section, list(SECTIONS))}")
         if not isinstance(values, dict):
             raise UserError(f"{source}: {section} must be a table, [{section}]")
+        for field, value in values.items():
+            name = f"{section}.{field}"
+            _refuse_no_text(value, name, _source_of(name, source, overridden))
         try:
             parts[section] = SECTIONS[section](**values)
         except ValidationError as error:
@@ -499,15 +538,54 @@ def fields_of(section: str) -> dict[str, Any]:
 SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
 
 
+# The shipped ones have 1 kB, and one with every field has 5.
+_MOST_CONFIG_BYTES = 1_000_000
+
+# How a value stands in a message: long and deep ones are cut.
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 100
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = file.read(_MOST_CONFIG_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; give a TOML file, such as configs/tiny.toml"
+        ) from None
+    if len(content) > _MOST_CONFIG_BYTES:
+        raise UserError(f"{path}: has over {_MOST_CONFIG_BYTES:,} bytes, so it is no config; give a TOML file")
+    try:
+        return _parse_toml(content.decode("utf-8").removeprefix("\ufeff"))  # some editors begin a file with this mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = content[error.start]
+        raise UserError(f"{path}: is not UTF-8 (byte 0x{byte:02X} at offset {error.start}, line {line})") from None
+    except ValueError as error:
         raise UserError(f"{path}: is not valid TOML: {error}") from None
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """What TOML says; ValueError, whatever is wrong with it."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _refuse_no_text(value: Any, name: str, source: str) -> None:
+    """Raises UserError where a text in a setting cannot be written to a file, or be the name of one."""
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str) and ("\0" in text or not _is_unicode(text)):
+            raise UserError(f"{source}: {name} = {text!a} has a NUL character or is not UTF-8; rename the file")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: bytes that are not come from the command line as half surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _find_field(name: str) -> tuple[str, str]:
@@ -527,8 +605,8 @@ def _plain_value(section: str, field: str, value: Any) -> Any:
     if str in _leaf_types(fields_of(section)[field].annotation) and not value.startswith("["):
         return value
     try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _parse_toml(f"value = {value}")["value"]
+    except ValueError:
         return value
 
 
@@ -548,16 +626,19 @@ def _first_complaint(error: ValidationError, section: str, source: str, overridd
     complaint, *others = error.errors(include_url=False)
     fields = [str(part) for part in complaint["loc"][:1]]  # deeper parts name branches of a union
     name = ".".join(part for part in (section, *fields) if part)
-    if name in overridden:
-        source = "the command line or overrides"
+    source = _source_of(name, source, overridden)
     if complaint["type"] == "unexpected_keyword_argument":
         what = f"there is no setting {name}{_nearest(fields[0], list(fields_of(section)))}"
     elif complaint["type"] == "value_error":
         what = f"{name}: {complaint['msg']}".replace("Value error, ", "").removeprefix(": ")
     else:
-        what = f"{name} = {complaint['input']!r}: {complaint['msg'].lower()}"
+        what = f"{name} = {_VALUES.repr(complaint['input'])}: {complaint['msg'].lower()}"
     count = len({other["loc"][:1] for other in others} - {complaint["loc"][:1]})
     return f"{source}: {what}" + (f" (and {count} more)" if count else "")
+
+
+def _source_of(name: str, source: str, overridden: Collection[str]) -> str:
+    return "the command line or overrides" if name in overridden else source
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -1,14 +1,42 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, and files that are safe to read."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
+
+# Opening a FIFO waits for a writer, unless told not to. Windows knows no FIFOs, but text files.
+_READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+def open_regular(path: str | os.PathLike[str], *, follows: bool = True) -> BufferedReader:
+    """Opens a file to read its bytes, if it is one: a FIFO might never answer, a device never end.
+
+    Args:
+        path: of the file.
+        follows: also reads the file to which a link leads.
+
+    Raises:
+        OSError: there is nothing to read there; its `strerror` says why.
+    """
+    mode = os.stat(path, follow_symlinks=follows).st_mode
+    if stat.S_ISREG(mode):  # else it is not opened: some devices act on that alone
+        descriptor = os.open(path, _READING if follows else _READING | _NO_LINK)
+        mode = os.fstat(descriptor).st_mode  # something else may have taken its name in between
+        if stat.S_ISREG(mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
+    raise OSError(errno.EINVAL, f"is {kind}", os.fspath(path))
 
 
 @contextlib.contextmanager
@@ -67,7 +95,7 @@ def flush_names(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

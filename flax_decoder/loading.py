@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flax_decoder.config import Config, DataConfig, load_config, to_toml
-from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
+from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import new_folder, write_text
 from flax_decoder.interop.choice import choose_family
@@ -14,7 +14,7 @@ from flax_decoder.interop.hugging_face import (
     is_model_folder,
     read_family,
     read_folder,
-    read_special_tokens,
+    read_tokenizer,
     write_folder,
     write_special_tokens,
 )
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | os.PathLike[str], *, step: int | Literal["latest", "best"] = "latest", shardings: Any = None
+    path: str | os.PathLike[str],
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    shardings: Any = None,
+    allow_nan: bool = False,
 ) -> tuple[Decoder, Any, Tokenizer | None]:
     """Opens a trained model.
 
@@ -38,6 +42,7 @@ def load(
             many steps.
         shardings: where the parameters go, each straight to its devices: one `jax.sharding.Sharding` for all, or a
             tree of them like the parameters. Left out, they go to the default device.
+        allow_nan: reads a Hugging Face folder whose weights are NaN or infinite somewhere, too. A run has none.
 
     Returns:
         The model, its parameters, and its tokenizer; None for a Hugging Face folder without a tokenizer.json.
@@ -58,11 +63,15 @@ def load(
         )
     if step != "latest":
         raise UserError(f"{folder}: is a Hugging Face folder and has no checkpoints to choose from; leave out --step")
-    return read_folder(folder, shardings)
+    return read_folder(folder, shardings, allow_nan=allow_nan)
 
 
 def convert(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], *, model_type: str | None = None
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    model_type: str | None = None,
+    allow_nan: bool = False,
 ) -> None:
     """Makes a Hugging Face folder out of a run folder, or a run folder out of a Hugging Face folder.
 
@@ -70,6 +79,7 @@ def convert(
         source: the folder to read, which says the direction.
         destination: the new folder: it must not exist, or be empty. It is there whole or not at all.
         model_type: the Hugging Face model type to write; left out, the one that is nearest to the model.
+        allow_nan: see `load`.
 
     Raises:
         UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
@@ -79,7 +89,7 @@ def convert(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: exists and is not empty; give a new folder to convert into")
     to_run = source.is_dir() and not _is_run_folder(source)
-    model, params, tokenizer = load(source)
+    model, params, tokenizer = load(source, allow_nan=allow_nan)
     if to_run and model_type is not None:
         raise UserError(f"{source}: a run folder is made of it, which has no model type; leave out --model-type")
     try:
@@ -100,6 +110,7 @@ def compare(
     model: Decoder | None = None,
     params: Any = None,
     torch_model: Any = None,
+    allow_nan: bool = False,
     **settings: Any,
 ) -> "Ledger":
     """Holds a model to PyTorch's numbers, tensor by tensor: `assert fd.compare("my_model").holds`.
@@ -110,6 +121,7 @@ def compare(
         model: a network to compare in place of the one that `path` gives.
         params: parameters to compare in place of those that `path` gives.
         torch_model: a model of `transformers` to compare with in place of the one in `path`; it stays as it is.
+        allow_nan: see `load`.
         **settings: see `interop.compare.compare_models`: tx, optimizer, batch_size, length, accumulation_steps, seed.
 
     Returns:
@@ -128,7 +140,7 @@ def compare(
         raise UserError(
             f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
         ) from None
-    own_model, own_params, tokenizer = load(path)
+    own_model, own_params, tokenizer = load(path, allow_nan=allow_nan)
     folder = Path(path)
     is_run = _is_run_folder(folder)
     family = choose_family(own_model.config, str(path)) if is_run else read_family(folder)
@@ -143,10 +155,10 @@ def compare(
 
 
 def load_with_tokenizer(
-    path: str | os.PathLike[str], step: int | Literal["latest", "best"]
+    path: str | os.PathLike[str], step: int | Literal["latest", "best"], *, allow_nan: bool = False
 ) -> tuple[Decoder, Any, Tokenizer]:
     """As `load`, for those who cannot do without the tokenizer. Raises UserError also where there is none."""
-    model, params, tokenizer = load(path, step=step)
+    model, params, tokenizer = load(path, step=step, allow_nan=allow_nan)
     return model, params, _required(tokenizer, Path(path))
 
 
@@ -169,8 +181,7 @@ def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: An
     refuse_changed_model(folder, config)
     refuse_changed_files(folder, ["tokenizer.json"])
     model = Decoder(for_these_devices(config.model))
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    read_special_tokens(folder, tokenizer)
+    tokenizer = _required(read_tokenizer(folder), folder)
     return model, restore_params(folder, step, abstract_params(model, shardings)), tokenizer
 
 

@@ -144,21 +144,21 @@ def test_a_run_folders_own_config_means_that_folder(write, tmp_path):
 
 MODELS = st.fixed_dictionaries(
     {
-        "num_layers": st.integers(1, 10**6),
+        "num_layers": st.integers(1, 10**4),
         "num_kv_heads": st.sampled_from([None, 1, 2, 4]),
         "positions": st.sampled_from(["learned", "rotary", "alibi"]),
         "rotary_base": st.floats(1, 1e9, exclude_min=True),
         "window": st.integers(1, 99),
         "window_pattern": st.lists(st.booleans(), min_size=1, max_size=4).map(tuple),
-        "logit_soft_cap": st.none() | st.floats(1e-300, 1e300),
+        "logit_soft_cap": st.none() | st.floats(1e-15, 1e15),
         "qk_norm": st.booleans(),
     }
 )
-TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 
 
 @settings(deadline=None, max_examples=100)
-@given(MODELS, TEXT, st.lists(TEXT).map(tuple) | TEXT, st.floats(0, 1e300))
+@given(MODELS, TEXT, st.lists(TEXT).map(tuple) | TEXT, st.floats(0, 1e3))
 def test_settings_survive_toml(tmp_path_factory, model, folder, data_path, weight_decay):
     config = Config(
         model=ModelConfig(**model),
@@ -245,6 +245,15 @@ RULES = [
     ),
     ({"model.attention": "cudnn", "model.dtype": "bfloat16", "model.head_dim": 12}, "not head_dim = 12"),
     ({"model.attention": "cudnn", "model.dtype": "bfloat16", "model.head_dim": 264}, "not head_dim = 264"),
+    (
+        {"training.batch_size": 2**20, "model.context_length": 2**11},
+        f"training.batch_size = {2**20} times model.context_length = {2**11} is {2**31} tokens a step",
+    ),
+    ({"optimizer.weight_decay": 2000.0}, "optimizer.learning_rate = 0.001 times weight_decay = 2000.0 is more than 1"),
+    (
+        {"optimizer.name": "muon", "optimizer.weight_decay": 60.0},
+        "optimizer.muon_learning_rate = 0.02 times weight_decay = 60.0 is more than 1",
+    ),
     ({"training.accumulation_steps": 5}, "training.batch_size = 12 is not a multiple of accumulation_steps = 5"),
     (
         {"optimizer.warmup_steps": 100, "training.num_steps": 100},
@@ -277,6 +286,21 @@ VALUES = [
     ("model.dropout", 1.0),
     ("model.dropout", -0.1),
     ("model.dropout", float("nan")),
+    ("model.embed_dim", 10**9),
+    ("model.num_layers", 10**9),
+    ("model.context_length", 2**31),
+    ("model.init_stddev", 1e30),
+    ("model.norm_epsilon", 1e-40),
+    ("optimizer.learning_rate", 1e30),
+    ("optimizer.epsilon", 1e-40),
+    ("optimizer.beta2", 0.99999999),
+    ("training.batch_size", 10**12),
+    ("training.num_steps", 2**31),
+    ("training.seed", 2**32),
+    ("training.nan", "ignore"),
+    ("training.skip_spikes", 0.5),
+    ("training.skip_spikes", -3.0),
+    ("training.skip_limit", -1),
     ("model.rotary_base", 1.0),
     ("model.rotary_fraction", 0.0),
     ("model.rotary_fraction", 1.5),
@@ -373,7 +397,5 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     path = tmp_path / "absent.toml"
     assert refusal(path) == f"{path}: there is no such config file"
     assert refusal(tmp_path).startswith(f"{tmp_path}: cannot be read")
-    path.write_bytes(b"\xff\xfe\x00")
-    assert refusal(path).startswith(f"{path}: cannot be read")
     path.write_text("# " + "é" * 5, encoding="latin-1")
-    assert refusal(path).startswith(f"{path}: cannot be read")
+    assert refusal(path).startswith(f"{path}: is not UTF-8")

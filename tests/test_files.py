@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flax_decoder.files import new_folder, replacing, write_text
+from flax_decoder.files import new_folder, open_regular, replacing, write_text
 
 
 def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
@@ -81,6 +81,40 @@ def test_two_processes_may_clear_away_the_same_leftover(tmp_path, monkeypatch):
     with new_folder(tmp_path / "folder"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"one\r\ntwo")
+    (tmp_path / "link").symlink_to(path)
+    for name in ("a", "link"):
+        with open_regular(tmp_path / name) as file:
+            assert file.read() == b"one\r\ntwo"
+    os.mkfifo(tmp_path / "fifo")
+    for name, kind in {"fifo": "not a regular file", ".": "a folder", "/dev/zero": "not a regular file"}.items():
+        with pytest.raises(OSError, match=f"is {kind}"):
+            open_regular(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "nothing")
+
+
+def test_a_file_whose_name_something_else_takes_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_text("text")
+    really_open = os.open
+    descriptors = []
+
+    def swap(name, flags):
+        path.unlink()
+        os.mkfifo(path)
+        descriptors.append(really_open(name, flags))  # returns at once, with no one to write into the FIFO
+        return descriptors[-1]
+
+    monkeypatch.setattr(os, "open", swap)
+    with pytest.raises(OSError, match="is not a regular file"):
+        open_regular(path)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptors[0])
 
 
 def test_whoever_is_ready_first_has_the_new_folder(tmp_path):

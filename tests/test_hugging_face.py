@@ -1,4 +1,4 @@
-"""Hugging Face folders: what goes out comes in again, and what cannot be trusted is refused by name."""
+"""Hugging Face folders: what goes out comes in again. What is made to do harm is in faults/test_foreign_*.py."""
 
 import dataclasses
 import functools
@@ -80,7 +80,8 @@ def change(path, **fields):
 
 
 def tensors_of(path):
-    return {name: tensor.read() for name, tensor in read_header(path).items()}
+    with open(path, "rb") as file:
+        return {name: tensor.read() for name, tensor in read_header(file, path).items()}
 
 
 def safetensors_bytes(header, numbers=b""):
@@ -350,6 +351,7 @@ def test_the_original_context_is_the_context_where_it_is_left_out():
         ({"model_type": "bert"}, ["model_type = 'bert'", "llama"]),
         ({"model_type": ["llama"]}, ["model_type = ['llama']"]),
         ({"model_type": None}, ["model_type = None"]),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, ["auto_map names Python code", "remove auto_map"]),
         ({"number_of_experts": 8}, ["number_of_experts = 8", "not known for llama"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
         ({"sliding_window": 4}, ["sliding_window = 4"]),
@@ -410,10 +412,9 @@ def test_settings_of_other_families_are_refused(model_type, fields, part):
     assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"model_type": "gpt2", "model_type": "llama"}', b"\xff"])
-def test_a_config_that_is_no_json_object_is_refused(content, folder, capsys):
-    (folder / "config.json").write_bytes(content)
-    assert str(folder / "config.json") in refusal_of(capsys, folder)
+def test_an_auto_map_that_names_nothing_does_not_matter(folder):
+    change(folder / "config.json", auto_map={})
+    fd.load(folder)
 
 
 # --- Weights ---
@@ -437,71 +438,43 @@ def test_half_precision_is_read_exactly(folder):
     np.testing.assert_array_equal(wide["b"][finite], halves.view(np.float16)[finite].astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        (b"", "is shorter than the 8 bytes"),
-        ((2**40).to_bytes(8, "little") + b"{}", "says that its header has 1,099,511,627,776 bytes"),
-        ((3).to_bytes(8, "little") + b"{}", "says that its header has 3 bytes"),
-        (safetensors_bytes(b" {}"), "does not begin with {"),
-        (safetensors_bytes(b"[]"), "does not begin with {"),
-        (safetensors_bytes(b'{"a":'), "is not valid JSON"),
-        (safetensors_bytes(b'{"a":' * 100_000), "is not valid JSON"),
-        (safetensors_bytes(b'{"a":{"dtype":"F32","dtype":"F32"}}'), 'the name "dtype" twice'),
-        (safetensors_bytes(b'{"a":1,"a":2}'), 'the name "a" twice'),
-        (safetensors_bytes({"a": 1}), "tensor a must have just"),
-        (safetensors_bytes({"a": entry() | {"x": 1}}, b"1234"), "tensor a must have just"),
-        (safetensors_bytes({"a": entry("F33")}, b"1234"), "unknown dtype 'F33'"),
-        (safetensors_bytes({"a": entry(["F32"])}, b"1234"), "unknown dtype ['F32']"),
-        (safetensors_bytes({"a": entry(shape=[-1])}, b"1234"), "[-1] must be a list"),
-        (safetensors_bytes({"a": entry(shape=[True])}, b"1234"), "[True] must be a list"),
-        (safetensors_bytes({"a": entry(shape=[1.0])}, b"1234"), "[1.0] must be a list"),
-        (safetensors_bytes({"a": entry(shape=[2])}, b"1234"), "takes 8 bytes"),
-        (safetensors_bytes({"a": entry(end=8)}, b"12345678"), "takes 4 bytes"),
-        (safetensors_bytes({"a": entry() | {"data_offsets": [0]}}, b"1234"), "must be a start and an end"),
-        (safetensors_bytes({"a": entry(), "b": entry()}, b"1234"), "inside of the tensor before it"),
-        (safetensors_bytes({"a": entry(), "b": entry(start=2, end=6)}, b"123456"), "inside of the tensor before it"),
-        (safetensors_bytes({"a": entry(), "b": entry(start=8, end=12)}, b"1" * 12), "there is a hole"),
-        (safetensors_bytes({"a": entry(start=4, end=8)}, b"1" * 8), "there is a hole"),
-        (safetensors_bytes({"a": entry()}, b"12345"), "holds 5 bytes"),
-        (safetensors_bytes({"a": entry()}, b"123"), "holds 3 bytes"),
-        (safetensors_bytes({"__metadata__": {"format": 1}}), "__metadata__"),
-    ],
-)
-def test_a_file_that_is_not_just_safetensors_is_refused(content, part, folder, capsys):
-    path = folder / "model.safetensors"
-    path.write_bytes(content)
-    message = refusal_of(capsys, folder)
-    assert message.startswith(f"error: {path}: ") and part in message
+@pytest.mark.parametrize("dtype", ["<f4", "<f2", "bfloat16"])
+@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf"])
+def test_the_first_number_that_is_none_is_found(value, dtype, monkeypatch):
+    dtype = jax.numpy.bfloat16 if dtype == "bfloat16" else dtype
+    numbers = np.random.default_rng(5).normal(size=(7, 5, 3)).astype(dtype)
+    numbers[0, 0, :2] = jax.numpy.finfo(dtype).max, jax.numpy.finfo(dtype).min
+    monkeypatch.setattr(weights, "_BLOCK_NUMBERS", 10)
+    assert weights.first_not_finite(numbers) is None and weights.first_not_finite(numbers[:0]) is None
+    number = -np.float32("nan") if value == "-nan" else np.float32(value)
+    for place in ((0, 0, 0), (3, 2, 1), (6, 4, 2)):
+        broken = numbers.copy()
+        broken[place] = broken[6, 4, 2] = number
+        assert weights.first_not_finite(broken) == place
 
 
-@pytest.mark.parametrize("kind", ["missing", "extra", "shape", "dtype", "twice"])
-def test_tensors_must_be_those_of_the_model(kind, folder, capsys):
+def test_weights_that_are_no_numbers_are_read_where_asked_for(folder, capsys):
     path = folder / "model.safetensors"
-    tensors = tensors_of(path)
-    name = "model.layers.1.self_attn.q_proj.weight"
-    if kind == "missing":
-        del tensors[name]
-    elif kind == "extra":
-        tensors["model.layers.1.self_attn.q_proj.bias"] = tensors[name][:, 0]
-    elif kind == "shape":
-        tensors[name] = tensors[name].T
-    elif kind == "twice":
-        tensors[name.removeprefix("model.")] = tensors[name]
+    tensors = {name: array.copy() for name, array in tensors_of(path).items()}
+    tensors["model.norm.weight"][3] = np.nan
     write_float32(path, tensors)
-    if kind == "dtype":
-        path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
-        name = next(iter(tensors))
-    message = refusal_of(capsys, folder)
-    assert (f"{name[:-7]}.bias" if kind == "extra" else name) in message
-    expected = {
-        "missing": "is missing",
-        "extra": "is no part of llama",
-        "shape": "config.json asks for (20, 14)",
-        "dtype": "is I32",
-        "twice": "twice",
-    }
-    assert expected[kind] in message
+    text, run = folder.parent / "text.txt", folder.parent / "run"
+    text.write_text("To be, or not to be. " * 5)
+    generating = ["generate", folder, "--prompt", "To be", "--max-new-tokens", "1"]
+    good = fd.load(shutil.copytree(template().name, folder.parent / "good"))[1]
+    for command in (
+        generating,
+        ["generate", folder.parent / "good", *generating[2:], "--draft", folder],
+        ["eval", folder, text],
+        ["convert", folder, run],
+    ):
+        message = refusal(capsys, *command)
+        assert "tensor model.norm.weight holds nan at [3]" in message and "--allow-nan" in message
+        assert main([str(word) for word in [*command, "--allow-nan"]]) == 0
+        capsys.readouterr()
+    read = fd.load(run)[1]
+    assert np.isnan(read["final_norm"]["scale"][3])
+    assert equal_trees(read["layers"], good["layers"])
 
 
 def test_known_extras_and_a_left_out_prefix_are_welcome(folder):
@@ -551,7 +524,8 @@ def test_one_tensor_at_a_time_is_in_memory(folder, monkeypatch):
 
     monkeypatch.setattr(Tensor, "read", tracked)
     fd.load(folder)
-    assert sorted(name for name, _ in seen) == sorted(read_header(folder / "model.safetensors"))
+    monkeypatch.undo()
+    assert sorted(name for name, _ in seen) == sorted(tensors_of(folder / "model.safetensors"))
 
 
 def test_large_tensors_are_written_in_pieces(folder, tmp_path, monkeypatch):
@@ -651,34 +625,6 @@ def test_shards_are_read(folder):
     assert equal_trees(fd.load(folder)[1], expected)
 
 
-@pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/hostname", "..", "", "a/b.safetensors", "a\\b", 3])
-def test_an_index_that_leads_out_of_the_folder_is_refused(shard, folder, capsys):
-    path, weight_map = split_in_two(folder)
-    first = next(iter(weight_map))
-    change(path, weight_map=weight_map | {first: shard})
-    message = refusal_of(capsys, folder)
-    assert str(path) in message
-    assert "weight_map must" in message if shard == 3 else f"{shard!r} is not the plain name" in message
-
-
-def test_a_link_out_of_the_folder_is_refused(folder, capsys):
-    outside = folder.parent / "outside.safetensors"
-    (folder / "model.safetensors").rename(outside)
-    (folder / "model.safetensors").symlink_to(outside)
-    assert "is a link out of its folder" in refusal_of(capsys, folder)
-
-
-def test_the_download_cache_of_hugging_face_is_read(folder):
-    """There a folder holds links to ../../blobs."""
-    cache = folder.parent / "models--someone--model"
-    (cache / "blobs").mkdir(parents=True)
-    (cache / "snapshots").mkdir()
-    folder = folder.rename(cache / "snapshots" / "abc")
-    (folder / "model.safetensors").rename(cache / "blobs" / "f00")
-    (folder / "model.safetensors").symlink_to("../../blobs/f00")
-    fd.load(folder)
-
-
 def test_index_and_shards_must_agree(folder, capsys):
     path, weight_map = split_in_two(folder)
     first, last = next(iter(weight_map)), list(weight_map)[-1]
@@ -689,13 +635,6 @@ def test_index_and_shards_must_agree(folder, capsys):
     change(path, weight_map=weight_map)
     (folder / weight_map[last]).unlink()
     assert weight_map[last] in refusal_of(capsys, folder)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"])
-def test_pickles_are_refused_with_the_way_out(name, folder, capsys):
-    (folder / "model.safetensors").rename(folder / name)
-    message = refusal_of(capsys, folder)
-    assert name in message and "can run any code" in message and "save_pretrained" in message
 
 
 def test_a_folder_without_weights_is_refused(folder, capsys):

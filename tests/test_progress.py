@@ -14,8 +14,8 @@ def test_a_call_takes_as_many_steps_as_fit_into_its_time(monkeypatch, step_secon
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     pace = Pace(most_steps=10)
     assert pace.num_steps == 1
-    with pace.timed(1):
-        pass
+    pace.start()
+    pace.stop(1)
     assert pace.seconds_a_step == pytest.approx(step_seconds)
     assert pace.num_steps == expected
 
@@ -24,11 +24,11 @@ def test_the_call_that_compiles_does_not_set_the_pace_for_long(monkeypatch):
     times = iter([0.0, 60.0, 60.0, 60.1])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
     pace = Pace(most_steps=10)
-    with pace.timed(1):
-        pass
+    pace.start()
+    pace.stop(1)
     assert pace.num_steps == 1
-    with pace.timed(1):
-        pass
+    pace.start()
+    pace.stop(1)
     assert pace.num_steps == 10
 
 
@@ -57,7 +57,7 @@ def test_without_a_terminal_there_are_plain_lines(monkeypatch):
 
 def test_a_terminal_has_a_bar_with_loss_speed_and_time_left(monkeypatch):
     output = shown(monkeypatch, True, row(10), row(20))
-    assert "20/400" in output and "loss 2.500  50 tokens/s" in output and "\x1b[" in output
+    assert "20/400" in output and "loss 2.5000  50 tokens/s" in output and "\x1b[" in output
     assert "s left" not in output
 
 

@@ -6,6 +6,7 @@ with the marks that the model was trained on. It runs in a sandbox: it comes wit
 
 import datetime
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,11 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flax_decoder.data.foreign_file import open_inside, read_content
+from flax_decoder.data.strict_json import LISTING, parse_object
 from flax_decoder.errors import UserError
+
+_LONGEST_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
 
 Message = Mapping[str, str]
 """Has "role" ("system", "user" or "assistant") and "content"."""
@@ -42,7 +47,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # Jinja writes Python, whose compiler has limits and errors of its own
             raise UserError(f"{name}: cannot be used: {error}") from None
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -63,15 +68,21 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     Raises:
         UserError: there is none, or it cannot be used.
     """
-    path = folder / "tokenizer_config.json"
-    try:
-        document = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        file = folder / "chat_template.jinja"
-        source = file.read_text("utf-8") if file.is_file() else document.get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    document: dict[str, Any] = {}
+    if os.path.lexists(path):
+        content = read_content(open_inside(folder, path.name), LISTING.num_bytes, str(path))
+        document = parse_object(content, str(path), LISTING)
+    source = document.get("chat_template")
+    if os.path.lexists(file):
+        content = read_content(open_inside(folder, file.name), _LONGEST_TEMPLATE_BYTES, str(file))
+        try:
+            source = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: is not UTF-8: {error}; get it again") from None
     if isinstance(source, list):  # several, by their names
-        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[0].get("template") if named else None
     if not isinstance(source, str):
         raise UserError(
             f"{folder}: brings no chat template: no chat_template.jinja, no chat_template in tokenizer_config.json;\n"
@@ -80,9 +91,10 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     special_tokens = {
         name: value["content"] if isinstance(value, dict) else value
         for name, value in document.items()
-        if name.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+        if name.endswith("_token")
+        and (isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str)))
     }
-    return ChatTemplate(source, special_tokens, str(file if file.is_file() else path))
+    return ChatTemplate(source, special_tokens, str(file if os.path.lexists(file) else path))
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -6,20 +6,21 @@ A text is read byte for byte or refused, with the file, the reason and the way t
 import codecs
 import glob
 import hashlib
+import io
 import json
 import os
 import shlex
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
 from flax_decoder.config import DataConfig
 from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer
-from flax_decoder.errors import FaultError, UserError
-from flax_decoder.files import replacing
+from flax_decoder.errors import BrokenError, FaultError, UserError
+from flax_decoder.files import open_regular, replacing, sha256_of
 
 BUILT_IN = "pydoc_data.topics"
 """As `data.path`: the help texts of Python, some 465,000 characters of English that every CPython ships."""
@@ -40,6 +41,7 @@ _BYTE_ORDER_MARKS = {
 }
 _UNMARKED_ENCODINGS = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 _SAMPLE_BYTES = 4096  # enough to tell an encoding by
+_MOST_FACTS_BYTES = 1_000_000  # of a corpus.json, which has a few hundred and the names of the texts
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def read_text(path: str | tuple[str, ...] | None) -> SourceText:
         path = "input.txt" if os.path.exists("input.txt") else BUILT_IN
     names = (path,) if isinstance(path, str) else path
     if not names or not all(names):
-        raise UserError("data.path is empty; give a text file, a folder of .txt files or a glob, or leave it out")
+        raise UserError(
+            "the path of the text is empty; give a text file, a folder of .txt files or a glob, or leave it out"
+        )
     parts = [part for name in names for part in _read_parts(name)]
     ended = [part if part.endswith("\n") else part + "\n" for part in parts[:-1]]
     text = "".join([*ended, parts[-1]])
@@ -137,6 +141,8 @@ def prepare_corpus(data: DataConfig, context_length: int, vocab_size: int | None
 def save_corpus(corpus: Corpus, folder: str | os.PathLike[str]) -> None:
     """Writes a corpus; corpus.json comes last, so a folder that has it has everything.
 
+    It holds the SHA-256 of the two files of tokens, by which `load_corpus` knows that no bit of them has changed.
+
     Raises:
         FaultError: the folder cannot be written.
     """
@@ -152,10 +158,8 @@ def save_corpus(corpus: Corpus, folder: str | os.PathLike[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "corpus.json").unlink(missing_ok=True)
-        with replacing(folder / "train.npy") as file:
-            np.save(file, corpus.train_tokens)
-        with replacing(folder / "validation.npy") as file:
-            np.save(file, corpus.validation_tokens)
+        facts["train_sha256"] = _write_tokens(folder / "train.npy", corpus.train_tokens)
+        facts["validation_sha256"] = _write_tokens(folder / "validation.npy", corpus.validation_tokens)
         with replacing(folder / "corpus.json") as file:
             file.write(json.dumps(facts, indent=2).encode())
     except OSError as error:
@@ -166,28 +170,84 @@ def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
     """Opens a saved corpus; the tokens stay on disk, mapped read-only.
 
     Raises:
-        FaultError: a file is missing, or is not what corpus.json says.
+        BrokenError: a file is missing, or is not what corpus.json says.
     """
     folder = Path(folder)
-    path = folder / "corpus.json"
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        num_train, num_validation = facts.pop("train_tokens"), facts.pop("validation_tokens")
-        train_tokens = _map_tokens(folder / "train.npy", num_train)
-        validation_tokens = _map_tokens(folder / "validation.npy", num_validation)
-        return Corpus(train_tokens, validation_tokens, **facts)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FaultError(f"{path}: is missing or damaged; make the corpus again from its text: {error!r}") from None
+    facts = _read_facts(folder / "corpus.json")
+    return Corpus(
+        _map_tokens(folder / "train.npy", facts["train_tokens"], facts["train_sha256"]),
+        _map_tokens(folder / "validation.npy", facts["validation_tokens"], facts["validation_sha256"]),
+        **{name: facts[name] for name in ("train_bytes", "validation_bytes", "source", "sha256")},
+    )
 
 
-def _map_tokens(path: Path, num_tokens: int) -> np.ndarray:
+# What stands in a corpus.json.
+_FACTS = {
+    "train_tokens": int,
+    "validation_tokens": int,
+    "train_bytes": int,
+    "validation_bytes": int,
+    "source": str,
+    "sha256": str,
+    "train_sha256": str,
+    "validation_sha256": str,
+}
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """What a corpus.json says; BrokenError where it does not say all of it and nothing else."""
     try:
-        tokens = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise FaultError(f"{path}: is missing or damaged; make the corpus again from its text: {error!r}") from None
+        with open_regular(path) as file:
+            content = file.read(_MOST_FACTS_BYTES + 1)
+        if len(content) > _MOST_FACTS_BYTES:
+            raise ValueError(f"it has over {_MOST_FACTS_BYTES:,} bytes")
+        pairs = json.loads(content.decode("utf-8"), object_pairs_hook=list)
+        kinds = {name: type(value) for name, value in pairs} if _is_object(pairs) else {}
+        if kinds != _FACTS or len(pairs) != len(_FACTS):
+            different = [name for name in {**_FACTS, **kinds} if kinds.get(name) is not _FACTS.get(name)]
+            what = f"{', '.join(map(ascii, different[:3]))}: missing, unknown or of another kind"
+            raise ValueError(what if different else "it has a name twice")
+        return dict(pairs)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+
+
+def _is_object(pairs: Any) -> bool:
+    return isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
+
+
+def _write_tokens(path: Path, tokens: np.ndarray) -> str:
+    """Writes an array as a .npy file and returns the file's SHA-256, of what was meant and not of what was written."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
+    sha256 = hashlib.sha256()
+    with replacing(path) as file:
+        for part in (header.getbuffer(), tokens.data):
+            sha256.update(part)
+            file.write(part)
+    return sha256.hexdigest()
+
+
+def _map_tokens(path: Path, num_tokens: int, sha256: str) -> np.ndarray:
+    """The array of a .npy file; BrokenError where the file or the array is not the one that corpus.json tells of."""
+    try:
+        actual = sha256_of(path)
+        if actual != sha256:
+            raise ValueError(f"its SHA-256 is {actual}, but corpus.json says {sha256}")
+        # Unlike np.load, it knows nothing of pickles and archives.
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a made-up header makes NumPy raise anything
+        raise _damaged(path, error) from None
     if tokens.shape != (num_tokens,) or tokens.dtype.kind != "u":
-        raise FaultError(f"{path}: holds {tokens.dtype} {tokens.shape}, but corpus.json says {num_tokens} tokens")
+        raise BrokenError(f"{path}: holds {tokens.dtype} {tokens.shape}, but corpus.json says {num_tokens} tokens")
     return tokens
+
+
+def _damaged(path: Path, error: Exception) -> BrokenError:
+    return BrokenError(
+        f"{path}: is missing or damaged: {getattr(error, 'strerror', None) or error};\n"
+        "put back a copy of the run folder, or train again on the text with another --run.folder"
+    )
 
 
 def _read_parts(name: str) -> Iterator[str]:
@@ -195,7 +255,7 @@ def _read_parts(name: str) -> Iterator[str]:
     if name == BUILT_IN:
         yield _read_built_in()
     elif os.path.isdir(name):
-        files = sorted(file for file in Path(name).rglob("*.txt") if not file.is_dir())
+        files = sorted(_text_files(name))
         if not files:
             raise UserError(f"{name}: there is no .txt file in this folder; give a folder of .txt files, or one file")
         yield from map(_read_file, files)
@@ -208,6 +268,18 @@ def _read_parts(name: str) -> Iterator[str]:
         yield _read_file(Path(name))
 
 
+def _text_files(folder: str) -> Iterator[Path]:
+    """All .txt files in a folder, however deep; UserError where a part of it cannot be looked into."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(
+            f"{error.filename}: this folder cannot be read: {error.strerror}; chmod it, or give its files"
+        ) from None
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(place, name) for name in names if name.endswith(".txt"))
+
+
 def _read_built_in() -> str:
     try:
         from pydoc_data.topics import topics
@@ -218,51 +290,73 @@ def _read_built_in() -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        # Looked at before it is opened: opening a FIFO waits for a writer, reading a device may never end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: is not a regular file; give a text file")
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read(_SAMPLE_BYTES)
+            _refuse_what_is_no_text(content, path)  # at once, however large the file is
+            content += file.read()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; give a text file, a folder of .txt files or a glob") from None
     except PermissionError:
         raise UserError(f"{path}: there is no permission to read it; chmod u+r {shlex.quote(str(path))}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; give a text file") from None
-    return _decode(content, path)
-
-
-def _decode(content: bytes, path: Path) -> str:
-    """The text of a file, exactly: no newline is translated; only a mark of UTF-8 at the start is dropped."""
-    for signature, (what, mend) in _SIGNATURES.items():
-        if content.startswith(signature):
-            raise UserError(f"{path}: is {what}, not text; {mend}")
-    encoding = _find_other_encoding(content)
-    if encoding is not None:
-        raise UserError(f"{path}: is {encoding}, not UTF-8; {_iconv(encoding, path)}")
-    if b"\0" in content:
-        raise UserError(
-            f"{path}: has NUL bytes (the first at offset {content.index(0)}), so it is binary, or text in UTF-16; "
-            "give a text file in UTF-8"
-        )
-    try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}: is not UTF-8 (byte 0x{content[error.start]:02X} at offset {error.start}, line {line});\n"
-            f"if it is Latin-1: {_iconv('latin1', path)}"
-        ) from None
+    except MemoryError:
+        raise UserError(f"{path}: is larger than this machine's memory; give a part of it") from None
+    text = decode_text(content, str(path), f"if it is Latin-1: {_iconv('latin1', path)}")
     if not text.strip():
         raise UserError(f"{path}: {'has only white space' if text else 'is empty'}; give a file with text in it")
     return text
 
 
-def _find_other_encoding(content: bytes) -> str | None:
+def decode_text(content: bytes, name: str, mend: str) -> str:
+    """The text of some bytes, exactly: no newline is translated; only a mark of UTF-8 at the start is dropped.
+
+    Args:
+        content: UTF-8.
+        name: of the source, which the message of an error begins with.
+        mend: what the message tells the user to do where the bytes are not UTF-8.
+
+    Raises:
+        UserError: the bytes are no UTF-8 text.
+    """
+    _refuse_nul(content, name)
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        byte, place = content[error.start], _place(content, error.start)
+        raise UserError(f"{name}: is not UTF-8 (byte 0x{byte:02X} at {place});\n{mend}") from None
+
+
+def _refuse_what_is_no_text(sample: bytes, path: Path) -> None:
+    """Raises UserError for a file whose beginning shows that it is no UTF-8 text."""
+    for signature, (what, mend) in _SIGNATURES.items():
+        if sample.startswith(signature):
+            raise UserError(f"{path}: is {what}, not text; {mend}")
+    encoding = _find_other_encoding(sample)
+    if encoding is not None:
+        raise UserError(f"{path}: is {encoding}, not UTF-8; {_iconv(encoding, path)}")
+    _refuse_nul(sample, str(path))
+
+
+def _refuse_nul(content: bytes, name: str) -> None:
+    start = content.find(0)
+    if start >= 0:
+        raise UserError(
+            f"{name}: has NUL bytes (the first at {_place(content, start)}), so it is binary, or text in UTF-16; "
+            "give text in UTF-8"
+        )
+
+
+def _place(content: bytes, offset: int) -> str:
+    line = content.count(b"\n", 0, offset) + 1
+    return f"offset {offset}, line {line}"
+
+
+def _find_other_encoding(sample: bytes) -> str | None:
     """UTF-16 or UTF-32 by its mark; without one, by the NUL bytes beside each ASCII character."""
     for mark, encoding in _BYTE_ORDER_MARKS.items():
-        if content.startswith(mark):
+        if sample.startswith(mark):
             return encoding
-    sample = content[:_SAMPLE_BYTES]
     if 4 * sample.count(0) < len(sample):  # English is half NUL bytes in UTF-16, three quarters in UTF-32
         return None
     for encoding in _UNMARKED_ENCODINGS:

@@ -5,6 +5,7 @@ tokenizer.json made elsewhere). Each writes a tokenizer.json that the Hugging Fa
 encodes and decodes the same there. The first two do not need that library, and encode a megabyte in milliseconds.
 """
 
+import contextlib
 import json
 import operator
 import os
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flax_decoder.data.foreign_file import open_named, read_content
+from flax_decoder.data.strict_json import VOCABULARY, parse_object, shown
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
 from flax_decoder.errors import UserError
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 KINDS = ("char", "byte", "bpe")
 
 _NUM_CODE_POINTS = 0x110000  # all of Unicode
+_MOST_TOKENS = 10_000_000  # the largest known vocabularies have 262,000
+_LONGEST_REASON = 300  # characters of what the library complains of, which may quote its input
 
 # Names of the tokens that open and close a text, in the tokenizer.json files of well-known models.
 _START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
@@ -34,6 +39,7 @@ _END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
 _PIECE_CHARACTERS = 1_000_000
 _CUT_CONTEXT_CHARACTERS = 200  # far longer than any token that a cut after a newline could split
 _CUT_TRIES = 100
+_LONGEST_TRAINED_WORD = 256  # bytes; training takes time that grows with the square of a word's length
 
 
 class Tokenizer(ABC):
@@ -69,7 +75,8 @@ class Tokenizer(ABC):
         """
         if hasattr(ids, "__array__"):
             ids = np.asarray(ids)  # one copy from the device, where iterating would make one an element
-        array = np.fromiter(map(operator.index, ids), np.int64)
+        is_array = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"
+        array = np.asarray(ids).astype(np.int64) if is_array else np.fromiter(map(operator.index, ids), np.int64)
         outside = (array < 0) | (array >= self.vocab_size)
         if outside.any():
             raise ValueError(f"token id {array[outside][0]} is not in the vocabulary: 0 to {self.vocab_size - 1}")
@@ -103,10 +110,12 @@ class CharTokenizer(Tokenizer):
         ids = self._ids[_code_points(text)]
         lacking = ids < 0
         if lacking.any():
-            character = text[int(lacking.argmax())]
+            place = int(lacking.argmax())
+            character, line = text[place], text.count("\n", 0, place) + 1
             raise UserError(
-                f"the text has {character!r} (U+{ord(character):04X}), which this char vocabulary of {self.vocab_size} "
-                'characters lacks; use one of its characters, or train with data.tokenizer = "byte"'
+                f"the text has {character!r} (U+{ord(character):04X}, at character {place}, line {line}), which this "
+                f"char vocabulary of {self.vocab_size} characters lacks;\nuse one of its characters, or train with "
+                'data.tokenizer = "byte"'
             )
         return ids
 
@@ -158,16 +167,15 @@ class SubwordTokenizer(Tokenizer):
     def encode_prompt(self, text: str) -> list[int]:
         """See `Tokenizer.encode_prompt`; what the file puts behind a text would end it, and is left out."""
         plain = self.encode(text)
-        around = self._tokenizer.encode(text, add_special_tokens=True).ids
+        with _refusing("the tokenizer cannot encode this text"):
+            around = self._tokenizer.encode(text, add_special_tokens=True).ids
         starts = range(len(around) - len(plain) + 1)
         start = next((i for i in starts if around[i : i + len(plain)] == plain), 0)
         return around[:start] + plain
 
     def _encode_piece(self, piece: str) -> list[int]:
-        try:
+        with _refusing("the tokenizer cannot encode this text"):
             return self._tokenizer.encode(piece, add_special_tokens=False).ids
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"the tokenizer cannot encode this text: {error}") from None
 
     def _pieces(self, text: str) -> Iterator[str]:
         start = 0
@@ -177,27 +185,38 @@ class SubwordTokenizer(Tokenizer):
             start = end
 
     def _find_cut(self, text: str, earliest: int) -> int:
-        """Where, from `earliest` on, the text can be cut with no change to its tokens: after some newline, or its end.
+        """Where, from `earliest` on, the text can be cut with no change to its tokens, at the latest at its end.
 
-        What may happen at a cut depends on the tokenizer (some put a space before each text), so it is tried out.
+        What may happen at a cut depends on the tokenizer (some put a space before each text), so it is tried out with
+        some text before and after it.
         """
-        cut = earliest
-        for _ in range(_CUT_TRIES):
-            cut = text.find("\n", cut) + 1
-            if cut == 0:
-                break
-            before = text[max(cut - _CUT_CONTEXT_CHARACTERS, 0) : cut]
-            after = text[cut : cut + _CUT_CONTEXT_CHARACTERS]
-            if self._encode_piece(before + after) == self._encode_piece(before) + self._encode_piece(after):
-                return cut
+        for start in range(earliest, len(text), _PIECE_CHARACTERS):
+            for cut in _cuts(text, start, start + _PIECE_CHARACTERS):
+                before = text[max(cut - _CUT_CONTEXT_CHARACTERS, 0) : cut]
+                after = text[cut : cut + _CUT_CONTEXT_CHARACTERS]
+                if self._encode_piece(before + after) == self._encode_piece(before) + self._encode_piece(after):
+                    return cut
         return len(text)
 
     def _decode(self, ids: np.ndarray) -> str:
-        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        with _refusing("the tokenizer cannot decode its own tokens"):
+            return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_json(self) -> str:
         """As the library writes it."""
         return self._tokenizer.to_str()
+
+
+def _cuts(text: str, start: int, end: int) -> Iterator[int]:
+    """Places to try and cut a text at: after its newlines; in long lines before their spaces, else anywhere."""
+    for separator, length in (("\n", 1), (" ", 0), ("", 0)):
+        place = start
+        for _ in range(_CUT_TRIES):
+            place = text.find(separator, place, end)
+            if place < 0:
+                break
+            yield place + length
+            place += 1
 
 
 def make_tokenizer(kind: str, text: str, bpe_vocab_size: int) -> Tokenizer:
@@ -231,25 +250,61 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         UserError: the file is missing or is no tokenizer.json.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes().decode("utf-8")
-        document = json.loads(content)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such tokenizer.json") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; give the path of a tokenizer.json") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON, so no tokenizer.json: {error}") from None
+    content = read_content(open_named(Path(path)), VOCABULARY.num_bytes, str(path))
+    return parse_tokenizer(content, str(path))
+
+
+def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, as `load_tokenizer` gives it.
+
+    Args:
+        content: of the file.
+        source: what the message of an error begins with.
+
+    Raises:
+        UserError: it is not one, is too large, or could mean something else to another reader.
+    """
+    document = parse_object(content, source, VOCABULARY)
     own = _recognise(document)
     if own is not None:
         return own
+    model, added_tokens = document.get("model"), document.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise UserError(f"{source}: is not a tokenizer.json: it has no model with a vocab; get it again")
+    del document, model  # the library parses it all again
     import tokenizers
 
+    with _refusing(f"{source}: is not a tokenizer.json that the tokenizers library can use"):
+        library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        tokenizer = SubwordTokenizer(library)
+        tokenizer.encode_prompt("")  # where a template names tokens that there are none of, it fails only here
+        # The library quietly gives another id to an added token whose own is not the next one.
+        added = {token["content"]: token["id"] for token in added_tokens}
+        wrong = next((token for token, id in added.items() if library.token_to_id(token) != id), None)
+    if wrong is not None:
+        raise UserError(
+            f"{source}: gives the added token {shown(wrong)} the id {shown(added[wrong])}, which does not go with the "
+            "vocabulary; get it again"
+        )
+    if tokenizer.vocab_size > _MOST_TOKENS:
+        raise UserError(
+            f"{source}: has the token id {tokenizer.vocab_size - 1:,}, but no vocabulary has {_MOST_TOKENS:,} tokens; "
+            "it is damaged or made to do harm"
+        )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _refusing(complaint: str) -> Iterator[None]:
+    """Makes a UserError of anything that the `tokenizers` library raises."""
     try:
-        return SubwordTokenizer(tokenizers.Tokenizer.from_str(content))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path}: is not a tokenizer.json that the tokenizers library can use: {error}") from None
+        yield
+    except BaseException as error:
+        # Where its Rust code panics, that is no Exception, and has no name that could be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise UserError(f"{complaint}: {reason}") from None
 
 
 def _recognise(document: Any) -> Tokenizer | None:
@@ -266,14 +321,17 @@ def _recognise(document: Any) -> Tokenizer | None:
 
 def _train_bpe(text: str, vocab_size: int) -> SubwordTokenizer:
     """Byte-level BPE as in GPT-2. All 256 bytes are tokens, so any text can be encoded, not only the one trained on."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = pre_tokenizers.Split(Regex(f".{{1,{_LONGEST_TRAINED_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, parts])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = list(byte_characters())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    tokenizer.pre_tokenizer = byte_level
     return SubwordTokenizer(tokenizer)
 
 

@@ -22,10 +22,16 @@ def _activation(theirs: str, words: Mapping[str, str], default: Any = REQUIRED) 
     return Setting(theirs, ("feed_forward",), default, words)
 
 
-def _whole(value: Any) -> int:
+def _whole(value: Any, most: int = 2**31 - 1) -> int:
     if type(value) is not int or value < 1:
         raise ValueError("must be a positive whole number")
+    if value > most:
+        raise ValueError(f"is more than {most:,}, the most that can be meant")
     return value
+
+
+def _layers(value: Any) -> int:
+    return _whole(value, 10_000)  # the deepest models have under 200
 
 
 def _inverse_root(value: Any) -> float:
@@ -39,7 +45,7 @@ def _size(theirs: str, ours: str, default: Any = REQUIRED) -> Setting:
 _SIZES = (
     _size("vocab_size", "vocab_size"),
     _size("hidden_size", "embed_dim"),
-    _size("num_hidden_layers", "num_layers"),
+    Setting("num_hidden_layers", ("num_layers",), read=_layers),
     _size("num_attention_heads", "num_heads"),
     _size("intermediate_size", "mlp_dim"),
     _size("max_position_embeddings", "context_length"),
@@ -124,7 +130,7 @@ GPT2 = Family(
     settings=(
         _size("vocab_size", "vocab_size"),
         _size("n_embd", "embed_dim"),
-        _size("n_layer", "num_layers"),
+        Setting("n_layer", ("num_layers",), read=_layers),
         _size("n_head", "num_heads"),
         _size("n_inner", "mlp_dim", None),
         _size("n_positions", "context_length"),

@@ -1,46 +1,52 @@
 """Hugging Face model folders: `config.json`, weights as safetensors, `tokenizer.json`, `generation_config.json`."""
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
+from flax_decoder.data.foreign_file import open_inside, read_content
+from flax_decoder.data.strict_json import LISTING, SETTINGS, VOCABULARY, Limits, parse_object, shown
+from flax_decoder.data.tokenizer import Tokenizer, parse_tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.files import write_text
 from flax_decoder.interop.family import Family
 from flax_decoder.interop.settings import family_of, read_settings, write_settings
-from flax_decoder.interop.strict_json import read_object
 from flax_decoder.interop.tensor_file import Tensor, read_header, write_tensors
-from flax_decoder.interop.weights import Place, flatten, places, read_params, unflatten, write_arrays
+from flax_decoder.interop.weights import Place, flatten, places, read_params, refuse_too_large, unflatten, write_arrays
 from flax_decoder.nn.decoder import Decoder, abstract_params
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model*.bin*", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("pytorch_model*.bin*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz")
 # Large enough for few files, small enough for file systems and downloads.
 SHARD_BYTES = 5_000_000_000
 
 
 def is_model_folder(folder: Path) -> bool:
     """Whether this is the kind of folder that the functions below read."""
-    return (folder / "config.json").is_file()
+    return os.path.lexists(folder / "config.json")
 
 
 def read_family(folder: Path) -> Family:
     """The family of the model in a folder. Raises UserError where it is none of ours."""
-    return family_of(read_object(folder / "config.json"), str(folder / "config.json"))
+    return family_of(_read_json(folder, "config.json", SETTINGS), str(folder / "config.json"))
 
 
-def read_folder(folder: Path, shardings: Any = None) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
+def read_folder(
+    folder: Path, shardings: Any = None, *, allow_nan: bool = False
+) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
     """Opens a model.
 
     Args:
         folder: has at least config.json and the weights.
         shardings: where its parameters go, as in `abstract_params`.
+        allow_nan: reads weights that are NaN or infinite too.
 
     Returns:
         The model, its parameters in float32, and its tokenizer where it has a tokenizer.json.
@@ -48,16 +54,26 @@ def read_folder(folder: Path, shardings: Any = None) -> tuple[Decoder, dict[str,
     Raises:
         UserError: something in the folder cannot be used; the message names it.
     """
-    document = read_object(folder / "config.json")
+    document = _read_json(folder, "config.json", SETTINGS)
     source = str(folder / "config.json")
-    model = Decoder(read_settings(document, source))
-    wanted = flatten(abstract_params(model, shardings))
-    params = unflatten(read_params(_find_tensors(folder), family_of(document, source), wanted, folder))
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(folder / "tokenizer.json") if has_tokenizer else None
-    if tokenizer is not None:
-        read_special_tokens(folder, tokenizer)
-    return model, params, tokenizer
+    family, model = family_of(document, source), Decoder(read_settings(document, source))
+    with contextlib.ExitStack() as files:
+        tensors = _find_tensors(folder, files)
+        refuse_too_large(model.config, family, tensors, source)  # even shapes of absurd sizes cost time
+        wanted = flatten(abstract_params(model, shardings))
+        params = unflatten(read_params(tensors, family, wanted, folder, allow_nan=allow_nan))
+    return model, params, read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model folder or run folder; None where it has no tokenizer.json. Raises UserError."""
+    name = "tokenizer.json"
+    if not os.path.lexists(folder / name):
+        return None
+    content = read_content(open_inside(folder, name), VOCABULARY.num_bytes, str(folder / name))
+    tokenizer = parse_tokenizer(content, str(folder / name))
+    _read_special_tokens(folder, tokenizer)
+    return tokenizer
 
 
 def write_folder(
@@ -97,21 +113,21 @@ def write_folder(
     _write_weights(folder, places(family, full_shapes), arrays, shard_bytes)
 
 
-def read_special_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+def _read_special_tokens(folder: Path, tokenizer: Tokenizer) -> None:
     """Lets a tokenizer know which tokens open and close a text, from generation_config.json or config.json.
 
     What neither says stays as the tokenizer has it.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        document = read_object(path) if path.is_file() else {}
+        document = _read_json(folder, name, SETTINGS) if os.path.lexists(path) else {}
         ids = {field: document.get(field) for field in ("bos_token_id", "eos_token_id")}
         if ids["eos_token_id"] is None and ids["bos_token_id"] is None:
             continue
         for field, value in ids.items():
             values = value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(id) is int for id in values):
-                raise UserError(f"{path}: {field} = {value!r} must be a token id, or a list of them")
+                raise UserError(f"{path}: {field} = {shown(value)} must be a token id, or a list of them")
             # Some files name ids that their own vocabulary does not have.
             known = tuple(id for id in values if 0 <= id < tokenizer.vocab_size)
             if known and field == "bos_token_id":
@@ -122,7 +138,7 @@ def read_special_tokens(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def write_special_tokens(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes generation_config.json, with which `read_special_tokens` gives an equal tokenizer the same tokens."""
+    """Writes generation_config.json, with which `read_tokenizer` gives an equal tokenizer the same tokens."""
     write_text(folder / "generation_config.json", _to_json(_special_tokens(tokenizer)))
 
 
@@ -140,47 +156,48 @@ def _shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten(abstract_params(model)).items()}
 
 
-def _find_tensors(folder: Path) -> dict[str, Tensor]:
-    """Where every tensor of a folder lies, over all its files."""
-    if (folder / _WEIGHTS).exists():
-        return read_header(_inside(folder, _WEIGHTS, folder))
+def _read_json(folder: Path, name: str, limits: Limits) -> dict[str, Any]:
+    """The JSON object in a file of a folder."""
+    source = str(folder / name)
+    return parse_object(read_content(open_inside(folder, name), limits.num_bytes, source), source, limits)
+
+
+def _find_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
+    """Where every tensor of a folder lies, over all its files, which are open until `files` is closed."""
+
+    def opened(name: str, source: Path | None = None) -> BinaryIO:
+        return files.enter_context(open_inside(folder, name, source))
+
+    if os.path.lexists(folder / _WEIGHTS):
+        return read_header(opened(_WEIGHTS), folder / _WEIGHTS)
     index = folder / _INDEX
-    if not index.exists():
+    if not os.path.lexists(index):
         pickle = next((path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))), None)
         if pickle is None:
             raise UserError(f"{folder}: has no {_WEIGHTS} and no {_INDEX}; get the whole model again")
         raise UserError(
-            f"{folder}: has its weights as a PyTorch pickle ({pickle}), which can run any code when it is read.\n"
+            f"{folder}: has its weights as a pickle ({pickle}), which can run any code when it is read.\n"
             "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    weight_map = read_object(index).get("weight_map")
+    weight_map = _read_json(folder, _INDEX, LISTING).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: weight_map must say the file of each tensor")
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        for name, tensor in read_header(_inside(folder, shard, index)).items():
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not shard.endswith(".safetensors"):
+            raise UserError(f"{index}: {shown(shard)} is not the plain name of a safetensors file in the same folder")
+    for shard, file in [(shard, opened(shard, index)) for shard in shards]:
+        for name, tensor in read_header(file, folder / shard).items():
             if weight_map.get(name) != shard:
-                raise UserError(f"{index}: tensor {name} is in {shard}, but weight_map says {weight_map.get(name)}")
+                said = shown(weight_map.get(name))
+                raise UserError(f"{index}: tensor {name} is in {shard}, but weight_map says {said}")
             tensors[name] = tensor
     absent = weight_map.keys() - tensors.keys()
     if absent:
         name = min(absent)
         raise UserError(f"{index}: tensor {name} should be in {weight_map[name]}, but is not")
     return tensors
-
-
-def _inside(folder: Path, name: str, source: Path) -> Path:
-    """The path of a file by its name in a folder, which no name and no link may lead out of."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise UserError(f"{source}: {name!r} is not the plain name of a file in the same folder")
-    path = folder / name
-    home = folder.resolve()
-    allowed = {home}
-    if home.parent.name == "snapshots":
-        allowed.add(home.parent.parent / "blobs")  # in its download cache Hugging Face keeps the files there
-    if path.resolve().parent not in allowed:
-        raise UserError(f"{path}: is a link out of its folder; put the file itself there")
-    return path
 
 
 def _write_weights(folder: Path, wanted: list[Place], params: Mapping[str, Any], shard_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.data.strict_json import shown
 from flax_decoder.errors import UserError
 from flax_decoder.interop.family import Rotary
 
@@ -62,7 +63,7 @@ def _merged(tables: list[dict[str, Any]], source: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name, value in (item for table in tables for item in table.items() if item[1] is not None):
         if merged.setdefault(name, value) != value:
-            raise UserError(f"{source}: {name} is both {merged[name]!r} and {value!r}; keep the right one")
+            raise UserError(f"{source}: {name} is both {shown(merged[name])} and {shown(value)}; keep the right one")
     return merged
 
 
@@ -75,7 +76,7 @@ def _rope_table(value: Any, name: str, source: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{source}: {name} = {value!r} must be an object")
+        raise UserError(f"{source}: {name} = {shown(value)} must be an object")
     table = dict(value)
     old_type = table.pop("type", None)
     return ({} if old_type is None else {"rope_type": old_type}) | table
@@ -85,18 +86,20 @@ def _read_scaling(rope: dict[str, Any], types: tuple[str, ...], context_length: 
     """How the waves are stretched; what is left in `rope` must be of the given type."""
     kind = _given(rope.pop("rope_type", None), "default")
     if kind not in types:
-        raise UserError(f"{source}: rope_type = {kind!r} is not supported for this type; there are: {', '.join(types)}")
+        raise UserError(
+            f"{source}: rope_type = {shown(kind)} is not supported for this type; there are: {', '.join(types)}"
+        )
     ours, names = _ROPE_TYPES[kind]
     if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", context_length)
     values: dict[str, Any] = {"rotary_scaling": ours}
     for name in names:
         if rope.get(name) is None:
-            raise UserError(f"{source}: {name} is missing; rope_type = {kind!r} needs it")
+            raise UserError(f"{source}: {name} is missing; rope_type = {shown(kind)} needs it")
         values[_ROPE_FIELDS[name]] = rope.pop(name)
     if rope:
         name, value = next(iter(rope.items()))
-        raise UserError(f"{source}: {name} = {value!r} is not known for rope_type = {kind!r}")
+        raise UserError(f"{source}: {name} = {shown(value)} is not known for rope_type = {shown(kind)}")
     return values
 
 

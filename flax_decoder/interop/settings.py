@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.data.strict_json import shown
 from flax_decoder.errors import UserError
 from flax_decoder.interop.families import FAMILIES
 from flax_decoder.interop.family import REQUIRED, Family, Setting
@@ -13,7 +14,7 @@ from flax_decoder.interop.rope import read_rotary, write_rotary
 from flax_decoder.interop.windows import read_windows, write_windows
 
 # What changes no logit: notes, training, and what `generate` of transformers does.
-_NOTES = {"architectures", "auto_map", "model_type", "name_or_path", "_name_or_path", "transformers_version"}
+_NOTES = {"architectures", "model_type", "name_or_path", "_name_or_path", "transformers_version"}
 _NOTES |= {"dtype", "torch_dtype", "transformers.js_config", "_attn_implementation_autoset", "task_specific_params"}
 _OF_GENERATION = {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "use_cache"}
 _OF_OUTPUTS = {"output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "is_decoder"}
@@ -30,7 +31,14 @@ def family_of(document: dict[str, Any], source: str) -> Family:
     model_type = document.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UserError(f"{source}: model_type = {model_type!r} is not a family that can be read; there are: {known}")
+        raise UserError(
+            f"{source}: model_type = {shown(model_type)} is not a family that can be read; there are: {known}"
+        )
+    if document.get("auto_map"):
+        raise UserError(
+            f"{source}: auto_map names Python code that comes with the model, and such code is never run here.\n"
+            f"If the model is an ordinary {model_type} also without that code, remove auto_map from the file"
+        )
     return FAMILIES[model_type]
 
 
@@ -45,7 +53,8 @@ def read_settings(document: dict[str, Any], source: str) -> ModelConfig:
         UserError: the family, or a setting, is not one that the network can do, or is not known.
     """
     family = family_of(document, source)
-    rest = {name: value for name, value in document.items() if name not in _WITHOUT_MEANING | family.without_meaning}
+    without_meaning = _WITHOUT_MEANING | family.without_meaning | {"auto_map"}  # which is empty where it is there
+    rest = {name: value for name, value in document.items() if name not in without_meaning}
     values = dict(family.always)
     for setting in family.all_settings:
         value = _read_setting(setting, rest, source)
@@ -53,7 +62,9 @@ def read_settings(document: dict[str, Any], source: str) -> ModelConfig:
     for name, allowed in family.fixed.items():
         value = rest.pop(name, allowed[0])
         if value not in allowed:
-            raise UserError(f"{source}: {name} = {value!r} is not supported for {family.model_type}, only {allowed[0]}")
+            raise UserError(
+                f"{source}: {name} = {shown(value)} is not supported for {family.model_type}, only {allowed[0]}"
+            )
     if family.rotary is not None:
         values |= read_rotary(rest, family.rotary, values["context_length"], source)
     if family.windows is not None:
@@ -65,7 +76,7 @@ def read_settings(document: dict[str, Any], source: str) -> ModelConfig:
     if rest:
         name, value = next(iter(rest.items()))
         raise UserError(
-            f"{source}: {name} = {value!r} is a setting that is not known for {family.model_type}; what it would "
+            f"{source}: {name} = {shown(value)} is a setting that is not known for {family.model_type}; what it would "
             "change cannot be told, so the model is not read"
         )
     return _checked(values, family, source)
@@ -104,12 +115,12 @@ def _read_setting(setting: Setting, rest: dict[str, Any], source: str) -> Any:
     if setting.words is not None:
         if not isinstance(value, str) or value not in setting.words:
             known = ", ".join(setting.words)
-            raise UserError(f"{source}: {setting.theirs} = {value!r} is not supported; there are: {known}")
+            raise UserError(f"{source}: {setting.theirs} = {shown(value)} is not supported; there are: {known}")
         return setting.words[value]
     try:
         return setting.read(value)
     except ValueError as error:
-        raise UserError(f"{source}: {setting.theirs} = {value!r} {error}") from None
+        raise UserError(f"{source}: {setting.theirs} = {shown(value)} {error}") from None
 
 
 def _write_setting(setting: Setting, config: ModelConfig) -> Any:
@@ -130,4 +141,4 @@ def _checked(values: dict[str, Any], family: Family, source: str) -> ModelConfig
             raise UserError(f"{source}: {complaint['msg'].removeprefix('Value error, ')}") from None
         ours = str(complaint["loc"][0])
         theirs = next((setting.theirs for setting in family.all_settings if ours in setting.ours), ours)
-        raise UserError(f"{source}: {theirs} = {complaint['input']!r}: {complaint['msg'].lower()}") from None
+        raise UserError(f"{source}: {theirs} = {shown(complaint['input'])}: {complaint['msg'].lower()}") from None

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 from flax_decoder.interop.family import Family, Rule
 from flax_decoder.interop.tensor_file import Tensor
+
+_BLOCK_NUMBERS = 100_000  # looked through twice, so they should fit into a cache of the processor
 
 Shape = tuple[int, ...]
 
@@ -112,8 +115,44 @@ class _Parameter:
         return room[start : start + num_bytes].view(self._like.dtype).reshape(shape)
 
 
+def refuse_too_large(config: ModelConfig, family: Family, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError where the files cannot hold a model, however its matrices lie in them.
+
+    Args:
+        config: the model.
+        family: how config.json names its settings.
+        tensors: all that the files hold.
+        source: the config.json.
+    """
+    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    D, H, L = config.embed_dim, config.head_width, config.num_layers
+    # One matrix, or one of each layer, for every size.
+    needed = {
+        ("num_layers",): L,
+        ("vocab_size", "embed_dim"): D * (config.vocab_size or 1),
+        ("num_layers", "embed_dim", "num_heads", "head_dim"): L * D * H * config.num_heads,
+        ("num_layers", "embed_dim", "num_kv_heads", "head_dim"): L * D * H * config.kv_heads,
+        ("num_layers", "embed_dim", "mlp_dim"): L * D * config.mlp_width,
+        ("context_length", "embed_dim"): D * config.context_length if config.positions == "learned" else 0,
+    }
+    theirs = {ours: setting.theirs for setting in family.all_settings for ours in setting.ours}
+    for sizes, count in needed.items():
+        most, what = (len(tensors), "tensors") if sizes == ("num_layers",) else (held, "numbers")
+        if count > most:
+            fields = ", ".join(theirs[ours] for ours in sizes if ours in theirs)
+            raise UserError(
+                f"{source}: {fields} ask for at least {count:,} {what}, but the files hold {most:,}; get the whole "
+                "model again"
+            )
+
+
 def read_params(
-    tensors: Mapping[str, Tensor], family: Family, wanted: Mapping[str, jax.ShapeDtypeStruct], folder: Path
+    tensors: Mapping[str, Tensor],
+    family: Family,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    folder: Path,
+    *,
+    allow_nan: bool = False,
 ) -> dict[str, jax.Array]:
     """Our parameters from the tensors of a folder, one tensor after the other, each straight to its devices.
 
@@ -122,12 +161,13 @@ def read_params(
         family: what the names mean.
         wanted: shape, dtype and sharding of each parameter, by path; without a sharding it goes to the default device.
         folder: what the message of an error names.
+        allow_nan: reads tensors that hold NaN or infinities too.
 
     Returns:
         The parameters by path.
 
     Raises:
-        UserError: a tensor is missing, not known, or of another shape or dtype.
+        UserError: a tensor is missing, not known, not finite, or of another shape or dtype.
     """
     shapes = {path: like.shape for path, like in wanted.items()}
     all_places = places(family, shapes)
@@ -137,19 +177,48 @@ def read_params(
     for paths, group in itertools.groupby(all_places, key=lambda place: place.rule.ours):
         together = [_Parameter(wanted[path]) for path in paths]
         for place in group:
-            _read_place(place, found[place.name], place.parts(shapes), together)
+            _read_place(place, found[place.name], place.parts(shapes), together, allow_nan)
         params |= {path: parameter.place() for path, parameter in zip(paths, together, strict=True)}
     return params
 
 
-def _read_place(place: Place, tensor: Tensor, shapes: Sequence[Shape], together: Sequence[_Parameter]) -> None:
+def _read_place(
+    place: Place, tensor: Tensor, shapes: Sequence[Shape], together: Sequence[_Parameter], allow_nan: bool
+) -> None:
     """Reads a tensor into the parameters that lie in it; it is let go before the next one is read."""
     if tensor.shape != place.shape:
         raise UserError(
             f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for {place.shape}"
         )
-    for parameter, part in zip(together, split(place.rule, tensor.read(), shapes), strict=True):
+    numbers = tensor.read()
+    where = None if allow_nan else first_not_finite(numbers)
+    if where is not None:
+        raise UserError(
+            f"{tensor.path}: tensor {tensor.name} holds {numbers[where]} at {list(map(int, where))}, so the model is "
+            "broken; get it again, or read it\nall the same: --allow-nan, or allow_nan=True in Python"
+        )
+    for parameter, part in zip(together, split(place.rule, numbers, shapes), strict=True):
         parameter.put(place.layer, part)
+
+
+def first_not_finite(numbers: np.ndarray) -> tuple[int, ...] | None:
+    """Where the first NaN or infinity is; None where all numbers are finite. Takes no memory to speak of.
+
+    Args:
+        numbers: floats of 2 or 4 bytes, contiguous.
+    """
+    # Bits of a float, taken for an integer, grow with its size, and from infinity on it is no number. So the largest
+    # of them as signed integers tells of positive ones, and as unsigned integers of negative ones.
+    signed, unsigned = (np.dtype(f"{kind}{numbers.itemsize}") for kind in "iu")
+    infinity = np.array(np.inf, numbers.dtype).view(unsigned)
+    negative_infinity = np.array(-np.inf, numbers.dtype).view(unsigned)
+    flat = numbers.reshape(-1)
+    for start in range(0, flat.size, _BLOCK_NUMBERS):
+        bits = flat[start : start + _BLOCK_NUMBERS].view(unsigned)
+        if bits.view(signed).max() >= infinity.view(signed) or bits.max() >= negative_infinity:
+            place = start + int(np.isfinite(flat[start : start + _BLOCK_NUMBERS]).argmin())
+            return tuple(int(index) for index in np.unravel_index(place, numbers.shape))
+    return None
 
 
 def write_arrays(wanted: Sequence[Place], params: Mapping[str, Any]) -> Iterator[np.ndarray]:
@@ -221,7 +290,7 @@ def _check_names(
         raise UserError(f"{folder}: tensor {missing[0]}{_more(missing)} is missing; get the whole model again")
     if is_tied and family.head in found:
         embedding = next(place.name for place in wanted if place.rule.ours == ("embedding",))
-        if not np.array_equal(found[family.head].read(), found[embedding].read()):
+        if not np.array_equal(found[family.head].read(), found[embedding].read(), equal_nan=True):
             raise UserError(
                 f"{folder}: tensor {family.head} differs from {embedding}, but config.json says that they are one; "
                 "set tie_word_embeddings to false to use both"

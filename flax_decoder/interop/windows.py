@@ -3,6 +3,7 @@
 from typing import Any
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.data.strict_json import shown
 from flax_decoder.errors import UserError
 from flax_decoder.interop.family import Windows
 
@@ -18,8 +19,8 @@ def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source
         first = rest.pop("max_window_layers", 28)
         if type(switched_on) is not bool or type(first) is not int:
             raise UserError(
-                f"{source}: use_sliding_window = {switched_on!r} must be true or false, and max_window_layers = "
-                f"{first!r} a whole number"
+                f"{source}: use_sliding_window = {shown(switched_on)} must be true or false, and max_window_layers = "
+                f"{shown(first)} a whole number"
             )
         size = size if switched_on else None
         has_window = [layer >= first for layer in range(num_layers)]
@@ -28,7 +29,7 @@ def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source
         periods = [rest.pop(name, None) for name in ("sliding_window_pattern", "_sliding_window_pattern")]
         period = next((period for period in periods if period is not None), windows.period)
         if type(period) is not int or period < 1:
-            raise UserError(f"{source}: sliding_window_pattern = {period!r} must be a positive whole number")
+            raise UserError(f"{source}: sliding_window_pattern = {shown(period)} must be a positive whole number")
         has_window = [(layer + 1) % period != 0 for layer in range(num_layers)]
     else:
         has_window = [True] * num_layers
@@ -48,8 +49,8 @@ def _read_layer_types(layer_types: Any, num_layers: int, source: str) -> list[bo
     )
     if not known or len(layer_types) != num_layers:
         raise UserError(
-            f"{source}: layer_types = {layer_types!r} must be a list of {' and '.join(_LAYER_TYPES)}, one for each of "
-            f"{num_layers} layers"
+            f"{source}: layer_types = {shown(layer_types)} must be a list of {' and '.join(_LAYER_TYPES)}, one for "
+            f"each of {num_layers} layers"
         )
     return [_LAYER_TYPES[kind] for kind in layer_types]
 

@@ -68,7 +68,7 @@ class Checkpoints:
         Raises:
             FaultError: this save, or the one before it, could not be written.
         """
-        self._wait()
+        self.wait()
         step = int(state.step)
         arrays = {PARAMS: state.params, OPTIMIZER: state.opt_state}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
@@ -83,16 +83,22 @@ class Checkpoints:
     def check(self) -> None:
         """Raises FaultError if a save in the background has failed; does not wait for one."""
         if self._unfinished is not None and self._unfinished.done():
-            self._wait()
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when all saves are committed. Raises FaultError if one has failed."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            unfinished.result()
 
     def close(self) -> None:
-        """Waits until all is written.
+        """Waits until all is written, and lets go of the threads that write.
 
         Raises:
             FaultError: the last save could not be written.
         """
         try:
-            self._wait()
+            self.wait()
         finally:
             self._thread.shutdown()
             self._writer.close()
@@ -107,11 +113,6 @@ class Checkpoints:
         # An error on its way out is the one to be told, even where the last save has failed as well.
         with contextlib.nullcontext() if error is None else contextlib.suppress(FaultError):
             self.close()
-
-    def _wait(self) -> None:
-        unfinished, self._unfinished = self._unfinished, None
-        if unfinished is not None:
-            unfinished.result()
 
     def _finish(self, new: Path, facts: Mapping[str, Any]) -> None:
         """Makes a checkpoint of what is written; runs in a thread of its own."""

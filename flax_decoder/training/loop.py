@@ -18,7 +18,8 @@ from flax_decoder.lock import FolderLock
 from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel import processes
-from flax_decoder.parallel.mesh import make_mesh, mesh_sizes, use_mesh
+from flax_decoder.parallel.mesh import make_mesh, use_mesh
+from flax_decoder.terminal import say
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,
@@ -29,20 +30,23 @@ from flax_decoder.training.checkpoint import (
     steps_folder,
 )
 from flax_decoder.training.evaluation import evaluate
-from flax_decoder.training.flops import utilization
+from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses, require_reporters
-from flax_decoder.training.optimizer import learning_rate_schedule
-from flax_decoder.training.placement import place_batches
+from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
+from flax_decoder.training.placement import place_batches, require_room
 from flax_decoder.training.progress import Pace, Progress
 from flax_decoder.training.run_folder import facts_of, open_run
+from flax_decoder.training.soundness import AGAIN, ANEW, pass_over, refuse_bad
 from flax_decoder.training.step import TrainState, init_state, jit_steps
 
 # A little under 1: fewer slips of the pen than the model's own distribution has.
 SAMPLE_TEMPERATURE = 0.8
 # More in one call gain nothing measurable.
 MOST_STEPS_A_CALL = 10
+# What the log says of a step that was applied, and what the step calls it.
+LEARNED = {"train_loss": "loss", "gradient_norm": "gradient_norm"}
 # What a finished run leaves, in the order in which it is written.
 RESULTS = ("sample.txt", "loss.png")
 
@@ -80,7 +84,7 @@ def run(config: Config, folder: Path) -> int:
     with FolderLock() as lock:
         owner = lock if processes.is_first() else None
         config, tokenizer, corpus = processes.first_alone(
-            lambda: open_run(config, folder, lambda config: mesh_sizes(config, num_devices), owner)
+            lambda: open_run(config, folder, lambda config: require_room(config, num_devices), owner)
         )
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.agreed(done)
@@ -154,16 +158,24 @@ def run_steps(
     most_steps = min(MOST_STEPS_A_CALL, training.log_every)
     pace = Pace(most_steps)
     step = int(state.step)
+    skipped = step - num_updates(state.opt_state)
     stops = step >= training.num_steps  # a run that was killed after its last step has only its results to write
     with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
         while not stops:
             batches = place_batches(corpus.train_tokens, config, mesh, step, most_steps)
             count = processes.agreed(min(pace.num_steps, steps_to_next_event(step, training)))
-            with pace.timed(count):
-                state, metrics = take_steps(state, batches, count)
-                jax.block_until_ready(state)
-            step += count
+            pace.start()
+            state, metrics = take_steps(state, batches, count)
+            jax.block_until_ready(state)
+            taken = int(state.step) - step  # fewer than asked for, where one was not applied
+            pace.stop(taken)
+            step += taken
             checkpoints.check()
+            last = {name: values[taken - 1] for name, values in jax.device_get(metrics).items()}
+            if not last["applied"]:
+                skipped += 1
+                batch = place_batches(corpus.train_tokens, config, mesh, step - 1, 1)
+                print(pass_over(training, state, batch, last, skipped))
 
             interrupted = interruption.has_come()
             stops = interrupted or step == training.num_steps
@@ -172,21 +184,20 @@ def run_steps(
             evaluates = step % training.eval_every == 0 or (saves and not interrupted)
             if not (saves or evaluates or step % training.log_every == 0):
                 continue
-            last = {name: values[count - 1] for name, values in jax.device_get(metrics).items()}
-            train_loss = float(last["loss"])
             tokens_per_second = tokens_a_step / pace.seconds_a_step
             row = as_row(
                 step,
                 tokens=step * tokens_a_step,
-                train_loss=train_loss,
-                learning_rate=schedule(step - 1),
-                gradient_norm=last["gradient_norm"],
+                # A step that was not applied may have none, and JSON has no NaN.
+                **{name: last[key] if last["applied"] else UNKNOWN for name, key in LEARNED.items()},
+                learning_rate=schedule(max(step - skipped - 1, 0)),
+                skipped_steps=skipped,
                 tokens_per_second=tokens_per_second,
                 **utilization(config.model, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size),
                 seconds=progress.seconds(),
             )
-            if not np.isfinite(train_loss):
-                raise FaultError(f"the loss is {train_loss} at step {step}; try a lower optimizer.learning_rate")
+            if evaluates or saves:
+                refuse_bad(state)
             if evaluates:
                 row |= validate(model, state, corpus, training)
                 stops = stops or interruption.has_come()  # it takes long enough for a signal to come
@@ -194,7 +205,6 @@ def run_steps(
             log.add(row)
             progress.show(row)
             if saves:
-                refuse_broken(state.params, step)
                 checkpoints.save(state, row.get("val_loss"))
     return state
 
@@ -210,6 +220,10 @@ def validate(model: Decoder, state: TrainState, corpus: Corpus, training: Traini
         limit=training.eval_batches,
         loss_chunk_tokens=training.loss_chunk_tokens,
     )
+    if not np.isfinite(result["loss"]):
+        raise FaultError(
+            f"the validation loss is {result['loss']} after step {int(state.step)}; {AGAIN};\nif it comes again, {ANEW}"
+        )
     return {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
 
 
@@ -217,14 +231,6 @@ def steps_to_next_event(step: int, training: TrainingConfig) -> int:
     """How many steps until something is to be logged, evaluated or saved, or the run ends."""
     events = (training.log_every, training.eval_every, training.save_every)
     return min(training.num_steps - step, *(every - step % every for every in events))
-
-
-def refuse_broken(params: Any, step: int) -> None:
-    """Raises FaultError where a parameter is not a number: such a state is worth no checkpoint."""
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not np.isfinite(leaf.sum()):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise FaultError(f"{name} is not finite after step {step}; try a lower optimizer.learning_rate")
 
 
 def has_results(folder: Path, step: int) -> bool:
@@ -282,7 +288,7 @@ def write_results(
     if config.training.sample_tokens > 0:
         text = write_sample(config, model, params, tokenizer)
         write_text(sample, text)
-        print(f"a sample, also in {sample}:\n\n{text}")
+        say(f"a sample, also in {sample}:\n\n{text}")
     plot_losses(log.rows, curve)
 
 

@@ -125,7 +125,7 @@ def plot_losses(rows: list[Row], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+    train = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss", UNKNOWN) != UNKNOWN]
     validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training, single batches")
     if validation:

@@ -10,6 +10,7 @@ from optax.contrib import MuonDimensionNumbers
 from flax_decoder.config import OptimizerConfig
 from flax_decoder.nn.axes import PROJECTIONS
 from flax_decoder.training.moments import with_bfloat16_moments
+from flax_decoder.training.spikes import remember_losses
 
 # Axes of the stacked kernels of a block: (those summed over, those written to). The layer axis in front is a batch.
 # Heads are joined: the matrix that Muon straightens is the one that multiplies the residual stream.
@@ -50,8 +51,16 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float 
     return lambda step: schedule(jnp.asarray(step, jnp.result_type(float)))
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The chain clip, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024) with AdamW for the rest."""
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, *, remembers_losses: bool = False
+) -> optax.GradientTransformation:
+    """The chain clip, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024) with AdamW for the rest.
+
+    Args:
+        config: the optimizer.
+        num_steps: the step at which the schedule ends.
+        remembers_losses: it also keeps the usual loss, by which a spike is known.
+    """
     update = optax.adamw(
         learning_rate_schedule(config, num_steps),
         config.beta1,
@@ -72,7 +81,12 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     if config.moments_dtype == "bfloat16":
         update = with_bfloat16_moments(update)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-    return optax.chain(clip, update)
+    return optax.chain(clip, update, remember_losses()) if remembers_losses else optax.chain(clip, update)
+
+
+def num_updates(opt_state: Any) -> int:
+    """How many updates an optimizer has made. Each of its parts counts for itself, and all of them alike."""
+    return int(optax.tree.get_all_with_path(opt_state, "count")[0][1])
 
 
 def is_decayed(params: Any) -> Any:

@@ -1,6 +1,8 @@
-"""Batches, from the text straight to the devices that work on them."""
+"""What a run puts on its devices: whether there is room, and batches straight from the text."""
 
 import functools
+import math
+import os
 from typing import Any
 
 import jax
@@ -9,9 +11,42 @@ from jax.sharding import Mesh
 
 from flax_decoder.config import Config
 from flax_decoder.data.batches import train_batch
-from flax_decoder.parallel.mesh import sharding_of
+from flax_decoder.errors import UserError
+from flax_decoder.parallel.mesh import mesh_sizes, sharding_of
 from flax_decoder.parallel.zigzag import zigzag
+from flax_decoder.training.flops import num_product_weights
 from flax_decoder.training.step import Batch
+
+# A weight and its gradient, both in float32: the least that training needs.
+BYTES_A_WEIGHT = 8
+
+
+def require_room(config: Config, num_devices: int) -> None:
+    """Refuses a run that cannot fit, by the least it must hold; whether one does fit, `plan` says.
+
+    Args:
+        config: the run; its `model.vocab_size` is known.
+        num_devices: over which it is to be spread.
+
+    Raises:
+        UserError: the settings do not fit the devices, or the model not their memory.
+    """
+    sizes = mesh_sizes(config, num_devices)
+    needed = BYTES_A_WEIGHT * num_product_weights(config.model) // (sizes["fsdp"] * sizes["tensor"])
+    there = device_bytes(min(math.prod(sizes.values()), jax.local_device_count()))
+    if needed > there:
+        raise UserError(
+            f"model: its weights and their gradients take at least {needed / 1e9:,.0f} GB a device, which has "
+            f"{there / 1e9:,.1f};\ntry a smaller model, or split it with --mesh.fsdp; flax-decoder plan says what fits"
+        )
+
+
+def device_bytes(num_here: int) -> int:
+    """The memory of a device; as many simulated ones as work here share that of the machine."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(stats["bytes_limit"]) if "bytes_limit" in stats else machine // num_here
 
 
 def place_batches(tokens: np.ndarray, config: Config, mesh: Mesh, step: int, num_steps: int) -> Batch:

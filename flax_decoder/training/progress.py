@@ -1,8 +1,6 @@
 """What a user sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -32,15 +30,17 @@ class Pace:
     def __init__(self, most_steps: int):
         """Begins with a single step: it compiles, and nothing is known yet."""
         self._most_steps = most_steps
+        self._start = float("nan")
         self.num_steps = 1
         self.seconds_a_step = float("nan")
 
-    @contextlib.contextmanager
-    def timed(self, num_steps: int) -> Iterator[None]:
-        """Learns from the time that the steps inside of the block take."""
-        start = time.perf_counter()
-        yield
-        self.seconds_a_step = (time.perf_counter() - start) / num_steps
+    def start(self) -> None:
+        """A call begins."""
+        self._start = time.perf_counter()
+
+    def stop(self, num_steps: int) -> None:
+        """A call has ended and taken so many steps: learns from the time since `start`."""
+        self.seconds_a_step = (time.perf_counter() - self._start) / num_steps
         self.num_steps = min(max(int(CALL_SECONDS / self.seconds_a_step), 1), self._most_steps)
 
 
@@ -79,12 +79,13 @@ class Progress:
 
     def show(self, row: Row) -> None:
         """Moves the bar to a line of the log, and prints what is worth keeping on the screen."""
-        step, loss, tokens_per_second = int(row["step"]), row["train_loss"], row["tokens_per_second"]
+        step, tokens_per_second = int(row["step"]), row["tokens_per_second"]
+        loss = row["train_loss"] if row["train_loss"] == UNKNOWN else f"{row['train_loss']:.4f}"
         speed = f"{tokens_per_second:,.0f} tokens/s"
         if row["mfu"] != UNKNOWN:
             speed += f"  {row['mfu']:.1%} MFU"
-        self._bar.update(self._task, completed=step, description=f"loss {loss:.3f}  {speed}")
-        line = f"step {step:>{len(str(self._num_steps))}}  loss {loss:.4f}"
+        self._bar.update(self._task, completed=step, description=f"loss {loss}  {speed}")
+        line = f"step {step:>{len(str(self._num_steps))}}  loss {loss}"
         if "val_loss" in row:
             bits = row["val_bits_per_byte"]
             self._console.print(f"{line}  validation {row['val_loss']:.4f} ({bits:.3f} bits per byte)")

@@ -30,6 +30,8 @@ FREE_FIELDS = {
         "log_every",
         "sample_tokens",
         "loss_chunk_tokens",
+        "nan",  # what follows a bad step; whether a step is one does not hang on it
+        "skip_limit",
     },
 }
 

@@ -1,7 +1,7 @@
 """One step of training: a pure function from state and batch to the next state."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax_decoder.nn.decoder import Decoder, check_tokens, head_params
 from flax_decoder.parallel.mesh import compiler_options, sharding_of
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import make_optimizer
+from flax_decoder.training.spikes import is_spike
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -32,12 +33,21 @@ class TrainState(train_state.TrainState):
         accumulation_steps: a step computes its batch in this many parts.
         z_loss: weight of the penalty on the softmax's normaliser.
         loss_chunk_tokens: a device makes the logits of so many tokens at a time; 0 is all, None as many as are fast.
+        skip_spikes: a step whose loss is over this many times the usual one is not applied; 0 applies it.
     """
 
     seed: int = struct.field(pytree_node=False)
     accumulation_steps: int = struct.field(pytree_node=False)
     z_loss: float = struct.field(pytree_node=False)
     loss_chunk_tokens: int | None = struct.field(pytree_node=False, default=None)
+    skip_spikes: float = struct.field(pytree_node=False, default=0.0)
+
+    def apply_gradients(self, *, grads: Any, loss: jax.Array | None = None, **changes: Any) -> Self:
+        """The state after one update by the optimizer, which is told the loss too, where it is given."""
+        update = optax.with_extra_args_support(self.tx).update
+        updates, opt_state = update(grads, self.opt_state, self.params, loss=loss)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
 
 
 def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | None = None) -> TrainState:
@@ -56,7 +66,8 @@ def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | N
 
 def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainState]:
     """The function from a random key to the state before the first step; see `init_state`."""
-    tx = make_optimizer(config.optimizer, config.training.num_steps)
+    training = config.training
+    tx = make_optimizer(config.optimizer, training.num_steps, remembers_losses=training.skip_spikes > 0)
 
     def make(rng: jax.Array) -> TrainState:
         # The parameters do not depend on the tokens, nor on their number.
@@ -67,10 +78,11 @@ def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainSt
             params=params,
             tx=tx,
             opt_state=tx.init(params),
-            seed=config.training.seed,
-            accumulation_steps=config.training.accumulation_steps,
-            z_loss=config.training.z_loss,
-            loss_chunk_tokens=config.training.loss_chunk_tokens,
+            seed=training.seed,
+            accumulation_steps=training.accumulation_steps,
+            z_loss=training.z_loss,
+            loss_chunk_tokens=training.loss_chunk_tokens,
+            skip_spikes=training.skip_spikes,
         )
 
     return make
@@ -86,6 +98,11 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
 
     Pure, and not compiled: wrap it in `jax.jit`, `jax.pmap` or `jax.shard_map`.
 
+    Where the loss or a gradient is NaN or infinite, nothing is learned: parameters and optimizer state stay as they
+    are, bit for bit, and so does what the optimizer counts, from which the learning rate follows. Only `step` moves on,
+    and with it the batch and the dropout, which are functions of (seed, step): the bad batch is passed over. The same
+    holds for a loss that is a spike, if `state.skip_spikes` says what is one.
+
     Args:
         state: where training stands; not changed.
         batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
@@ -93,14 +110,27 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
         axis_name: the mapped axis over which the batch is spread, under `pmap` or `shard_map`.
 
     Returns:
-        The next state, and the metrics "loss", the mean cross-entropy in nats a token, and "gradient_norm", its length
-        before clipping.
+        The next state, and the metrics "loss", the mean cross-entropy in nats a token; "gradient_norm", its length
+        before clipping; and "applied", whether the parameters were moved.
 
     Raises:
         ValueError: token ids outside of the vocabulary, where their values are known.
     """
     gradients, metrics = mean_gradients(state, batch, axis_name)
-    return state.apply_gradients(grads=gradients), metrics
+    loss = metrics["loss"]
+    # One gradient that is not finite makes their norm so, which also overflows before AdamW's squares do.
+    # Both are sums over all devices: all of them decide alike.
+    applied = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
+    if state.skip_spikes > 0:
+        applied &= ~is_spike(loss, state.opt_state, state.skip_spikes)
+    # Not a choice of each number between old and new: XLA on CPU would copy the optimizer's state for that.
+    after = jax.lax.cond(
+        applied,
+        lambda state: state.apply_gradients(grads=gradients, loss=loss),
+        lambda state: state.replace(step=state.step + 1),
+        state,
+    )
+    return after, metrics | {"applied": applied}
 
 
 def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None) -> tuple[Any, Metrics]:
@@ -143,18 +173,26 @@ def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -
             a run is cut into calls.
 
     Returns:
-        The state after the last step, and the metrics with a leading axis of steps.
+        The state after the last step, and the metrics with a leading axis of steps. The first step that is not applied
+        is the last one: what to do then is for the caller to say. `state.step` tells how many were taken.
     """
     most_steps = batches["inputs"].shape[0]
     shapes = jax.eval_shape(train_step, state, jax.tree.map(lambda rows: rows[0], batches))[1]
     metrics = jax.tree.map(lambda leaf: jnp.zeros((most_steps, *leaf.shape), leaf.dtype), shapes)
 
-    def take(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+    def goes_on(carry: tuple[TrainState, Metrics]) -> jax.Array:
         state, metrics = carry
+        taken = state.step - first
+        return (taken < num_steps) & ((taken == 0) | metrics["applied"][taken - 1])
+
+    def take(carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        state, metrics = carry
+        i = state.step - first
         state, new = train_step(state, jax.tree.map(lambda rows: rows[i], batches))
         return state, jax.tree.map(lambda values, value: values.at[i].set(value), metrics, new)
 
-    return jax.lax.fori_loop(0, num_steps, take, (state, metrics))
+    first = state.step
+    return jax.lax.while_loop(goes_on, take, (state, metrics))
 
 
 def jit_steps(state: TrainState, mesh: Mesh, take: Callable[..., Any] = train_steps) -> Any:

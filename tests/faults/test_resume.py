@@ -38,6 +38,7 @@ OTHERS = {
     "data.tokenizer": "byte",
     "optimizer.warmup_steps": 3,
     "training.accumulation_steps": 2,
+    "training.skip_spikes": 3.0,
 }
 # What some need beside them, to make sense at all.
 WITH = {
@@ -133,7 +134,7 @@ def test_a_thousand_saves(tmp_path, count_cases):
             # The best one is that of step 300.
             checkpoints.save(state.replace(step=jnp.asarray(step, jnp.int32)), abs(step - 300) + 1.0)
             if step == warm:
-                checkpoints._wait()
+                checkpoints.wait()
                 memory, num_open = resident_bytes(), len(os.listdir("/proc/self/fd"))
     assert len(os.listdir("/proc/self/fd")) <= num_open
     assert resident_bytes() < 1.05 * memory

@@ -1,0 +1,116 @@
+"""Pickles under every usual name: never read, so what they would do is never done."""
+
+import io
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from model_folder import INDEX, WEIGHTS, change, make_folder, refusal, split_in_two
+
+import flax_decoder as fd
+from flax_decoder.data.corpus import load_corpus
+
+ROW = pytest.mark.fault("pickles")
+
+
+class Bomb:
+    """Leaves a canary where it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def plain(bomb):
+    return pickle.dumps(bomb)
+
+
+def torch_zip(bomb):
+    """The container that torch.save writes: a zip with a pickle in it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(bomb))
+        archive.writestr("archive/version", "3\n")
+    return file.getvalue()
+
+
+def numpy_object(bomb):
+    file = io.BytesIO()
+    np.save(file, np.array([bomb], object), allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.fixture
+def canary(tmp_path):
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+    pickle.loads(plain(Bomb(path)))
+    assert path.exists()  # the pickles do what they are made for
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "model")
+
+
+NAMES = {
+    "pytorch_model.bin": torch_zip,
+    "pytorch_model-00001-of-00002.bin": torch_zip,
+    "consolidated.00.pth": torch_zip,
+    "model.pt": torch_zip,
+    "last.ckpt": torch_zip,
+    "weights.pkl": plain,
+    "params.pickle": plain,
+    "model.npy": numpy_object,
+    "adapter_model.bin": plain,
+}
+
+
+@ROW
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickle_in_place_of_the_weights_is_refused(name, folder, canary):
+    (folder / WEIGHTS).unlink()
+    (folder / name).write_bytes(NAMES[name](Bomb(canary)))
+    message = refusal(folder)
+    assert name in message and "can run any code" in message and "save_pretrained" in message
+
+
+@ROW
+@pytest.mark.parametrize("make", [plain, torch_zip, numpy_object])
+@pytest.mark.parametrize("name", [WEIGHTS, INDEX, "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_pickle_under_another_name_is_refused(name, make, folder, canary):
+    if name == INDEX:
+        (folder / WEIGHTS).unlink()
+    (folder / name).write_bytes(make(Bomb(canary)))
+    assert str(folder / name) in refusal(folder)
+
+
+@ROW
+def test_a_pickle_that_the_index_names_is_refused(folder, canary):
+    weight_map = split_in_two(folder)
+    (folder / "pytorch_model.bin").write_bytes(torch_zip(Bomb(canary)))
+    change(folder / INDEX, weight_map=dict.fromkeys(weight_map, "pytorch_model.bin"))
+    assert "'pytorch_model.bin' is not the plain name of a safetensors file" in refusal(folder)
+
+
+@ROW
+def test_a_pickle_beside_the_weights_is_left_alone(folder, canary):
+    for name, make in NAMES.items():
+        (folder / name).write_bytes(make(Bomb(canary)))
+    fd.load(folder)
+
+
+@ROW
+@pytest.mark.parametrize("make", [plain, torch_zip, numpy_object])
+def test_a_pickle_in_place_of_tokens_is_refused(make, tmp_path, canary):
+    facts = '{"train_tokens": 1, "validation_tokens": 1, "train_bytes": 1, "validation_bytes": 1'
+    (tmp_path / "corpus.json").write_text(facts + ', "source": "x", "sha256": "x"}')
+    for name in ("train.npy", "validation.npy"):
+        (tmp_path / name).write_bytes(make(Bomb(canary)))
+    with pytest.raises(fd.FaultError, match="missing or damaged"):
+        load_corpus(tmp_path)

@@ -1,0 +1,478 @@
+"""Texts, prompts and configs of every kind: each comes back as it was, or is refused by name with nothing written."""
+
+import gzip
+import hashlib
+import io
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flax_decoder.training.loop  # noqa: F401 (a test that goes on as another user cannot read the package)
+from flax_decoder.cli import main
+from flax_decoder.config import DataConfig
+from flax_decoder.data.corpus import load_corpus, prepare_corpus, save_corpus, split_text
+from flax_decoder.data.tokenizer import load_tokenizer
+from flax_decoder.errors import UserError
+
+ROW = "Texts of every kind"
+PROMPTS = "Prompts of every kind"
+CONFIGS = "Config files of every kind"
+MOST_SECONDS = 30  # until a test is stopped: a FIFO that is waited for would be for ever
+NOBODY = 65534
+ENGLISH = "To be, or not to be, that is the question:\n" * 40
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test has a folder for itself, and an end."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {MOST_SECONDS} s")
+
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def snapshot() -> dict[str, str]:
+    """What lies in the folder, by kind and content; nothing but regular files is opened."""
+    result = {}
+    for path in sorted(Path().rglob("*")):
+        mode = path.lstat().st_mode
+        is_file = stat.S_ISREG(mode) and path.stat().st_size < 2**28
+        result[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else oct(mode)
+    return result
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command is refused with: exit 2, one or two lines, and nothing written."""
+    before = snapshot()
+    capsys.readouterr()
+    assert main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("error: ") and len(error.splitlines()) <= 2, error
+    assert snapshot() == before
+    return error.removeprefix("error: ")
+
+
+# Texts, and what comes back from them: one mark of UTF-8 at the start is no part of a text.
+GOOD = {
+    "ASCII": (ENGLISH, ENGLISH),
+    "one character many times": ("é" * 900, "é" * 900),
+    "mark of UTF-8": ("\ufeff" + ENGLISH, ENGLISH),
+    "two marks of UTF-8": ("\ufeff\ufeff" + ENGLISH, "\ufeff" + ENGLISH),
+    "CRLF": (ENGLISH.replace("\n", "\r\n"),) * 2,
+    "CR": (ENGLISH.replace("\n", "\r"),) * 2,
+    "all ends of lines": ("a\nb\r\nc\rd\u2028e\u2029f\x85g\x0bh\x0ci\n\r\n\n\r" * 30,) * 2,
+    "control characters": ("".join(map(chr, range(1, 32))) * 30 + "\x7f\x80\x9f a",) * 2,
+    "combining characters, emoji, right to left": ("e\u0301 é 👩\u200d👩\u200d👧 שלום \u202e abc 日本語" * 30,) * 2,
+    "no spaces": ("abc123" * 300,) * 2,
+    "noncharacters and private use": ("\ufffe\uffff\U0010ffff\ue000\ufffd " * 60,) * 2,
+}
+
+
+@pytest.mark.fault(ROW)
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+@pytest.mark.parametrize("name", GOOD)
+def test_what_is_text_comes_back_bit_by_bit(name: str, kind: str) -> None:
+    content, text = GOOD[name]
+    Path("text").write_bytes(content.encode())
+    assert_comes_back("text", kind, text)
+
+
+@pytest.mark.fault(ROW)
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+@pytest.mark.parametrize("num_characters", [70_000, pytest.param(0x110000 - 0x800 - 1, marks=pytest.mark.full)])
+def test_tens_of_thousands_of_characters_come_back(num_characters: int, kind: str) -> None:
+    """As many different characters as a text can have: all but NUL and the halves of surrogate pairs."""
+    codes = [code for code in range(1, 0x110000) if not 0xD800 <= code < 0xE000]
+    text = "".join(map(chr, random.Random(0).sample(codes, num_characters)))
+    text = text.removeprefix("\ufeff")
+    Path("text").write_bytes(text.encode())
+    assert_comes_back("text", kind, text)
+
+
+def assert_comes_back(path: str, kind: str, text: str) -> None:
+    """Text -> tokens -> disk -> tokens -> text, also by the tokenizer that its file makes."""
+    tokenizer, corpus = prepare_corpus(DataConfig(path=path, tokenizer=kind, bpe_vocab_size=300), 1, None)
+    save_corpus(corpus, "corpus")
+    Path("tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    loaded, again = load_corpus("corpus"), load_tokenizer("tokenizer.json")
+    parts = split_text(text, 0.1)
+    assert tuple(map(tokenizer.decode, (loaded.train_tokens, loaded.validation_tokens))) == parts
+    assert tuple(map(again.decode, (loaded.train_tokens, loaded.validation_tokens))) == parts
+    assert loaded.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert loaded.train_bytes + loaded.validation_bytes == len(text.encode())
+
+
+NUM_LINE_BYTES = 55_000_000
+LINES = {
+    "words": "the quick brown fox jumps over a lazy dog ",
+    "one letter": "a",
+    "no spaces": "q8Zj+w0hR2x/L5vT",
+    "spaces": " ",
+}
+
+
+# A bpe vocabulary takes half a second a megabyte, so a small line shows that the time does not grow with its square:
+# a word of a megabyte once took minutes.
+@pytest.mark.fault(ROW)
+@pytest.mark.parametrize(
+    ("kind", "line", "num_bytes"),
+    [
+        ("char", "words", NUM_LINE_BYTES),
+        ("byte", "words", NUM_LINE_BYTES),
+        *(("bpe", line, 2_000_000) for line in LINES),
+        *(pytest.param("bpe", line, NUM_LINE_BYTES, marks=pytest.mark.full) for line in LINES),
+    ],
+)
+def test_a_line_of_55_megabytes_comes_back(kind: str, line: str, num_bytes: int) -> None:
+    if (kind, num_bytes) == ("bpe", NUM_LINE_BYTES):
+        signal.setitimer(signal.ITIMER_REAL, 300)
+    text = LINES[line] * (num_bytes // len(LINES[line])) + "end"
+    Path("text").write_text(text)
+    assert_comes_back("text", kind, text)
+
+
+GOOD_START = "one\ntwo\n" * 1000 + "three "
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+CHINESE = "你好\uff0c世界。" * 50
+# What is no text, and what the refusal says of it.
+BAD = {
+    "empty": (b"", "is empty"),
+    "a mark of UTF-8 alone": (b"\xef\xbb\xbf", "is empty"),
+    "1 byte": (b"a", "has 0 tokens"),
+    "one character": ("é".encode(), "has 0 tokens"),
+    "one emoji": ("😀".encode(), "has 0 tokens"),
+    "spaces": (b" " * 5000, "has only white space"),
+    "ends of lines": (b"\r\n\t\n" * 5000, "has only white space"),
+    "random bytes": (random.Random(1).randbytes(100_000), "line "),
+    "PNG": (PNG, "is a PNG image"),
+    "gzip": (gzip.compress(ENGLISH.encode()), "is gzip-compressed, not text; unpack it with gunzip"),
+    "zip": (b"PK\x03\x04\x14\0", "is a zip archive"),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "is a PDF"),
+    "ELF": (b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x02\0\x3e\0", "NUL bytes (the first at offset 7, line 1)"),
+    "NUL": (b"hello\n\0 world", "NUL bytes (the first at offset 6, line 2)"),
+    "NUL at the end": (ENGLISH.encode() + b"\0", f"NUL bytes (the first at offset {len(ENGLISH)}, line 41)"),
+    "only NUL": (b"\0" * 5000, "NUL bytes (the first at offset 0, line 1)"),
+    "Latin-1": (
+        b"one\ntwo\ncaf\xe9 au lait",
+        "is not UTF-8 (byte 0xE9 at offset 11, line 3);\nif it is Latin-1: iconv",
+    ),
+    "UTF-16": (ENGLISH.encode("utf-16"), "is UTF-16, not UTF-8; iconv -f UTF-16 -t utf-8 text > "),
+    "UTF-16, other order": (b"\xfe\xff" + ENGLISH.encode("utf-16-be"), "is UTF-16, not UTF-8; iconv -f UTF-16 "),
+    "UTF-32": (ENGLISH.encode("utf-32"), "is UTF-32, not UTF-8; iconv -f UTF-32 "),
+    "UTF-32, other order": (b"\0\0\xfe\xff" + ENGLISH.encode("utf-32-be"), "is UTF-32, not UTF-8; iconv -f UTF-32 "),
+    "UTF-16-LE without mark": (ENGLISH.encode("utf-16-le"), "is UTF-16LE, not UTF-8; iconv -f UTF-16LE "),
+    "UTF-16-BE without mark": (ENGLISH.encode("utf-16-be"), "is UTF-16BE, not UTF-8; iconv -f UTF-16BE "),
+    "UTF-32-LE without mark": (ENGLISH.encode("utf-32-le"), "is UTF-32LE, not UTF-8; iconv -f UTF-32LE "),
+    "UTF-32-BE without mark": (ENGLISH.encode("utf-32-be"), "is UTF-32BE, not UTF-8; iconv -f UTF-32BE "),
+    "UTF-16 cut in a pair": (("x" * 2047 + "😀").encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
+    "Chinese in UTF-16-LE": (CHINESE.encode("utf-16-le"), "at offset "),
+    "Chinese in UTF-16-BE": (CHINESE.encode("utf-16-be"), "at offset "),
+    "Chinese in GB 18030": (CHINESE.encode("gb18030"), "(byte 0xC4 at offset 0, line 1)"),
+    "overlong slash": (b"a\n\xc0\xaf" * 9, "(byte 0xC0 at offset 2, line 2)"),
+    "overlong NUL": (b"a\n\xc0\x80" * 9, "(byte 0xC0 at offset 2, line 2)"),
+    "overlong in 3 bytes": (b"a\n\xe0\x80\xaf" * 9, "(byte 0xE0 at offset 2, line 2)"),
+    "overlong in 4 bytes": (b"a\n\xf0\x80\x80\xaf" * 9, "(byte 0xF0 at offset 2, line 2)"),
+    "surrogate": (b"a surrogate \xed\xa0\x80", "(byte 0xED at offset 12, line 1)"),
+    "pair of surrogates": (b"a pair \xed\xa0\xbd\xed\xb8\x80", "(byte 0xED at offset 7, line 1)"),
+    "beyond Unicode": (b"a\n\n\xf4\x90\x80\x80", "(byte 0xF4 at offset 3, line 3)"),
+    "5 bytes": (b"a\xf8\x88\x80\x80\x80", "(byte 0xF8 at offset 1, line 1)"),
+    "a byte that only follows": (b"\n\x80", "(byte 0x80 at offset 1, line 2)"),
+    "cut in a character": ("half of é".encode()[:-1], "(byte 0xC3 at offset 8, line 1)"),
+    "a bad byte far in": (GOOD_START.encode() + b"\xff", f"(byte 0xFF at offset {len(GOOD_START)}, line 2001)"),
+    "a mark of UTF-8, then a bad byte": (b"\xef\xbb\xbf\xff", "(byte 0xFF at offset 3, line 1)"),
+    "55 MB, the last byte bad": (b"ab " * (NUM_LINE_BYTES // 3) + b"\xe9", "(byte 0xE9 at offset 54999999, line 1)"),
+    "55 MB, the last byte NUL": (b"ab " * (NUM_LINE_BYTES // 3) + b"\0", "the first at offset 54999999, line 1)"),
+    "55 MB of spaces": (b" " * NUM_LINE_BYTES, "has only white space"),
+}
+
+
+@pytest.mark.fault(ROW)
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_text_is_refused(name: str, capsys: pytest.CaptureFixture[str], count_cases) -> None:
+    content, reason = BAD[name]
+    Path("text").write_bytes(content)
+    train = ["train", "--model.context-length=8"]
+    assert_refused(capsys, [*train, "--data.path=text"], "text", reason)
+    cases = 1
+    if "tokens" not in reason:  # to evaluate on, a text may be short
+        assert_refused(capsys, ["eval", "no_run", "text"], "text", reason)
+        cases += 1
+    if len(content) < 1_000_000:  # one bad file among good ones
+        Path("folder").mkdir()
+        Path("folder/a.txt").write_text(ENGLISH)
+        Path("folder/b.txt").write_bytes(content)
+        reason = reason.replace(" text >", " folder/b.txt >")
+        if "tokens" not in reason:
+            assert_refused(capsys, [*train, "--data.path=folder"], "folder/b.txt", reason)
+            assert_refused(capsys, [*train, "--data.path=folder/*"], "folder/b.txt", reason)
+            cases += 2
+    count_cases(cases)
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], command: list[str], path: str, reason: str) -> None:
+    error = refusal(capsys, *command)
+    assert path in error and reason in error, error
+
+
+def make_fifo(path: str) -> None:
+    os.mkfifo(path)
+
+
+def make_link(target: str):
+    return lambda path: os.symlink(target, path)
+
+
+# What is no file to read, and what the refusal says of it.
+PLACES = {
+    "FIFO": (make_fifo, "is not a regular file"),
+    "link to a FIFO": (lambda path: (os.mkfifo("fifo"), os.symlink("fifo", path)), "is not a regular file"),
+    "/dev/zero": (make_link("/dev/zero"), "is not a regular file"),
+    "/dev/null": (make_link("/dev/null"), "is not a regular file"),
+    "the terminal": (make_link("/dev/tty"), "cannot be read: "),
+    "folder without texts": (os.mkdir, "there is no .txt file in this folder"),
+    "nothing": (lambda path: None, "there is no such file"),
+    "link to nothing": (make_link("nowhere"), "there is no such file"),
+    "links in a circle": (lambda path: os.symlink(path, path), "cannot be read: Too many levels"),
+}
+
+
+@pytest.mark.fault(ROW)
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_no_file_is_never_opened(name: str, capsys, monkeypatch, count_cases) -> None:
+    make, reason = PLACES[name]
+    make("text")
+    opened = []
+    really_open = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest, **more: opened.append(path) or really_open(path, *rest, **more))
+    assert_refused(capsys, ["train", "--data.path=text"], "text", reason)
+    assert_refused(capsys, ["eval", "no_run", "text"], "text", reason)
+    assert not [path for path in opened if str(path) in ("text", "fifo")]
+    count_cases(2)
+
+
+@pytest.mark.fault(ROW)
+def test_a_socket_and_a_file_that_turns_into_a_fifo_are_refused(capsys, monkeypatch, count_cases) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("text")
+    assert_refused(capsys, ["train", "--data.path=text"], "text", "is not a regular file")
+    os.unlink("text")
+    Path("text").write_text(ENGLISH)
+    really_open = os.open
+
+    def swap(path, *rest, **more):
+        if str(path) == "text":
+            os.unlink("text")
+            os.mkfifo("text")
+        return really_open(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", swap)
+    with pytest.raises(UserError, match="text: cannot be read: is not a regular file"):
+        prepare_corpus(DataConfig(path="text"), 8, None)
+    count_cases(2)
+
+
+@pytest.fixture
+def as_nobody(tmp_path: Path) -> Iterator[None]:
+    """For root, to whom all files are open: the test goes on as a user without rights."""
+    if os.geteuid() != 0:
+        yield
+        return
+    tmp_path.chmod(0o755)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def closed_places() -> None:
+    """A file, a folder and a folder in a folder that only their owner may look into, and who has no right to."""
+    Path("file.txt").write_text(ENGLISH)
+    Path("closed").mkdir()
+    Path("closed/text.txt").write_text(ENGLISH)
+    Path("outer/closed").mkdir(parents=True)
+    Path("outer/text.txt").write_text(ENGLISH)
+    for path in ("file.txt", "closed", "outer/closed"):
+        os.chmod(path, 0)
+
+
+@pytest.mark.fault(ROW)
+def test_no_permission_is_refused(closed_places, as_nobody, capsys, count_cases) -> None:
+    cases = {
+        "file.txt": "file.txt: there is no permission to read it; chmod u+r file.txt",
+        "closed": "closed: this folder cannot be read: Permission denied",
+        "closed/text.txt": "closed/text.txt: there is no permission to read it",
+        "outer": "outer/closed: this folder cannot be read: Permission denied",  # else a part of the text is missing
+    }
+    for path, reason in cases.items():
+        assert main(["train", f"--data.path={path}"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {reason}")
+        if path != "outer":
+            assert main(["eval", "no_run", path]) == 2
+            assert capsys.readouterr().err.startswith(f"error: {reason}")
+    assert main(["train", "file.txt"]) == 2
+    assert capsys.readouterr().err.startswith("error: file.txt: cannot be read: Permission denied")
+    count_cases(2 * len(cases))
+
+
+# What no config file is, and what the refusal says of it.
+BAD_CONFIGS = {
+    "empty key": (b"[model]\n = 3\n", "is not valid TOML"),
+    "binary": (b"\x7fELF\x02\x01\x01\0", "is not valid TOML"),
+    "random bytes": (random.Random(2).randbytes(5000), "is not UTF-8 (byte 0x"),
+    "PNG": (PNG, "is not UTF-8 (byte 0x89 at offset 0, line 1)"),
+    "Latin-1": (b"[data]\npath = 'caf\xe9'\n", "is not UTF-8 (byte 0xE9 at offset 18, line 2)"),
+    "UTF-16": ("[model]\n".encode("utf-16"), "is not UTF-8 (byte 0xFF at offset 0, line 1)"),
+    "NUL": (b"[model]\nnum_layers = 1\0\n", "is not valid TOML"),
+    "NUL in a path": (b'[data]\npath = "a\\u0000b"\n', "data.path = 'a\\x00b' has a NUL character"),
+    "NUL in a list of paths": (b'[data]\npath = ["a", "b\\u0000"]\n', "data.path = 'b\\x00' has a NUL character"),
+    "deep list": (b"x = " + b"[" * 100_000, "is not valid TOML: it is nested too deep"),
+    "deep table": (b"[model]\nnum_layers." + b"a." * 5000 + b"a = 1\n", "model.num_layers = {'a': {'a': "),
+    "huge number": (b"[model]\nnum_layers = " + b"9" * 5000 + b"\n", "is not valid TOML: "),
+    "long text": (b"[model]\nnum_layers = '" + b"9" * 5000 + b"'\n", "99...99"),
+    "over a megabyte": (b"#" * 1_000_001, "has over 1,000,000 bytes"),
+}
+
+
+@pytest.mark.fault(CONFIGS)
+@pytest.mark.parametrize("command", ["train", "bench"])
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_what_is_no_config_is_refused(name: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content, reason = BAD_CONFIGS[name]
+    Path("mine.toml").write_bytes(content)
+    error = refusal(capsys, command, "mine.toml")
+    assert error.startswith("mine.toml: ") and reason in error and len(error) < 1000, error
+
+
+@pytest.mark.fault(CONFIGS)
+@pytest.mark.parametrize("name", PLACES)
+def test_a_config_that_is_no_file_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make, reason = PLACES[name]
+    make("mine.toml")
+    error = refusal(capsys, "train", "mine.toml")
+    reason = {"folder without texts": "is a folder"}.get(name, reason.replace("such file", "such config"))
+    assert error.startswith("mine.toml: ") and reason in error, error
+
+
+@pytest.mark.fault(CONFIGS)
+def test_a_config_of_a_gigabyte_is_not_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with open("mine.toml", "wb") as file:
+        file.truncate(2**30)
+    assert "has over 1,000,000 bytes" in refusal(capsys, "train", "mine.toml")
+
+
+@pytest.mark.fault(CONFIGS)
+def test_a_config_may_begin_with_a_mark(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.toml").write_bytes(b"\xef\xbb\xbf[data]\npath = 'nowhere.txt'\n")
+    assert refusal(capsys, "train", "mine.toml").startswith("nowhere.txt: there is no such file")
+
+
+# Arguments with bytes that are not UTF-8, as Python gives them to a program.
+NOT_UTF8 = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.fault(CONFIGS)
+@pytest.mark.parametrize(
+    ("argument", "part"),
+    [
+        (f"--data.path={NOT_UTF8}", r"data.path = 'caf\udce9' has a NUL character or is not UTF-8"),
+        (f"--run.folder={NOT_UTF8}", r"run.folder = 'caf\udce9' has a NUL character or is not UTF-8"),
+        (f"--data.path=['{NOT_UTF8}']", r"data.path = 'caf\udce9' has a NUL"),
+        (f"--model.num-layers={'[' * 100_000}", "model.num_layers"),
+        (f"--model.num-layers={'9' * 5000}", "model.num_layers"),
+    ],
+)
+def test_arguments_that_are_no_text_are_refused(argument: str, part: str, capsys) -> None:
+    assert part in refusal(capsys, "train", argument)
+
+
+@pytest.mark.fault(PROMPTS)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"caf\xe9", "is not UTF-8 (byte 0xE9 at offset 3, line 1)"),
+        (b"one\n\xed\xa0\x80", "is not UTF-8 (byte 0xED at offset 4, line 2)"),
+        (b"\xc0\xaf", "is not UTF-8 (byte 0xC0 at offset 0, line 1)"),
+        ("To be".encode("utf-16"), "has NUL bytes"),
+        (b"a\0b", "has NUL bytes (the first at offset 1, line 1)"),
+        (b"", "prompt is empty"),
+        ("é".encode(), "the text has 'é' (U+00E9, at character 0, line 1)"),
+    ],
+)
+def test_prompts_that_are_no_text_are_refused(content, reason, run, capsys, monkeypatch, count_cases) -> None:
+    assert reason in refusal(capsys, "generate", run, "--prompt", os.fsdecode(content))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert reason in refusal(capsys, "generate", run)
+    count_cases(2)
+
+
+@pytest.mark.fault(PROMPTS)
+def test_half_of_a_pair_is_refused(run, capsys) -> None:
+    error = refusal(capsys, "generate", run, "--prompt", "a\ud800")
+    assert error.startswith("--prompt: is not UTF-8 (byte 0xED at offset 1, line 1)")
+
+
+@pytest.mark.fault(PROMPTS)
+def test_a_prompt_without_end_is_refused(run, capsys, monkeypatch) -> None:
+    with open("/dev/zero") as zeros:
+        monkeypatch.setattr("sys.stdin", zeros)
+        assert "standard input: has over 16,000,000 bytes" in refusal(capsys, "generate", run)
+
+
+@pytest.mark.fault(PROMPTS)
+def test_no_standard_input_is_an_empty_prompt(run, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert "prompt is empty" in refusal(capsys, "generate", run)
+
+
+@pytest.mark.fault(ROW)
+def test_a_text_with_a_character_that_the_model_lacks_is_refused(run, capsys) -> None:
+    Path("mine.txt").write_text("To be\nor é")
+    error = refusal(capsys, "eval", run, "mine.txt")
+    assert error.startswith("mine.txt: the text has 'é' (U+00E9, at character 9, line 2)")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of one step, whose characters are those of ENGLISH."""
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text"
+    text.write_text(ENGLISH)
+    sizes = ["--model.context-length=8", "--model.num-layers=1", "--model.embed-dim=8", "--model.num-heads=2"]
+    steps = ["--training.num-steps=1", "--training.batch-size=2", "--training.sample-tokens=0"]
+    assert main(["train", *sizes, *steps, f"--data.path={text}", f"--run.folder={folder / 'x'}"]) == 0
+    return str(folder / "x")
+
+
+@pytest.mark.fault(ROW)
+def test_what_is_no_text_is_refused_by_the_command_itself(tmp_path: Path, count_cases) -> None:
+    """As a process of its own: bytes that are no UTF-8 reach it as such."""
+    command = [sys.executable, "-m", "flax_decoder"]
+    os.mkfifo("fifo")
+    cases = [
+        ([*command, "train", "--data.path=fifo"], b"", b"fifo: cannot be read: is not a regular file"),
+        ([*command, "generate", "no_run", b"--prompt=caf\xe9"], b"", b"--prompt: is not UTF-8 (byte 0xE9 at offset 3"),
+        ([*command, "train", b"--caf\xe9=3"], b"", rb"unknown argument --caf\udce9"),
+        ([*command, "generate", "no_run"], b"a\n\xff", b"standard input: is not UTF-8 (byte 0xFF at offset 2, line 2)"),
+    ]
+    for arguments, given, reason in cases:
+        result = subprocess.run(arguments, input=given, capture_output=True, timeout=MOST_SECONDS)
+        assert result.returncode == 2 and result.stdout == b"" and result.stderr.startswith(b"error: " + reason)
+    assert os.listdir() == ["fifo"]
+    count_cases(len(cases))

@@ -1,0 +1,81 @@
+"""Settings that no run can have: refused before JAX is even imported, and nothing is written."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny_run import write_text_file
+
+from flax_decoder.cli import main
+
+# What is asked for, and the words of the refusal that name it.
+CASES = [
+    (["optimizer.learning_rate=-0.001"], "optimizer.learning_rate = -0.001"),
+    (["optimizer.learning_rate=nan"], "optimizer.learning_rate = nan"),
+    (["optimizer.learning_rate=inf"], "optimizer.learning_rate = inf"),
+    (["optimizer.learning_rate=1e30", "optimizer.weight_decay=0"], "optimizer.learning_rate = 1e+30"),
+    (["optimizer.learning_rate=1e400"], "optimizer.learning_rate = inf"),
+    (["optimizer.learning_rate='0.1'"], "optimizer.learning_rate = '0.1'"),
+    (["optimizer.beta2=1.0"], "optimizer.beta2 = 1.0"),
+    (["optimizer.epsilon=0"], "optimizer.epsilon = 0"),
+    (["optimizer.clip_norm=-1"], "optimizer.clip_norm = -1"),
+    (["optimizer.weight_decay=1e6"], "weight_decay = 1000000.0 is more than 1"),
+    (["training.num_steps=0"], "training.num_steps = 0"),
+    (["training.num_steps=true"], "training.num_steps = True"),
+    (["training.batch_size=1000000000000"], "training.batch_size = 1000000000000"),
+    (["training.z_loss=-0.1"], "training.z_loss = -0.1"),
+    (["model.embed_dim=16", "model.num_heads=3"], "embed_dim = 16 is not a multiple of num_heads = 3"),
+    (["model.context_length=0"], "model.context_length = 0"),
+    (["model.embed_dim=1000000000"], "model.embed_dim = 1000000000"),
+    (["model.num_layers=1000000000"], "model.num_layers = 1000000000"),
+    (["model.vocab_size=1000000000000"], "model.vocab_size = 1000000000000"),
+    (["model.dropout=nan"], "model.dropout = nan"),
+    (["model.dropout=1.5"], "model.dropout = 1.5"),
+    (["data.validation_fraction=1.0"], "data.validation_fraction = 1.0"),
+    (["training.num_stepz=10"], "training.num-stepz"),
+]
+# Runs every command line that stands in a line of its input, and says how it ended and whether JAX came in.
+RUN_ALL = """
+import sys
+from flax_decoder.cli import main
+for line in sys.stdin:
+    code = main(line.rstrip("\\n").split("\\t"))
+    print(f"{code} {'jax' in sys.modules or 'numpy' in sys.modules}", file=sys.stderr)
+    print("---", file=sys.stderr)
+"""
+
+
+ROW = "Values: negative rate, zero steps, NaN, 1e30, heads not dividing, context 0"
+
+
+@pytest.mark.fault(ROW)
+def test_values_are_refused_before_anything_is_allocated(tmp_path, count_cases):
+    text = write_text_file(tmp_path)
+    entries = sorted(tmp_path.iterdir())
+    lines = [
+        "\t".join(["train", f"--data.path={text}", "--run.folder=run", *(f"--{setting}" for setting in settings)])
+        for settings, _ in CASES
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", RUN_ALL], input="\n".join(lines), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
+    ends = run.stderr.split("---\n")[:-1]
+    for (_, words), end in zip(CASES, ends, strict=True):
+        *message, outcome = end.splitlines()
+        assert outcome == "2 False", end
+        assert message[0].startswith("error: ") and words in message[0] and len(message) <= 2, end
+    assert sorted(tmp_path.iterdir()) == entries
+    count_cases(len(CASES))
+
+
+@pytest.mark.fault(ROW)
+@pytest.mark.parametrize("model", [{"vocab_size": 2**24, "embed_dim": 2**24}, {"mlp_dim": 2**24, "num_layers": 9999}])
+def test_a_model_larger_than_the_machine_is_refused(tmp_path, capsys, model):
+    text = write_text_file(tmp_path)
+    settings = [f"--model.{name}={value}" for name, value in model.items()]
+    assert main(["train", f"--data.path={text}", f"--run.folder={tmp_path / 'run'}", *settings]) == 2
+    error = capsys.readouterr().err
+    assert "its weights and their gradients take at least" in error and error.count("\n") == 2
+    assert not (tmp_path / "run").exists()
