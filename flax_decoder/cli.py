@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,8 @@ from flax_decoder.parallel.launchers import in_a_job
 from flax_decoder.terminal import say
 
 if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
     from flax_decoder.generation.sampling import Sampling
     from flax_decoder.generation.speculative import Draft, PromptLookup
 
@@ -31,8 +34,10 @@ DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0 done, 1 a fault, 2 the user's input, 73 in use, over 128 a signal."""
-    # As Ctrl-C does, it unwinds what is under way; training takes over when it has something to save.
-    before = signal.signal(signal.SIGTERM, _leave)
+    # Both unwind what is under way; training takes over when it has something to save.
+    before = {number: signal.signal(number, _leave) for number in _LEAVING}
+    hook_before = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_send_again, hook_before)
     try:
         options, unknown = build_parser().parse_known_args(
             _with_hyphens(sys.argv[1:] if arguments is None else arguments)
@@ -64,15 +69,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Terminated:
         return 128 + signal.SIGTERM
     finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook_before
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Terminated(BaseException):
     """SIGTERM has come: as KeyboardInterrupt, it passes through all that only looks after errors."""
 
 
+# What each signal raises.
+_LEAVING = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+    """Ends what is under way by an exception; but at once during an import, before there is anything to end.
+
+    A module in C that is being imported makes an ImportError of the exception, or crashes, as those of JAX do.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise _LEAVING[signal.Signals(number)]
+
+
+def _send_again(otherwise: Callable[["UnraisableHookArgs"], Any], dropped: "UnraisableHookArgs") -> None:
+    """Sends a signal once more whose exception Python has dropped, as it does in callbacks of its garbage collector.
+
+    JAX has such a callback. It is sent a little later, so that it does not come in this function.
+    """
+    numbers = {raised: number for number, raised in _LEAVING.items()}
+    if dropped.exc_type in numbers:
+        threading.Timer(0.01, os.kill, (os.getpid(), numbers[dropped.exc_type])).start()
+    else:
+        otherwise(dropped)
 
 
 def train(options: argparse.Namespace) -> int:

@@ -60,8 +60,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     # Two processes that make the same folder must not take each other's; the first one to be ready has it.
     mark = f".{path.name}.new-{socket.gethostname()}-"
     for left in path.parent.glob(f"{glob.escape(mark)}*"):
-        if not _is_alive(left.name.removeprefix(mark)):
-            shutil.rmtree(left)  # what a crash left
+        if not _is_another(left.name.removeprefix(mark)):
+            shutil.rmtree(left, ignore_errors=True)  # what a crash left; another process may be at it too
     unfinished = path.with_name(f"{mark}{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
@@ -99,8 +99,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_alive(process_id: str) -> bool:
-    """Whether a process of this machine runs."""
+def _is_another(process_id: str) -> bool:
+    """Whether this is another process of this machine that runs."""
+    if process_id == str(os.getpid()):  # that of a container often is 1, time after time
+        return False
     try:
         os.kill(int(process_id), 0)
     except (ValueError, OverflowError, ProcessLookupError):

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import math
+import signal
 import subprocess
 import sys
 import types
@@ -252,3 +253,56 @@ def test_compare_without_pytorch_says_how_to_install_it(run, missing, monkeypatc
     assert capsys.readouterr().err == (
         f'error: comparing needs {missing}, which is not installed: pip install "flax-decoder[torch]"\n'
     )
+
+
+# A signal that comes while Python is in a callback of its garbage collector, where it drops exceptions.
+IN_A_CALLBACK = """
+import gc, os, sys, time
+from flax_decoder import cli
+
+def callback(phase, info):
+    gc.callbacks.remove(callback)
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(0)
+
+def train(options):
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(20)
+    return 0
+
+cli.train = train
+sys.exit(cli.main(["train"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_signal_is_lost_where_python_drops_exceptions(number):
+    done = subprocess.run([sys.executable, "-c", IN_A_CALLBACK, str(int(number))], capture_output=True, text=True)
+    assert done.returncode == 128 + number
+    assert "Traceback" not in done.stderr
+
+
+# A module whose import takes long, and which makes an ImportError of all that happens, as one in C does.
+SLOW_MODULE = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(20)
+except BaseException as error:
+    raise ImportError("initialization failed") from error
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_import_leaves_with_its_code(tmp_path, number):
+    (tmp_path / "slow.py").write_text(SLOW_MODULE)
+    script = "import sys\nfrom flax_decoder import cli\n"
+    script += "def train(options):\n    import slow\ncli.train = train\nsys.exit(cli.main(['train']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 128 + number
+        assert process.stderr.read() == ""

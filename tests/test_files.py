@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,6 +56,31 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path):
         (unfinished / "whole").write_text("x")
     assert {entry.name for entry in path.parent.iterdir()} == {"folder", at_work.name}
     assert [entry.name for entry in path.iterdir()] == ["whole"]
+
+
+def test_what_a_crash_left_under_the_number_of_this_process_gives_way(tmp_path):
+    """In a container each start may have the same number."""
+    (tmp_path / f".folder.new-{socket.gethostname()}-{os.getpid()}").mkdir()
+    with new_folder(tmp_path / "folder") as unfinished:
+        (unfinished / "whole").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_two_processes_may_clear_away_the_same_leftover(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    left = tmp_path / f".folder.new-{socket.gethostname()}-{process.pid}"
+    left.mkdir()
+    rmtree = shutil.rmtree
+
+    def after_another(path, **options):
+        left.rmdir() if left.exists() else None
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", after_another)
+    with new_folder(tmp_path / "folder"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_only_regular_files_are_opened(tmp_path):

@@ -1,0 +1,170 @@
+"""Runs a command of flax-decoder to which something happens at a named point.
+
+python faulty_run.py SIGNAL POINT COUNT DELAY ARGUMENTS: the process sends itself the signal when it has come to the
+point for the COUNTth time, DELAY seconds later; SIGKILL always at once.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from flax_decoder import cli
+
+WRITING = os.O_WRONLY | os.O_RDWR
+
+
+class Trigger:
+    """Sends a signal to this process at the COUNTth call."""
+
+    def __init__(self, number, count, delay):
+        self.number, self.count, self.delay = number, count, delay
+
+    def comes_next(self):
+        """Whether the next call will be the one."""
+        return self.count == 1
+
+    def __call__(self):
+        self.count -= 1
+        if self.count != 0:
+            return
+        if self.delay > 0:
+            threading.Timer(self.delay, os.kill, (os.getpid(), self.number)).start()
+        else:
+            os.kill(os.getpid(), self.number)
+
+
+def call(place, name, act, when):
+    """Lets `act` be called before or after a function in a module or class."""
+    original = getattr(place, name)
+
+    def replacement(*args, **kwargs):
+        if when == "before":
+            act()
+        result = original(*args, **kwargs)
+        if when == "after":
+            act()
+        return result
+
+    setattr(place, name, replacement)
+
+
+def arm(point, trigger):
+    """Lets the trigger be called at a point."""
+    if point == "file":
+        arm_files(trigger)
+        return
+    import jax
+    import orbax.checkpoint as ocp
+
+    from flax_decoder.training import checkpoint, loop, run_folder
+
+    places = {
+        "preparing": (run_folder, "prepare_corpus", "after"),
+        "restoring": (loop, "restore_state", "before"),
+        "amid restoring": (checkpoint, "_restore", "before"),
+        "evaluation": (loop, "evaluate", "before"),
+        "save": (checkpoint.Checkpoints, "save", "before"),
+        "before arrays": (ocp.AsyncCheckpointer, "save", "before"),
+        "after arrays": (checkpoint, "write_manifest", "before"),
+        "after manifest": (checkpoint, "write_manifest", "after"),
+        "after rename": (checkpoint, "commit", "after"),
+        "sampling": (loop, "generate", "before"),
+        "after sampling": (loop, "plot_losses", "before"),
+    }
+    if point in places:
+        place, name, when = places[point]
+        call(place, name, trigger, when)
+    elif point == "step":
+        jit_steps = loop.jit_steps
+
+        def jit_with_trigger(*args):
+            take_steps = jit_steps(*args)
+
+            def replacement(*args):
+                trigger()
+                return take_steps(*args)
+
+            return replacement
+
+        loop.jit_steps = jit_with_trigger
+    elif point == "compile":
+        # JAX has just translated a program, which XLA is about to compile; those of the step come last.
+        def listen(event, seconds, **_):
+            if event == "/jax/core/compile/jaxpr_to_mlir_module_duration" and in_call_of("run_steps"):
+                trigger()
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+    elif point == "amid arrays":
+        save = ocp.AsyncCheckpointer.save
+
+        def replacement(writer, path, *args, **kwargs):
+            if trigger.comes_next():
+                threading.Thread(target=wait_for_arrays, args=(Path(path), trigger), daemon=True).start()
+            else:
+                trigger()
+            save(writer, path, *args, **kwargs)
+
+        ocp.AsyncCheckpointer.save = replacement
+    elif point in ("pruning", "clearing"):
+        arm_deletion(point, trigger)
+    else:
+        raise ValueError(point)
+
+
+def in_call_of(name):
+    """Whether a function of that name is under way in this thread."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back
+    return frame is not None
+
+
+def wait_for_arrays(new, trigger):
+    """Pulls the trigger when the first bytes of arrays are in the folder of a save."""
+    while True:
+        for inner, _, names in os.walk(new.parent):
+            with contextlib.suppress(OSError):
+                if new.name in inner and "ocdbt.process" in inner and names:
+                    trigger()
+                    return
+        time.sleep(0)
+
+
+def arm_deletion(point, trigger):
+    """Between the renaming and the deletion of a checkpoint, with half of it gone."""
+    rmtree = shutil.rmtree
+
+    def replacement(path, *args, **kwargs):
+        name = Path(path).name
+        if (point == "pruning" and name.startswith(".old-")) or (point == "clearing" and name.startswith(".new-")):
+            if trigger.comes_next():
+                files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+                for file in files[: len(files) // 2]:
+                    file.unlink()
+            trigger()
+        rmtree(path, *args, **kwargs)
+
+    shutil.rmtree = replacement
+
+
+def arm_files(trigger):
+    """When a file in a folder that is being made is opened to be written."""
+
+    def listen(event, details):
+        if event == "open":
+            path, _, flags = details
+            if isinstance(path, str | os.PathLike) and ".new-" in os.fspath(path) and flags & WRITING:
+                trigger()
+
+    sys.addaudithook(listen)
+
+
+if __name__ == "__main__":
+    name, point, count, delay, *arguments = sys.argv[1:]
+    arm(point, Trigger(signal.Signals[name], int(count), float(delay)))
+    sys.exit(cli.main(arguments))

@@ -1,0 +1,164 @@
+"""A process that is killed at the worst moments of a save, a start, or an export."""
+
+import random
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import run_state
+import tiny_run
+
+import flax_decoder as fd
+from flax_decoder.loading import convert
+from flax_decoder.training.checkpoint import choose_step, saved_steps
+
+FAULTY = Path(__file__).parent / "faulty_run.py"
+NUM_STEPS, SAVE_EVERY = 60, 2
+RULES = {
+    "training__num_steps": NUM_STEPS,
+    "training__log_every": 1,
+    "training__eval_every": SAVE_EVERY,
+    "training__eval_batches": 1,
+    "training__keep_newest": 2,
+}
+# Points of a save, and how many saves of this sitting are then done at the kill in the n-th.
+SAVES_DONE = {"before arrays": -1, "amid arrays": -1, "after arrays": -1, "after manifest": -1, "after rename": 0}
+LEAVES_ARRAYS = ("amid arrays", "after arrays", "after manifest")
+
+
+def killed_at(point, count, arguments, **environment):
+    """Runs a command of flax-decoder until the kill, which must come."""
+    words = [sys.executable, str(FAULTY), "SIGKILL", point, str(count), "0", *arguments]
+    code, output, errors = tiny_run.finish(words, PYTHONUNBUFFERED="1", **environment)
+    assert code == -9, (point, count, output, errors)
+    assert "Traceback" not in errors and "warning: " not in errors, errors
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that is never killed, its text, and a cache that has its programs (see test_kill.py)."""
+    folder = tmp_path_factory.mktemp("whole")
+    text, cache = tiny_run.write_text_file(folder), str(folder / "cache")
+    arguments = tiny_run.command(folder / "run", text, **RULES, training__save_every=SAVE_EVERY)
+    code, _, errors = tiny_run.finish(arguments, JAX_COMPILATION_CACHE_DIR=cache)
+    assert code == 0, errors
+    return folder / "run", text, cache
+
+
+@pytest.mark.fault("SIGKILL at named points")
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 10))])
+def test_a_run_that_is_killed_at_named_points(whole, tmp_path, count_cases, seed):
+    expected, text, cache = whole
+    rng = random.Random(seed)
+    folder = tmp_path / "run"
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache}
+    arguments = tiny_run.command(folder, text, **RULES, training__save_every=SAVE_EVERY)
+    points = [*SAVES_DONE, "pruning"]
+    rng.shuffle(points)
+    points.insert(points.index("amid arrays") + 1, "clearing")  # which has something to clear then
+    points.insert(points.index("after rename") + 1, "amid restoring")  # likewise
+    newest = 0
+    for point in points:
+        # The first save of all is killed too, where a run begins with its point.
+        count = 1 if newest == 0 or point == "clearing" else rng.randint(1, 3)
+        if point == "amid restoring":
+            count = 2  # of its two parts
+        output = killed_at(point, count, ["train", *arguments[2:]], **environment)
+        if newest > 0 and point not in ("amid restoring", "clearing"):
+            assert f"from the checkpoint of step {newest}" in output
+        before, newest = newest, run_state.newest_verified(folder)
+        if point in SAVES_DONE:
+            assert newest == before + SAVE_EVERY * (count + SAVES_DONE[point]), point
+        elif point in ("amid restoring", "clearing"):
+            assert newest == before
+        else:
+            assert newest > before
+        if newest > 0:
+            assert choose_step(folder, "latest") == newest and choose_step(folder, "best") in saved_steps(folder)
+        if point in LEAVES_ARRAYS:
+            assert any(".new-" in name for name in run_state.leftovers(folder)), point
+        if point == "pruning":
+            assert any(".old-" in name for name in run_state.leftovers(folder))
+    # When all steps are done: before the first result, and between the two.
+    for point in ("sampling", "after sampling"):
+        killed_at(point, 1, ["train", *arguments[2:]], **environment)
+        assert run_state.newest_verified(folder) == NUM_STEPS and not (folder / "loss.png").exists()
+    code, output, errors = tiny_run.finish(arguments, **environment)
+    assert code == 0 and f"from the checkpoint of step {NUM_STEPS}" in output, errors
+    run_state.assert_ended_alike(folder, expected)
+    count_cases(len(points) + 2)
+
+
+@pytest.mark.fault("SIGKILL at named points")
+def test_a_first_save_that_is_killed_amid_its_arrays(whole, tmp_path):
+    expected, text, cache = whole
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache}
+    arguments = tiny_run.command(tmp_path / "run", text, **RULES, training__save_every=SAVE_EVERY)
+    killed_at("amid arrays", 1, ["train", *arguments[2:]], **environment)
+    assert saved_steps(tmp_path / "run") == [] and run_state.leftovers(tmp_path / "run")
+    # That save will not be made again, so that nothing takes the place of what it left.
+    arguments = tiny_run.command(tmp_path / "run", text, **RULES, training__save_every=2 * SAVE_EVERY)
+    code, output, errors = tiny_run.finish(arguments, **environment)
+    assert code == 0 and "has no checkpoint yet: it starts from the beginning" in output, errors
+    run_state.assert_ended_alike(tmp_path / "run", expected)
+
+
+@pytest.mark.fault("A verified checkpoint at every instant")
+def test_there_is_a_verified_checkpoint_at_every_instant(whole, tmp_path, capsys, count_cases):
+    """While a run saves and prunes as fast as it can, somebody else looks all the time."""
+    _, text, cache = whole
+    folder = tmp_path / "run"
+    arguments = tiny_run.command(folder, text, **RULES | {"training__num_steps": 30}, training__save_every=SAVE_EVERY)
+    process = tiny_run.start(arguments, JAX_COMPILATION_CACHE_DIR=cache)
+    seen = [0]
+    looks = 0
+    try:
+        while process.poll() is None:
+            if seen[-1] > 0 or saved_steps(folder):
+                seen.append(choose_step(folder, "latest"))
+                assert choose_step(folder, "best") > 0
+                looks += 1
+    finally:
+        process.kill()
+        output, errors = process.communicate()
+    assert process.returncode == 0, (output, errors)
+    assert seen == sorted(seen) and len(set(seen)) > 5
+    assert "warning" not in capsys.readouterr().err
+    count_cases(looks)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(whole, tmp_path_factory):
+    """The model of the run as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    convert(whole[0], folder)
+    return folder
+
+
+@pytest.mark.fault("SIGKILL in an export")
+@pytest.mark.parametrize("to_run", [False, True])
+@pytest.mark.parametrize("at_each", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_an_export_that_is_killed(whole, hugging_face, tmp_path, count_cases, to_run, at_each):
+    """At the third file that is written or, with --full, at each one, until there are no more."""
+    source = hugging_face if to_run else whole[0]
+    target = tmp_path / "target"
+    count = 1 if at_each else 3
+    num_killed = 0
+    while True:
+        words = [sys.executable, str(FAULTY), "SIGKILL", "file", str(count), "0", "convert", str(source), str(target)]
+        code, output, errors = tiny_run.finish(words)
+        if code == 0:
+            break
+        assert code == -9, (output, errors)
+        assert not target.exists() and run_state.leftovers(target)
+        num_killed += 1
+        count += 1 if at_each else 1000  # the second time nothing kills it
+    assert num_killed >= 5 or (num_killed == 1 and not at_each)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert run_state.leftovers(target) == []
+    ours, theirs = (fd.load(path)[1] for path in (target, hugging_face))  # whose family has more biases
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    count_cases(num_killed)

@@ -1,0 +1,98 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flax_decoder.errors import FaultError, InUseError
+from flax_decoder.lock import LOCK, FolderLock, refuse_if_in_use
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from flax_decoder.lock import FolderLock
+lock = FolderLock()
+lock.take(Path(sys.argv[1]))
+lock.announce()
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "taken\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_second_one_is_refused_with_the_name_of_the_first_and_changes_nothing(tmp_path, holder):
+    before = (tmp_path / LOCK).read_bytes()
+    for refuse in (FolderLock().take, refuse_if_in_use):
+        with pytest.raises(InUseError, match=rf"in use by process {holder.pid} on .* since .*--run\.folder"):
+            refuse(tmp_path)
+    assert (tmp_path / LOCK).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_end_of_a_process_frees_its_folder_however_it_ends(tmp_path, holder, number):
+    holder.send_signal(number)
+    holder.wait()
+    refuse_if_in_use(tmp_path)
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+
+
+def test_a_process_that_is_stopped_keeps_its_folder(tmp_path, holder):
+    holder.send_signal(signal.SIGSTOP)
+    with pytest.raises(InUseError):
+        refuse_if_in_use(tmp_path)
+
+
+def test_what_the_file_says_is_of_its_owner_and_not_of_one_before(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "long ago", "command": "x" * 999}))
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+        lock.announce()
+        holder = json.loads((tmp_path / LOCK).read_bytes())
+        assert holder["pid"] == os.getpid() and holder.keys() == {"pid", "host", "since", "command"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\x00", b"[]", b'{"pid": 1}'])
+def test_an_owner_that_has_not_said_who_it_is_is_another_process(tmp_path, content):
+    (tmp_path / LOCK).write_bytes(content)
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+        with pytest.raises(InUseError, match="in use by another process"):
+            FolderLock().take(tmp_path)
+
+
+def test_it_goes_with_its_folder_to_another_name(tmp_path):
+    (tmp_path / "new").mkdir()
+    with FolderLock() as lock:
+        lock.take(tmp_path / "new")
+        (tmp_path / "new").rename(tmp_path / "run")
+        with pytest.raises(InUseError):
+            refuse_if_in_use(tmp_path / "run")
+    refuse_if_in_use(tmp_path / "run")
+
+
+def test_a_folder_without_a_lock_is_not_given_one_by_a_look(tmp_path):
+    refuse_if_in_use(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_opened_is_a_fault(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    with FolderLock() as lock, pytest.raises(FaultError, match=r"\.lock: cannot be locked: "):
+        lock.take(tmp_path)
+
+
+def test_release_without_having_it_is_no_error():
+    FolderLock().release()
