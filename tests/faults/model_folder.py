@@ -1,8 +1,8 @@
 """A small model in a Hugging Face folder, to be attacked; and what an attack may cost at most."""
 
 import contextlib
-import gc
 import functools
+import gc
 import json
 import shutil
 import tempfile
