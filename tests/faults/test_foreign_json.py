@@ -173,13 +173,13 @@ def test_padding_to_a_trillion_tokens_does_not_matter():
 
 @TOKENIZER_ROW
 def test_a_text_that_makes_the_library_panic_is_a_users_error(monkeypatch):
-    """A panic of its Rust code is a BaseException, which no `except Exception` catches."""
+    """A panic of its Rust code is a BaseException of this name, which no `except Exception` catches."""
 
-    class Panic(BaseException):
+    class PanicException(BaseException):
         pass
 
     def panic(*arguments, **options):
-        raise Panic("index out of bounds")
+        raise PanicException("index out of bounds")
 
     tokenizer = parse_tokenizer(changed(), "x")
     assert isinstance(tokenizer, SubwordTokenizer)
