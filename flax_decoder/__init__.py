@@ -13,6 +13,7 @@ from flax_decoder.errors import FaultError, UserError
 if TYPE_CHECKING:
     from flax_decoder.generation.generate import complete, generate, prefill
     from flax_decoder.generation.speculative import Draft, PromptLookup
+    from flax_decoder.lens.capture import capture
     from flax_decoder.loading import compare, load
     from flax_decoder.nn.cache import KVCache, empty_cache
     from flax_decoder.nn.decoder import Decoder, unstack_layers
@@ -25,6 +26,7 @@ _HOMES = {
     "KVCache": "nn.cache",
     "PromptLookup": "generation.speculative",
     "TrainState": "training.step",
+    "capture": "lens.capture",
     "compare": "loading",
     "empty_cache": "nn.cache",
     "complete": "generation.generate",
@@ -46,6 +48,7 @@ __all__ = [
     "PromptLookup",
     "TrainState",
     "UserError",
+    "capture",
     "compare",
     "complete",
     "empty_cache",

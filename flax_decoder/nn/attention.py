@@ -16,6 +16,7 @@ from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.attention_kernels import FUSED, blockwise, on_each_device
 from flax_decoder.nn.axes import constrain
 from flax_decoder.nn.cache import LayerKV, positions_of_slots, write
+from flax_decoder.nn.intermediates import OwnEdits, edited, show
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
@@ -36,6 +37,7 @@ def dot_product_attention(
     soft_cap: float | None = None,
     scale: float | None = None,
     drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    edit: Callable[[str, jax.Array], jax.Array] = lambda name, array: array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Averages the values, weighted by how well each key matches the query.
 
@@ -53,6 +55,7 @@ def dot_product_attention(
         soft_cap: scores go through soft_cap * tanh(score / soft_cap) first (Gemma 2).
         scale: what scores are multiplied by, where it is not 1 / sqrt(H).
         drop: applied to the weights, for dropout.
+        edit: gives what takes the place of the scores, and of the weights, for those who want to change them.
 
     Returns:
         The averages heads_BTNH in the dtype of the values; and in at least float32, for those who want to look, the
@@ -70,9 +73,9 @@ def dot_product_attention(
         scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
     if bias_BNTS is not None:
         scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, S).astype(dtype)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+    scores_BKGTS = edit("scores", jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf))
 
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    weights_BKGTS = edit("weights", jax.nn.softmax(scores_BKGTS, axis=-1))
     # In this order of axes the product reads the values as they lie in a cache; in another, a transposed copy of them.
     heads_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", drop(weights_BKGTS).astype(v_BSKH.dtype), v_BSKH)
     return heads_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), scores_BKGTS, weights_BKGTS
@@ -85,9 +88,11 @@ class SelfAttention(nn.Module):
 
     Attributes:
         config: the model.
+        edits: change what goes by these names on the way.
     """
 
     config: ModelConfig
+    edits: OwnEdits | None = None
 
     @nn.compact
     def __call__(
@@ -123,7 +128,7 @@ class SelfAttention(nn.Module):
         config = self.config
         q_BTNH, k_BSKH, v_BSKH = self.queries_keys_values(x_BTD, positions_BT, window)
         drops_weights = config.dropout > 0 and not deterministic
-        wants_weights = self.is_mutable_collection("intermediates")
+        wants_weights = self.is_mutable_collection("intermediates") or self.edits is not None
         ring = None if cached is not None or wants_weights else find_ring(q_BTNH.shape, k_BSKH.shape)
         kernel = choose_kernel(config) if fast and not (drops_weights or wants_weights) else "reference"
         soft_cap, scale = config.attention_soft_cap, config.attention_scale
@@ -140,10 +145,11 @@ class SelfAttention(nn.Module):
             if cached is not None:
                 window = min(window or cached[0].shape[2], cached[0].shape[2] - num_spare)
                 k_BSKH, v_BSKH, key_positions_BS, cached = self.with_cached(k_BSKH, v_BSKH, positions_BT, cached, end_B)
+            self.sow("intermediates", "key_positions", key_positions_BS)
             mask_BTS, bias_BNTS = self.mask_and_bias(positions_BT, key_positions_BS, window)
             drop = nn.Dropout(config.dropout, deterministic=deterministic)
             heads_BTNH = self.by_formula(kernel, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, drop)
-        self.sow("intermediates", "heads", heads_BTNH)
+        heads_BTNH = show(self, "heads", heads_BTNH, self.edits)
 
         out = Linear((config.embed_dim,), 2, config.attention_out_bias, config.output_stddev, config.dtype, name="out")
         return out(constrain(heads_BTNH, "batch", "length", "heads", None)), cached
@@ -163,6 +169,8 @@ class SelfAttention(nn.Module):
         attend: Callable[..., tuple[jax.Array, ...]] = functools.partial(
             dot_product_attention, soft_cap=config.attention_soft_cap, scale=config.attention_scale, drop=drop
         )
+        if self.edits is not None:
+            attend = functools.partial(attend, edit=self.edit_heads)
         if config.remat == "attention" and not self.is_mutable_collection("intermediates"):
             attend = jax.checkpoint(attend, prevent_cse=not config.scan_layers)
         if kernel == "blockwise":
@@ -171,6 +179,11 @@ class SelfAttention(nn.Module):
         self.sow("intermediates", "scores", scores_BKGTS)
         self.sow("intermediates", "weights", weights_BKGTS)
         return heads_BTNH
+
+    def edit_heads(self, name: str, x_BKGTS: jax.Array) -> jax.Array:
+        """Scores or weights, edited: those who edit count N heads, and not which of them share keys."""
+        x_BNTS = x_BKGTS.reshape(x_BKGTS.shape[0], self.config.num_heads, *x_BKGTS.shape[-2:])
+        return edited(name, x_BNTS, self.edits).reshape(x_BKGTS.shape)
 
     def mask_and_bias(
         self, positions_BT: jax.Array, key_positions_BS: jax.Array, window: int | None
@@ -226,15 +239,13 @@ class SelfAttention(nn.Module):
         if config.qk_norm != "none":
             q_BTNH = self.normalise("query_norm", q_BTNH)
             k_BTKH = self.normalise("key_norm", k_BTKH)
-        self.sow("intermediates", "q", q_BTNH)
-        self.sow("intermediates", "k", k_BTKH)
-        self.sow("intermediates", "v", v_BTKH)
+        q_BTNH = show(self, "q", q_BTNH, self.edits)
+        k_BTKH = show(self, "k", k_BTKH, self.edits)
+        v_BTKH = show(self, "v", v_BTKH, self.edits)
         if config.positions == "rotary":
             frequencies = rotary_frequencies(config, in_window=window is not None)
-            q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
-            k_BTKH = rotate(k_BTKH, positions_BT, frequencies)
-            self.sow("intermediates", "q_rotated", q_BTNH)
-            self.sow("intermediates", "k_rotated", k_BTKH)
+            q_BTNH = show(self, "q_rotated", rotate(q_BTNH, positions_BT, frequencies), self.edits)
+            k_BTKH = show(self, "k_rotated", rotate(k_BTKH, positions_BT, frequencies), self.edits)
         return q_BTNH, k_BTKH, v_BTKH
 
     def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:

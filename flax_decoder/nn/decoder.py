@@ -1,7 +1,7 @@
 """Tokens to logits: embedding, a stack of blocks, a head."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from flax_decoder.nn.attention import SelfAttention
 from flax_decoder.nn.axes import constrain, num_parts
 from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.feed_forward import FeedForward
+from flax_decoder.nn.intermediates import Edit, OwnEdits, check_names, edited, show
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
@@ -37,9 +38,11 @@ class Block(nn.Module):
 
     Attributes:
         config: the model.
+        edits: change what goes by these names on the way.
     """
 
     config: ModelConfig
+    edits: OwnEdits | None = None
 
     @nn.compact
     def __call__(
@@ -61,23 +64,24 @@ class Block(nn.Module):
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
 
         h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
-        h_BTD, cached = SelfAttention(config, name="attention")(
+        h_BTD, cached = SelfAttention(config, self.edits, name="attention")(
             h_BTD, positions_BT, window, cached, end_B, num_spare, fast=fast, deterministic=deterministic
         )
         h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
+        h_BTD = show(self, "attention_write", h_BTD, self.edits)
         attended_BTD = x_BTD + dropout(h_BTD)
         if config.norm_position == "post":
             attended_BTD = norm(name="attention_norm")(attended_BTD)
 
         h_BTD = x_BTD if config.parallel_residual else attended_BTD
         h_BTD = norm(name="feed_forward_norm")(h_BTD) if before else h_BTD
-        h_BTD = FeedForward(config, name="feed_forward")(h_BTD)
+        h_BTD = FeedForward(config, self.edits, name="feed_forward")(h_BTD)
         h_BTD = norm(name="feed_forward_output_norm")(h_BTD) if after else h_BTD
+        h_BTD = show(self, "feed_forward_write", h_BTD, self.edits)
         x_BTD = attended_BTD + dropout(h_BTD)
         if config.norm_position == "post":
             x_BTD = norm(name="feed_forward_norm")(x_BTD)
-        x_BTD = constrain(x_BTD, "batch", "length", None)
-        self.sow("intermediates", "residual", x_BTD)
+        x_BTD = show(self, "residual", constrain(x_BTD, "batch", "length", None), self.edits)
         return x_BTD, cached
 
 
@@ -104,6 +108,7 @@ class Decoder(nn.Module):
         last_only: bool = False,
         hidden_only: bool = False,
         deterministic: bool = True,
+        edits: Mapping[str, Edit] | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Maps tokens to the logits of the tokens that follow them.
 
@@ -115,13 +120,15 @@ class Decoder(nn.Module):
             last_only: gives the logits of each row's last token alone, (B, 1, V), where T of them would go unread.
             hidden_only: gives what `logits` would make them of, (B, T, D), for who cannot hold T times V numbers.
             deterministic: False applies dropout and needs `rngs={"dropout": rng}`.
+            edits: change what goes by these names on the way; see `lens.capture` for the names.
 
         Returns:
             logits_BTV in at least float32; with a cache, also the cache with these tokens in it.
 
         Raises:
             ValueError: ids outside the vocabulary (where they are known, that is outside of jit), more positions than
-                learned ones reach, positions beside a cache, or float64 where JAX has it switched off.
+                learned ones reach, positions beside a cache, float64 where JAX has it switched off, or an edit of what
+                is not there.
         """
         config = self.config
         if config.vocab_size is None:
@@ -133,6 +140,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
         if positions_BT is not None and cache is not None:
             raise ValueError("a cache says where its tokens stand: leave out positions_BT")
+        check_names(edits or (), has_rotation=config.positions == "rotary")
         # Faster kinds of attention count on whole texts in their order; parameters do not depend on how it is computed.
         fast = positions_BT is None and cache is None and num_parts("length") == 1 and not self.is_initializing()
         if positions_BT is None:
@@ -148,10 +156,10 @@ class Decoder(nn.Module):
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
         embedding_VD = embedding_VD.astype(config.dtype)
         x_BTD = constrain(self.embed(embedding_VD, tokens_BT, real_positions_BT), "batch", "length", None)
-        self.sow("intermediates", "embeddings", x_BTD)
+        x_BTD = show(self, "embeddings", x_BTD, of_layer(edits, 0))
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
-        x_BTD, layers = self.run_layers(x_BTD, cache, positions_BT, end_B, deterministic, fast)
+        x_BTD, layers = self.run_layers(x_BTD, cache, positions_BT, end_B, deterministic, fast, edits)
         x_BCD = x_BTD  # the C positions whose logits are wanted
         if last_only:
             last_B = jnp.full(B, T, jnp.int32) if num_tokens_B is None else num_tokens_B
@@ -163,6 +171,7 @@ class Decoder(nn.Module):
             result = x_BCD
         else:
             result = constrain(self.logits(x_BCD, is_generating=cache is not None), "batch", "length", "vocab")
+            result = edited("logits", result, of_layer(edits, config.num_layers - 1))
         if cache is None or end_B is None:
             return result
         return result, cache.replace(layers=layers, length_B=end_B)
@@ -219,6 +228,7 @@ class Decoder(nn.Module):
         end_B: jax.Array | None,
         deterministic: bool,
         fast: bool,
+        edits: Mapping[str, Edit] | None,
     ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """Applies the blocks one after the other, each with its part of the stacked parameters and of the cache."""
         config = self.config
@@ -229,14 +239,15 @@ class Decoder(nn.Module):
             self.put_variable("params", "layers", jax.vmap(lambda rng: init(rng)["params"])(init_rngs_L))
         needs_rngs = config.dropout > 0 and not deterministic
         rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if needs_rngs else None
+        numbers_L = None if edits is None else jnp.arange(config.num_layers, dtype=jnp.int32)
         looks_inside = self.is_mutable_collection("intermediates")
         num_spare = 0 if cache is None else cache.num_spare
 
         def layer(
             window: int | None, x_BTD: jax.Array, own: tuple[Any, ...], cached: LayerKV | None = None
         ) -> tuple[jax.Array, tuple[Any, Any]]:
-            params, rng = own
-            (x_BTD, cached), seen = block.apply(
+            params, rng, number = own
+            (x_BTD, cached), seen = block.clone(edits=of_layer(edits, number)).apply(
                 {"params": params},
                 x_BTD,
                 window,
@@ -259,22 +270,41 @@ class Decoder(nn.Module):
         params: Any = self.get_variable("params", "layers")
         if cache is None and not isinstance(params, tuple):
             scan = periodic_scan if config.scan_layers else unrolled_scan
-            x_BTD, (_, seen) = scan(layer, x_BTD, (params, rngs_L), config.windows)
+            x_BTD, (_, seen) = scan(layer, x_BTD, (params, rngs_L, numbers_L), config.windows)
             layers: tuple[LayerKV, ...] = ()
         else:
             # Layers may differ in the slots they have, and a loop over them would copy the cache at each token.
             params_L = params if isinstance(params, tuple) else unstack(params)
-            owns = zip(params_L, [None] * config.num_layers if rngs_L is None else rngs_L, strict=True)
-            cached_layers = [None] * config.num_layers if cache is None else cache.layers
+            nothing_L = [None] * config.num_layers
+            of_layers = (nothing_L if array_L is None else array_L for array_L in (rngs_L, numbers_L))
+            owns = zip(params_L, *of_layers, strict=True)
+            cached_layers = nothing_L if cache is None else cache.layers
             results = []
             for window, own, cached in zip(config.windows, owns, cached_layers, strict=True):
                 x_BTD, result = layer(window, x_BTD, own, cached)
                 results.append(result)
             layers, seen_layers = zip(*results, strict=True)
-            seen = jax.tree.map(lambda *parts: jnp.stack(parts), *seen_layers)
+            seen = jax.tree.map(_stacked_if_alike, *seen_layers)
         if looks_inside:
             self.put_variable("intermediates", "layers", seen)
         return x_BTD, layers
+
+
+def _stacked_if_alike(*parts: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+    """What layers show, stacked; but as it is where layers differ in the slots of their cache."""
+    return jnp.stack(parts) if len({part.shape for part in parts}) == 1 else parts
+
+
+def of_layer(edits: Mapping[str, Edit] | None, layer: ArrayLike) -> OwnEdits | None:
+    """The edits as they apply to one layer."""
+    if edits is None:
+        return None
+    number = jnp.asarray(layer, jnp.int32)
+
+    def bound(edit: Edit) -> Callable[[jax.Array], jax.Array]:
+        return lambda value: edit(value, number)
+
+    return {name: bound(edit) for name, edit in edits.items()}
 
 
 def head_params(params: Any) -> Any:

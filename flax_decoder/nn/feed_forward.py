@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.axes import constrain
+from flax_decoder.nn.intermediates import OwnEdits, show
 from flax_decoder.nn.linear import Linear
 
 
@@ -33,9 +34,11 @@ class FeedForward(nn.Module):
 
     Attributes:
         config: the model.
+        edits: change what goes by these names on the way.
     """
 
     config: ModelConfig
+    edits: OwnEdits | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -51,6 +54,5 @@ class FeedForward(nn.Module):
             h_BTF *= activation(linear("gate", config.mlp_width, config.init_stddev)(x_BTD))
         else:
             h_BTF = activation(h_BTF)
-        h_BTF = constrain(h_BTF, "batch", "length", "mlp")
-        self.sow("intermediates", "hidden", h_BTF)
+        h_BTF = show(self, "hidden", constrain(h_BTF, "batch", "length", "mlp"), self.edits)
         return linear("down", config.embed_dim, config.output_stddev)(h_BTF)
