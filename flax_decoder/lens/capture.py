@@ -55,17 +55,19 @@ def capture(
     It is compiled once a shape of tokens, and may itself be called inside of `jax.jit`. Dropout is off.
 
     An edit is a pure function `(array, layer) -> array` of what goes by a name in one layer; `layer` is an int32
-    scalar, traced where layers are scanned, so compare it by `jnp.where`. It is given the axes of `NAMES` without L, in layer 0
-    for the embeddings and in the last layer for logits. What comes after it is computed from what it gives, and so is
-    what is captured. `head_writes` and `key_positions` are made of other arrays, so edit those. `lens.edits` has ready
-    ones; an edit that is a `jax.tree_util.Partial` may have arrays as arguments, and is not compiled again for others.
+    scalar, traced where layers are scanned, so compare it by `jnp.where`. The array has the axes of `NAMES` without L;
+    embeddings are of layer 0, logits of the last one. What comes after it is computed from what the edit gives, and
+    so is what is captured. `head_writes` and `key_positions` are made of other arrays, so edit those. `lens.edits` has
+    ready ones; an edit that is a `jax.tree_util.Partial` may have arrays as arguments, and is not compiled again for
+    others.
 
     Args:
         model: the model.
         params: its parameters.
         tokens_BT: token ids.
         cache: the keys and values of tokens before. Then T counts the new tokens, k and v are those of the new tokens
-            alone, and S counts what queries of the layer look at: slots of the cache, and behind them several new tokens.
+            alone, and S of scores and weights counts what queries of the layer look at: slots of the cache, and behind
+            them several new tokens.
         edits: what to change, by name.
         names: what to give, all where left out; what is not wanted is not computed.
 
