@@ -13,7 +13,9 @@ from flax_decoder.errors import FaultError, UserError
 if TYPE_CHECKING:
     from flax_decoder.generation.generate import complete, generate, prefill
     from flax_decoder.generation.speculative import Draft, PromptLookup
+    from flax_decoder.lens.attribution import Attribution, attribute
     from flax_decoder.lens.capture import capture
+    from flax_decoder.lens.head_scores import head_scores
     from flax_decoder.loading import compare, load
     from flax_decoder.nn.cache import KVCache, empty_cache
     from flax_decoder.nn.decoder import Decoder, unstack_layers
@@ -21,17 +23,20 @@ if TYPE_CHECKING:
 
 # Names whose modules import JAX come when first used: a wrong setting is refused, and help shown, without that wait.
 _HOMES = {
+    "Attribution": "lens.attribution",
     "Decoder": "nn.decoder",
     "Draft": "generation.speculative",
     "KVCache": "nn.cache",
     "PromptLookup": "generation.speculative",
     "TrainState": "training.step",
+    "attribute": "lens.attribution",
     "capture": "lens.capture",
     "compare": "loading",
     "empty_cache": "nn.cache",
     "complete": "generation.generate",
     "eval_step": "training.step",
     "generate": "generation.generate",
+    "head_scores": "lens.head_scores",
     "init_state": "training.step",
     "load": "loading",
     "prefill": "generation.generate",
@@ -40,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Attribution",
     "Config",
     "Decoder",
     "Draft",
@@ -48,12 +54,14 @@ __all__ = [
     "PromptLookup",
     "TrainState",
     "UserError",
+    "attribute",
     "capture",
     "compare",
     "complete",
     "empty_cache",
     "eval_step",
     "generate",
+    "head_scores",
     "init_state",
     "load",
     "load_config",
