@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from flax_decoder.lens.attribution import Attribution, attribute
     from flax_decoder.lens.capture import capture
     from flax_decoder.lens.head_scores import head_scores
+    from flax_decoder.lens.history import History, read_history
+    from flax_decoder.lens.pictures import plot_attention
     from flax_decoder.loading import compare, load
     from flax_decoder.nn.cache import KVCache, empty_cache
     from flax_decoder.nn.decoder import Decoder, unstack_layers
+    from flax_decoder.training.metrics import plot_losses
     from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
 
 # Names whose modules import JAX come when first used: a wrong setting is refused, and help shown, without that wait.
@@ -26,6 +29,7 @@ _HOMES = {
     "Attribution": "lens.attribution",
     "Decoder": "nn.decoder",
     "Draft": "generation.speculative",
+    "History": "lens.history",
     "KVCache": "nn.cache",
     "PromptLookup": "generation.speculative",
     "TrainState": "training.step",
@@ -39,7 +43,10 @@ _HOMES = {
     "head_scores": "lens.head_scores",
     "init_state": "training.step",
     "load": "loading",
+    "plot_attention": "lens.pictures",
+    "plot_losses": "training.metrics",
     "prefill": "generation.generate",
+    "read_history": "lens.history",
     "train_step": "training.step",
     "unstack_layers": "nn.decoder",
 }
@@ -50,6 +57,7 @@ __all__ = [
     "Decoder",
     "Draft",
     "FaultError",
+    "History",
     "KVCache",
     "PromptLookup",
     "TrainState",
@@ -65,7 +73,10 @@ __all__ = [
     "init_state",
     "load",
     "load_config",
+    "plot_attention",
+    "plot_losses",
     "prefill",
+    "read_history",
     "train_step",
     "unstack_layers",
 ]

@@ -405,6 +405,18 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True, config=_RULES)
+class LensConfig:
+    """What a run keeps of its attention while it learns, to be looked at later: queries, keys and weights of a text."""
+
+    every: CountOrZero = 100
+    """steps between two moments that are kept; 0 keeps none; twice as many each time there are too many moments"""
+    prompt: str | None = None
+    """the text; left out, the beginning of the validation split"""
+    prompt_tokens: Annotated[int, Field(gt=0, le=256)] = 32
+    """the first tokens of the text that are looked at, at most context_length of them"""
+
+
+@dataclass(frozen=True, config=_RULES)
 class RunConfig:
     """Where a run lives, and whom it tells."""
 
@@ -428,6 +440,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
+    lens: LensConfig = LensConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

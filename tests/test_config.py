@@ -330,6 +330,10 @@ VALUES = [
     ("training.num_steps", 0),
     ("training.seed", -1),
     ("training.eval_batches", -1),
+    ("lens.every", -1),
+    ("lens.prompt", 3),
+    ("lens.prompt_tokens", 0),
+    ("lens.prompt_tokens", 257),
     ("run.resume", "maybe"),
 ]
 

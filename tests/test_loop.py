@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -13,11 +14,15 @@ import numpy as np
 import pytest
 
 import flax_decoder as fd
+from flax_decoder import files
 from flax_decoder.cli import main
+from flax_decoder.errors import FaultError, UserError
+from flax_decoder.lens.history import read_history
 from flax_decoder.training import hardware, loop
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.metrics import read_metrics
+from flax_decoder.training.verification import verify_run
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
 NUM_STEPS = 8
@@ -34,6 +39,7 @@ RULES = {
     "training.log_every": 2,
     "training.keep_newest": 2,
     "training.sample_tokens": 12,
+    "lens.every": 3,
 }
 # All that a line of metrics.jsonl says but how long it took.
 TIMES = ("tokens_per_second", "seconds")
@@ -67,13 +73,18 @@ def rows_without_times(folder):
 
 
 def assert_equal_to_the_last_bit(folder, expected):
-    """All that both runs logged, and the parameters; a line of the step of a stop may be there besides."""
+    """All that both runs logged, parameters, moments; a line of the step of a stop may be there besides."""
     rows, expected_rows = rows_without_times(folder), rows_without_times(expected)
     assert {step: rows[step] for step in expected_rows} == expected_rows
     steps = list(rows)
     assert steps == sorted(set(steps))
     jax.tree.map(np.testing.assert_array_equal, fd.load(folder)[1], fd.load(expected)[1])
     assert (folder / "sample.txt").read_text() == (expected / "sample.txt").read_text()
+    assert moments(folder) == moments(expected)
+
+
+def moments(folder):
+    return {path.name: path.read_bytes() for path in (folder / "lens").iterdir()}
 
 
 def at_step(monkeypatch, step, action):
@@ -155,6 +166,7 @@ def test_what_a_run_folder_holds(whole, text):
         "checkpoints",
         "loss.png",
         "sample.txt",
+        "lens",
         ".lock",
     }
     config = fd.load_config(folder / "config.toml")
@@ -282,3 +294,67 @@ def test_each_line_tells_the_part_of_the_peak(text, tmp_path, monkeypatch, known
             assert row["mfu_causal"] == pytest.approx(flops_per_token(model, "causal") * speed / 4e12)
         else:
             assert row["mfu"] == row["mfu_causal"] == "unknown"
+
+
+def test_a_run_learns_the_same_whether_it_is_watched_or_not(whole, text, tmp_path):
+    expected, name = whole
+    history = read_history(expected)
+    assert history.steps_M.tolist() == [0, 3, 6, 8]
+    assert fd.load(expected)[2].decode(history.tokens_T) == TEXT[int(0.9 * len(TEXT)) :][:8]  # of the validation split
+    assert len(np.unique(history.weights_MLNTS, axis=0)) == 4  # it learns
+    assert train(tmp_path / "run", text, optimizer__name=name, lens__every=0) == 0
+    assert not (tmp_path / "run" / "lens").exists()
+    assert rows_without_times(tmp_path / "run") == rows_without_times(expected)
+    jax.tree.map(np.testing.assert_array_equal, fd.load(tmp_path / "run")[1], fd.load(expected)[1])
+
+
+def test_the_last_moment_is_of_the_model_that_is_saved(whole):
+    model, params, _ = fd.load(whole[0])
+    history = read_history(whole[0])
+    seen = fd.capture(model, params, history.tokens_T[None], names=("q_rotated", "k_rotated", "weights"))
+    for found, expected in zip((history.q_MLTNH, history.k_MLTKH, history.weights_MLNTS), seen.values(), strict=True):
+        np.testing.assert_allclose(found[-1], expected[:, 0], rtol=1e-3, atol=1e-5)  # float16
+
+
+def test_another_text_may_be_watched_when_a_run_goes_on(text, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, text, training__num_steps=4) == 0
+    before = moments(run)
+    assert train(run, text, lens__prompt="To be", lens__every=2) == 0
+    assert "lens: is of another text" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (run / "lens.1").iterdir()} == before
+    history = read_history(run)
+    assert history.steps_M.tolist() == [4, 6, 8] and fd.load(run)[2].decode(history.tokens_T) == "To be"
+    findings = {finding.path.name: finding for finding in verify_run(run)}
+    assert findings["lens"].holds and "3 moments" in findings["lens"].what and "lens.1" not in findings
+
+
+def test_a_text_that_cannot_be_watched_is_refused_before_anything_is_written(text, tmp_path):
+    for prompt in ("To be?", ""):
+        with pytest.raises(UserError, match=r"lens\.prompt"):
+            train(tmp_path / "run", text, lens__prompt=prompt)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_a_moment_ends_the_run(text, tmp_path, monkeypatch):
+    def refuse(path, mode):
+        if path.name == ".6.npy.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return open(path, mode)
+
+    with monkeypatch.context() as patch, pytest.raises(FaultError, match=r"6\.npy\.tmp: cannot keep a moment"):
+        patch.setattr(files, "open", refuse, raising=False)
+        train(tmp_path / "run", text)
+    assert all(finding.holds is not False for finding in verify_run(tmp_path / "run"))
+    assert train(tmp_path / "run", text) == 0
+    assert read_history(tmp_path / "run").steps_M.tolist() == [0, 3, 6, 8]
+
+
+def test_a_call_ends_where_something_happens():
+    rules = {"training.num_steps": 100, "training.log_every": 10, "training.eval_every": 25, "training.save_every": 40}
+    training = fd.load_config(None, rules).training
+    for every in (0, 7, 200):
+        steps = [0]
+        while steps[-1] < 100:
+            steps.append(steps[-1] + loop.steps_to_next_event(steps[-1], training, every))
+        assert steps == [step for step in range(101) if any(step % n == 0 for n in (10, 25, 40, every or 100))]

@@ -2,6 +2,7 @@ import json
 import math
 import sys
 import types
+from xml.etree import ElementTree
 
 import matplotlib.image
 import numpy as np
@@ -134,22 +135,55 @@ def test_advice_where_there_is_no_trend(losses):
     assert "Only one evaluation" in advice(validation(*losses))
 
 
-@pytest.mark.parametrize("evaluated", [True, False])
-def test_the_curves_are_drawn(tmp_path, evaluated):
+def rows_to_draw(evaluated):
     rows = [{"step": step, "train_loss": 3 / step} for step in range(1, 20)]
+    rows[4]["train_loss"] = "unknown"  # as that of a step that was not applied
     if evaluated:
         rows[9]["val_loss"], rows[18]["val_loss"] = 2.0, 1.0
+    return rows
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_curves_are_drawn(tmp_path, evaluated):
     path = tmp_path / "loss.png"
-    plot_losses(rows, path)
+    plot_losses(rows_to_draw(evaluated), path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [entry.name for entry in tmp_path.iterdir()] == ["loss.png"]
     colours = np.round(matplotlib.image.imread(path)[..., :3] * 255).astype(int).reshape(-1, 3)
 
     def count(colour):
-        return int((colours == [int(colour[i : i + 2], 16) for i in (0, 2, 4)]).all(-1).sum())
+        return int((np.abs(colours - [int(colour[i : i + 2], 16) for i in (1, 3, 5)]) < 60).all(-1).sum())
 
-    assert count("9ecae1") > 300  # a line across the picture, not only its sample in the legend
-    assert (count("d94801") > 300) == evaluated
+    assert count(metrics.TRAINING) > 300  # a line across the picture, not only its sample in the legend
+    assert (count(metrics.VALIDATION) > 600) == evaluated
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_curves_as_svg_have_their_text_as_text(tmp_path, evaluated):
+    rows = rows_to_draw(evaluated)
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    plot_losses(tmp_path / "metrics.jsonl", str(tmp_path / "loss.svg"))
+    root = ElementTree.parse(tmp_path / "loss.svg").getroot()
+    words = {element.text for element in root.iter() if element.tag.endswith("text")}
+    assert {"step", "loss (nats a token)", "training, single batches"} <= words
+    assert ({"validation", "1.000"} <= words) == evaluated
+    before = (tmp_path / "loss.svg").read_bytes()
+    plot_losses(rows, tmp_path / "loss.svg")
+    assert (tmp_path / "loss.svg").read_bytes() == before  # the same from lines, and at any time
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 1}], [{"step": 1, "train_loss": "unknown"}], "absent.jsonl"])
+def test_without_losses_nothing_is_drawn(tmp_path, monkeypatch, rows):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^(rows|absent\.jsonl): has no losses to draw"):
+        plot_losses(rows, "loss.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_curve_with_another_ending_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"loss\.jpg: the name of a picture must end in \.png or \.svg"):
+        plot_losses(ROWS, tmp_path / "loss.jpg")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bits_per_byte_is_the_loss_in_another_unit():

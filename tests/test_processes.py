@@ -32,6 +32,7 @@ SETTINGS = {
     "training.save_every": 4,
     "training.log_every": 2,
     "training.sample_tokens": 5,
+    "lens.every": 5,
     # Not a matter of how many steps there will be.
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 0,
@@ -118,7 +119,7 @@ def whole(tmp_path_factory, text):
 
 
 def assert_same_run(folder, expected):
-    """The losses of all steps, and the parameters they led to."""
+    """The losses of all steps, and the parameters and the attention they led to."""
     rows, expected_rows = (read_metrics(path / "metrics.jsonl") for path in (folder, expected))
     every = {row["step"]: row for row in rows}  # where a run was stopped it has logged one step more
     for row in expected_rows:
@@ -129,6 +130,9 @@ def assert_same_run(folder, expected):
     pairs = zip(*(np.asarray(fd.load(path)[1]["embedding"]) for path in (folder, expected)), strict=True)
     for ours, theirs in pairs:
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    history, expected_history = (fd.read_history(path) for path in (folder, expected))
+    np.testing.assert_array_equal(history.steps_M, expected_history.steps_M)
+    np.testing.assert_allclose(history.weights_MLNTS, expected_history.weights_MLNTS, atol=1e-3)  # float16
 
 
 def test_two_processes_train_as_one_does(whole, text, tmp_path):

@@ -14,6 +14,7 @@ from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
+from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.lock import FolderLock
 from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
@@ -81,11 +82,14 @@ def run(config: Config, folder: Path) -> int:
     """The part of `train` that follows once all processes of the job are there."""
     num_devices = jax.device_count()
     choose_kernel(config.model)  # raises where the one asked for does not run here
+
+    def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
+        require_room(config, num_devices)
+        watched_tokens(config, tokenizer, corpus.validation_tokens)
+
     with FolderLock() as lock:
         owner = lock if processes.is_first() else None
-        config, tokenizer, corpus = processes.first_alone(
-            lambda: open_run(config, folder, lambda config: require_room(config, num_devices), owner)
-        )
+        config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.agreed(done)
         if processes.agreed(done >= config.training.num_steps and has_results(folder, done)):
@@ -116,9 +120,11 @@ def train_from(
     num_saves = -(-(training.num_steps - done) // training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
+    watched = watched_tokens(config, tokenizer, corpus.validation_tokens)
+    watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
     describe(model, state.params, tokenizer, corpus, mesh)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
-        state = run_steps(config, model, state, corpus, mesh, checkpoints, log, interruption)
+        state = run_steps(config, model, state, corpus, mesh, checkpoints, log, watch, interruption)
     if not interruption.has_come():
         write_results(config, folder, model, state.params, tokenizer, log)
     if interruption.signal is None:
@@ -148,9 +154,10 @@ def run_steps(
     mesh: Mesh,
     checkpoints: Checkpoints,
     log: MetricsLog,
+    watch: Watch,
     interruption: Interruption,
 ) -> TrainState:
-    """Takes steps until all are done or a signal asks to stop; evaluates, saves and reports on the way."""
+    """Takes steps until all are done or a signal asks to stop; evaluates, looks, saves and reports on the way."""
     training = config.training
     take_steps = jit_steps(state, mesh)
     schedule = learning_rate_schedule(config.optimizer, training.num_steps)
@@ -161,9 +168,10 @@ def run_steps(
     skipped = step - num_updates(state.opt_state)
     stops = step >= training.num_steps  # a run that was killed after its last step has only its results to write
     with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
+        watch.look(step, state.params)
         while not stops:
             batches = place_batches(corpus.train_tokens, config, mesh, step, most_steps)
-            count = processes.agreed(min(pace.num_steps, steps_to_next_event(step, training)))
+            count = processes.agreed(min(pace.num_steps, steps_to_next_event(step, training, watch.every)))
             pace.start()
             state, metrics = take_steps(state, batches, count)
             jax.block_until_ready(state)
@@ -171,6 +179,7 @@ def run_steps(
             pace.stop(taken)
             step += taken
             checkpoints.check()
+            watch.look(step, state.params)
             last = {name: values[taken - 1] for name, values in jax.device_get(metrics).items()}
             if not last["applied"]:
                 skipped += 1
@@ -227,9 +236,9 @@ def validate(model: Decoder, state: TrainState, corpus: Corpus, training: Traini
     return {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
 
 
-def steps_to_next_event(step: int, training: TrainingConfig) -> int:
-    """How many steps until something is to be logged, evaluated or saved, or the run ends."""
-    events = (training.log_every, training.eval_every, training.save_every)
+def steps_to_next_event(step: int, training: TrainingConfig, look_every: int) -> int:
+    """How many steps until something is to be logged, evaluated, saved or looked at (0: never), or the run ends."""
+    events = (training.log_every, training.eval_every, training.save_every, look_every or training.num_steps)
     return min(training.num_steps - step, *(every - step % every for every in events))
 
 

@@ -10,11 +10,14 @@ from typing import Any
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.files import replacing, write_text
+from flax_decoder.files import write_text
+from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
 
 # Numbers, or "unknown" where nothing is known.
 Row = dict[str, Any]
+# Blue and vermilion of Okabe and Ito's palette.
+TRAINING, VALIDATION = "#0072b2", "#d55e00"
 # A number in the picture stands on white, not on the curve behind it.
 LABEL = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 
@@ -119,25 +122,42 @@ def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[Row], None
     return reporters
 
 
-def plot_losses(rows: list[Row], path: Path) -> None:
-    """Draws training and validation loss over the steps as a PNG."""
+def plot_losses(rows: list[Row] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Draws training and validation loss over the steps, as a PNG or an SVG.
+
+    Args:
+        rows: the lines of a run's log, or the path of its metrics.jsonl.
+        path: of the picture, which ends in .png or .svg; what is there is replaced.
+
+    Raises:
+        UserError: another ending, a folder that is not there, or no losses.
+        BrokenError: metrics.jsonl is damaged.
+    """
+    path = picture_path(path)
     from matplotlib.figure import Figure
 
+    source = "rows" if isinstance(rows, list) else os.fspath(rows)
+    rows = rows if isinstance(rows, list) else read_metrics(Path(rows))
+    train, validation = (
+        [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        for name in ("train_loss", "val_loss")
+    )
+    if not train and not validation:
+        raise UserError(f"{source}: has no losses to draw; give the metrics.jsonl of a run, or its lines")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    train = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss", UNKNOWN) != UNKNOWN]
-    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training, single batches")
+    # Two colours that all eyes tell apart; in grey, the marks and the width do.
+    if train:
+        axes.plot(*zip(*train, strict=True), color=TRAINING, linewidth=0.8, label="training, single batches")
     if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color="#d94801", label="validation")
+        axes.plot(*zip(*validation, strict=True), "o-", color=VALIDATION, linewidth=2, label="validation")
         step, loss = min(validation, key=lambda point: point[1])
         axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center", bbox=LABEL)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_picture(figure, path)
 
 
 def advice(rows: list[Row]) -> str:

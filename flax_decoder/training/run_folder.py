@@ -41,7 +41,7 @@ INPUTS = {"tokenizer.json": "tokenizer", "corpus/corpus.json": "corpus"}
 
 
 def open_run(
-    config: Config, folder: Path, check: Callable[[Config], Any], lock: FolderLock | None
+    config: Config, folder: Path, check: Callable[[Config, Tokenizer, Corpus], Any], lock: FolderLock | None
 ) -> tuple[Config, Tokenizer, Corpus]:
     """Makes the folder of a new run, or opens that of one to be continued.
 
@@ -70,7 +70,7 @@ def open_run(
         refuse_changed_files(folder)
         corpus, tokenizer = load_corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer.json")
         config = _resolve(config, tokenizer, corpus)
-        check(config)
+        check(config, tokenizer, corpus)
         _refuse_another_run(config, saved_config(folder), tokenizer, corpus, folder)
         return config, tokenizer, corpus
 
@@ -80,7 +80,7 @@ def open_run(
         raise UserError(f"{folder}: exists and holds no run; give an empty or a new --run.folder")
     tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
     config = _resolve(config, tokenizer, corpus)
-    check(config)
+    check(config, tokenizer, corpus)
     try:
         with new_folder(folder) as unfinished:
             save_corpus(corpus, unfinished / "corpus")

@@ -8,6 +8,8 @@ from flax_decoder.config import load_config
 from flax_decoder.data.corpus import load_corpus
 from flax_decoder.data.tokenizer import load_tokenizer
 from flax_decoder.errors import FaultError, UserError
+from flax_decoder.lens.history import FOLDER as LENS
+from flax_decoder.lens.history import read_history
 from flax_decoder.training.checkpoint import saved_steps, steps_folder
 from flax_decoder.training.manifest import verify
 from flax_decoder.training.metrics import read_metrics
@@ -47,6 +49,8 @@ def verify_run(folder: Path) -> Iterator[Finding]:
     if (folder / "corpus").exists():  # a converted model has neither
         yield _look(folder / "corpus", _corpus)
         yield _look(folder / "metrics.jsonl", _metrics)
+    if (folder / LENS).exists():
+        yield _look(folder / LENS, _history)
 
 
 def _look(path: Path, act: Callable[[Path], str]) -> Finding:
@@ -78,3 +82,8 @@ def _corpus(path: Path) -> str:
 
 def _metrics(path: Path) -> str:
     return f"{len(read_metrics(path)):,} lines"
+
+
+def _history(path: Path) -> str:
+    history = read_history(path.parent)
+    return "no moment yet" if history is None else f"attention at {len(history.steps_M)} moments of training"
