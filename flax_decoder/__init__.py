@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flax_decoder.lens.head_scores import head_scores
     from flax_decoder.lens.history import History, read_history
     from flax_decoder.lens.pictures import plot_attention
+    from flax_decoder.lens.page import write_lens_page
     from flax_decoder.loading import compare, load
     from flax_decoder.nn.cache import KVCache, empty_cache
     from flax_decoder.nn.decoder import Decoder, unstack_layers
@@ -49,6 +50,7 @@ _HOMES = {
     "read_history": "lens.history",
     "train_step": "training.step",
     "unstack_layers": "nn.decoder",
+    "write_lens_page": "lens.page",
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "read_history",
     "train_step",
     "unstack_layers",
+    "write_lens_page",
 ]
 
 

@@ -235,6 +235,37 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def lens(options: argparse.Namespace) -> int:
+    """Writes a page on which one can read what each attention head did with a text, and why."""
+    _check_file("--out", options.out)
+    prompt = _prompt_of(options)
+    if prompt == "" or options.max_new_tokens < 0:
+        raise UserError("--prompt must be a text of at least one character, --max-new-tokens at least 0")
+    import numpy as np
+
+    from flax_decoder.lens.history import read_history
+    from flax_decoder.lens.page import check_page_length, write_lens_page
+    from flax_decoder.loading import load_with_tokenizer
+
+    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    tokens = tokenizer.encode_prompt(prompt)
+    check_page_length(model.config, len(tokens) + options.max_new_tokens)
+    if options.max_new_tokens > 0:
+        from flax_decoder.generation.generate import complete
+
+        ((written,),) = complete(
+            model, params, [np.asarray(tokens)], options.max_new_tokens, end_ids=tokenizer.end_ids, temperature=0.0
+        )
+        tokens += written.tokens.tolist()
+    history = read_history(options.path)
+    try:
+        write_lens_page(options.out, model, params, tokenizer, np.asarray(tokens), history)
+    except OSError as error:
+        raise FaultError(f"{options.out}: cannot be written: {error}") from error
+    say(f"{options.out}: written")
+    return 0
+
+
 def convert(options: argparse.Namespace) -> int:
     """Makes a Hugging Face folder out of a run folder, or a run folder out of a Hugging Face folder."""
     from flax_decoder.loading import convert
@@ -246,7 +277,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Compares a model with PyTorch, tensor by tensor."""
-    _check_json_file(options.json)
+    _check_file("--json", options.json)
     from flax_decoder.files import write_text
     from flax_decoder.loading import compare
 
@@ -305,7 +336,7 @@ def doctor(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Compiles a training step for chips that need not be here: does it fit, what does it move, how long at least."""
     config = _config_of(options)
-    _check_json_file(options.json)
+    _check_file("--json", options.json)
     from flax_decoder.training.topology import devices_of, prepare
 
     prepare(options.topology)  # before JAX is imported
@@ -340,10 +371,10 @@ def _keep_threads_quiet() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
-def _check_json_file(path: Path | None) -> None:
-    """Raises UserError, before any work is done, where a file cannot be at a path."""
+def _check_file(name: str, path: Path | None) -> None:
+    """Raises UserError, before any work is done, where a file cannot be at the path that an argument gives."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise UserError(f"--json {path}: must name a file in a folder that exists")
+        raise UserError(f"{name} {path}: must name a file in a folder that exists")
 
 
 def _sampling_of(options: argparse.Namespace) -> "Sampling":
@@ -444,6 +475,15 @@ def build_parser() -> Parser:
     sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
     sub.add_argument("file", metavar="FILE", help="a text")
     sub.add_argument("--json", action="store_true", help="one JSON object")
+    _add_loading(sub)
+
+    sub = add("lens", lens)
+    sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
+    sub.add_argument("--prompt", metavar="TEXT", help="the text; left out, it is read from standard input")
+    sub.add_argument("--out", metavar="FILE.html", type=Path, required=True, help="the page; a file there is replaced")
+    sub.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=0, help="first let the model add N tokens, the likeliest"
+    )
     _add_loading(sub)
 
     sub = add("convert", convert)

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -306,3 +307,54 @@ def test_a_signal_during_an_import_leaves_with_its_code(tmp_path, number):
         process.send_signal(number)
         assert process.wait(timeout=10) == 128 + number
         assert process.stderr.read() == ""
+
+
+def lens_data(path):
+    """What a lens page was told."""
+    page = Path(path).read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_lens_writes_a_page(run, tmp_path, capsys):
+    path = tmp_path / "lens.html"
+    path.write_text("what was there before")
+    assert main(["lens", run, "--prompt", "To be,", "--out", str(path), "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out == f"{path}: written\n"
+    assert list(tmp_path.iterdir()) == [path]
+    data = lens_data(path)
+    assert data["history"]["steps"] == [0, 4]
+    assert main(["generate", run, "--prompt", "To be,", "--max-new-tokens", "2", "--temperature", "0"]) == 0
+    assert "".join(data["texts"][str(token)] for token in data["tokens"]) == capsys.readouterr().out.rstrip("\n")
+
+
+def test_lens_takes_the_prompt_from_standard_input(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"To")))
+    assert main(["lens", run, "--out", str(tmp_path / "x.html"), "--step", "4"]) == 0
+    assert len(lens_data(tmp_path / "x.html")["tokens"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--prompt", "To", "--out", "."], ["--out .", "must name a file in a folder that exists"]),
+        (["--prompt", "To", "--out", "missing/x.html"], ["--out missing/x.html"]),
+        (["--prompt", "To"], ["--out"]),
+        (["--prompt", "", "--out", "x.html"], ["--prompt must be a text"]),
+        (["--prompt", "To", "--out", "x.html", "--max-new-tokens", "-1"], ["--max-new-tokens at least 0"]),
+        (["--prompt", "To be, or", "--out", "x.html"], ["9 tokens", "8 learned positions"]),
+        (["--prompt", "To be", "--out", "x.html", "--max-new-tokens", "4"], ["9 tokens", "8 learned positions"]),
+        (["--prompt", "To~", "--out", "x.html"], ["'~'", "vocabulary"]),
+    ],
+)
+def test_lens_refuses(refused, run, arguments, parts):
+    error = refused("lens", run, *arguments)
+    assert all(part in error for part in parts), error
+
+
+def test_lens_tells_a_disk_that_fails(run, tmp_path, monkeypatch, capsys):
+    def fail(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flax_decoder.lens.page.write_text", fail)
+    assert main(["lens", run, "--prompt", "To", "--out", str(tmp_path / "x.html")]) == 1
+    assert "x.html: cannot be written" in capsys.readouterr().err

@@ -1,0 +1,189 @@
+"""The lens page: how long it takes to build, how large it is, how fast it answers in a browser; and its pictures.
+
+    pip install -e ".[browser]" && python benchmarks/lens.py [--json FILE]
+    python benchmarks/lens.py --pictures docs/images --run runs/default [--prompt TEXT]
+
+Build: the whole command, from the start of Python, for a run of configs/default.toml, with nothing compiled before and
+again; `write_lens_page` for a model of 135 million parameters (30 layers, 9 heads, 3 of keys and values, random
+weights), likewise; and the size of a page of 12 layers, 12 heads and 64 tokens. Answer: from a click or a key to the
+second frame after it, in headless Chromium at 1280 x 900. Chromium is taken from the path or from CHROMIUM.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from playwright.sync_api import Browser, Page, sync_playwright
+
+import flax_decoder as fd
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_TOKENS = 64
+LLAMA = {"model.positions": "rotary", "model.norm": "rmsnorm", "model.feed_forward": "swiglu"}
+SIZES: dict[str, dict[str, Any]] = {
+    "12 x 12 x 64": {
+        "model.vocab_size": 50257,
+        "model.num_layers": 12,
+        "model.num_heads": 12,
+        "model.embed_dim": 768,
+        "model.context_length": 1024,
+    },
+    "135M": {
+        "model.vocab_size": 49152,
+        "model.num_layers": 30,
+        "model.num_heads": 9,
+        "model.num_kv_heads": 3,
+        "model.embed_dim": 576,
+        "model.mlp_dim": 1536,
+        "model.context_length": 2048,
+        **LLAMA,
+    },
+}
+ROUNDS = 15
+# What is done, and how: each moves to and fro.
+ACTIONS = {
+    "click on a head": "document.querySelectorAll('#heads [data-head]')[i % 2 ? 0 : 5].click()",
+    "click on a token": "document.querySelector(`[data-token='${i % 2 ? 40 : 50}']`).click()",
+    "key for the next head": "document.dispatchEvent(new KeyboardEvent('keydown', {key: i % 2 ? 'h' : 'H'}))",
+    "click on a source": "document.querySelectorAll('.meeting .pick')[i % 2 ? 2 : 1].click()",
+}
+# From the action to the second frame after it: what the first one shows has then been painted.
+MEASURE = """i => new Promise(done => {
+    const start = performance.now();
+    ACTION;
+    requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - start)));
+})"""
+
+
+def command_seconds(folder: Path) -> dict[str, float]:
+    """Wall time of `flax-decoder lens` for a short run of the default config, before and after compiling."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    steps = ["--training.num-steps", "2", "--training.sample-tokens", "1"]
+
+    def run(*arguments: str) -> float:
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "flax_decoder", *arguments]
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    run("train", str(ROOT / "configs" / "default.toml"), *steps)
+    prompt = "The value of an expression is what it is when it is evaluated. "[:NUM_TOKENS]
+    page = ["lens", "runs/default", "--prompt", prompt, "--out", "default.html"]
+    return {"first": run(*page), "again": min(run(*page) for _ in range(3))}
+
+
+def page_seconds(settings: dict[str, Any], path: Path) -> dict[str, float]:
+    """Time of `write_lens_page` for a model of random weights, with compiling and without."""
+    model = fd.Decoder(fd.load_config(None, settings).model)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    tokens_T = np.random.default_rng(0).integers(0, settings["model.vocab_size"], NUM_TOKENS)
+    jax.block_until_ready(params)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        fd.write_lens_page(path, model, params, None, tokens_T)
+        seconds.append(time.perf_counter() - start)
+    return {"first": seconds[0], "again": seconds[1]}
+
+
+def answer_milliseconds(browser: Browser, path: Path) -> dict[str, float]:
+    """Median time from each kind of action to the picture that shows it, and of opening the page."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    start = time.perf_counter()
+    open_page(page, path)
+    results = {"open": 1000 * (time.perf_counter() - start)}
+    page.evaluate(MEASURE.replace("ACTION", ""), 0)
+    for name, action in ACTIONS.items():
+        times = [page.evaluate(MEASURE.replace("ACTION", action), i) for i in range(ROUNDS)]
+        results[name] = statistics.median(times)
+        results[f"{name}, slowest"] = max(times)
+    page.close()
+    return results
+
+
+def open_page(page: Page, path: Path) -> None:
+    """Opens a page, and waits until its numbers are unpacked and shown."""
+    page.goto(path.absolute().as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached")
+
+
+def measure(browser: Browser, folder: Path) -> dict[str, Any]:
+    """All of it, by the name of the model."""
+    results: dict[str, Any] = {"default": {"seconds": command_seconds(folder)}}
+    for name, settings in SIZES.items():
+        results[name] = {"seconds": page_seconds(settings, folder / f"{name}.html")}
+    for name, result in results.items():
+        path = folder / f"{name}.html"
+        result |= {"bytes": path.stat().st_size, "milliseconds": answer_milliseconds(browser, path)}
+    return results
+
+
+def take_pictures(browser: Browser, run: Path, prompt: str, folder: Path) -> None:
+    """Writes the pictures of the docs, each of one part of the page of a run."""
+    from flax_decoder.lens.history import read_history
+
+    model, params, tokenizer = fd.load(run)
+    assert tokenizer is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "lens.html"
+        fd.write_lens_page(path, model, params, tokenizer, np.array(tokenizer.encode(prompt)), read_history(run))
+        for name, width, height, scheme, section in (
+            ("lens_top", 1280, 900, "light", None),
+            ("lens_dark", 1280, 900, "dark", None),
+            ("lens_phone", 360, 780, "light", None),
+            ("lens_story", 1280, 900, "light", "story-title"),
+            ("lens_why", 1280, 900, "light", "why-title"),
+            ("lens_learning", 1280, 900, "light", "learning-title"),
+        ):
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+            open_page(page, path)
+            picture = folder / f"{name}.png"
+            if section is None:
+                page.screenshot(path=picture)
+            else:
+                page.add_style_tag(
+                    content=".chooser { position: static !important; } section { padding: 1.5rem !important; }"
+                )
+                page.locator(f"section[aria-labelledby={section}]").screenshot(path=picture)
+            print(picture, picture.stat().st_size)
+            page.close()
+
+
+def main() -> None:
+    """Measures, or takes pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the numbers to a file")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write the pictures of the docs instead")
+    parser.add_argument("--run", type=Path, default=Path("runs/default"), help="the run they are of")
+    parser.add_argument("--prompt", default="ROMEO: O, she doth teach the torches to burn bright! O, she doth")
+    options = parser.parse_args()
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        if options.pictures is not None:
+            take_pictures(browser, options.run, options.prompt, options.pictures)
+            return
+        results = measure(browser, Path(folder))
+    for name, result in results.items():
+        seconds = ", ".join(f"{key} {value:.1f} s" for key, value in result["seconds"].items())
+        print(f"{name}: built {seconds}; {result['bytes']:,} bytes")
+        for key, value in result["milliseconds"].items():
+            print(f"    {key:32} {value:7.1f} ms")
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+// ---- lens.js: what the model did, read from the arrays.
+
+/** Where the row of query t starts, in an array that keeps the sources s <= t only. */
+function triangle(t) {
+  return (t * (t + 1)) / 2;
+}
+
+class Lens {
+  constructor(data, arrays) {
+    this.model = data.model;
+    this.tokens = data.tokens;
+    this.texts = data.texts;
+    this.history = data.history;
+    this.arrays = arrays;
+    this.numTokens = data.tokens.length;
+  }
+
+  /** The text of a token of the prompt. */
+  text(t) {
+    return this.texts[this.tokens[t]];
+  }
+
+  /** The first source that query t sees in a layer: those before it lie outside of the window. */
+  firstSeen(layer, t) {
+    const window = this.model.windows[layer];
+    return window === null ? 0 : Math.max(0, t - window + 1);
+  }
+
+  keyHead(head) {
+    return Math.floor(head / (this.model.num_heads / this.model.num_kv_heads));
+  }
+
+  query(layer, head, t) {
+    return this.arrays.q.row(layer, head, t);
+  }
+
+  key(layer, head, s) {
+    return this.arrays.k.row(layer, this.keyHead(head), s);
+  }
+
+  value(layer, head, s) {
+    return this.arrays.v.row(layer, this.keyHead(head), s);
+  }
+
+  /** Of one head and query: the sources it sees, and all that happens to their scores. */
+  look(layer, head, t) {
+    const first = this.firstSeen(layer, t);
+    const sources = Array.from({ length: t - first + 1 }, (_, i) => first + i);
+    const scores = sources.map((s) => this.arrays.scores.at(layer, head, triangle(t) + s));
+    return { first, sources, scores, ...softmax(scores) };
+  }
+
+  /** How a score comes about: q · k times the scale, the soft cap, and the distance's part. */
+  scoreParts(layer, head, t, s, score) {
+    const { scale, soft_cap: cap, slopes } = this.model;
+    const q = this.query(layer, head, t);
+    const k = this.key(layer, head, s);
+    const bias = slopes === null ? 0 : -slopes[head] * (t - s);
+    const products = Array.from(q, (number, h) => number * k[h] * scale);
+    // Without a cap the score itself says what q . k is, to more digits than the vectors do.
+    const match = cap === null ? score - bias : products.reduce((a, b) => a + b, 0);
+    return { q, k, products, match, capped: score - bias, bias };
+  }
+
+  /** The weighted sum of the values. */
+  headOutput(layer, head, look) {
+    const output = new Float64Array(this.model.head_dim);
+    look.sources.forEach((s, i) => {
+      this.value(layer, head, s).forEach((number, h) => (output[h] += look.weights[i] * number));
+    });
+    return output;
+  }
+
+  /** The share of attention of each source at query t; null behind the mask. */
+  weightsRow(layer, head, t) {
+    const look = this.look(layer, head, t);
+    return Array.from({ length: this.numTokens }, (_, s) => (s < look.first || s > t ? null : look.weights[s - look.first]));
+  }
+
+  /** The two tokens whose logits are split: the likeliest, and another to hold it against. */
+  targets(t) {
+    return [this.arrays.targets.at(0, t), this.arrays.targets.at(1, t)];
+  }
+
+  /** Takes one of the two targets' numbers, or their difference, by a function of the target's number. */
+  ofTarget(which, numberOf) {
+    return which === "difference" ? numberOf(0) - numberOf(1) : numberOf(which === "first" ? 0 : 1);
+  }
+
+  /** All parts of a logit at position t: what each is called, its share, and of heads the layer and head. */
+  logitParts(which, t) {
+    const { num_layers: L, num_heads: N } = this.model;
+    const arrays = this.arrays;
+    const part = (label, numberOf, more = {}) => ({ label, value: this.ofTarget(which, numberOf), ...more });
+    const parts = [part("the token itself (its embedding)", (j) => arrays.part_token.at(j, t))];
+    if (this.model.has_position_vectors) {
+      parts.push(part("its position (a vector for it)", (j) => arrays.part_position.at(j, t)));
+    }
+    for (let layer = 0; layer < L; layer++) {
+      for (let head = 0; head < N; head++) {
+        parts.push(part(`layer ${layer}, head ${head}`, (j) => arrays.part_heads.at(j, layer, head, t), { layer, head }));
+      }
+      parts.push(part(`layer ${layer}, feed-forward`, (j) => arrays.part_feed_forward.at(j, layer, t)));
+    }
+    if (this.model.has_biases) parts.push(part("biases", (j) => arrays.part_bias.at(j, t)));
+    if (this.model.logit_soft_cap !== null) parts.push(part("the soft cap of logits", (j) => arrays.part_soft_cap.at(j, t)));
+    return parts;
+  }
+
+  /** What a head brought from each source it sees to a logit at position t. */
+  sourceParts(which, layer, head, t) {
+    const first = this.firstSeen(layer, t);
+    return Array.from({ length: t - first + 1 }, (_, i) => ({
+      source: first + i,
+      value: this.ofTarget(which, (j) => this.arrays.part_sources.at(j, layer, head, triangle(t) + first + i)),
+    }));
+  }
+
+  logit(which, t) {
+    return this.ofTarget(which, (j) => this.arrays.part_logit.at(j, t));
+  }
+}

@@ -1,0 +1,43 @@
+// ---- numbers.js: from numbers to text, and the little arithmetic that the page does itself.
+
+const MINUS = "\u2212";
+
+/** "−1.25": with a real minus sign, and without the sign of a zero. */
+function fixed(number, digits) {
+  const text = number.toFixed(digits);
+  return Number(text) === 0 ? text.replace("-", "") : text.replace("-", MINUS);
+}
+
+/** "+1.25" or "−1.25": the sign is said, so that no colour has to. */
+function signed(number, digits) {
+  const text = fixed(number, digits);
+  return text.startsWith(MINUS) || Number(text) === 0 ? text : "+" + text;
+}
+
+/** A share of one as "34.1 %". */
+function percent(share) {
+  return fixed(share * 100, 1) + "\u00a0%";
+}
+
+function dot(a, b) {
+  let sum = 0;
+  for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+/** The steps of a softmax over scores: its maximum, the exponentials, their sum, the weights. */
+function softmax(scores) {
+  const max = Math.max(...scores);
+  const exps = scores.map((score) => Math.exp(score - max));
+  const sum = exps.reduce((a, b) => a + b, 0);
+  return { max, exps, sum, weights: exps.map((exp) => exp / sum) };
+}
+
+/** The places of the numbers, largest first. */
+function ranked(numbers, sizeOf = (number) => number) {
+  return [...numbers.keys()].sort((a, b) => sizeOf(numbers[b]) - sizeOf(numbers[a]) || a - b);
+}
+
+function clamp(number, low, high) {
+  return Math.min(Math.max(number, low), high);
+}

@@ -1,0 +1,76 @@
+// ---- pattern.js: the attention of a head as a picture, a cell for each query and source.
+
+/**
+ * A pattern of T x T shares. Its pixels are the cells; the hatching of the masked ones shines through.
+ * draw(weightOf, place) fills it; onMove(place) hears of clicks and keys.
+ */
+function makePattern(box, numTokens, labelOf, onMove) {
+  const canvas = make("canvas", { width: numTokens, height: numTokens, class: "pattern-cells", "aria-hidden": "true" });
+  const rowMark = make("span", { class: "mark row-mark" });
+  const cellMark = make("span", { class: "mark cell-mark" });
+  const plot = make("div", { class: "pattern", tabindex: 0, role: "application", "aria-roledescription": "attention pattern" }, canvas, rowMark, cellMark);
+  const readout = make("p", { class: "readout", "aria-live": "polite" });
+  box.append(make("div", { class: "pattern-frame" },
+    make("span", { class: "pattern-x muted" }, "token that is seen \u2192"), make("span", { class: "pattern-y muted" }, "token that looks back \u2192"), plot), readout);
+  let place = { query: 0, source: 0 };
+
+  const cellOf = (event) => {
+    const rect = canvas.getBoundingClientRect();
+    const index = (part) => clamp(Math.floor(part * numTokens), 0, numTokens - 1);
+    return { query: index((event.clientY - rect.top) / rect.height), source: index((event.clientX - rect.left) / rect.width) };
+  };
+  plot.addEventListener("click", (event) => onMove(cellOf(event)));
+  plot.addEventListener("pointermove", (event) => {
+    const cell = cellOf(event);
+    plot.title = labelOf(cell.query, cell.source);
+  });
+  plot.addEventListener("keydown", (event) => {
+    const { query, source } = place;
+    const moves = {
+      ArrowLeft: { query, source: source - 1 }, ArrowRight: { query, source: source + 1 },
+      ArrowUp: { query: query - 1, source }, ArrowDown: { query: query + 1, source },
+      Home: { query, source: 0 }, End: { query, source: query },
+    };
+    if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    onMove(moves[event.key]);
+  });
+
+  return (weightOf, now) => {
+    place = now;
+    const colours = rampColours();
+    const image = new ImageData(numTokens, numTokens);
+    for (let t = 0; t < numTokens; t++) {
+      for (let s = 0; s <= t; s++) {
+        const weight = weightOf(t, s);
+        if (weight === null) continue;
+        const colour = Math.round(clamp(weight, 0, 1) * 255) * 4;
+        image.data.set(colours.subarray(colour, colour + 4), (t * numTokens + s) * 4);
+      }
+    }
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    const cell = 100 / numTokens;
+    rowMark.style.cssText = `top:${now.query * cell}%;height:${cell}%`;
+    cellMark.style.cssText = `top:${now.query * cell}%;height:${cell}%;left:${now.source * cell}%;width:${cell}%`;
+    readout.textContent = labelOf(now.query, now.source);
+    plot.setAttribute("aria-label", `Attention pattern. ${readout.textContent}`);
+  };
+}
+
+function makeHeadPattern(lens, choose) {
+  let rows = [];
+  const weightOf = (t, s) => (s > t ? null : rows[t]?.[s] ?? null);
+  const labelOf = (t, s) => {
+    const weight = weightOf(t, s);
+    const share = weight === null ? (s > t ? "masked, it comes later" : "masked, outside of the window") : percent(weight);
+    return `${t} \u201c${spoken(lens.text(t))}\u201d looks at ${s} \u201c${spoken(lens.text(s))}\u201d: ${share}`;
+  };
+  const draw = makePattern(document.getElementById("pattern"), lens.numTokens, labelOf, (place) => {
+    const query = clamp(place.query, 0, lens.numTokens - 1);
+    choose({ query, source: clamp(place.source, 0, query) });
+  });
+  return (state) => {
+    rows = lens.tokens.map((_, t) => lens.weightsRow(state.layer, state.head, t));
+    draw(weightOf, state);
+  };
+}

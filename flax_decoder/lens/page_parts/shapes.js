@@ -1,0 +1,117 @@
+// ---- shapes.js: elements, and the few pictures that the page is made of. Text gets in as text, never as markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name.startsWith("aria-")) element.setAttribute(name, value); // "false" says something there
+    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** make("p", {class: "muted"}, "text", element): an HTML element. */
+function make(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+function makeSvg(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), attributes, children);
+}
+
+// What would not be seen, or would change how its neighbours are seen: controls, directions, joiners, odd spaces.
+const UNSEEN = /[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}|^\p{M}/u;
+const NAMES = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d" };
+
+/** The text of a token as pieces to show: characters that cannot be seen get a name, in a piece of their own. */
+function visiblePieces(text) {
+  const pieces = [];
+  for (const character of text) {
+    const name = NAMES[character] ?? (UNSEEN.test(character) ? codeName(character) : null);
+    const last = pieces.at(-1);
+    if (name === null && last && !last.isName) last.text += character;
+    else pieces.push({ text: name ?? character, isName: name !== null });
+  }
+  return pieces.length > 0 ? pieces : [{ text: "(empty)", isName: true }];
+}
+
+function codeName(character) {
+  return "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+}
+
+/** A token's text where it stands alone. */
+function tokenText(text) {
+  return make("bdi", { class: "token" }, ...visiblePieces(text).map((piece) =>
+    piece.isName ? make("span", { class: "unseen" }, piece.text) : piece.text));
+}
+
+/** A token's text in a sentence, set off from the words around it. */
+function tokenWord(text) {
+  return make("span", { class: "word" }, tokenText(text));
+}
+
+/** The same as plain text, for labels that a screen reader reads. */
+function spoken(text) {
+  const words = { " ": "space", "\n": "newline", "\t": "tab", "\r": "carriage return" };
+  return words[text] ?? visiblePieces(text).map((piece) => piece.text).join("");
+}
+
+/** A vector as bars: up is positive, down is negative; `most` is the height of a full bar. */
+function strip(vector, most, label) {
+  const height = 12;
+  const width = vector.length;
+  const paths = { positive: "", negative: "" };
+  vector.forEach((number, h) => {
+    const bar = clamp((number / (most || 1)) * height, -height, height);
+    paths[number < 0 ? "negative" : "positive"] += `M${h + 0.1},${height}h.8v${(-bar).toFixed(2)}h-.8z`;
+  });
+  return makeSvg("svg", { class: "strip", viewBox: `0 0 ${width} ${2 * height}`, preserveAspectRatio: "none", role: "img", "aria-label": label },
+    makeSvg("path", { class: "axis", d: `M0,${height}h${width}`, "vector-effect": "non-scaling-stroke" }),
+    makeSvg("path", { class: "positive", d: paths.positive }),
+    makeSvg("path", { class: "negative", d: paths.negative }));
+}
+
+/** All numbers of a vector, closed at first. */
+function allNumbers(vector, digits) {
+  const list = () => make("code", { class: "numbers" }, "[" + Array.from(vector, (number) => fixed(number, digits)).join(", ") + "]");
+  const details = make("details", { class: "all-numbers" }, make("summary", {}, `all ${vector.length} numbers`));
+  details.addEventListener("toggle", () => details.open && details.children.length === 1 && details.append(list()));
+  return details;
+}
+
+/** A bar from `from` to `to` on a line that goes from `low` to `high`; the negative one is hatched. */
+function spanBar(from, to, low, high) {
+  const scale = 100 / (high - low || 1);
+  const zero = clamp((0 - low) * scale, 0, 100);
+  const left = (Math.min(from, to) - low) * scale;
+  return make("span", { class: "bar-track", "aria-hidden": "true" },
+    make("span", { class: "bar-zero", style: `left:${zero.toFixed(2)}%` }),
+    make("span", { class: to < from ? "bar negative" : "bar positive", style: `left:${left.toFixed(2)}%;width:${(Math.abs(to - from) * scale).toFixed(2)}%` }));
+}
+
+/** Builds the content of a box anew; the focus stays on the element of the same data-key. */
+function rebuild(box, ...children) {
+  const key = box.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  box.replaceChildren(...children);
+  if (key !== undefined) box.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+}
+
+/** A row of choices, of which one holds: radio buttons that look like one piece. */
+function choices(box, name, options, chosen, onChoose) {
+  rebuild(box, ...options.map(([value, ...label]) => make("label", { class: value === chosen ? "chosen" : "" },
+    make("input", { type: "radio", name, value, checked: value === chosen, "data-key": value, onchange: () => onChoose(value) }),
+    make("span", {}, ...label))));
+}
+
+/** The colours of shares from 0 to 1 under the theme of now, 256 times red, green, blue and opacity. */
+function rampColours() {
+  const style = getComputedStyle(document.documentElement);
+  const context = Object.assign(document.createElement("canvas"), { width: 256, height: 1 }).getContext("2d");
+  const gradient = context.createLinearGradient(0, 0, 256, 0);
+  ["--ramp-low", "--ramp-middle", "--ramp-high"].forEach((name, i) => gradient.addColorStop(i / 2, style.getPropertyValue(name).trim()));
+  context.fillStyle = gradient;
+  context.fillRect(0, 0, 256, 1);
+  return context.getImageData(0, 0, 256, 1).data;
+}
