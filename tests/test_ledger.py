@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -686,7 +684,7 @@ def test_what_cannot_be_compared_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_run_folder(tmp_path, monkeypatch):
+def test_run_folder(tmp_path):
     sizes = {"vocab_size": 5, "context_length": 11, "num_layers": 2, "embed_dim": 8, "num_heads": 2, "dropout": 0.3}
     config = fd.load_config(None, {f"model.{name}": value for name, value in sizes.items()})
     params = reference.random_params(fd.Decoder(config.model), seed=0)
@@ -701,12 +699,3 @@ def test_run_folder(tmp_path, monkeypatch):
     assert any("Dropout was left out" in note for note in seen.notes)
     # Where the family has biases and the run has none, PyTorch's are zeros, and are not trained.
     assert not any("bias" in row.name for row in seen.rows)
-
-    # The examples of the docs page, on this run.
-    monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parent.parent / "docs/compare.md"
-    names = {}
-    with lenient():
-        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            exec(compile(block, str(page), "exec"), names)
-    assert not names["ledger"].holds
