@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from flax_decoder.lens.capture import capture
     from flax_decoder.lens.head_scores import head_scores
     from flax_decoder.lens.history import History, read_history
-    from flax_decoder.lens.pictures import plot_attention
     from flax_decoder.lens.page import write_lens_page
+    from flax_decoder.lens.pictures import plot_attention
     from flax_decoder.loading import compare, load
     from flax_decoder.nn.cache import KVCache, empty_cache
     from flax_decoder.nn.decoder import Decoder, unstack_layers
