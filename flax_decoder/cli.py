@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flax_decoder.config import SECTIONS, Config, fields_of, load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.lock import refuse_if_in_use
-from flax_decoder.parallel.launchers import in_a_job
+from flax_decoder.parallel.launchers import find_job, in_a_job
 from flax_decoder.terminal import say
 
 if TYPE_CHECKING:
@@ -417,8 +418,17 @@ def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
 
 
 def _config_of(options: argparse.Namespace) -> Config:
-    """The config that a command line asks for; the arguments with a dot in their names are its fields."""
-    return load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    """The config that a command line asks for; the arguments with a dot in their names are its fields.
+
+    What was changed in it is told in a line, by the first process of a job.
+    """
+    with warnings.catch_warnings(record=True) as changes:
+        warnings.simplefilter("always")
+        config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    if find_job(config.distributed, os.environ)[1] in (None, 0):
+        for change in changes:
+            say(f"warning: {change.message}", file=sys.stderr)
+    return config
 
 
 class Parser(argparse.ArgumentParser):

@@ -80,6 +80,15 @@ def test_train_refuses_wrong_input(refused, arguments, parts):
     assert all(part in error for part in parts), error
 
 
+@pytest.mark.parametrize(("process", "count"), [(0, 1), (1, 0)])
+def test_one_process_of_a_job_tells_what_was_changed(capsys, process, count):
+    changes = ["--optimizer.warmup-steps=9", "--training.num-steps=9"]
+    assert main(["train", *changes, f"--distributed.process-id={process}", "--distributed.num-processes=2"]) == 2
+    *told, error = capsys.readouterr().err.splitlines()
+    assert len(told) == count and all("warmup_steps = 9 is not under" in line for line in told)
+    assert error.startswith("error: distributed.num_processes")
+
+
 @pytest.mark.parametrize(
     ("toml", "parts"),
     [
