@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import logging
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flax_decoder.config import SECTIONS, Config, fields_of, load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.lock import refuse_if_in_use
-from flax_decoder.parallel.launchers import in_a_job
+from flax_decoder.parallel.launchers import find_job, in_a_job
 from flax_decoder.terminal import say
 
 if TYPE_CHECKING:
@@ -417,8 +419,17 @@ def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
 
 
 def _config_of(options: argparse.Namespace) -> Config:
-    """The config that a command line asks for; the arguments with a dot in their names are its fields."""
-    return load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    """The config that a command line asks for; the arguments with a dot in their names are its fields.
+
+    What was changed in it is told in a line, by the first process of a job.
+    """
+    with warnings.catch_warnings(record=True) as changes:
+        warnings.simplefilter("always")
+        config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    if find_job(config.distributed, os.environ)[1] in (None, 0):
+        for change in changes:
+            say(f"warning: {change.message}", file=sys.stderr)
+    return config
 
 
 class Parser(argparse.ArgumentParser):
@@ -590,7 +601,41 @@ def _with_hyphens(arguments: Sequence[str]) -> list[str]:
 
 
 def _keep_compilations() -> None:
-    """Keeps compiled programs in the user's cache folder: the next start of the same program need not compile."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "flax_decoder"))
+    """Keeps compiled programs in the user's cache folder: the next start of the same program need not compile.
+
+    Where there is none, as in many containers, a line says so, and each start compiles anew.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    try:
+        if folder is None:
+            folder = str(cache_folder() / "flax_decoder")
+        if folder and "://" not in folder:  # empty it is off, and of what is elsewhere JAX knows more
+            os.makedirs(folder, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "may not be written", folder)
+    except OSError as error:
+        say(
+            f"warning: compiled programs are not kept for the next start: {error.filename}: {error.strerror}; "
+            "set XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR to a folder of yours",
+            file=sys.stderr,
+        )
+        folder = ""
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it makes a temporary folder, and would tell the same
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def cache_folder() -> Path:
+    """Where the user's programs keep what they can make again, by the XDG Base Directory Specification.
+
+    Raises:
+        OSError: the user has no home; programs that run as nobody, or as a number, have none.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if given.is_absolute():  # the specification says to pass over others
+        return given
+    # Python takes an empty HOME for the root folder, and ~ stays as it is where nobody knows a home.
+    home = "~" if os.environ.get("HOME") == "" else os.path.expanduser("~")
+    if not (os.path.isabs(home) and os.path.isdir(home)):
+        raise FileNotFoundError(errno.ENOENT, "there is no such home folder", home)
+    return Path(home) / ".cache"

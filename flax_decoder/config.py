@@ -12,6 +12,7 @@ import reprlib
 import tomllib
 import types
 import typing
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -299,7 +300,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """learning rate after the warm-up; wsd (warm-up, stable, decay) stays at the peak, then falls in a line"""
     warmup_steps: CountOrZero | None = None
-    """steps in which the learning rate rises from 0; left out, a twentieth of all steps"""
+    """steps in which the learning rate rises from 0; left out, or not under num_steps, a twentieth of all steps"""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """wsd: the last part of all steps, in which the rate falls"""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -464,10 +465,26 @@ class Config:
                     f"optimizer.{name} = {rate} times weight_decay = {optimizer.weight_decay} is more than 1, "
                     "but it is the part of each weight that a step takes away"
                 )
-        steps, warmup = self.training.num_steps, self.optimizer.warmup_steps
-        if warmup is not None and warmup >= steps:
-            raise ValueError(f"optimizer.warmup_steps = {warmup} must be under training.num_steps = {steps}")
         return self
+
+    @model_validator(mode="after")
+    def _with_a_warm_up_that_ends(self) -> Self:
+        """Any config can be tried for a few steps: a warm-up as long as the run would never reach the peak."""
+        steps, asked = self.training.num_steps, self.optimizer.warmup_steps
+        warmup = warmup_within(asked, steps)
+        if warmup != asked:
+            warnings.warn(
+                f"optimizer.warmup_steps = {asked} is not under training.num_steps = {steps}: "
+                f"shortened to {warmup}, a twentieth of the steps",
+                stacklevel=3,  # who makes the config
+            )
+            object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, warmup_steps=warmup))
+        return self
+
+
+def warmup_within(warmup_steps: int | None, num_steps: int) -> int | None:
+    """A warm-up in a run of so many steps: as asked for if it ends before the run does, else a twentieth of the run."""
+    return warmup_steps if warmup_steps is None or warmup_steps < num_steps else num_steps // 20
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -480,6 +497,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
 
     Returns:
         The settings, checked. `run.folder` is filled in; `model.vocab_size` stays None where the tokenizer decides it.
+        A warm-up that is as long as the run is shortened, which a `UserWarning` tells.
 
     Raises:
         UserError: an unreadable file, an unknown field, a wrong type, or settings that do not go together.

@@ -1,7 +1,9 @@
 import hashlib
 import io
 import json
+import logging
 import math
+import os
 import re
 import signal
 import subprocess
@@ -78,6 +80,15 @@ def refused(tmp_path, monkeypatch, capsys):
 def test_train_refuses_wrong_input(refused, arguments, parts):
     error = refused("train", *arguments)
     assert all(part in error for part in parts), error
+
+
+@pytest.mark.parametrize(("process", "count"), [(0, 1), (1, 0)])
+def test_one_process_of_a_job_tells_what_was_changed(capsys, process, count):
+    changes = ["--optimizer.warmup-steps=9", "--training.num-steps=9"]
+    assert main(["train", *changes, f"--distributed.process-id={process}", "--distributed.num-processes=2"]) == 2
+    *told, error = capsys.readouterr().err.splitlines()
+    assert len(told) == count and all("warmup_steps = 9 is not under" in line for line in told)
+    assert error.startswith("error: distributed.num_processes")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +253,78 @@ def test_exit_codes_reach_the_shell(tmp_path):
     shown = subprocess.run([*module[:3], "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert shown.returncode == 0 and "generate" in shown.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def cache_of(tmp_path, monkeypatch, capsys):
+    """Runs a command in an environment; returns the folder of compiled programs and what stands before the error."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("home").mkdir()
+    quiet = logging.getLogger("matplotlib")
+    monkeypatch.setattr(quiet, "level", quiet.level)
+
+    def run_command(**environment):
+        for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value.replace("HERE", str(tmp_path)))
+        assert main(["generate", "nowhere", "--prompt", "a"]) == 2
+        *told, error = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: nowhere")
+        return os.environ["JAX_COMPILATION_CACHE_DIR"].replace(str(tmp_path), "HERE"), told
+
+    return run_command
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"HOME": "HERE/home"}, "HERE/home/.cache/flax_decoder"),
+        ({"HOME": "HERE/home", "XDG_CACHE_HOME": ""}, "HERE/home/.cache/flax_decoder"),
+        ({"HOME": "HERE/home", "XDG_CACHE_HOME": "relative"}, "HERE/home/.cache/flax_decoder"),
+        ({"HOME": "HERE/missing", "XDG_CACHE_HOME": "HERE/new"}, "HERE/new/flax_decoder"),
+        ({"JAX_COMPILATION_CACHE_DIR": "HERE/mine"}, "HERE/mine"),
+        ({"JAX_COMPILATION_CACHE_DIR": "gs://bucket/mine"}, "gs://bucket/mine"),
+        ({"JAX_COMPILATION_CACHE_DIR": ""}, ""),
+    ],
+)
+def test_compiled_programs_are_kept_in_the_users_cache_folder(cache_of, environment, folder):
+    before = set(Path().rglob("*"))
+    assert cache_of(**environment) == (folder, [])
+    made = Path(folder.replace("HERE", "."))
+    assert set(Path().rglob("*")) - before <= {made, *made.parents}
+    assert made.is_dir() == ("bucket" not in folder)
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({}, "~: there is no such home folder"),
+        ({"HOME": ""}, "~: there is no such home folder"),
+        ({"HOME": "home"}, "home: there is no such home folder"),
+        ({"HOME": "HERE/missing"}, "/missing: there is no such home folder"),
+        ({"HOME": "HERE/file"}, "/file: there is no such home folder"),
+        ({"HOME": "HERE/home", "XDG_CACHE_HOME": "HERE/file"}, "/file/flax_decoder: Not a directory"),
+        ({"HOME": "HERE/home", "JAX_COMPILATION_CACHE_DIR": "HERE/file"}, "/file: File exists"),
+    ],
+)
+def test_without_a_cache_folder_a_line_says_so(cache_of, monkeypatch, environment, part):
+    def missing(user):
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.setattr("pwd.getpwuid", missing)
+    before = set(Path().rglob("*"))
+    folder, (told,) = cache_of(**environment)
+    assert folder == "" and told.startswith("warning: compiled programs are not kept") and part in told
+    assert told.endswith("; set XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR to a folder of yours")
+    assert set(Path().rglob("*")) == before
+
+
+def test_a_cache_folder_that_may_not_be_written_is_told(cache_of, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    folder, (told,) = cache_of(HOME="HERE/home")
+    assert folder == "" and "/home/.cache/flax_decoder: may not be written" in told
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

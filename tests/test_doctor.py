@@ -25,7 +25,18 @@ SIZES = {
     "mesh.data": 1,
 }
 V = 23
-CHECKS = ["versions", "devices", "text", "disk", "model", "first loss", "learning", "no leak", "checkpoint"]
+CHECKS = [
+    "versions",
+    "processor",
+    "devices",
+    "text",
+    "disk",
+    "model",
+    "first loss",
+    "learning",
+    "no leak",
+    "checkpoint",
+]
 
 
 @pytest.fixture(autouse=True)

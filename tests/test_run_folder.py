@@ -11,6 +11,7 @@ import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.metrics import read_metrics
+from flax_decoder.training.run_folder import same_warmup
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
 ARGUMENTS = [
@@ -145,6 +146,56 @@ def test_more_steps_and_what_changes_no_number_are_taken(here, capsys):
     assert read_metrics(RUN / "metrics.jsonl")[-1]["step"] == 6
     config = fd.load_config(RUN / "config.toml")
     assert config.training.num_steps == 6 and config.model.attention == "reference"
+
+
+def test_a_short_trial_goes_on_with_the_warm_up_of_the_whole_run(here, capsys):
+    short = [*ARGUMENTS, "--run.folder=runs/short", "--optimizer.warmup-steps=30", "--training.num-steps=20"]
+    short += ["--training.eval-every=20", "--training.save-every=20"]
+
+    def train(*changes):
+        assert main(["train", *short, *changes]) == 0
+        saved = fd.load_config("runs/short/config.toml")
+        return capsys.readouterr(), saved.optimizer.warmup_steps, saved.training.num_steps
+
+    for part in ("step 20", "runs/short is finished"):
+        (out, error), *saved = train()
+        assert part in out and saved == [1, 20]
+        assert error.splitlines() == [
+            "warning: optimizer.warmup_steps = 30 is not under training.num_steps = 20: "
+            "shortened to 1, a twentieth of the steps"
+        ]
+    for part in ("the warm-up has 30 steps, as the run is now to have 31; it had 1", "runs/short is finished"):
+        (out, error), *saved = train("--training.num-steps=31")
+        assert part in out and error == "" and saved == [30, 31]
+    error = refusal(capsys, *short[-5:], "--training.num-steps=33", "--optimizer.warmup-steps=29")
+    assert "optimizer.warmup_steps: saved 30, asked 29" in error
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "same"),
+    [
+        # (warm-up, number of steps), both as they are once the warm-up is within the steps
+        ((1, 20), (100, 5000), True),
+        ((100, 5000), (1, 20), True),
+        ((3, 60), (1, 20), True),
+        ((1, 20), (3, 60), True),
+        ((1, 20), (2, 5000), False),
+        ((2, 20), (100, 5000), False),
+        ((1, 5000), (100, 5000), False),
+        ((1, 20), (20, 5000), True),
+        ((1, 20), (19, 5000), False),
+        ((None, 20), (None, 5000), True),
+        ((None, 20), (100, 5000), False),
+    ],
+)
+def test_a_warm_up_is_the_same_where_one_setting_gives_both(saved, asked, same):
+    one, other = (
+        fd.load_config(
+            None, {"training.num_steps": steps} | ({} if warmup is None else {"optimizer.warmup_steps": warmup})
+        )
+        for warmup, steps in (asked, saved)
+    )
+    assert same_warmup(one, other) is same
 
 
 def test_a_run_folder_is_enough(here, capsys):

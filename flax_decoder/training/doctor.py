@@ -23,6 +23,7 @@ from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel.mesh import make_mesh
 from flax_decoder.training.checkpoint import Checkpoints, choose_step, restore_state
+from flax_decoder.training.hardware import describe_cpu
 from flax_decoder.training.step import TrainState, eval_step, init_state, state_maker, train_step
 
 PACKAGES = ("flax-decoder", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -71,6 +72,7 @@ def examine(config: Config) -> Iterator[Finding]:
         UserError: the text or the model cannot be used on these devices.
     """
     yield check_versions()
+    yield Finding("processor", "ok", describe_cpu())
     yield check_devices(config)
     choose_kernel(config.model)
     tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)

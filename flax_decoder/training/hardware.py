@@ -1,6 +1,14 @@
-"""What the chips can do, from their makers' data sheets: the one table that plans and measurements are held against."""
+"""What the hardware can do.
+
+Of chips, their makers' data sheets: the one table that plans and measurements are held against. Of the processor, what
+the system says: numbers from two CPUs can be compared only where it is known which ones made them.
+"""
 
 import dataclasses
+import os
+import platform
+import re
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +60,47 @@ def chip_of(device_kind: str) -> Chip | None:
         return None
     known = [chip for chip in CHIPS if device_kind.startswith(chip.name)]
     return max(known, key=lambda chip: len(chip.name), default=None)
+
+
+CPUINFO = Path("/proc/cpuinfo")  # Linux has it
+
+# Vector units, the widest first: what XLA_FLAGS call them, the flag that the system shows, and what people call them.
+VECTOR_UNITS = (
+    ("AVX512", "avx512f", "AVX-512, 512 bits"),
+    ("AVX2", "avx2", "AVX2, 256 bits"),
+    ("AVX", "avx", "AVX, 256 bits"),
+    ("SSE4_2", "sse4_2", "SSE4.2, 128 bits"),
+    ("SVE", "sve", "SVE"),  # of a width that each maker chooses
+    ("NEON", "asimd", "NEON, 128 bits"),
+)
+
+
+def describe_cpu() -> str:
+    """The processor's name, how many of its cores this process may use, and the widest vectors that XLA may use."""
+    try:
+        cpuinfo = CPUINFO.read_text(errors="replace")
+    except OSError:
+        cpuinfo = ""
+    first_core = cpuinfo.strip().partition("\n\n")[0]  # which speaks for all
+    facts = dict(re.findall(r"^(model name|flags|Features)[ \t]*:[ \t]*(.*\S)", first_core, re.MULTILINE))
+    machine = platform.machine()
+    name = facts.get("model name") or platform.processor() or machine or "unknown processor"
+    # Each 64-bit ARM processor has NEON, also where there is nobody to ask, as on macOS.
+    flags = (facts.get("flags") or facts.get("Features") or ("asimd" if machine == "arm64" else "")).split()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {cores} {'core' if cores == 1 else 'cores'}, {_vectors(flags, os.environ.get('XLA_FLAGS', ''))}"
+
+
+def _vectors(flags: list[str], xla_flags: str) -> str:
+    """The widest vector unit that a processor has, and where XLA may not use it the one that it may."""
+    units = [(unit, name) for unit, flag, name in VECTOR_UNITS if flag in flags]
+    if not units:
+        return "vector unit unknown"
+    widest = units[0][1]
+    limits = re.findall(r"--xla_cpu_max_isa=(\w+)", xla_flags)  # the last one counts
+    names = [unit for unit, _, _ in VECTOR_UNITS]
+    limit = limits[-1].upper() if limits else ""
+    if limit not in names:  # those beyond, such as AVX512_BF16 and AMX, have no wider vectors
+        return widest
+    allowed = next((name for unit, name in units if names.index(unit) >= names.index(limit)), widest)
+    return allowed if allowed == widest else f"{allowed} by XLA_FLAGS (it has {widest})"

@@ -38,7 +38,7 @@ from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losse
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batches, require_room
 from flax_decoder.training.progress import Pace, Progress
-from flax_decoder.training.run_folder import facts_of, open_run
+from flax_decoder.training.run_folder import facts_of, open_run, saved_config
 from flax_decoder.training.soundness import AGAIN, ANEW, pass_over, refuse_bad
 from flax_decoder.training.step import TrainState, init_state, jit_steps
 
@@ -117,6 +117,9 @@ def train_from(
     if done > 0:
         state = restore_state(folder, done, state)
         print(f"continuing {folder} from the checkpoint of step {done}")
+        known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
+        if known != asked:
+            print(f"the warm-up has {asked} steps, as the run is now to have {training.num_steps}; it had {known}")
     num_saves = -(-(training.num_steps - done) // training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flax_decoder.config import Config, config_of, fields_of, load_config, to_toml
+from flax_decoder.config import Config, config_of, fields_of, load_config, to_toml, warmup_within
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
@@ -35,6 +35,9 @@ FREE_FIELDS = {
     },
 }
 
+
+# This one may change in one way: shortened where the run has few steps, it is what was asked for once it has more.
+WARMUP = "optimizer.warmup_steps"
 
 # Files of a run on which its checkpoints hang, and what each is in a message. The corpus has hashes of its own arrays.
 INPUTS = {"tokenizer.json": "tokenizer", "corpus/corpus.json": "corpus"}
@@ -158,7 +161,7 @@ def _guarded(asked: Config, saved: Config) -> list[tuple[str, Any, Any]]:
 
 
 def _refuse_another_run(config: Config, saved: Config, tokenizer: Tokenizer, corpus: Corpus, folder: Path) -> None:
-    rows = _guarded(config, saved)
+    rows = [row for row in _guarded(config, saved) if row[0] != WARMUP or not same_warmup(config, saved)]
     if config.data.tokenizer not in KINDS and Path(config.data.tokenizer).is_file():
         saved_json, asked_json = (one.to_json() for one in (tokenizer, load_tokenizer(config.data.tokenizer)))
         rows.append(("data.tokenizer, SHA-256", _sha256(saved_json), _sha256(asked_json)))
@@ -175,6 +178,18 @@ def _refuse_another_run(config: Config, saved: Config, tokenizer: Tokenizer, cor
         raise UserError(
             f"{folder}: holds a run with other settings; take them back, or give this one its own --run.folder\n{table}"
         )
+
+
+def same_warmup(config: Config, saved: Config) -> bool:
+    """Whether one setting of the warm-up gives both, each within the steps of its run."""
+    asked_steps, saved_steps = config.training.num_steps, saved.training.num_steps
+    asked, known = config.optimizer.warmup_steps, saved.optimizer.warmup_steps
+    # Where both were shortened, it is in neither: any that is as long as either run does.
+    settings = (asked, known, max(asked_steps, saved_steps))
+    return any(
+        warmup_within(setting, asked_steps) == asked and warmup_within(setting, saved_steps) == known
+        for setting in settings
+    )
 
 
 def _sha256(text: str) -> str:
