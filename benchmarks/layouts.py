@@ -31,9 +31,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_decoder as fd
 from flax_decoder.data.batches import train_batch
-from flax_decoder.parallel.mesh import AXES, make_mesh, sharding_of, use_mesh
-from flax_decoder.training.placement import place_batches
-from flax_decoder.training.step import train_steps
+from flax_decoder.parallel.mesh import AXES, make_mesh, use_mesh
+from flax_decoder.training.placement import place_batch
+from flax_decoder.training.step import jit_step
 
 NUM_DEVICES = 8
 LOSS_TOLERANCE = 1e-5
@@ -80,12 +80,12 @@ def run_by_config(num_steps: int, num_parts: int = 1, **mesh: int) -> tuple[Loss
     config = fd.load_config(None, SETTINGS | {"training.num_steps": num_steps} | changes)
     devices = make_mesh(config, jax.devices()[: math.prod(mesh.values())])
     state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=devices)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(devices)
-    take_steps = jax.jit(train_steps, donate_argnums=0, out_shardings=shardings)
+    take_step, losses = jit_step(state, devices), []
     with use_mesh(devices):
-        batches = place_batches(TOKENS, config, devices, 0, num_steps)
-        state, metrics = jax.device_get(take_steps(state, batches, num_steps))
-    return metrics["loss"].tolist(), state.params
+        for step in range(num_steps):
+            state, metrics = take_step(state, place_batch(TOKENS, config, devices, step))
+            losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params)
 
 
 def run_by_hand(num_steps: int, way: ByHand) -> tuple[Losses, Any]:

@@ -22,11 +22,10 @@ from flax_decoder.cli import build_parser
 from flax_decoder.data.corpus import prepare_corpus
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.checkpoint import Checkpoints, choose_step, newest_manifest, restore_state
-from flax_decoder.training.placement import place_batches
-from flax_decoder.training.step import init_state, jit_steps
+from flax_decoder.training.placement import place_batch
+from flax_decoder.training.step import init_state, jit_step
 
 STEPS_A_SAVE = 100
-STEPS_A_CALL = 10
 PAIRS = 8
 
 
@@ -46,12 +45,12 @@ def main() -> None:
     config = fd.load_config(options.config, {**settings, "model.vocab_size": tokenizer.vocab_size})
     mesh = make_mesh(config, jax.devices())
     state = init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=mesh)
-    take_steps = jit_steps(state, mesh)
+    take_step = jit_step(state, mesh)
 
     def stretch(state: Any) -> Any:
-        for _ in range(STEPS_A_SAVE // STEPS_A_CALL):
-            batches = place_batches(corpus.train_tokens, config, mesh, int(state.step), STEPS_A_CALL)
-            state = jax.block_until_ready(take_steps(state, batches, STEPS_A_CALL)[0])
+        for _ in range(STEPS_A_SAVE):
+            batch = place_batch(corpus.train_tokens, config, mesh, int(state.step))
+            state = jax.block_until_ready(take_step(state, batch)[0])
         return state
 
     blocked, shares, slower = [], [], []

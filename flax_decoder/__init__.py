@@ -7,6 +7,7 @@ logits_BTV = model.apply({"params": params}, tokens_BT)
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flax_decoder.allocator import keep_freed_memory
 from flax_decoder.config import Config, load_config
 from flax_decoder.errors import FaultError, UserError
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from flax_decoder.nn.decoder import Decoder, unstack_layers
     from flax_decoder.training.metrics import plot_losses
     from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
+
+# Here, as it must come before JAX computes anything.
+keep_freed_memory()
 
 # Names whose modules import JAX come when first used: a wrong setting is refused, and help shown, without that wait.
 _HOMES = {

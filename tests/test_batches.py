@@ -131,12 +131,3 @@ def test_limited_validation_is_evenly_spaced():
 def test_validation_without_a_target_is_refused():
     with pytest.raises(ValueError, match="at least 2 tokens, this one has 1"):
         next(validation_batches(TOKENS[:1], batch_size=2, context_length=T))
-
-
-def test_several_steps_are_the_single_ones_stacked() -> None:
-    tokens = np.arange(7 * 11, dtype=np.uint16)
-    # 10 windows an epoch: the steps cross into the second one.
-    several = train_batch(tokens, seed=3, step=1, batch_size=4, context_length=7, num_steps=3)
-    for name in ("inputs", "targets"):
-        single = [train_batch(tokens, seed=3, step=step, batch_size=4, context_length=7)[name] for step in (1, 2, 3)]
-        np.testing.assert_array_equal(several[name], np.stack(single))

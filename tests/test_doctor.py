@@ -28,6 +28,7 @@ V = 23
 CHECKS = [
     "versions",
     "processor",
+    "memory",
     "devices",
     "text",
     "disk",

@@ -13,7 +13,7 @@ PACKAGE = Path(flax_decoder.__file__).parent
 
 # Bottom to top. Names on one floor may not import each other, except within one package.
 FLOORS = [
-    {"errors", "files", "terminal"},
+    {"allocator", "errors", "files", "terminal"},
     {"config", "lock"},
     {"nn", "data", "parallel"},
     {"generation", "lens"},

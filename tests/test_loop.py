@@ -88,16 +88,16 @@ def moments(folder):
 
 
 def at_step(monkeypatch, step, action):
-    """Lets `action` happen once, when the loop asks for the batches of the call in which a step lies."""
-    original, happened = loop.place_batches, []
+    """Lets `action` happen once, when the loop asks for the batch of a step, while the one before is under way."""
+    original, happened = loop.place_batch, []
 
-    def place_batches(tokens, config, mesh, first, num_steps):
-        if first <= step < first + num_steps and not happened:
+    def place_batch(tokens, config, mesh, asked):
+        if asked == step and not happened:
             happened.append(step)
             action()
-        return original(tokens, config, mesh, first, num_steps)
+        return original(tokens, config, mesh, asked)
 
-    monkeypatch.setattr(loop, "place_batches", place_batches)
+    monkeypatch.setattr(loop, "place_batch", place_batch)
 
 
 class CrashError(Exception):
@@ -348,13 +348,3 @@ def test_a_disk_that_refuses_a_moment_ends_the_run(text, tmp_path, monkeypatch):
     assert all(finding.holds is not False for finding in verify_run(tmp_path / "run"))
     assert train(tmp_path / "run", text) == 0
     assert read_history(tmp_path / "run").steps_M.tolist() == [0, 3, 6, 8]
-
-
-def test_a_call_ends_where_something_happens():
-    rules = {"training.num_steps": 100, "training.log_every": 10, "training.eval_every": 25, "training.save_every": 40}
-    training = fd.load_config(None, rules).training
-    for every in (0, 7, 200):
-        steps = [0]
-        while steps[-1] < 100:
-            steps.append(steps[-1] + loop.steps_to_next_event(steps[-1], training, every))
-        assert steps == [step for step in range(101) if any(step % n == 0 for n in (10, 25, 40, every or 100))]

@@ -9,12 +9,12 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.data.batches import train_batch
-from flax_decoder.parallel.mesh import make_mesh, sharding_of, use_mesh
+from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training import loop, placement
 from flax_decoder.training.checkpoint import Checkpoints, restore_state
 from flax_decoder.training.metrics import read_metrics
-from flax_decoder.training.placement import place_batches
-from flax_decoder.training.step import state_shardings, train_steps
+from flax_decoder.training.placement import place_batch
+from flax_decoder.training.step import jit_step, state_shardings
 
 B, T, V, NUM_STEPS = 24, 16, 34, 3
 NUM_DEVICES = 8
@@ -65,8 +65,8 @@ def one_mesh(config, num_devices=NUM_DEVICES):
     return make_mesh(config, jax.devices()[:num_devices])
 
 
-def expected_batches(first, num_steps):
-    return train_batch(TOKENS, seed=0, step=first, batch_size=B, context_length=T, num_steps=num_steps)
+def expected_batch(step):
+    return train_batch(TOKENS, seed=0, step=step, batch_size=B, context_length=T)
 
 
 @functools.cache  # layouts share the run on one device
@@ -75,12 +75,12 @@ def run(changes, num_devices=NUM_DEVICES, **mesh):
     config = make_config(dict(changes), **mesh)
     devices = one_mesh(config, num_devices)
     state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=devices)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(devices)
-    take_steps = jax.jit(train_steps, donate_argnums=0, out_shardings=shardings)
+    take_step, metrics = jit_step(state, devices), []
     with use_mesh(devices):
-        batches = place_batches(TOKENS, config, devices, 0, NUM_STEPS)
-        state, metrics = take_steps(state, batches, NUM_STEPS)
-    return jax.device_get((metrics, state.params))
+        for step in range(NUM_STEPS):
+            state, measured = take_step(state, place_batch(TOKENS, config, devices, step))
+            metrics.append(jax.device_get(measured))
+    return jax.tree.map(lambda *values: np.stack(values), *metrics), jax.device_get(state.params)
 
 
 # --- The same numbers ---
@@ -116,13 +116,13 @@ def test_a_mesh_gives_the_numbers_of_one_device(architecture, changes, mesh):
 def test_what_is_in_a_batch_does_not_depend_on_the_devices(mesh):
     config = make_config(**mesh)
     devices = one_mesh(config)
-    placed = place_batches(TOKENS, config, devices, 7, 2)
-    expected = expected_batches(7, 2)
+    placed = place_batch(TOKENS, config, devices, 7)
+    expected = expected_batch(7)
     assert placed.keys() - {"positions"} == expected.keys()
     rows_here, tokens_here = B // (devices.shape["data"] * devices.shape["fsdp"]), T // devices.shape["context"]
     for name, array in expected.items():
         assert placed[name].dtype == np.int32
-        assert {shard.data.shape for shard in placed[name].addressable_shards} == {(2, rows_here, tokens_here)}
+        assert {shard.data.shape for shard in placed[name].addressable_shards} == {(rows_here, tokens_here)}
         there = np.asarray(placed[name])
         if devices.shape["context"] > 1:  # in another order, and "positions" says in which
             there = np.take_along_axis(there, np.argsort(placed["positions"], axis=-1), axis=-1)
@@ -139,14 +139,14 @@ def test_each_row_is_read_once_and_only_where_it_is_needed(monkeypatch):
 
     monkeypatch.setattr(placement, "train_batch", record)
     config = make_config(data=2, fsdp=2, tensor=2)
-    jax.block_until_ready(place_batches(TOKENS, config, one_mesh(config), 0, 2))
+    jax.block_until_ready(place_batch(TOKENS, config, one_mesh(config), 0))
     assert sorted(asked) == [(0, 6), (6, 12), (12, 18), (18, 24)]  # "inputs" and "targets" of two devices each
 
 
 def test_positions_say_where_tokens_stand_and_the_load_is_balanced():
     config = make_config(context=4)
-    placed = place_batches(TOKENS, config, one_mesh(config), 0, 1)["positions"]
-    looked_at = {shard.device.id: int((shard.data[0, 0] + 1).sum()) for shard in placed.addressable_shards}
+    placed = place_batch(TOKENS, config, one_mesh(config), 0)["positions"]
+    looked_at = {shard.device.id: int((shard.data[0] + 1).sum()) for shard in placed.addressable_shards}
     assert set(looked_at.values()) == {T * (T + 1) // 2 // 4}  # tokens that a device's queries see
 
 

@@ -1,35 +1,10 @@
 import io
-import itertools
 
 import pytest
 from rich.console import Console
 
 from flax_decoder.training import progress
-from flax_decoder.training.progress import Pace, Progress
-
-
-@pytest.mark.parametrize(("step_seconds", "expected"), [(0.01, 10), (0.5, 4), (1.9, 1), (30.0, 1)])
-def test_a_call_takes_as_many_steps_as_fit_into_its_time(monkeypatch, step_seconds, expected):
-    clock = itertools.count(0, step_seconds)
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    pace = Pace(most_steps=10)
-    assert pace.num_steps == 1
-    pace.start()
-    pace.stop(1)
-    assert pace.seconds_a_step == pytest.approx(step_seconds)
-    assert pace.num_steps == expected
-
-
-def test_the_call_that_compiles_does_not_set_the_pace_for_long(monkeypatch):
-    times = iter([0.0, 60.0, 60.0, 60.1])
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
-    pace = Pace(most_steps=10)
-    pace.start()
-    pace.stop(1)
-    assert pace.num_steps == 1
-    pace.start()
-    pace.stop(1)
-    assert pace.num_steps == 10
+from flax_decoder.training.progress import Progress
 
 
 def row(step, **more):

@@ -71,22 +71,22 @@ def test_large_numbers_are_not_bad():
     refuse_bad(large)
 
 
-def batch_of_one():
-    tokens = np.random.default_rng(0).integers(0, 40, (1, 2, 9), np.int32)
+def make_batch():
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 9), np.int32)
     return {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
 
 
 def test_a_fault_that_does_not_come_again_is_told_as_such():
     state, _ = make_state()
     state = state.replace(step=state.step + 1)
-    assert "computed again they are" in explain(state, batch_of_one())
+    assert "computed again they are" in explain(state, make_batch())
 
 
 @pytest.mark.parametrize(("nan", "skipped", "stops"), [("stop", 1, True), ("skip", 3, False), ("skip", 4, True)])
 def test_when_a_run_stops(nan, skipped, stops):
     state, training = make_state(training__nan=nan, training__skip_limit=3)
     state = state.replace(step=state.step + 7)
-    batch = batch_of_one() | {"mask": np.full((1, 2, 8), np.nan, np.float32)}
+    batch = make_batch() | {"mask": np.full((2, 8), np.nan, np.float32)}
     metrics = {"loss": np.float32(np.nan), "gradient_norm": np.float32(np.nan)}
     if stops:
         with pytest.raises(FaultError, match=r"^step 7: the loss is nan") as error:

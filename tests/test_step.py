@@ -13,7 +13,7 @@ import flax_decoder as fd
 from flax_decoder.parallel.mesh import mesh_of, sharding_of, use_mesh
 from flax_decoder.training import step as step_module
 from flax_decoder.training.spikes import usual_loss
-from flax_decoder.training.step import accumulate, loss_sum, mean_gradients, state_shardings, train_steps
+from flax_decoder.training.step import accumulate, loss_sum, mean_gradients, state_shardings
 
 B, T, V = 8, 5, 11
 NUM_DEVICES = 8
@@ -132,32 +132,6 @@ def test_a_batch_is_learned_by_heart_in_one_compiled_step_that_reuses_memory():
     assert first.params["embedding"].is_deleted()
     assert losses[0] == pytest.approx(math.log(V), rel=0.02)  # small weights at the start: all tokens about as likely
     assert losses[-1] < 0.2 * losses[0]
-
-
-take_steps = jax.jit(train_steps)
-
-
-def test_several_steps_in_one_call_are_single_steps_in_a_row():
-    state, batches = make_state(model__dropout=0.3), [make_batch(seed) for seed in (1, 2, 3)]
-    stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-    several, metrics = take_steps(state, stacked, 3)
-    for number, batch in enumerate(batches):
-        state, single = take_step(state, batch)
-        for name in single:
-            np.testing.assert_allclose(metrics[name][number], single[name], rtol=2e-6, err_msg=name)
-    assert int(several.step) == 3
-    assert_same((several, {}), (state, {}))
-
-
-def test_results_do_not_depend_on_how_steps_are_cut_into_calls():
-    """To the last bit: a run that is stopped and continued is cut otherwise than one that is not."""
-    state, batches = make_state(), [make_batch(seed) for seed in (1, 2, 3)]
-    stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-    at_once, _ = take_steps(state, stacked, 3)
-    for shift in range(3):
-        state, _ = take_steps(state, {name: np.roll(rows, -shift, axis=0) for name, rows in stacked.items()}, 1)
-    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(("parts", "mask"), [(2, "none"), (4, "uneven")])
@@ -446,21 +420,6 @@ def test_gradients_too_large_for_the_squares_of_adam_are_not_applied():
         after, metrics = jax.jit(lambda state, batch: fd.train_step(state, batch))(state, make_batch())
     assert np.isfinite(metrics["loss"]) and np.isinf(metrics["gradient_norm"]) and not metrics["applied"]
     assert bits(after) == bits(state)
-
-
-def test_steps_end_at_the_first_that_is_not_applied():
-    state = make_state()
-    batches = jax.tree.map(lambda *rows: np.stack(rows), *[make_batch(i) | {"mask": np.ones((B, T))} for i in range(5)])
-    batches["mask"] = batches["mask"].astype(np.float32)
-    batches["mask"][2, 0, 0] = np.nan
-    take = jax.jit(train_steps)
-    stopped, metrics = take(state, batches, 5)
-    assert int(stopped.step) == 3 and metrics["applied"].tolist() == [True, True, False, False, False]
-    assert bits(stopped) == bits(take(state, batches, 2)[0])
-    # It goes on where it is called again, and ends where it is told to.
-    rest = jax.tree.map(lambda rows: np.concatenate([rows[3:], rows[:3]]), batches)
-    assert int(take(stopped, rest, 2)[0].step) == 5
-    assert int(take(state, batches, 0)[0].step) == 0
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -17,10 +17,9 @@ def train_batch(
     step: int,
     batch_size: int,
     context_length: int,
-    num_steps: int | None = None,
     rows: slice = slice(None),
 ) -> dict[str, np.ndarray]:
-    """The training batch of a step, or of several steps in a row.
+    """The training batch of a step.
 
     Args:
         tokens: the training split, one-dimensional; may be memory-mapped.
@@ -28,12 +27,10 @@ def train_batch(
         step: number of the step, from 0.
         batch_size: B, windows a step.
         context_length: T, tokens a window.
-        num_steps: give the batches of this many steps, with a leading axis.
-        rows: read only these windows of each batch.
+        rows: read only these windows of the batch.
 
     Returns:
-        `inputs` and `targets`, int32 [B, T] or [num_steps, B, T], B as many as `rows` has; targets are the inputs
-        moved on by one token.
+        `inputs` and `targets`, int32 [B, T], B as many as `rows` has; targets are the inputs moved on by one token.
 
     Raises:
         ValueError: the tokens are fewer than T + 1.
@@ -41,17 +38,14 @@ def train_batch(
     T = context_length
     num_windows, num_offsets = _count_windows(len(tokens), T)
     first = int(step) * batch_size  # samples are numbered through all epochs, whatever the batch size
-    end = first + (num_steps or 1) * batch_size
+    end = first + batch_size
     starts = []
     for epoch in range(first // num_windows, (end - 1) // num_windows + 1):
         offset, order = _epoch_order(seed, epoch, num_windows, num_offsets)
         epoch_start = epoch * num_windows
         starts.append(offset + T * order[max(first - epoch_start, 0) : end - epoch_start])
-    starts_of_steps = np.concatenate(starts).reshape(-1, batch_size)[:, rows]
-    windows = tokens[starts_of_steps[:, :, None] + np.arange(T + 1)]
-    if num_steps is None:
-        (windows,) = windows
-    return {"inputs": windows[..., :-1].astype(np.int32), "targets": windows[..., 1:].astype(np.int32)}
+    windows = tokens[np.concatenate(starts)[rows, None] + np.arange(T + 1)]
+    return {"inputs": windows[:, :-1].astype(np.int32), "targets": windows[:, 1:].astype(np.int32)}
 
 
 def validation_batches(

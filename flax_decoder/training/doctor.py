@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from flax_decoder.allocator import describe_freed_memory
 from flax_decoder.config import Config, OptimizerConfig
 from flax_decoder.data.batches import train_batch
 from flax_decoder.data.corpus import prepare_corpus
@@ -73,6 +74,7 @@ def examine(config: Config) -> Iterator[Finding]:
     """
     yield check_versions()
     yield Finding("processor", "ok", describe_cpu())
+    yield Finding("memory", "ok", f"freed memory is {describe_freed_memory()}")
     yield check_devices(config)
     choose_kernel(config.model)
     tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)

@@ -1,6 +1,8 @@
 """The story of a run, top to bottom."""
 
 import dataclasses
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +38,14 @@ from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses, require_reporters
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
-from flax_decoder.training.placement import place_batches, require_room
-from flax_decoder.training.progress import Pace, Progress
+from flax_decoder.training.placement import place_batch, require_room
+from flax_decoder.training.progress import Progress
 from flax_decoder.training.run_folder import facts_of, open_run, saved_config
 from flax_decoder.training.soundness import AGAIN, ANEW, pass_over, refuse_bad
-from flax_decoder.training.step import TrainState, init_state, jit_steps
+from flax_decoder.training.step import TrainState, init_state, jit_step
 
 # A little under 1: fewer slips of the pen than the model's own distribution has.
 SAMPLE_TEMPERATURE = 0.8
-# More in one call gain nothing measurable.
-MOST_STEPS_A_CALL = 10
 # What the log says of a step that was applied, and what the step calls it.
 LEARNED = {"train_loss": "loss", "gradient_norm": "gradient_norm"}
 # What a finished run leaves, in the order in which it is written.
@@ -162,32 +162,29 @@ def run_steps(
 ) -> TrainState:
     """Takes steps until all are done or a signal asks to stop; evaluates, looks, saves and reports on the way."""
     training = config.training
-    take_steps = jit_steps(state, mesh)
+    take_step = jit_step(state, mesh)
     schedule = learning_rate_schedule(config.optimizer, training.num_steps)
     tokens_a_step = training.batch_size * config.model.context_length
-    most_steps = min(MOST_STEPS_A_CALL, training.log_every)
-    pace = Pace(most_steps)
     step = int(state.step)
     skipped = step - num_updates(state.opt_state)
     stops = step >= training.num_steps  # a run that was killed after its last step has only its results to write
+    step_seconds: list[float] = []  # of the steps since the last line of the log
     with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
         watch.look(step, state.params)
+        batch = place_batch(corpus.train_tokens, config, mesh, step)
         while not stops:
-            batches = place_batches(corpus.train_tokens, config, mesh, step, most_steps)
-            count = processes.agreed(min(pace.num_steps, steps_to_next_event(step, training, watch.every)))
-            pace.start()
-            state, metrics = take_steps(state, batches, count)
-            jax.block_until_ready(state)
-            taken = int(state.step) - step  # fewer than asked for, where one was not applied
-            pace.stop(taken)
-            step += taken
+            start = time.perf_counter()
+            state, metrics = take_step(state, batch)
+            step += 1
+            next_batch = place_batch(corpus.train_tokens, config, mesh, step)  # read while the devices compute
+            metrics = jax.device_get(metrics)  # waits for them
+            step_seconds.append(time.perf_counter() - start)
             checkpoints.check()
             watch.look(step, state.params)
-            last = {name: values[taken - 1] for name, values in jax.device_get(metrics).items()}
-            if not last["applied"]:
+            if not metrics["applied"]:
                 skipped += 1
-                batch = place_batches(corpus.train_tokens, config, mesh, step - 1, 1)
-                print(pass_over(training, state, batch, last, skipped))
+                print(pass_over(training, state, batch, metrics, skipped))
+            batch = next_batch
 
             interrupted = interruption.has_come()
             stops = interrupted or step == training.num_steps
@@ -196,12 +193,14 @@ def run_steps(
             evaluates = step % training.eval_every == 0 or (saves and not interrupted)
             if not (saves or evaluates or step % training.log_every == 0):
                 continue
-            tokens_per_second = tokens_a_step / pace.seconds_a_step
+            # The median passes over a step that compiled.
+            tokens_per_second = tokens_a_step / statistics.median(step_seconds)
+            step_seconds.clear()
             row = as_row(
                 step,
                 tokens=step * tokens_a_step,
                 # A step that was not applied may have none, and JSON has no NaN.
-                **{name: last[key] if last["applied"] else UNKNOWN for name, key in LEARNED.items()},
+                **{name: metrics[key] if metrics["applied"] else UNKNOWN for name, key in LEARNED.items()},
                 learning_rate=schedule(max(step - skipped - 1, 0)),
                 skipped_steps=skipped,
                 tokens_per_second=tokens_per_second,
@@ -237,12 +236,6 @@ def validate(model: Decoder, state: TrainState, corpus: Corpus, training: Traini
             f"the validation loss is {result['loss']} after step {int(state.step)}; {AGAIN};\nif it comes again, {ANEW}"
         )
     return {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
-
-
-def steps_to_next_event(step: int, training: TrainingConfig, look_every: int) -> int:
-    """How many steps until something is to be logged, evaluated, saved or looked at (0: never), or the run ends."""
-    events = (training.log_every, training.eval_every, training.save_every, look_every or training.num_steps)
-    return min(training.num_steps - step, *(every - step % every for every in events))
 
 
 def has_results(folder: Path, step: int) -> bool:

@@ -21,7 +21,7 @@ from flax_decoder.training.hardware import chip_of
 from flax_decoder.training.hlo import parse_hlo
 from flax_decoder.training.roofline import Roofline, memory_bytes, product_flops, roofline
 from flax_decoder.training.speed import DEFAULT_VOCAB_SIZE
-from flax_decoder.training.step import TrainState, jit_steps, state_maker, state_shardings, train_step
+from flax_decoder.training.step import TrainState, jit_step, state_maker, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
     chip = chip_of(kind)
     with use_mesh(mesh):
         state, batch = abstract_arguments(config, mesh)
-        traced = jit_steps(state, mesh, train_step).trace(state, batch)
+        traced = jit_step(state, mesh).trace(state, batch)
         start = time.perf_counter()
         try:
             compiled, refusal = traced.lower().compile(), None

@@ -15,35 +15,6 @@ from flax_decoder.training.metrics import Row
 NUM_PLAIN_LINES = 20
 
 
-# A call of this length hardly feels the cost of starting it, and a user who interrupts does not wait long for its end.
-CALL_SECONDS = 2.0
-
-
-class Pace:
-    """How many steps to take in one call, from how long the last ones took.
-
-    Attributes:
-        num_steps: steps for the next call.
-        seconds_a_step: what a step of the last call took.
-    """
-
-    def __init__(self, most_steps: int):
-        """Begins with a single step: it compiles, and nothing is known yet."""
-        self._most_steps = most_steps
-        self._start = float("nan")
-        self.num_steps = 1
-        self.seconds_a_step = float("nan")
-
-    def start(self) -> None:
-        """A call begins."""
-        self._start = time.perf_counter()
-
-    def stop(self, num_steps: int) -> None:
-        """A call has ended and taken so many steps: learns from the time since `start`."""
-        self.seconds_a_step = (time.perf_counter() - self._start) / num_steps
-        self.num_steps = min(max(int(CALL_SECONDS / self.seconds_a_step), 1), self._most_steps)
-
-
 class Progress:
     """Shows how far a run is: a bar in a terminal, lines elsewhere."""
 

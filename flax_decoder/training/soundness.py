@@ -44,7 +44,7 @@ def pass_over(training: TrainingConfig, state: TrainState, batch: Batch, metrics
     Args:
         training: what the run asks for.
         state: after that step, so as before it but for `step`.
-        batch: the step's, with a leading axis of one step.
+        batch: the step's.
         metrics: the step's.
         skipped: how many were passed over since the run began, this one included.
 
@@ -89,7 +89,7 @@ def explain(state: TrainState, batch: Batch) -> str:
 
 def _look(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """The loss of a step, the length of its gradients, and which of them are finite."""
-    gradients, metrics = mean_gradients(state, jax.tree.map(lambda rows: rows[0], batch))
+    gradients, metrics = mean_gradients(state, batch)
     return metrics["loss"], metrics["gradient_norm"], _are_finite(gradients)
 
 

@@ -12,13 +12,12 @@ from flax_decoder.generation.generate import generate
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.flops import flops_per_token, utilization
-from flax_decoder.training.placement import place_batches
-from flax_decoder.training.step import init_state, jit_steps
+from flax_decoder.training.placement import place_batch
+from flax_decoder.training.step import init_state, jit_step
 
 # Where the text does not say the vocabulary, that of the byte tokenizer.
 DEFAULT_VOCAB_SIZE = 256
-STEPS_A_CALL = 4
-TIMED_CALLS = 5
+TIMED_STEPS = 20
 DECODED_TOKENS = 128
 
 
@@ -41,21 +40,20 @@ def measure_speed(config: Config) -> dict[str, float | str]:
     model, training = config.model, config.training
     mesh = make_mesh(config, jax.devices())
     state = init_state(Decoder(model), config, rng=jax.random.key(training.seed), mesh=mesh)
-    num_tokens = STEPS_A_CALL * training.batch_size * (model.context_length + 1)
+    num_tokens = training.batch_size * (model.context_length + 1)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, num_tokens, np.int32)
-    # Steps are taken as a run takes them, several in one call.
-    batches = place_batches(tokens, config, mesh, 0, STEPS_A_CALL)
+    batch = place_batch(tokens, config, mesh, 0)
 
     with use_mesh(mesh):
         start = time.perf_counter()
-        take_steps = jit_steps(state, mesh).lower(state, batches, STEPS_A_CALL).compile()
+        take_step = jit_step(state, mesh).lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
         seconds = []
-        for _ in range(1 + TIMED_CALLS):  # the first warms up
+        for _ in range(3 + TIMED_STEPS):  # the first ones warm up
             start = time.perf_counter()
-            state, _ = jax.block_until_ready(take_steps(state, batches, STEPS_A_CALL))
-            seconds.append((time.perf_counter() - start) / STEPS_A_CALL)
-        step_seconds = statistics.median(seconds[1:])
+            state, _ = jax.block_until_ready(take_step(state, batch))
+            seconds.append(time.perf_counter() - start)
+        step_seconds = statistics.median(seconds[3:])
         decode_tokens_per_second = decode_speed(Decoder(model), state.params, tokens[None, :1])
 
     tokens_per_second = training.batch_size * model.context_length / step_seconds

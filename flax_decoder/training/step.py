@@ -160,49 +160,14 @@ def _as_own(params: Any, axis_name: str) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis_name, to="varying"), params)
 
 
-def train_steps(state: TrainState, batches: Batch, num_steps: jax.Array | int) -> tuple[TrainState, Metrics]:
-    """Several steps in one program: `train_step` on the first `num_steps` of the given batches.
-
-    On CPU, XLA asks the system for its working memory at each call of a program and gives it back at the end; a small
-    step spends a third of its time on that. Inside of one call the memory is kept.
-
-    Args:
-        state: where training stands.
-        batches: as for `train_step`, with a leading axis of steps.
-        num_steps: how many of them to take; any number runs the same compiled steps, so results do not depend on how
-            a run is cut into calls.
-
-    Returns:
-        The state after the last step, and the metrics with a leading axis of steps. The first step that is not applied
-        is the last one: what to do then is for the caller to say. `state.step` tells how many were taken.
-    """
-    most_steps = batches["inputs"].shape[0]
-    shapes = jax.eval_shape(train_step, state, jax.tree.map(lambda rows: rows[0], batches))[1]
-    metrics = jax.tree.map(lambda leaf: jnp.zeros((most_steps, *leaf.shape), leaf.dtype), shapes)
-
-    def goes_on(carry: tuple[TrainState, Metrics]) -> jax.Array:
-        state, metrics = carry
-        taken = state.step - first
-        return (taken < num_steps) & ((taken == 0) | metrics["applied"][taken - 1])
-
-    def take(carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, metrics = carry
-        i = state.step - first
-        state, new = train_step(state, jax.tree.map(lambda rows: rows[i], batches))
-        return state, jax.tree.map(lambda values, value: values.at[i].set(value), metrics, new)
-
-    first = state.step
-    return jax.lax.while_loop(goes_on, take, (state, metrics))
-
-
-def jit_steps(state: TrainState, mesh: Mesh, take: Callable[..., Any] = train_steps) -> Any:
-    """`train_steps`, or `train_step`, under jit on a mesh; the state that is given to it is used up.
+def jit_step(state: TrainState, mesh: Mesh) -> Any:
+    """`train_step` under jit on a mesh; the state that is given to it is used up.
 
     What goes in comes out in the same place: without a word, the compiler might choose another.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
     options = compiler_options(mesh)
-    return jax.jit(take, donate_argnums=0, out_shardings=shardings, compiler_options=options)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:

@@ -80,18 +80,18 @@ def arm(point, trigger):
         place, name, when = places[point]
         call(place, name, trigger, when)
     elif point == "step":
-        jit_steps = loop.jit_steps
+        jit_step = loop.jit_step
 
         def jit_with_trigger(*args):
-            take_steps = jit_steps(*args)
+            take_step = jit_step(*args)
 
             def replacement(*args):
                 trigger()
-                return take_steps(*args)
+                return take_step(*args)
 
             return replacement
 
-        loop.jit_steps = jit_with_trigger
+        loop.jit_step = jit_with_trigger
     elif point == "compile":
         # JAX has just translated a program, which XLA is about to compile; those of the step come last.
         def listen(event, seconds, **_):
