@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Nearly all the time of a test is spent on compiling a tiny program: it need not become a fast one.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A worker holds the programs of hundreds of tests: here memory counts more than the speed of one.
+os.environ.setdefault("FLAX_DECODER_KEEP_MEMORY", "0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "flax_decoder_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
@@ -30,14 +33,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked `full`, where it is not asked for."""
+    """Leaves out what is marked `full`, and all cases but those that `short` names, where they are not asked for."""
+    cases = defaultdict(set)
+    for item in items:
+        if item.get_closest_marker("short"):
+            cases[item.nodeid.partition("[")[0]].add(item.callspec.id)
+    for item in items if "::" not in "".join(config.args) else ():
+        marker = item.get_closest_marker("short")
+        if marker and (unknown := set(marker.args) - cases[item.nodeid.partition("[")[0]]):
+            raise pytest.UsageError(f"{item.nodeid}: `short` names {unknown}, which are no cases of it")
     if not config.getoption("--full"):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=[item for item in items if not is_short(item)])
+        items[:] = [item for item in items if is_short(item)]
 
 
-# A line for each stretch of memory that this process has mapped; Linux only.
-MAPS = Path("/proc/self/maps")
+def is_short(item: pytest.Item) -> bool:
+    """Whether a test belongs to the short suite."""
+    marker = item.get_closest_marker("short")
+    return not item.get_closest_marker("full") and (marker is None or item.callspec.id in marker.args)
+
+
+# A line for each stretch of memory that this process has mapped, and how many pages of it are there; Linux only.
+MAPS, STATM = Path("/proc/self/maps"), Path("/proc/self/statm")
+MAX_MAPS, MAX_BYTES = 20_000, 900_000_000
 
 _apply_gradients = TrainState.apply_gradients
 
@@ -58,5 +76,8 @@ def _forget_programs() -> Iterator[None]:
     Each holds some pages of memory of its own. XLA crashes where the system allows no more of them: 65,530 on Linux.
     """
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+    if not STATM.exists():
+        return
+    num_bytes = int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > MAX_BYTES or MAPS.read_bytes().count(b"\n") > MAX_MAPS:
         jax.clear_caches()
