@@ -88,11 +88,11 @@ def moments(folder):
 
 
 def at_step(monkeypatch, step, action):
-    """Lets `action` happen once, when the loop asks for the batch of a step, while the one before is under way."""
+    """Lets `action` happen once, while a step is under way: the loop then asks for the batch of the next one."""
     original, happened = loop.place_batch, []
 
     def place_batch(tokens, config, mesh, asked):
-        if asked == step and not happened:
+        if asked == step + 1 and not happened:
             happened.append(step)
             action()
         return original(tokens, config, mesh, asked)
@@ -135,7 +135,6 @@ def test_a_run_that_crashed_continues_to_the_same_end(whole, text, tmp_path, mon
 def test_a_run_that_was_stopped_continues_to_the_same_end(whole, text, tmp_path, monkeypatch, capsys, number, code):
     expected, name = whole
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "MOST_STEPS_A_CALL", 1)  # so that it stops where nothing else would happen
         at_step(patch, 4, lambda: os.kill(os.getpid(), number))
         assert train(tmp_path / "run", text, optimizer__name=name) == code
     assert saved_steps(tmp_path / "run")[-1] == 5  # the step it was in, though it is none of save_every
@@ -148,7 +147,6 @@ def test_a_run_that_was_stopped_continues_to_the_same_end(whole, text, tmp_path,
 def test_a_run_stopped_where_it_would_evaluate_loses_no_evaluation(whole, text, tmp_path, monkeypatch):
     expected, name = whole
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "MOST_STEPS_A_CALL", 1)
         at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(tmp_path / "run", text, optimizer__name=name) == 143
     assert saved_steps(tmp_path / "run")[-1] == 6
@@ -228,7 +226,6 @@ def test_the_first_step_may_be_logged(text, tmp_path, capsys):
 def test_a_run_stopped_before_its_first_evaluation_can_be_ended_there(text, tmp_path, monkeypatch, capsys):
     rare = {"training__eval_every": 100, "training__save_every": 100}
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "MOST_STEPS_A_CALL", 1)
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(tmp_path / "run", text, **rare) == 143
     assert train(tmp_path / "run", text, **rare, training__num_steps=3) == 0
