@@ -382,8 +382,9 @@ def exponents_table(exponents: dict[str, dict[str, dict[str, float]]]) -> str:
 def plot(
     results: dict[str, list[Point]], exponents: dict[str, dict[str, dict[str, float]]], processor: str, file: Path
 ) -> None:
-    """A panel a series: seconds on the left axis, memory on the right one, and the work of each as a dashed line."""
+    """A panel a series: processor seconds on the left axis, memory on the right one, their work as dashed lines."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     num_columns = min(3, len(results))
     num_rows = -(-len(results) // num_columns)
@@ -394,7 +395,7 @@ def plot(
         panel.set_visible(False)
     for panel, (name, points) in zip(panels.flat, results.items(), strict=False):
         told = []
-        for cost, color, axes in (("seconds", "tab:blue", panel), ("mib", "tab:orange", None)):
+        for cost, color, axes in (("processor_seconds", "tab:blue", panel), ("mib", "tab:orange", None)):
             own = [point for point in points if point.get(cost)]
             if not own:
                 continue
@@ -405,6 +406,12 @@ def plot(
             axes.plot(sizes, [scale * point["work"][cost] for point in own], "--", color=color, alpha=0.7)
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.minorticks_off()
+            some = sizes[:: max((len(sizes) - 1) // 2, 1)]  # all would run into each other
+            axes.set_xticks(some, [f"{size:,}" for size in some])
+            if own[0][cost] * 10 > own[-1][cost]:  # too narrow for powers of ten
+                axes.yaxis.set_major_locator(ticker.MaxNLocator(4, min_n_ticks=3))
+                axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.4g}"))
             axes.set_ylabel(COSTS[cost], color=color)
             axes.tick_params(axis="y", labelcolor=color)
             told.append(f"{COSTS[cost]} {exponents[name][cost]['measured']:.2f} ({exponents[name][cost]['work']:.2f})")
