@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -283,3 +284,14 @@ def test_blocks_are_really_chosen():
     whole_scores = "f32[1,2,1,131,131]"
     assert whole_scores in program("reference")
     assert whole_scores not in program("blockwise")
+
+
+@pytest.mark.parametrize(("window", "num_keys"), [(None, 6 * 7 // 2 * BLOCK), (BLOCK + 1, (1 + 5 * 2) * BLOCK)])
+def test_a_block_meets_no_keys_but_those_that_its_queries_may_see(window, num_keys):
+    """Six blocks: each meets all blocks up to its own, or its own and the one before."""
+    config = ModelConfig(vocab_size=13, num_layers=1, embed_dim=6, num_heads=1, window=window, positions="none")
+    model = Decoder(dataclasses.replace(config, attention="blockwise"))
+    params = reference.random_params(model)
+    program = jax.make_jaxpr(model.apply)({"params": params}, np.zeros((1, 6 * BLOCK), np.int32))
+    scores = re.findall(rf":f32\[1,1,1,{BLOCK},(\d+)\] = exp ", str(program))
+    assert len(scores) == 6 and sum(map(int, scores)) == num_keys

@@ -3,6 +3,7 @@ import hashlib
 import os
 import pathlib
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -203,3 +204,22 @@ def test_a_save_that_breaks_off_is_not_taken_for_a_corpus(corpus, broken, monkey
     assert not [name for name in os.listdir("corpus") if name.endswith(".tmp")]
     with pytest.raises(FaultError, match=r"corpus\.json: is missing"):
         load_corpus("corpus")
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_preparing_a_text_takes_little_more_memory_than_text_and_tokens(kind):
+    """A byte is held in the text, in one of its parts, and as a token of two bytes beside which there may be room.
+
+    Reading holds it twice at most. What does not grow with the text cancels out.
+    """
+
+    def peak(num_bytes):
+        write("input.txt", "to be, or not to be\n" * (num_bytes // 20))
+        tracemalloc.start()
+        try:
+            prepare_corpus(DataConfig(tokenizer=kind), 8, None)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(8_000_000) - peak(4_000_000) < 5 * 4_000_000

@@ -237,6 +237,24 @@ def test_a_long_text_is_encoded_in_pieces_without_a_trace(text, monkeypatch):
     assert 90 < max(encoded) < 200
 
 
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_pieces_leave_no_trace(kind, monkeypatch):
+    """In the vocabulary, in the ids, and in the place of a character that is lacking."""
+    text = ODD_TEXT + "the cat\rsat\r\non a\n\nmat; " * 9
+    whole = make_tokenizer(kind, text, 300)
+    ids = whole.encode(text)
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 7)
+    assert list(module._lines(text)) == text.splitlines(keepends=True)
+    in_pieces = make_tokenizer(kind, text, 300)
+    assert in_pieces.to_json() == whole.to_json()
+    assert in_pieces.encode(text) == ids
+    assert in_pieces.encode_array(text, np.uint16).tolist() == ids
+    assert in_pieces.encode_array(text, np.uint16).dtype == np.uint16
+    if kind == "char":
+        with pytest.raises(UserError, match=r"at character 10, line 2\)"):
+            in_pieces.encode("the cat\non\u0101")
+
+
 def test_a_text_is_not_cut_where_that_would_change_tokens(monkeypatch):
     """Metaspace puts a space before each text, so here no cut is safe."""
     vocab = {"▁": 0, "a": 1, "\n": 2}

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from flax_decoder.config import DataConfig
-from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer
+from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer, pieces_of
 from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.files import open_regular, replacing, sha256_of
 
@@ -91,7 +91,10 @@ def read_text(path: str | tuple[str, ...] | None) -> SourceText:
     parts = [part for name in names for part in _read_parts(name)]
     ended = [part if part.endswith("\n") else part + "\n" for part in parts[:-1]]
     text = "".join([*ended, parts[-1]])
-    return SourceText(text, ", ".join(names), hashlib.sha256(text.encode()).hexdigest())
+    sha256 = hashlib.sha256()
+    for piece in pieces_of(text):
+        sha256.update(piece.encode())
+    return SourceText(text, ", ".join(names), sha256.hexdigest())
 
 
 def split_text(text: str, validation_fraction: float) -> tuple[str, str]:
@@ -122,8 +125,7 @@ def prepare_corpus(data: DataConfig, context_length: int, vocab_size: int | None
             f"{tokenizer.vocab_size} tokens on {source.name}; raise it to that or leave it out"
         )
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    train_tokens = tokenizer.encode_array(train).astype(dtype)
-    validation_tokens = tokenizer.encode_array(validation).astype(dtype)
+    train_tokens, validation_tokens = (tokenizer.encode_array(part, dtype) for part in (train, validation))
     for part, fraction, tokens in (
         ("training", f"first {100 * (1 - data.validation_fraction):g} %", train_tokens),
         ("validation", f"last {100 * data.validation_fraction:g} %", validation_tokens),
@@ -134,8 +136,10 @@ def prepare_corpus(data: DataConfig, context_length: int, vocab_size: int | None
                 f"{context_length} needs at least {context_length + 1}: use a longer text or a smaller "
                 "model.context_length"
             )
-    sizes = len(train.encode()), len(validation.encode())
-    return tokenizer, Corpus(train_tokens, validation_tokens, *sizes, source.name, source.sha256)
+    train_bytes, validation_bytes = (
+        sum(len(piece.encode()) for piece in pieces_of(part)) for part in (train, validation)
+    )
+    return tokenizer, Corpus(train_tokens, validation_tokens, train_bytes, validation_bytes, source.name, source.sha256)
 
 
 def save_corpus(corpus: Corpus, folder: str | os.PathLike[str]) -> None:
@@ -303,7 +307,7 @@ def _read_file(path: Path) -> str:
     except MemoryError:
         raise UserError(f"{path}: is larger than this machine's memory; give a part of it") from None
     text = decode_text(content, str(path), f"if it is Latin-1: {_iconv('latin1', path)}")
-    if not text.strip():
+    if not text or text.isspace():  # strip() would copy it
         raise UserError(f"{path}: {'has only white space' if text else 'is empty'}; give a file with text in it")
     return text
 

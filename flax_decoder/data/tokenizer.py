@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from flax_decoder.data.foreign_file import open_named, read_content
 from flax_decoder.data.strict_json import VOCABULARY, parse_object, shown
@@ -35,7 +36,7 @@ _LONGEST_REASON = 300  # characters of what the library complains of, which may 
 _START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
 _END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
 
-# A long text is encoded in pieces: the library keeps some 100 bytes a token while it works.
+# A long text is worked on in pieces: NumPy takes some 20 bytes a character for it, the library some 100 a token.
 _PIECE_CHARACTERS = 1_000_000
 _CUT_CONTEXT_CHARACTERS = 200  # far longer than any token that a cut after a newline could split
 _CUT_TRIES = 100
@@ -63,9 +64,19 @@ class Tokenizer(ABC):
         """The ids of a text to be continued: with what the tokenizer.json puts before a text, such as a start token."""
         return self.encode(text)
 
+    def encode_array(self, text: str, dtype: DTypeLike = np.int32) -> np.ndarray:
+        """The same ids as an array of an integer type that holds them all; made for whole corpora.
+
+        Beside text and array, memory holds what encoding a piece of the text takes, however long the text is.
+        """
+        ids = bytearray()  # it grows where it is, where joining arrays would hold all ids twice
+        for piece in self._encode_pieces(text):
+            ids += piece.astype(dtype, copy=False).data
+        return np.frombuffer(ids, dtype)
+
     @abstractmethod
-    def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an int32 array; made for whole corpora."""
+    def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
+        """The ids of a text, some at a time."""
 
     def decode(self, ids: Iterable[Any]) -> str:
         """The text of token ids: integers from a list, a generator, or a one-dimensional NumPy or JAX array.
@@ -97,7 +108,8 @@ class CharTokenizer(Tokenizer):
     def __init__(self, text: str):
         """Takes the characters of `text`, each once, as the vocabulary."""
         present = np.zeros(_NUM_CODE_POINTS, bool)  # marking is linear in the text, where sorting is not
-        present[_code_points(text)] = True
+        for piece in pieces_of(text):
+            present[_code_points(piece)] = True
         self._code_points = np.flatnonzero(present).astype("<u4")
         self.characters = self._code_points.tobytes().decode("utf-32-le", "surrogatepass")
         _utf8(self.characters)
@@ -105,19 +117,21 @@ class CharTokenizer(Tokenizer):
         self._ids = np.full(_NUM_CODE_POINTS, -1, np.int32)
         self._ids[self._code_points] = np.arange(self.vocab_size)
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """One look-up in a table a character."""
-        ids = self._ids[_code_points(text)]
-        lacking = ids < 0
-        if lacking.any():
-            place = int(lacking.argmax())
-            character, line = text[place], text.count("\n", 0, place) + 1
-            raise UserError(
-                f"the text has {character!r} (U+{ord(character):04X}, at character {place}, line {line}), which this "
-                f"char vocabulary of {self.vocab_size} characters lacks;\nuse one of its characters, or train with "
-                'data.tokenizer = "byte"'
-            )
-        return ids
+    def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
+        start = 0
+        for piece in pieces_of(text):
+            ids = self._ids[_code_points(piece)]  # one look-up in a table a character
+            lacking = ids < 0
+            if lacking.any():
+                place = start + int(lacking.argmax())
+                character, line = text[place], text.count("\n", 0, place) + 1
+                raise UserError(
+                    f"the text has {character!r} (U+{ord(character):04X}, at character {place}, line {line}), which "
+                    f"this char vocabulary of {self.vocab_size} characters lacks;\nuse one of its characters, or train "
+                    'with data.tokenizer = "byte"'
+                )
+            yield ids
+            start += len(piece)
 
     def _decode(self, ids: np.ndarray) -> str:
         return self._code_points[ids].tobytes().decode("utf-32-le")
@@ -132,9 +146,8 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 256
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """The bytes of the text in UTF-8."""
-        return np.frombuffer(_utf8(text), np.uint8).astype(np.int32)
+    def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
+        return (np.frombuffer(_utf8(piece), np.uint8) for piece in pieces_of(text))
 
     def _decode(self, ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
@@ -158,11 +171,15 @@ class SubwordTokenizer(Tokenizer):
         self.start_id = next((special_ids[name] for name in _START_TOKENS if name in special_ids), None)
         self.end_ids = tuple(special_ids[name] for name in _END_TOKENS if name in special_ids)[:1]
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
         """As the library encodes the text, without the special tokens it may put around it."""
-        _utf8(text)
-        pieces = [np.array(self._encode_piece(piece), np.int32) for piece in self._pieces(text)]
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+        for piece in pieces_of(text):
+            _utf8(piece)
+        start = 0
+        while start < len(text):
+            end = self._find_cut(text, start + _PIECE_CHARACTERS)
+            yield np.array(self._encode_piece(text[start:end]), np.int32)
+            start = end
 
     def encode_prompt(self, text: str) -> list[int]:
         """See `Tokenizer.encode_prompt`; what the file puts behind a text would end it, and is left out."""
@@ -176,13 +193,6 @@ class SubwordTokenizer(Tokenizer):
     def _encode_piece(self, piece: str) -> list[int]:
         with _refusing("the tokenizer cannot encode this text"):
             return self._tokenizer.encode(piece, add_special_tokens=False).ids
-
-    def _pieces(self, text: str) -> Iterator[str]:
-        start = 0
-        while start < len(text):
-            end = self._find_cut(text, start + _PIECE_CHARACTERS)
-            yield text[start:end]
-            start = end
 
     def _find_cut(self, text: str, earliest: int) -> int:
         """Where, from `earliest` on, the text can be cut with no change to its tokens, at the latest at its end.
@@ -205,6 +215,11 @@ class SubwordTokenizer(Tokenizer):
     def to_json(self) -> str:
         """As the library writes it."""
         return self._tokenizer.to_str()
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """A text in pieces of which each may be worked on by itself, as long as only its characters matter."""
+    return (text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS))
 
 
 def _cuts(text: str, start: int, end: int) -> Iterator[int]:
@@ -330,9 +345,18 @@ def _train_bpe(text: str, vocab_size: int) -> SubwordTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = list(byte_characters())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(_lines(text), trainer)
     tokenizer.pre_tokenizer = byte_level
     return SubwordTokenizer(tokenizer)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The same as `text.splitlines(keepends=True)`, a list that can be several times as large as the text."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _PIECE_CHARACTERS) + 1 or len(text)
+        yield from text[start:end].splitlines(keepends=True)
+        start = end
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -148,7 +148,7 @@ class SelfAttention(nn.Module):
             self.sow("intermediates", "key_positions", key_positions_BS)
             mask_BTS, bias_BNTS = self.mask_and_bias(positions_BT, key_positions_BS, window)
             drop = nn.Dropout(config.dropout, deterministic=deterministic)
-            heads_BTNH = self.by_formula(kernel, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, drop)
+            heads_BTNH = self.by_formula(kernel, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, window, drop)
         heads_BTNH = show(self, "heads", heads_BTNH, self.edits)
 
         out = Linear((config.embed_dim,), 2, config.attention_out_bias, config.output_stddev, config.dtype, name="out")
@@ -162,6 +162,7 @@ class SelfAttention(nn.Module):
         v_BSKH: jax.Array,
         mask_BTS: jax.Array,
         bias_BNTS: jax.Array | None,
+        window: int | None,
         drop: Callable[[jax.Array], jax.Array],
     ) -> jax.Array:
         """heads_BTNH by `dot_product_attention`, of all queries at once or of one block after the other."""
@@ -174,7 +175,7 @@ class SelfAttention(nn.Module):
         if config.remat == "attention" and not self.is_mutable_collection("intermediates"):
             attend = jax.checkpoint(attend, prevent_cse=not config.scan_layers)
         if kernel == "blockwise":
-            return blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
+            return blockwise(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, window)
         heads_BTNH, scores_BKGTS, weights_BKGTS = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS)
         self.sow("intermediates", "scores", scores_BKGTS)
         self.sow("intermediates", "weights", weights_BKGTS)

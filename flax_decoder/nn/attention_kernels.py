@@ -21,11 +21,12 @@ def blockwise(
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
     bias_BNTS: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Attention of a whole sequence, one block of queries at a time.
 
     A block of queries meets only the keys up to its own end: half of all scores lie in the future of their query and
-    need not be computed.
+    need not be computed. Nor are those before the window of its first query.
 
     Args:
         attend: attention of some queries to some keys, such as `dot_product_attention`.
@@ -34,6 +35,7 @@ def blockwise(
         v_BSKH: values.
         mask_BTS: True where a query may look, never at a later key; B may be 1.
         bias_BNTS: added to the scores; B may be 1.
+        window: how many keys the mask shows a query at most, its own and those before it; None is all.
 
     Returns:
         heads_BTNH.
@@ -41,9 +43,10 @@ def blockwise(
     blocks = []
     for start in range(0, q_BTNH.shape[1], BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, q_BTNH.shape[1])
-        bias = None if bias_BNTS is None else bias_BNTS[:, :, start:stop, :stop]
-        mask = mask_BTS[:, start:stop, :stop]
-        blocks.append(attend(q_BTNH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], mask, bias)[0])
+        seen = slice(0 if window is None else max(start - window + 1, 0), stop)
+        bias = None if bias_BNTS is None else bias_BNTS[:, :, start:stop, seen]
+        mask = mask_BTS[:, start:stop, seen]
+        blocks.append(attend(q_BTNH[:, start:stop], k_BSKH[:, seen], v_BSKH[:, seen], mask, bias)[0])
     return jnp.concatenate(blocks, axis=1)
 
 
