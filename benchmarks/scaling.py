@@ -19,8 +19,6 @@ import functools
 import gc
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -38,17 +36,9 @@ from flax_decoder.config import DataConfig
 from flax_decoder.data.corpus import prepare_corpus
 from flax_decoder.generation.steps import cache_capacity
 from flax_decoder.training.flops import flops_per_token, keys_met
+from flax_decoder.training.hardware import describe_cpu
 from flax_decoder.training.loss import LOGITS_BYTES
 from flax_decoder.training.step import state_maker
-
-try:
-    from flax_decoder.training.hardware import describe_cpu
-except ImportError:
-
-    def describe_cpu() -> str:
-        """The processor, as far as Python knows it."""
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
 
 MB, MIB = 10**6, 2**20
 # A point that has taken so long is not repeated any more.

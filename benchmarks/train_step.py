@@ -5,9 +5,11 @@
 Ours is the plain step that a user writes, `jax.jit(fd.train_step, donate_argnums=0)`; `train.py` takes the same one.
 Four PyTorch models take part: Hugging Face's GPT2LMHeadModel and a plain one with fused attention, each eager and under
 torch.compile. All have GELU (erf), LayerNorm, learned positions, a tied head, no dropout; a step is forward, backward,
-clipping to norm 1 and AdamW, in float32 on two threads. A process of its own, as what one library does to the C library's
-memory would change the other's time. Each round takes every contestant once, while the others sleep, so that a machine that
-slows down slows all of them; the result is the ratio of medians, the fastest PyTorch over ours.
+clipping to norm 1 and AdamW, in float32 on two threads.
+
+Each has a process of its own, as what one library does to the C library's memory would change the other's time. Each
+round takes every contestant once, while the others sleep, so that a machine that slows down slows all of them; the
+result is the ratio of medians, the fastest PyTorch over ours.
 """
 
 import argparse

@@ -7,6 +7,7 @@ which takes a small step a third of its time.
 
 import ctypes
 import os
+from pathlib import Path
 
 # Set to 0, it leaves the C library as it is.
 SWITCH = "FLAX_DECODER_KEEP_MEMORY"
@@ -21,6 +22,14 @@ SETTINGS = {
     -1: -1,  # M_TRIM_THRESHOLD: never give back the free end of the heap
 }
 
+STATM = Path("/proc/self/statm")  # Linux: its second number are the pages that the process has in memory
+# What glibc does unasked, but with one arena.
+DEFAULTS = {-4: 65_536, -1: 128 * 1024}
+# Two threads of XLA may each have a step's working memory for a moment, and beside them lie holes that nothing fits: a
+# process that has come to this part of the machine's memory could come to need all of it.
+MAX_PART = 1 / 3
+KEPT = "kept for the next step (glibc)"
+
 _state = "not asked for"
 
 
@@ -32,6 +41,23 @@ def keep_freed_memory() -> None:
     """
     global _state
     _state = _keep()
+
+
+def limit_kept_memory() -> None:
+    """Where the process has a third of the machine's memory, lets freed memory go from now on; for a training loop.
+
+    So large a step becomes a little slower by it, and a small one never comes to it.
+    """
+    global _state
+    if _state != KEPT or not STATM.exists():
+        return
+    resident = int(STATM.read_text().split()[1]) / os.sysconf("SC_PHYS_PAGES")
+    if resident > MAX_PART:
+        libc = ctypes.CDLL(None)
+        for option, value in DEFAULTS.items():
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
+        _state = f"given back to the system (from {MAX_PART:.0%} of its memory on)"
 
 
 def describe_freed_memory() -> str:
@@ -54,4 +80,4 @@ def _keep() -> str:
         return "left to the C library, which is not glibc"
     if not all([libc.mallopt(option, value) for option, value in SETTINGS.items()]):
         return "given back to the system (glibc refused)"
-    return "kept for the next step (glibc)"
+    return KEPT

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flax_decoder.allocator import limit_kept_memory
 from flax_decoder.config import Config, TrainingConfig, to_toml
 from flax_decoder.data.corpus import BUILT_IN, Corpus
 from flax_decoder.data.tokenizer import Tokenizer
@@ -179,6 +180,7 @@ def run_steps(
             next_batch = place_batch(corpus.train_tokens, config, mesh, step)  # read while the devices compute
             metrics = jax.device_get(metrics)  # waits for them
             step_seconds.append(time.perf_counter() - start)
+            limit_kept_memory()
             checkpoints.check()
             watch.look(step, state.params)
             if not metrics["applied"]:
