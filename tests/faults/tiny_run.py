@@ -1,10 +1,20 @@
 """A run that takes seconds, as a process of its own: what the matrix kills, fills up and damages."""
 
+import atexit
+import contextlib
+import functools
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+# After so long a process is taken to hang: far longer than it needs where much else runs.
+HANGS_SECONDS = 1800
+_FOLDERS = contextlib.ExitStack()
+atexit.register(_FOLDERS.close)
 TRAIN = Path(__file__).parent.parent.parent / "train.py"
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
 SETTINGS = {
@@ -50,5 +60,28 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 def finish(arguments: list[str], **environment: str) -> tuple[int, str, str]:
     """Runs a command to its end: exit code, output, and errors."""
     process = start(arguments, **environment)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=HANGS_SECONDS)
     return process.returncode, output, errors
+
+
+class Whole(NamedTuple):
+    """A run folder, its text, a cache that has its programs, and the seconds from its start to its end."""
+
+    run: Path
+    text: Path
+    cache: str
+    seconds: float
+
+
+@functools.cache
+def whole(**changes: object) -> Whole:
+    """A run that nothing happens to; made once in each process that runs tests.
+
+    A cache of its own: a program that is killed while it writes to the cache leaves half a file there.
+    """
+    folder = Path(_FOLDERS.enter_context(tempfile.TemporaryDirectory()))
+    text, cache = write_text_file(folder), str(folder / "cache")
+    started = time.monotonic()
+    code, _, errors = finish(command(folder / "run", text, **changes), JAX_COMPILATION_CACHE_DIR=cache)
+    assert code == 0, errors
+    return Whole(folder / "run", text, cache, time.monotonic() - started)
