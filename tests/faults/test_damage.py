@@ -20,7 +20,8 @@ NEWEST, OLDER = 12, 8
 def trained(tmp_path_factory):
     """A finished run with the checkpoints of steps 8 and 12, and its arguments."""
     folder = tmp_path_factory.mktemp("trained")
-    arguments = ["train", *command(folder / "run", write_text_file(folder))[2:]]
+    # Of the kind of test_resume.py and test_disk.py, so that its programs are compiled once.
+    arguments = ["train", *command(folder / "run", write_text_file(folder), model__positions="rotary")[2:]]
     assert main(arguments) == 0
     assert saved_steps(folder / "run") == [OLDER, NEWEST]
     return folder / "run", arguments
@@ -163,6 +164,7 @@ def other_step(steps):
 
 
 @pytest.mark.fault("what only has a checkpoint's name")
+@pytest.mark.short("link", "other_step")
 @pytest.mark.parametrize("make", [empty, file, zeros_before, link, other_step])
 def test_what_only_has_the_name_is_no_checkpoint(copied, make):
     run, arguments = copied
