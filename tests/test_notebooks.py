@@ -14,6 +14,7 @@ def test_there_are_notebooks() -> None:
     assert {"attention_by_hand", "induction"} <= {notebook.stem for notebook in NOTEBOOKS}
 
 
+@pytest.mark.short("attention_by_hand")
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_a_notebook_runs_and_leaves_nothing_behind(notebook: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # those slow training down
