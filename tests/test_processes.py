@@ -39,7 +39,8 @@ SETTINGS = {
 }
 # Sums of float32 in another order.
 LOSS_TOLERANCE = 1e-5
-HEARTBEAT_SECONDS = 10
+# A process is dead after so long without a sign: at once where one is killed, else never, however busy the machine.
+HEARTBEAT_SECONDS, PATIENT_SECONDS = 10, 1800
 # After so long a process is taken to hang: far longer than it needs where much else runs.
 HANGS_SECONDS = 1800
 FLAGS = "--xla_backend_optimization_level=0"  # see conftest.py
@@ -71,7 +72,7 @@ class Job:
             "run.folder": folder,
             "distributed.coordinator": f"127.0.0.1:{port}",
             "distributed.num_processes": num_processes,
-            "distributed.heartbeat_seconds": HEARTBEAT_SECONDS,
+            "distributed.heartbeat_seconds": PATIENT_SECONDS,
         }
         settings |= {name.replace("__", "."): value for name, value in changes.items()}
         environment = os.environ | {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices_each}"}
@@ -166,7 +167,8 @@ def test_four_processes_stop_at_one_step_and_go_on_as_one(text, tmp_path):
 
 @pytest.mark.full
 def test_a_job_ends_with_its_first_dead_process_and_goes_on_with_fewer(text, tmp_path):
-    with Job(2, 1, tmp_path / "run", text, training__num_steps=20_000) as job:
+    quick = {"distributed__heartbeat_seconds": HEARTBEAT_SECONDS, "training__num_steps": 20_000}
+    with Job(2, 1, tmp_path / "run", text, **quick) as job:
         job.wait_for_checkpoint()
         job.processes[1].kill()
         codes, outputs = job.end()  # it would else wait for the dead one, for ever
