@@ -63,7 +63,7 @@ def update(config, params, all_gradients, num_steps=NUM_STEPS):
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     for gradients in all_gradients:
         params, state = step(params, state, gradients)
     return params

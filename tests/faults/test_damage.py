@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_run import command, write_text_file
+from tiny_run import HERE, command, write_text_file
 
 import flax_decoder as fd
 from flax_decoder.cli import main
@@ -20,8 +20,7 @@ NEWEST, OLDER = 12, 8
 def trained(tmp_path_factory):
     """A finished run with the checkpoints of steps 8 and 12, and its arguments."""
     folder = tmp_path_factory.mktemp("trained")
-    # Of the kind of test_resume.py and test_disk.py, so that its programs are compiled once.
-    arguments = ["train", *command(folder / "run", write_text_file(folder), model__positions="rotary")[2:]]
+    arguments = ["train", *command(folder / "run", write_text_file(folder), **HERE)[2:]]
     assert main(arguments) == 0
     assert saved_steps(folder / "run") == [OLDER, NEWEST]
     return folder / "run", arguments

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import command, finish, write_text_file
+from tiny_run import HERE, command, finish, write_text_file
 
 import flax_decoder as fd
 from flax_decoder import files
@@ -25,8 +25,7 @@ from flax_decoder.training.verification import verify_run
 # Wide enough for the numbers, and not the folders around them, to be the most of a checkpoint.
 SIZES = {"model__embed_dim": 128, "training__keep_newest": 3}
 DISK_BYTES = 64_000_000
-# Runs in this process are of the kind of test_resume.py and test_damage.py, so that their programs are compiled once.
-HERE = {"training__keep_newest": 1, "model__positions": "rotary"}
+FEW_HERE = HERE | {"training__keep_newest": 1}
 
 
 def names(folder):
@@ -61,7 +60,7 @@ def whole(text, tmp_path_factory):
 def whole_here(text, tmp_path_factory):
     """Such a run in this process, which has other devices."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert main(["train", *command(run, text, **HERE)[2:]]) == 0
+    assert main(["train", *command(run, text, **FEW_HERE)[2:]]) == 0
     return run
 
 
@@ -122,7 +121,7 @@ def test_what_a_disk_refuses_is_told_and_harms_nothing(
     text, whole_here, tmp_path, monkeypatch, capsys, operation, number
 ):
     run = tmp_path / "run"
-    arguments = ["train", *command(run, text, **HERE)[2:]]
+    arguments = ["train", *command(run, text, **FEW_HERE)[2:]]
 
     def later(path):
         """From the second checkpoint on."""

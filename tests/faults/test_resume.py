@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import SETTINGS, command, write_text_file
+from tiny_run import HERE, SETTINGS, command, write_text_file
 
 import flax_decoder as fd
 from flax_decoder.cli import main
@@ -70,7 +70,7 @@ def other_value(name, saved):
 def trained(tmp_path_factory):
     """A finished run of which every field is known, and its arguments."""
     folder = tmp_path_factory.mktemp("trained")
-    arguments = ["train", *command(folder / "run", write_text_file(folder))[2:], "--model.positions", "rotary"]
+    arguments = ["train", *command(folder / "run", write_text_file(folder), **HERE)[2:]]
     assert main(arguments) == 0
     return folder / "run", arguments
 

@@ -31,6 +31,10 @@ SETTINGS = {
 }
 
 
+# Runs in the process of the tests, where they are of no special kind, are of this one: it is compiled once for all.
+HERE = {"model__positions": "rotary", "mesh__data": 1}
+
+
 def write_text_file(folder: Path) -> Path:
     """A text to train on, in a folder."""
     path = folder / "hamlet.txt"
