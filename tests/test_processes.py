@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xla_flags import QUICK
 
 import flax_decoder as fd
 from flax_decoder.config import DistributedConfig
@@ -43,7 +44,6 @@ LOSS_TOLERANCE = 1e-5
 HEARTBEAT_SECONDS, PATIENT_SECONDS = 10, 1800
 # After so long a process is taken to hang: far longer than it needs where much else runs.
 HANGS_SECONDS = 1800
-FLAGS = "--xla_backend_optimization_level=0"  # see conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ class Job:
             "distributed.heartbeat_seconds": PATIENT_SECONDS,
         }
         settings |= {name.replace("__", "."): value for name, value in changes.items()}
-        environment = os.environ | {"XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count={devices_each}"}
+        environment = os.environ | {"XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices_each}"}
         self.folder = folder
         self.processes = [
             subprocess.Popen(

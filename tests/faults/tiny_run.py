@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from xla_flags import QUICK
+
 # After so long a process is taken to hang: far longer than it needs where much else runs.
 HANGS_SECONDS = 1800
 _FOLDERS = contextlib.ExitStack()
@@ -51,7 +53,7 @@ def command(folder: Path, text: Path, **changes: object) -> list[str]:
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     """Starts a command on one simulated device; its two outputs are to be read."""
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}  # see ../conftest.py
+    flags = {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
