@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 from test_decoder import TOKENS_BT, TOLERANCE, B, T, V, make
 
 from flax_decoder.lens import capture as capture_module
@@ -21,12 +22,14 @@ WAYS = [{"scan_layers": False}, {"scan_layers": True, "num_layers": 3}, {"remat"
 OTHER_BT = (TOKENS_BT + 5) % V
 
 
+# The first way through the layers by itself shows what an edit does; the others, that it gets there.
 @functools.cache
 def look(**way):
     model, params = make(**SETTINGS | way)
     return model, params, capture(model, params, TOKENS_BT), capture(model, params, OTHER_BT)
 
 
+@pytest.mark.short("way0", "way1")
 @pytest.mark.parametrize("way", WAYS)
 def test_an_edit_that_changes_nothing_changes_nothing(way):
     model, params, seen, _ = look(**way)
@@ -35,21 +38,42 @@ def test_an_edit_that_changes_nothing_changes_nothing(way):
         np.testing.assert_array_equal(array, seen[name], err_msg=name)
 
 
+def squash(array):
+    return array - jnp.tanh(array) / 2  # not in proportion, which a norm would undo
+
+
+def squash_one(number, chosen, target, array, layer):
+    """An edit under the name of this number, which is made where that is the chosen one and in the target layer."""
+    return jnp.where((number == chosen) & (layer == target), squash(array), array)
+
+
+def target_of(name, model):
+    return {"embeddings": 0, "logits": model.config.num_layers - 1}.get(name, 1)
+
+
+@pytest.mark.short("hidden-way0")
 @pytest.mark.parametrize("way", WAYS[:2])
 @pytest.mark.parametrize("name", EDITABLE)
 def test_each_name_can_be_edited_in_one_layer(name, way):
-    """What is shown under the name is what the edit gave, in that layer; nothing before it changes, the logits do."""
     model, params, seen, _ = look(**way)
-    last = model.config.num_layers - 1
-    target = {"embeddings": 0, "logits": last}.get(name, 1)
+    target = target_of(name, model)
+    edited = capture(model, params, TOKENS_BT, edits={name: functools.partial(squash_one, 0, 0, target)})
+    assert_edited(name, target, edited, seen)
 
-    def squash(array):
-        return array - jnp.tanh(array) / 2  # not in proportion, which a norm would undo
 
-    def edit(array, layer):
-        return jnp.where(layer == target, squash(array), array)
+@pytest.mark.short("way1")
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_all_names_have_an_edit_and_each_makes_its_own_in_turn(way):
+    """One program for all of them."""
+    model, params, seen, _ = look(**way)
+    for chosen, name in enumerate(EDITABLE):
+        target = target_of(name, model)
+        edits = {other: Partial(squash_one, number, chosen, target) for number, other in enumerate(EDITABLE)}
+        assert_edited(name, target, capture(model, params, TOKENS_BT, edits=edits), seen)
 
-    edited = capture(model, params, TOKENS_BT, edits={name: edit})
+
+def assert_edited(name, target, edited, seen):
+    """What is shown under the name is what the edit gave, in that layer; nothing before it changes, the logits do."""
     if name in ("embeddings", "logits"):
         close(edited[name], squash(seen[name]))
     else:
@@ -59,6 +83,7 @@ def test_each_name_can_be_edited_in_one_layer(name, way):
     assert np.abs(edited["logits"] - seen["logits"]).max() > 1e-3
 
 
+@pytest.mark.short("way1")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_head_that_is_zero_is_one_whose_projection_is_zero(way):
     model, params, _, _ = look(**way)
@@ -71,6 +96,7 @@ def test_a_head_that_is_zero_is_one_whose_projection_is_zero(way):
         close(edited["logits"], jax.jit(model.apply)({"params": without}, TOKENS_BT))
 
 
+@pytest.mark.short("way0")
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_a_pattern_is_replaced(way):
     model, params, seen, _ = look(**way)
@@ -85,6 +111,7 @@ def test_a_pattern_is_replaced(way):
     assert np.abs(edited["logits"] - seen["logits"]).max() > 1e-3
 
 
+@pytest.mark.short("way1")
 @pytest.mark.parametrize("way", WAYS)
 def test_the_residual_stream_of_another_text_makes_its_logits(way):
     model, params, seen, other = look(**way)

@@ -69,6 +69,17 @@ def rolling(config):
         ModelConfig.windows = own
 
 
+@functools.cache
+def forward_of(model):
+    """The model without a cache, compiled once for all that compare with it; the windows are part of the program."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(windows, params, tokens_BT):
+        return model.apply({"params": params}, tokens_BT)
+
+    return lambda params, tokens_BT: forward(model.config.windows, params, tokens_BT)
+
+
 def plain_greedy(model, params, prompt_BT, max_new_tokens, penalty=1.0):
     """Reads the whole text again for each token, without a cache: the rule in its plainest form.
 
@@ -77,7 +88,6 @@ def plain_greedy(model, params, prompt_BT, max_new_tokens, penalty=1.0):
     """
     context = model.config.context_length
     longest = prompt_BT.shape[1] + max_new_tokens if rolls(model.config) else context
-    forward = jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT))
     text_BT, start = prompt_BT, 0
     for _ in range(max_new_tokens):
         if text_BT.shape[1] - start > longest:
@@ -86,7 +96,7 @@ def plain_greedy(model, params, prompt_BT, max_new_tokens, penalty=1.0):
         # Padded to one length, so that one program is compiled; what stands behind is not seen.
         padded_BT = np.pad(window_BT, ((0, 0), (0, longest - window_BT.shape[1])))
         with rolling(model.config):
-            logits_BV = np.array(forward(padded_BT))[:, window_BT.shape[1] - 1]
+            logits_BV = np.array(forward_of(model)(params, padded_BT))[:, window_BT.shape[1] - 1]
         for row, logits_V in zip(text_BT, logits_BV, strict=True):
             for token in set(row.tolist()):
                 logits_V[token] *= penalty if logits_V[token] < 0 else 1 / penalty
@@ -95,6 +105,7 @@ def plain_greedy(model, params, prompt_BT, max_new_tokens, penalty=1.0):
     return text_BT
 
 
+@pytest.mark.short("learned")
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_within_the_context_equals_a_plain_loop(kind):
     model, params = make(kind)
@@ -107,6 +118,7 @@ def test_greedy_within_the_context_equals_a_plain_loop(kind):
     assert len(np.unique(expected_BT[:, 4:])) > 4  # not one token over and over, which would hide much
 
 
+@pytest.mark.short("12-learned", "30-rotary grouped", "12-alibi window", "30-window", "12-sinusoidal", "12-none")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_prompt_tokens", [1, 11, 12, 30])
 def test_past_the_context(kind, num_prompt_tokens):
@@ -116,6 +128,7 @@ def test_past_the_context(kind, num_prompt_tokens):
     np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompt_BT, 26))
 
 
+@pytest.mark.short("learned")
 @pytest.mark.parametrize("kind", ["learned", "rotary grouped", "alibi window"])
 def test_ten_times_the_context_in_constant_memory(kind, monkeypatch):
     sizes, read = set(), steps.write
@@ -152,6 +165,7 @@ def two_hundred_prompts(context):
     return [rng.integers(0, V, length).astype(np.int32) for length in lengths]
 
 
+@pytest.mark.short("rotary grouped")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_hundred_ragged_prompts_equal_the_model_without_a_cache(kind):
     """A row's tokens depend on neither its neighbours nor padding: the reference knows each row alone."""
@@ -160,14 +174,14 @@ def test_two_hundred_ragged_prompts_equal_the_model_without_a_cache(kind):
     ours = fd.generate(model, params, texts, 5, temperature=0.0)
     assert isinstance(ours, list) and all(len(row) == len(text) + 5 for row, text in zip(ours, texts, strict=True))
     longest = 2 * 71 + 5
-    forward = jax.jit(lambda tokens_BT: model.apply({"params": params}, tokens_BT))
     for _ in range(5):
         if not rolls(model.config):
             starts = np.array([s if len(t) - s <= 71 else len(t) - 71 // 2 for t, s in zip(texts, starts, strict=True)])
         windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
         width = longest if rolls(model.config) else 71
         with rolling(model.config):
-            logits_BTV = np.asarray(forward(np.stack([np.pad(w, (0, width - len(w))) for w in windows])))
+            padded_BT = np.stack([np.pad(w, (0, width - len(w))) for w in windows])
+            logits_BTV = np.asarray(forward_of(model)(params, padded_BT))
         tokens = [logits_TV[len(w) - 1].argmax() for logits_TV, w in zip(logits_BTV, windows, strict=True)]
         texts = [np.append(text, token) for text, token in zip(texts, tokens, strict=True)]
     for row, text in zip(ours, texts, strict=True):
@@ -262,12 +276,13 @@ def test_padding_of_a_vocabulary_is_never_written():
     assert tokens_BT.max() < 5
 
 
+@pytest.mark.short("None")
 @pytest.mark.parametrize("guess", [None, fd.PromptLookup(3)], ids=str)
 def test_a_bfloat16_model_writes_what_it_would_without_a_cache(guess):
     model, params = make("rotary grouped", dtype="bfloat16", context_length=64)
     prompt_BT = prompts(3, 5)
     tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 12, temperature=0.0, guess=guess))
-    logits_BTV = np.asarray(model.apply({"params": params}, tokens_BT[:, :-1]))[:, 4:]
+    logits_BTV = np.asarray(jax.jit(model.apply)({"params": params}, tokens_BT[:, :-1]))[:, 4:]
     chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 5:, None], axis=2)[:, :, 0]
     # Rounded to 8 bits, in other shapes: the chosen token is the likeliest, or nearly.
     assert (logits_BTV.max(-1) - chosen_BT).max() <= 2**-5 * np.abs(logits_BTV).max()
@@ -366,7 +381,8 @@ def test_completions_know_their_log_probabilities():
     for row, completion in zip(rows, [one for samples in completions for one in samples], strict=True):
         num_prompt_tokens = len(row) - 5
         np.testing.assert_array_equal(completion.tokens, row[num_prompt_tokens:])
-        logits_TV = model.apply({"params": params}, row[None, :-1])[0, num_prompt_tokens - 1 :]
+        padded_BT = np.pad(row, (0, 11 - len(row)))[None]  # to one length, so that one program is compiled
+        logits_TV = forward_of(model)(params, padded_BT)[0, num_prompt_tokens - 1 : len(row) - 1]
         logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
         # The same float32 products in other shapes.
         np.testing.assert_allclose(completion.logprobs, logprobs_TV[np.arange(5), completion.tokens], atol=1e-4)
@@ -386,6 +402,7 @@ def test_a_completion_is_cut_behind_its_end():
     assert len(nothing.tokens) == 0 and not nothing.ended
 
 
+@pytest.mark.short("30-alibi window")
 @pytest.mark.parametrize("kind", ["learned", "rotary grouped", "alibi window", "window"])
 @pytest.mark.parametrize("num_prefix_tokens", [1, 8, 10, 30])
 def test_a_prefix_changes_nothing_but_the_time(kind, num_prefix_tokens):
@@ -433,10 +450,9 @@ def test_a_prefix_is_not_read_again(monkeypatch):
 def test_presence_and_frequency_penalties_count_the_new_text():
     model, params = make("rotary grouped", context_length=64)
     prompt_BT, text, counts = prompts(1, 4), prompts(1, 4)[0].tolist(), np.zeros(V)
-    forward = jax.jit(model.apply)
     for _ in range(25):
         padded_BT = np.array([text + [0] * (32 - len(text))])
-        logits_V = np.asarray(forward({"params": params}, padded_BT))[0, len(text) - 1]
+        logits_V = np.asarray(forward_of(model)(params, padded_BT))[0, len(text) - 1]
         token = int((logits_V - 0.7 * (counts > 0) - 0.4 * counts).argmax())
         text.append(token)
         counts[token] += 1
@@ -456,7 +472,8 @@ def test_bad_tokens_never_come_and_forced_ones_first():
     assert not np.isin(tokens[:, 3:], bad).any() and np.isin(plain, bad).any()
 
 
-def test_two_hundred_prompts_compile_few_programs():
+@pytest.mark.parametrize("num_batches", [12, pytest.param(60, marks=pytest.mark.full)])
+def test_two_hundred_prompts_compile_few_programs(num_batches):
     """Lengths, sizes of the batch and numbers of the settings all change; nothing compiles beside, not even eagerly."""
     model, params = make("rotary grouped", context_length=150, mlp_dim=13)
     rng = np.random.default_rng(0)
@@ -470,7 +487,7 @@ def test_two_hundred_prompts_compile_few_programs():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for number in range(60):
+        for number in range(num_batches):
             batch = [rng.integers(0, V, rng.integers(1, 145)) for _ in range(1 + number % 7)]
             fd.complete(model, params, batch, int(rng.integers(1, 40)), key, **settings[number % 3])
     finally:

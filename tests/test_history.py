@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -48,7 +49,12 @@ def configured(**changes):
 def make(**changes):
     """A config, and parameters of its model."""
     config = configured(**changes)
-    return config, fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(1)).params
+    return config, params_of(config.model)
+
+
+@functools.cache
+def params_of(model):
+    return jax.jit(fd.Decoder(model).init)(jax.random.key(1), np.zeros((1, 1), np.int32))["params"]
 
 
 def open_watch(config, folder, step=0, *, tokens_T=TOKENS_T, num_devices=1, writes=True):
@@ -90,6 +96,7 @@ MODELS = {
 }
 
 
+@pytest.mark.short("rotary", "alibi")
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_moment_is_what_the_model_does(tmp_path, kind):
     config, params = make(**MODELS[kind])
@@ -97,7 +104,8 @@ def test_a_moment_is_what_the_model_does(tmp_path, kind):
         open_watch(config, tmp_path).look(0, params)
         seen = read_history(tmp_path)
     assert {"history.py:to_bytes", "history.py:from_bytes", "watch.py:_attend"} <= functions
-    _, inside = fd.Decoder(config.model).apply({"params": params}, TOKENS_T[None], mutable=["intermediates"])
+    apply = jax.jit(functools.partial(fd.Decoder(config.model).apply, mutable=["intermediates"]))
+    _, inside = apply({"params": params}, TOKENS_T[None])
     inside = inside["intermediates"]["layers"]["attention"]
     inside = {name: np.asarray(inside[name][0], np.float32) for name in inside if isinstance(inside[name], tuple)}
     rotated = "_rotated" if "q_rotated" in inside else ""
@@ -113,6 +121,7 @@ def test_a_moment_is_what_the_model_does(tmp_path, kind):
     assert seen.steps_M.tolist() == [0]
 
 
+@pytest.mark.short("axes1")
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2}, {"tensor": 2, "data": 2}, {"context": 4, "data": 1}])
 def test_a_moment_is_the_same_on_many_devices(tmp_path, model, axes):
     config, params = make(model__vocab_size=16, **{f"mesh__{name}": count for name, count in axes.items()})
@@ -193,6 +202,7 @@ def test_a_long_run_keeps_every_other_moment(tmp_path, monkeypatch, most, every,
     assert seen.every == every and steps == expected
 
 
+@pytest.mark.short("3-4-4", "7-12-5", "12-19-4", "20-20-5")
 @pytest.mark.parametrize("most", [4, 5])
 @pytest.mark.parametrize(("saved", "stopped"), [(0, 3), (3, 4), (7, 12), (8, 8), (12, 19), (20, 20)])
 def test_a_run_that_was_stopped_keeps_what_one_never_stopped_does(tmp_path, monkeypatch, most, saved, stopped):

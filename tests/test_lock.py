@@ -10,21 +10,22 @@ from flax_decoder.errors import FaultError, InUseError
 from flax_decoder.lock import LOCK, FolderLock, refuse_if_in_use
 
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from flax_decoder.lock import FolderLock
 lock = FolderLock()
 lock.take(Path(sys.argv[1]))
 lock.announce()
 print("taken", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that has the folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "taken\n"
     yield process
     process.kill()

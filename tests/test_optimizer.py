@@ -51,7 +51,7 @@ def params():
 
 def draw(tree, seed):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), tree)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), tree)
 
 
 def update(config, params, all_gradients, num_steps=NUM_STEPS):
@@ -63,7 +63,7 @@ def update(config, params, all_gradients, num_steps=NUM_STEPS):
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     for gradients in all_gradients:
         params, state = step(params, state, gradients)
     return params
@@ -115,6 +115,7 @@ def test_wsd_falls_only_after_the_warm_up():
     np.testing.assert_allclose(rates, [PEAK, PEAK, 0.1 * PEAK], rtol=1e-6)
 
 
+@pytest.mark.short("59-2")
 @pytest.mark.parametrize(("num_steps", "warmup"), [(100, 5), (59, 2), (19, 0)])
 def test_a_warm_up_left_out_is_a_twentieth(num_steps, warmup):
     left_out, given = OptimizerConfig(), OptimizerConfig(warmup_steps=warmup)
@@ -123,6 +124,7 @@ def test_a_warm_up_left_out_is_a_twentieth(num_steps, warmup):
     assert rates[0] == pytest.approx(1e-3 / max(warmup, 1))
 
 
+@pytest.mark.short("matrices-muon", "all-adamw")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 def test_what_decays(params, name, decay):
@@ -161,6 +163,7 @@ def test_adamw_equals_numpy(params):
         np.testing.assert_allclose(after[path], x, rtol=2e-6, atol=2e-6, err_msg=path)
 
 
+@pytest.mark.short("0.5")
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
 def test_clipping_scales_all_gradients_down_together(params, clip_norm):
     gradients = draw(params, 1)
@@ -240,7 +243,7 @@ def test_muon_takes_each_layer_by_itself(params):
         tree
         | {
             "layers": jax.tree.map(
-                lambda leaf: leaf * jnp.array([1.0, 30.0]).reshape(2, *[1] * (leaf.ndim - 1)), tree["layers"]
+                lambda leaf: leaf * np.float32([1.0, 30.0]).reshape(2, *[1] * (leaf.ndim - 1)), tree["layers"]
             )
         }
         for tree in all_gradients

@@ -80,6 +80,7 @@ def data_of(name):
 # ---- the numbers
 
 
+@pytest.mark.short("pre")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_packed_arrays_are_the_model_s(name):
     seen, data = look(name), data_of(name)
@@ -136,6 +137,7 @@ def guesses(name):
     return shares / shares.sum(-1, keepdims=True)
 
 
+@pytest.mark.short("pre")
 @pytest.mark.parametrize("name", ["pre", "both", "rms"])
 def test_guesses_after_each_layer(name):
     arrays, shares = data_of(name)["arrays"], guesses(name)
@@ -144,6 +146,7 @@ def test_guesses_after_each_layer(name):
     np.testing.assert_allclose(given, np.take_along_axis(shares, tokens, -1), atol=2e-5)
 
 
+@pytest.mark.full
 def test_a_large_vocabulary_shows_the_tokens_of_the_page():
     settings = {"vocab_size": 1500, "num_kv_heads": 6}
     model = fd.Decoder(ModelConfig(**SIZES | settings))
@@ -158,6 +161,7 @@ def test_a_large_vocabulary_shows_the_tokens_of_the_page():
     assert data["texts"][1300] == "#1300"
 
 
+@pytest.mark.full
 def test_a_vocabulary_of_one_token():
     model = fd.Decoder(ModelConfig(**SIZES | {"vocab_size": 1}))
     data = page_data(model, reference.random_params(model), None, np.zeros(3, np.int32), None)
@@ -177,9 +181,9 @@ def test_tokens_have_the_text_they_have_within_a_text():
 
 def test_names_of_arrays_are_right():
     jax.clear_caches()
-    model, params = make("post")
+    model, params = make("pre")
     with checked_shape_names() as functions:
-        page_data(model, params, TOKENIZER, tokens_T(), history("post"))
+        page_data(model, params, TOKENIZER, tokens_T(), history("pre"))
     assert functions >= {"page_data.py:page_data", "page_data.py:_look", "page_data.py:_history_arrays"}
 
 

@@ -29,6 +29,7 @@ def read_svg(path):
     return elements, [element.text for element in elements if element.tag.endswith("}text")]
 
 
+@pytest.mark.short("shape1", "shape3", "shape4")
 @pytest.mark.parametrize("shape", [(5, 5), (3, 5, 5), (2, 3, 5, 5), (2, 5), (1, 1)])
 def test_a_picture_of_one_head_or_of_many(tmp_path, shape):
     labels = LABELS[: shape[-1]]
@@ -122,13 +123,17 @@ def test_labels_are_text_and_nothing_else(tmp_path, ending):
         assert not [element for element in elements if "script" in element.tag]
 
 
-def test_small_squares_have_numbers_in_place_of_tokens(tmp_path):
-    plot_attention(causal(9, 40, 40), ["token"] * 40, tmp_path / "a.svg")
+@pytest.mark.parametrize(
+    ("large", "small"), [((99, 99), (160, 160)), pytest.param((9, 40, 40), (100, 40, 40), marks=pytest.mark.full)]
+)
+def test_small_squares_have_numbers_in_place_of_tokens(tmp_path, large, small):
+    plot_attention(causal(*large), ["token"] * large[-1], tmp_path / "a.svg")
     _, texts = read_svg(tmp_path / "a.svg")
     assert "token" in texts
-    plot_attention(causal(100, 40, 40), ["token"] * 40, tmp_path / "a.svg")
+    plot_attention(causal(*small), ["token"] * small[-1], tmp_path / "a.svg")
     _, texts = read_svg(tmp_path / "a.svg")
-    assert "token" not in texts and {"0", "10", "20", "30"} <= set(texts)
+    quarters = {str(quarter * small[-1] // 4) for quarter in range(4)}
+    assert "token" not in texts and quarters <= set(texts)
     assert (tmp_path / "a.svg").stat().st_size < 1_000_000
 
 

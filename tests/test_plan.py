@@ -35,16 +35,16 @@ def plan_of(changes=None):
     return make_plan(load_config(None, SIZES | (changes or {})), jax.devices())
 
 
-def test_a_plan_counts_what_a_real_state_takes():
-    for mesh, parts in [({"mesh.fsdp": 8}, 8), ({"mesh.data": 8}, 1)]:
-        memory = plan_of(mesh).memory
-        state = 64 * 32 + 16 * 32 + 2 * (4 * 32 * 32 + 2 * 4 * 32 * 32)  # matrices
-        vectors = 32 * (2 * 2 + 1)
-        assert memory.params == 4 * (state / parts + vectors)
-        assert 0 <= memory.optimizer - 2 * memory.params <= 16  # counters
-        assert memory.batch == 2 * 4 * 8 * 16 / 8
-        assert memory.temporaries > 0 and memory.fits is None
-        assert memory.total == memory.params + memory.optimizer + memory.batch + memory.temporaries + memory.program
+@pytest.mark.parametrize(("axis", "parts"), [("fsdp", 8), pytest.param("data", 1, marks=pytest.mark.full)])
+def test_a_plan_counts_what_a_real_state_takes(axis, parts):
+    memory = plan_of({f"mesh.{axis}": 8}).memory
+    state = 64 * 32 + 16 * 32 + 2 * (4 * 32 * 32 + 2 * 4 * 32 * 32)  # matrices
+    vectors = 32 * (2 * 2 + 1)
+    assert memory.params == 4 * (state / parts + vectors)
+    assert 0 <= memory.optimizer - 2 * memory.params <= 16  # counters
+    assert memory.batch == 2 * 4 * 8 * 16 / 8
+    assert memory.temporaries > 0 and memory.fits is None
+    assert memory.total == memory.params + memory.optimizer + memory.batch + memory.temporaries + memory.program
 
 
 def test_the_command_prints_and_writes_what_it_found(tmp_path, capsys):
@@ -96,8 +96,10 @@ def small_chip(monkeypatch):
     return make
 
 
-def test_what_does_not_fit_comes_with_a_change_that_does(small_chip, capsys, tmp_path):
-    arguments = ["plan", *ARGUMENTS, "--mesh.data=8", "--json", str(tmp_path / "plan.json")]
+@pytest.mark.parametrize("num_layers", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_what_does_not_fit_comes_with_a_change_that_does(small_chip, capsys, tmp_path, num_layers):
+    layers = f"--model.num-layers={num_layers}"
+    arguments = ["plan", *ARGUMENTS, layers, "--mesh.data=8", "--json", str(tmp_path / "plan.json")]
     small_chip(1e9)
     assert main(arguments) == 0
     whole = json.loads((tmp_path / "plan.json").read_text())

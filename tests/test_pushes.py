@@ -28,6 +28,7 @@ def pushed(settings, tokens_BC, count):
     )
 
 
+@pytest.mark.short("post")
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_token_is_pushed_as_its_attribution_says(order):
     """Two ways to the same number: writes forward through the norms, and the head's columns back to the values."""

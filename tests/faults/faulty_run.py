@@ -97,6 +97,8 @@ def arm(point, trigger):
         def listen(event, seconds, **_):
             if event == "/jax/core/compile/jaxpr_to_mlir_module_duration" and in_call_of("run_steps"):
                 trigger()
+            if event == "/jax/core/compile/backend_compile_duration" and trigger.count == 0:
+                print("XLA has compiled it", flush=True)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
     elif point == "amid arrays":

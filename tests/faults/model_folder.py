@@ -1,12 +1,12 @@
 """A small model in a Hugging Face folder, to be attacked; and what an attack may cost at most."""
 
 import contextlib
+import faulthandler
 import functools
-import gc
 import json
 import shutil
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,12 @@ from flax_decoder.interop.tensor_file import read_header
 from flax_decoder.nn.decoder import Decoder
 
 MOST_GROWTH_BYTES = 200_000_000
-MOST_SECONDS = 1.0  # of work; on a machine that has much else to do, ten times that may pass
+# Work is counted, so that neither the machine nor what else runs on it matters: what is read, and calls of functions.
+# An ordinary load of the small model takes 170,000 calls, nearly all of them in JAX and Flax.
+MOST_READ_BYTES = 60_000_000
+MOST_CALLS = 2_000_000
+# What takes for ever in one call of a library is ended with the whole process: far longer than anything may need.
+HANGS_SECONDS = 1800
 SETTINGS = {
     "vocab_size": 256,
     "context_length": 32,
@@ -56,11 +61,19 @@ def make_folder(path: Path) -> Path:
     return Path(shutil.copytree(_template().name, path))
 
 
+@functools.cache
+def _template_in_two() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory()
+    model, params, _ = fd.load(_template().name)
+    write_folder(Path(folder.name), model.config, params, ByteTokenizer(), FAMILIES["llama"], shard_bytes=26_000)
+    return folder
+
+
 def split_in_two(folder: Path) -> dict[str, str]:
     """Spreads the weights over two files and an index; returns which tensor is in which."""
-    model, params, _ = fd.load(folder)
     (folder / WEIGHTS).unlink()
-    write_folder(folder, model.config, params, ByteTokenizer(), FAMILIES["llama"], shard_bytes=26_000)
+    for path in Path(_template_in_two().name).glob(f"{WEIGHTS.removesuffix('.safetensors')}*"):
+        shutil.copy(path, folder)
     return json.loads((folder / INDEX).read_text())["weight_map"]
 
 
@@ -91,23 +104,43 @@ def _peak_bytes() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
+def _read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+class _Calls:
+    """Counts calls of functions in this thread, of Python's own and of libraries, while it is the profiler."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        self.count += event in ("call", "c_call")
+
+
 @contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """Fails where what happens inside takes more memory or time than an attack may; memory on Linux only."""
+def bounded(counts_calls: bool = True) -> Iterator[None]:
+    """Fails where what happens inside takes more memory or work than an attack may; calls alone where not on Linux.
+
+    To count the calls of a whole load makes it take four times as long: a fuzzing of thousands leaves it out.
+    """
     is_linux = Path("/proc/self/clear_refs").exists()
     if is_linux:
         Path("/proc/self/clear_refs").write_text("5")  # the highest use of memory so far is forgotten
-    before, start, start_work = _peak_bytes() if is_linux else 0, time.perf_counter(), time.process_time()
-    # To look through what a long fuzzing itself has collected took more than a second at a time.
-    gc.disable()
+    before, read_before = (_peak_bytes(), _read_bytes()) if is_linux else (0, 0)
+    calls, profiler = _Calls(), sys.getprofile()
+    faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True)
+    if counts_calls:
+        sys.setprofile(calls)
     try:
         yield
     finally:
-        gc.enable()
-    took, worked = time.perf_counter() - start, time.process_time() - start_work
-    growth = _peak_bytes() - before if is_linux else 0
+        sys.setprofile(profiler)
+        faulthandler.cancel_dump_traceback_later()
+    growth, read = (_peak_bytes() - before, _read_bytes() - read_before) if is_linux else (0, 0)
     assert growth < MOST_GROWTH_BYTES, f"memory grew by {growth:,} bytes"
-    assert worked < MOST_SECONDS and took < 10 * MOST_SECONDS, f"it took {took:.2f} s, {worked:.2f} s of them work"
+    assert read < MOST_READ_BYTES, f"it read {read:,} bytes"
+    assert calls.count < MOST_CALLS, f"it took {calls.count:,} calls of functions"
 
 
 def refusal(folder: Path) -> str:

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_run import command, write_text_file
+from tiny_run import HERE, command, write_text_file
 
 import flax_decoder as fd
 from flax_decoder.cli import main
@@ -20,7 +20,7 @@ NEWEST, OLDER = 12, 8
 def trained(tmp_path_factory):
     """A finished run with the checkpoints of steps 8 and 12, and its arguments."""
     folder = tmp_path_factory.mktemp("trained")
-    arguments = ["train", *command(folder / "run", write_text_file(folder))[2:]]
+    arguments = ["train", *command(folder / "run", write_text_file(folder), **HERE)[2:]]
     assert main(arguments) == 0
     assert saved_steps(folder / "run") == [OLDER, NEWEST]
     return folder / "run", arguments
@@ -163,6 +163,7 @@ def other_step(steps):
 
 
 @pytest.mark.fault("what only has a checkpoint's name")
+@pytest.mark.short("link", "other_step")
 @pytest.mark.parametrize("make", [empty, file, zeros_before, link, other_step])
 def test_what_only_has_the_name_is_no_checkpoint(copied, make):
     run, arguments = copied

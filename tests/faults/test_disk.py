@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import command, finish, write_text_file
+from tiny_run import HERE, command, finish, write_text_file
 
 import flax_decoder as fd
 from flax_decoder import files
@@ -25,6 +25,7 @@ from flax_decoder.training.verification import verify_run
 # Wide enough for the numbers, and not the folders around them, to be the most of a checkpoint.
 SIZES = {"model__embed_dim": 128, "training__keep_newest": 3}
 DISK_BYTES = 64_000_000
+FEW_HERE = HERE | {"training__keep_newest": 1}
 
 
 def names(folder):
@@ -59,7 +60,7 @@ def whole(text, tmp_path_factory):
 def whole_here(text, tmp_path_factory):
     """Such a run in this process, which has other devices."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert main(["train", *command(run, text, training__keep_newest=1)[2:]]) == 0
+    assert main(["train", *command(run, text, **FEW_HERE)[2:]]) == 0
     return run
 
 
@@ -74,6 +75,7 @@ def with_a_small_disk(folder):
 
 
 @pytest.mark.fault("disk full, in checkpoints")
+@pytest.mark.short("1.5")
 @pytest.mark.parametrize("room", [0.5, 1.5, 2.5])
 def test_a_disk_that_becomes_full(text, whole, tmp_path, room):
     disk, kept = tmp_path / "disk", tmp_path / "kept"
@@ -112,13 +114,14 @@ def failing(number, is_meant, call):
 
 
 @pytest.mark.fault("EIO and EACCES in write, flush, rename, delete, log")
+@pytest.mark.short("write-EIO", "delete-EACCES", "log-EIO")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES], ids=["EIO", "EACCES"])
 @pytest.mark.parametrize("operation", ["write", "flush", "rename", "delete", "log"])
 def test_what_a_disk_refuses_is_told_and_harms_nothing(
     text, whole_here, tmp_path, monkeypatch, capsys, operation, number
 ):
     run = tmp_path / "run"
-    arguments = ["train", *command(run, text, training__keep_newest=1)[2:]]
+    arguments = ["train", *command(run, text, **FEW_HERE)[2:]]
 
     def later(path):
         """From the second checkpoint on."""
@@ -151,7 +154,7 @@ def test_what_a_disk_refuses_is_told_and_harms_nothing(
 @pytest.mark.fault("too little space, before the first step")
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(text, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    arguments = ["train", *command(run, text, training__keep_newest=2)[2:]]
+    arguments = ["train", *command(run, text, **HERE | {"training__keep_newest": 2})[2:]]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     assert main(arguments) == 1

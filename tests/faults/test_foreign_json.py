@@ -38,9 +38,12 @@ BROKEN = {
     "100 MB of spaces": (lambda: b"{" + b" " * 100_000_000 + b"}", "over the limit of"),
 }
 FILES = ["config.json", "generation_config.json", "tokenizer.json", INDEX]
+# They are read by the same function: that each file is read by it shows in one of its refusals, and in its limit.
+SHORT = [f"{name}-{kind}" for name in FILES for kind in ("a name twice", "depth of 33", "100 MB of spaces")]
 
 
 @SETTINGS_ROW
+@pytest.mark.short(*SHORT, *(f"config.json-{kind}" for kind in BROKEN))
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("name", FILES)
 def test_json_that_means_nothing_or_too_much_is_refused(name, kind, tmp_path):
@@ -316,7 +319,9 @@ def folder(tmp_path):
 
 
 @FUZZ
-@pytest.mark.parametrize("num_examples", [600, pytest.param(8_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "num_examples", [100, *(pytest.param(number, marks=pytest.mark.full) for number in (600, 8_000))]
+)
 def test_settings_are_refused_or_the_weights_are_the_same(num_examples, folder, count_cases):
     expected, accepted, cases = fd.load(folder)[1], 0, 0
 
@@ -326,7 +331,7 @@ def test_settings_are_refused_or_the_weights_are_the_same(num_examples, folder, 
         nonlocal accepted, cases
         cases += 1
         (folder / "config.json").write_bytes(content)
-        with bounded():
+        with bounded(counts_calls=False):
             try:
                 params = fd.load(folder)[1]
             except fd.UserError as error:
@@ -341,7 +346,9 @@ def test_settings_are_refused_or_the_weights_are_the_same(num_examples, folder, 
 
 
 @FUZZ
-@pytest.mark.parametrize("num_examples", [3_000, pytest.param(40_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "num_examples", [300, *(pytest.param(number, marks=pytest.mark.full) for number in (3_000, 40_000))]
+)
 def test_tokenizers_are_refused_or_work(num_examples, count_cases):
     accepted = cases = 0
 

@@ -131,9 +131,12 @@ REASONS = {
     "folder": "is a folder",
 }
 FILES = ["config.json", "generation_config.json", "tokenizer.json", WEIGHTS, INDEX, "shard"]
+# They are opened by the same function: that each file is opened by it shows in what is refused before, and after.
+SHORT = [f"{name}-{kind}" for name in FILES for kind in ("link out", "FIFO")]
 
 
 @ROW
+@pytest.mark.short(*SHORT, *(f"{WEIGHTS}-{kind}" for kind in SPECIAL))
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_no_file_of_the_folder_is_refused(kind, name, folder, canary):

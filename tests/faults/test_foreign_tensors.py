@@ -345,7 +345,7 @@ def weights_of(file, path):
     return result
 
 
-SIZES = [10_000, pytest.param(120_000, marks=pytest.mark.full)]
+SIZES = [500, *(pytest.param(size, marks=pytest.mark.full) for size in (10_000, 120_000))]
 
 
 @FUZZ

@@ -2,37 +2,20 @@
 
 import random
 import re
-import sys
 import time
 
 import pytest
 import run_state
+import test_kill_points
 import tiny_run
 
-NUM_STEPS, SAVE_EVERY, NUM_KILLS = 600, 5, 20
-# Every step is logged, so that every loss is compared.
-RULES = {
-    "training__num_steps": NUM_STEPS,
-    "training__log_every": 1,
-    "training__eval_every": SAVE_EVERY,
-    "training__eval_batches": 1,
-}
-DEADLINE_SECONDS = 120
+from flax_decoder.cli import main
 
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that is never stopped, its text, a cache that has its programs, and the seconds from its start to its end.
-
-    A cache of its own: a program that is killed while it writes to the cache leaves half a file there.
-    """
-    folder = tmp_path_factory.mktemp("whole")
-    text, cache = tiny_run.write_text_file(folder), str(folder / "cache")
-    started = time.monotonic()
-    arguments = tiny_run.command(folder / "run", text, **RULES, training__save_every=NUM_STEPS)
-    code, _, errors = tiny_run.finish(arguments, JAX_COMPILATION_CACHE_DIR=cache)
-    assert code == 0, errors
-    return folder / "run", text, cache, time.monotonic() - started
+# How many steps a run has, how often it is saved, and how often killed. The short suite kills the run that
+# test_kill_points.py kills, so that both compare with the same one that was never killed.
+FEW, MANY = (test_kill_points.FEW_STEPS, test_kill_points.SAVE_EVERY, 3), (600, 5, 20)
+CASES = [pytest.param(*FEW, 0, id="few")]
+CASES += [pytest.param(*MANY, seed, id=str(seed), marks=pytest.mark.full) for seed in range(10)]
 
 
 def made_at(path):
@@ -41,31 +24,35 @@ def made_at(path):
 
 
 @pytest.mark.fault("SIGKILL at random times")
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 10))])
-def test_a_run_that_is_killed_at_random_times(whole, tmp_path, count_cases, seed):
-    expected, text, cache, whole_seconds = whole
+@pytest.mark.parametrize(("num_steps", "save_every", "num_kills", "seed"), CASES)
+def test_a_run_that_is_killed_at_random_times(tmp_path, count_cases, num_steps, save_every, num_kills, seed):
+    # Every step is logged, so that every loss is compared.
+    rules = test_kill_points.rules(num_steps, save_every)
+    expected, text, cache, whole_seconds = tiny_run.whole(**rules)
     expected_losses = run_state.losses(expected)
     rng = random.Random(seed)
     folder = tmp_path / "run"
     log = folder / "metrics.jsonl"
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"}
-    arguments = tiny_run.command(folder, text, **RULES, training__save_every=SAVE_EVERY)
+    arguments = tiny_run.command(folder, text, **rules)
     newest = reached = 0
     redone = []
-    for number in range(NUM_KILLS):
+    for number in range(num_kills):
         log_before = made_at(log)
         process = tiny_run.start(arguments, **environment)
         try:
             # Such that the kills are spread over all the steps. Some come earlier: in imports, compiling, restoring.
-            target = newest + rng.randint(1, max((NUM_STEPS - newest) // (NUM_KILLS - number + 3), 1))
+            target = newest + rng.randint(1, max((num_steps - newest) // (num_kills - number + 3), 1))
             early = number % 4 == seed % 4
-            end = time.monotonic() + (rng.uniform(0, whole_seconds) if early else DEADLINE_SECONDS)
+            end = time.monotonic() + (rng.uniform(0, whole_seconds) if early else tiny_run.HANGS_SECONDS)
             # The log is made anew at a start: until then it has lines beyond the checkpoint.
             while (made_at(log) == log_before or run_state.last_step(folder) < target) and time.monotonic() < end:
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.001)
             assert early or time.monotonic() < end
-            time.sleep(rng.uniform(0, 0.05))  # in which it takes some steps and saves
+            end = time.monotonic() + rng.uniform(0, 0.05)  # in which it takes some steps and saves, but not all
+            while time.monotonic() < end and run_state.last_step(folder) < num_steps - save_every:
+                time.sleep(0.001)
         finally:
             process.kill()
             output, errors = process.communicate()
@@ -80,11 +67,10 @@ def test_a_run_that_is_killed_at_random_times(whole, tmp_path, count_cases, seed
         before, newest = newest, run_state.newest_verified(folder)
         assert newest >= before
         redone.append(reached - newest)
-        assert redone[-1] <= 2 * SAVE_EVERY
+        assert redone[-1] <= 2 * save_every
     code, _, errors = tiny_run.finish(arguments, **environment)
     assert code == 0, errors
     run_state.assert_ended_alike(folder, expected)
-    code, output, _ = tiny_run.finish([sys.executable, "-m", "flax_decoder", "verify", str(folder)])
-    assert code == 0, output
+    assert main(["verify", str(folder)]) == 0
     print("steps redone after each kill:", redone)
-    count_cases(NUM_KILLS)
+    count_cases(num_kills)

@@ -132,7 +132,7 @@ def test_a_run_that_is_stopped_at_any_time_of_its_start(whole, tmp_path, count_c
             assert process.stdout.readline() == "ready\n"
             time.sleep(rng.uniform(0, 2))
             process.send_signal(number)
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=tiny_run.HANGS_SECONDS)
         finally:
             process.kill()
         assert process.returncode == 128 + number, (output, errors)
@@ -157,12 +157,10 @@ def test_a_second_signal_leaves_at_once(whole, tmp_path, numbers):
     try:
         while first.name not in (line := process.stdout.readline()):
             assert line, process.communicate()
-        started = time.monotonic()
         os.kill(process.pid, second)
-        output, errors = process.communicate(timeout=60)
-        assert time.monotonic() - started < 2
+        output, errors = process.communicate(timeout=tiny_run.HANGS_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 128 + second and "Traceback" not in errors, errors
-    assert "saved" not in output
+    assert "saved" not in output and "XLA has compiled it" not in output
     assert run_state.newest_verified(folder) == 0

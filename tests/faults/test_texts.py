@@ -24,7 +24,7 @@ from flax_decoder.errors import UserError
 ROW = "Texts of every kind"
 PROMPTS = "Prompts of every kind"
 CONFIGS = "Config files of every kind"
-MOST_SECONDS = 30  # until a test is stopped: a FIFO that is waited for would be for ever
+MOST_SECONDS = 1800  # until a test is stopped: a FIFO that is waited for would be for ever
 NOBODY = 65534
 ENGLISH = "To be, or not to be, that is the question:\n" * 40
 
