@@ -9,8 +9,11 @@ from typing import Any
 
 # Set before JAX is imported. Tests share compiled programs; two workers share two cores.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Nearly all the time of a test is spent on compiling a tiny program: it need not become a fast one.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Nearly all the time of a test is spent on compiling a tiny program: it need not become a fast one. Flags that are
+# given stay, so that `XLA_FLAGS=--xla_cpu_max_isa=AVX2 pytest` shows what the tests say of another processor.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A worker holds the programs of hundreds of tests: here memory counts more than the speed of one.
 os.environ.setdefault("FLAX_DECODER_KEEP_MEMORY", "0")
