@@ -50,5 +50,5 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 def finish(arguments: list[str], **environment: str) -> tuple[int, str, str]:
     """Runs a command to its end: exit code, output, and errors."""
     process = start(arguments, **environment)
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=900)
     return process.returncode, output, errors
