@@ -69,6 +69,7 @@ def assert_sums(model, params, tokens_BT, targets_BT, versus_BT=None, bound=1e-5
 FURTHER = [pytest.param(name, marks=pytest.mark.full) for name in RANDOM]
 
 
+@pytest.mark.short("neox", "parallel", "output", "rms")
 @pytest.mark.parametrize("name", [*CHOICES, *ORDERS, *FURTHER])
 def test_parts_sum_to_the_logit(name):
     model, params = make(**(CHOICES | RANDOM | ORDERS)[name])
@@ -87,6 +88,7 @@ def test_parts_sum_in_models_from_elsewhere(model_type):
     assert_sums(model, params, tokens_BT, targets_BT)
 
 
+@pytest.mark.short("both")
 @pytest.mark.parametrize("order", ["pre", "post", "both"])
 def test_parts_sum_to_the_difference_of_two_logits(order):
     model, params = make(**ORDERS[order])
@@ -144,6 +146,7 @@ def alone(part, model, params, seen):
     return (hidden_BTD * head_VD[TARGETS_BT]).sum(-1)
 
 
+@pytest.mark.short("post", "both")
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_part_is_what_it_gives_alone(order):
     model, params, parts = attributed(order)
@@ -238,6 +241,7 @@ def test_wrong_targets_are_refused():
         fd.attribute(model, params, TOKENS_BT, np.full_like(TARGETS_BT, V))
 
 
+@pytest.mark.short("pre")
 @pytest.mark.parametrize("order", ORDERS)
 def test_names_are_right(order):
     model, params = make(**ORDERS[order], vocab_size=19)
@@ -258,6 +262,7 @@ SCORES = {
 }
 
 
+@pytest.mark.short("plain", "capped slopes")
 @pytest.mark.parametrize("name", SCORES)
 def test_parts_sum_to_the_score(name):
     model, params = make(**SCORES[name])

@@ -55,6 +55,7 @@ def test_prefill_and_steps_equal_one_pass(kind):
     np.testing.assert_array_equal(cache.length_B, np.full(B, T))
 
 
+@pytest.mark.short("learned", "window")
 @pytest.mark.parametrize("kind", ["learned", "rotary", "alibi", "window"])
 def test_rows_of_different_lengths(kind):
     """Each row is as long as length_B says: what was computed beyond it is never read."""
@@ -130,6 +131,7 @@ def test_a_layer_with_a_window_has_its_slots_only():
     assert [k_BKSH.shape[2] for k_BKSH, _ in empty_cache(config, B, 2).layers] == [2, 2]
 
 
+@pytest.mark.short("rotary", "window")
 @pytest.mark.parametrize("kind", ["rotary", "alibi", "window", "none"])
 def test_a_row_that_outgrows_its_slots_sees_the_last_of_them(kind):
     """As if every layer without a window had one as long as its slots; in pieces of any length, padded or not."""

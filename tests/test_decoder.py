@@ -156,7 +156,7 @@ def make(seed=0, **settings):
     return model, reference.random_params(model, seed)
 
 
-@pytest.mark.parametrize("name", [*CHOICES, *RANDOM])
+@pytest.mark.parametrize("name", [*CHOICES, *(pytest.param(name, marks=pytest.mark.full) for name in RANDOM)])
 def test_logits_equal_the_reference(name):
     model, params = make(**(CHOICES | RANDOM)[name])
     logits_BTV = jax.jit(model.apply)({"params": params}, TOKENS_BT)
@@ -219,6 +219,7 @@ def loss_and_gradients(scan_layers, remat, dropout):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
+@pytest.mark.short("True-none-0.0", "False-attention-0.0", "True-dots-0.3", "True-full-0.3")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("scan_layers", "remat"), WAYS[1:])
 def test_scan_and_remat_change_no_number(scan_layers, remat, dropout):
@@ -430,6 +431,7 @@ def test_without_rotation_there_is_nothing_rotated():
     assert not {"q_rotated", "k_rotated"} & attention.keys()
 
 
+@pytest.mark.short("auto", "reference")
 @pytest.mark.parametrize("attention", ["auto", "blockwise", "reference"])
 def test_looking_inside_changes_no_logit(attention):
     model, params, logits_BTV, seen = look_inside(attention=attention)

@@ -81,6 +81,12 @@ def in_order(length, num_parts):
     return np.arange(length, dtype=np.int32)
 
 
+@pytest.mark.short(
+    "devices1-56-6-3-zigzag-3-settings1",
+    "devices3-44-6-2-shuffled-17-settings3",
+    "devices6-28-6-2-shuffled-1073741824-settings6",
+    "devices8-12-3-1-zigzag-7-settings8",
+)
 @pytest.mark.parametrize(
     ("devices", "length", "num_heads", "num_kv_heads", "order", "window", "settings"),
     [

@@ -25,6 +25,7 @@ def draft(num_tokens=3):
     return fd.Draft(model, params | {"head": params["head"] + noise}, num_tokens)
 
 
+@pytest.mark.short("PromptLookup(num_tokens=4)-alibi window", "draft-window")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guess", [fd.PromptLookup(4), fd.PromptLookup(1), "draft"], ids=str)
 def test_greedy_text_is_that_of_plain_decoding(kind, guess):
@@ -36,6 +37,7 @@ def test_greedy_text_is_that_of_plain_decoding(kind, guess):
         np.testing.assert_array_equal(ours, row)
 
 
+@pytest.mark.short("draft-rotary grouped")
 @pytest.mark.parametrize("kind", ["rotary grouped", "alibi window", "window"])
 @pytest.mark.parametrize("guess", [fd.PromptLookup(4), "draft"], ids=str)
 def test_also_past_the_context(kind, guess):
@@ -58,6 +60,7 @@ def test_a_row_ends_at_its_end_token():
         )
 
 
+@pytest.mark.short("draft")
 @pytest.mark.parametrize("guess", [fd.PromptLookup(2), "draft"], ids=str)
 def test_samples_have_the_distribution_of_plain_decoding(guess):
     """Pairs of the second and third new token of many samples, against the exact probabilities."""

@@ -163,6 +163,7 @@ def test_gradients_accumulate_in_float32():
     assert difference(jax.jit(accumulate)(state, batch, rng)[1]) < 0.02
 
 
+@pytest.mark.short("changes1-uneven-2e-06", "changes4-uneven-0.02")
 @pytest.mark.parametrize(
     ("changes", "mask", "rtol"),
     [
@@ -278,6 +279,7 @@ def test_pmap_equals_one_device():
     assert replicated.step.tolist() == [2] * NUM_DEVICES
 
 
+@pytest.mark.short("True-changes2")
 @pytest.mark.parametrize(
     ("follows", "changes"),
     [(False, {}), (True, {}), (True, {"training__accumulation_steps": 2, "training__loss_chunk_tokens": 3})],
@@ -295,6 +297,7 @@ def test_shard_map_equals_one_device(follows, changes):
     assert_same(jax.block_until_ready(jax.jit(mapped)(state, batch)), expected)
 
 
+@pytest.mark.short("2")
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_batch_spread_over_a_mesh_equals_one_device(parts):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
@@ -339,6 +342,7 @@ def test_bfloat16_is_for_computing_only():
     assert float(metrics["loss"]) != in_float32
 
 
+@pytest.mark.short("changes3-remat")
 @pytest.mark.parametrize(
     ("changes", "primitive"),
     [
@@ -388,6 +392,7 @@ def by_mesh(state, batch):
     return on_mesh(state, batch, {"data": 2, "fsdp": 2, "tensor": 2}, fd.train_step)[0]
 
 
+@pytest.mark.short("jit-nan", "pmap-inf", "shard_map--inf", "mesh-nan")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("take", [take_step, by_pmap, by_shard_map, by_mesh], ids=["jit", "pmap", "shard_map", "mesh"])
 def test_a_batch_that_gives_no_finite_loss_changes_nothing_but_the_step(take, bad):
@@ -422,6 +427,7 @@ def test_gradients_too_large_for_the_squares_of_adam_are_not_applied():
     assert bits(after) == bits(state)
 
 
+@pytest.mark.short("adamw")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_spike_is_passed_over_and_does_not_become_usual(name):
     settings = {"training__skip_spikes": 3.0, "optimizer__name": name}
@@ -463,6 +469,7 @@ def on_mesh(state, batch, sizes, compute):
     return jax.device_get(jax.block_until_ready(result)), program.as_text()
 
 
+@pytest.mark.short("True-{'data': 2, 'fsdp': 2, 'tensor': 2}", "False-{'fsdp': 4, 'context': 2}")
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_each_device_cuts_its_own_tokens_into_chunks(sizes, tied_head):
