@@ -251,6 +251,7 @@ def logits_and_gradients(config, tokens_BT=TOKENS_BT):
     return logits_BTV, gradients
 
 
+@pytest.mark.full
 def test_each_layer_of_a_scan_has_its_own_window():
     """Three layers in a pattern of two: one turn of the loop, and one layer left over."""
     settings = HEADS | {"num_layers": 3, "window": 9, "window_pattern": (True, False), "rotary_window_base": 97.0}

@@ -219,7 +219,7 @@ def loss_and_gradients(scan_layers, remat, dropout):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
-@pytest.mark.short("True-none-0.0", "False-attention-0.0", "True-dots-0.3", "True-full-0.3")
+@pytest.mark.short("False-attention-0.3", "True-full-0.3")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("scan_layers", "remat"), WAYS[1:])
 def test_scan_and_remat_change_no_number(scan_layers, remat, dropout):
@@ -365,7 +365,7 @@ def test_float64_is_exact_throughout(norm):
         model.apply({"params": params}, TOKENS_BT)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
-        logits_BTV = np.asarray(model.apply({"params": exact}, TOKENS_BT))
+        logits_BTV = np.asarray(jax.jit(model.apply)({"params": exact}, TOKENS_BT))
     # One float32 on the way would leave 1e-8.
     np.testing.assert_allclose(logits_BTV, reference.decode(params, TOKENS_BT, model.config), rtol=1e-12, atol=1e-12)
 

@@ -131,6 +131,7 @@ def test_bfloat16_sums_and_statistics_are_float32():
         )
 
 
+@pytest.mark.full
 def test_a_program_in_float64_stays_in_it():
     with jax.enable_x64(True):
         arrays = random_arrays(24, 3, 3, dtype=np.float64)
@@ -277,6 +278,7 @@ SCANNED = {"positions": "rotary", "window": 9, "window_pattern": (True, False), 
 UNROLLED = {"positions": "alibi", "attention_soft_cap": 5.0, "attention_scale": 0.4, "remat": True}
 
 
+@pytest.mark.short("unrolled")
 @pytest.mark.parametrize("settings", [SCANNED, UNROLLED], ids=["scanned", "unrolled"])
 def test_a_model_has_the_same_loss_and_gradients_on_a_ring(settings):
     model = Decoder(ModelConfig(**SIZES, **GROUPED, **settings))
@@ -299,6 +301,7 @@ def test_a_model_has_the_same_loss_and_gradients_on_a_ring(settings):
         np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4 * np.abs(there).max(), err_msg=where)
 
 
+@pytest.mark.full
 def test_gradients_on_eight_devices_take_less_than_an_eighth_of_the_memory_each():
     """All that lives while they are computed: activations, logits and whatever attention holds."""
 
