@@ -198,6 +198,7 @@ def test_float64_sums_to_its_own_rounding():
     assert parts.heads_LBNTS.dtype == np.float64
 
 
+@pytest.mark.full
 def test_bfloat16_is_computed_in_float32():
     model, params = make(**ORDERS["post"], dtype="bfloat16")
     parts = fd.attribute(model, params, TOKENS_BT, TARGETS_BT)

@@ -219,7 +219,7 @@ def loss_and_gradients(scan_layers, remat, dropout):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
-@pytest.mark.short("False-attention-0.3", "True-full-0.3")
+@pytest.mark.short("True-full-0.3")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("scan_layers", "remat"), WAYS[1:])
 def test_scan_and_remat_change_no_number(scan_layers, remat, dropout):
@@ -383,6 +383,7 @@ def look_inside(scan_layers=False, **settings):
     return model, params, logits_BTV, seen["intermediates"]
 
 
+@pytest.mark.short("True")
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_intermediates_are_what_their_names_say(scan_layers):
     model, params, logits_BTV, seen = look_inside(scan_layers)
