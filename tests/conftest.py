@@ -11,7 +11,8 @@ from xla_flags import QUICK
 
 # Set before JAX is imported. Tests share compiled programs; two workers share two cores.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
+# Flags that are given stay: `XLA_FLAGS=--xla_cpu_max_isa=AVX2 pytest` shows what the tests say of another processor.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A worker holds the programs of hundreds of tests: here memory counts more than the speed of one.
 os.environ.setdefault("FLAX_DECODER_KEEP_MEMORY", "0")

@@ -4,10 +4,10 @@ Nothing here is fast and nothing is shared with the library, which is the point:
 function works on one vector, or on the vectors of one sequence; `decode` puts them together. Params are the library's.
 """
 
+import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -275,17 +275,24 @@ def map_leaves(function, tree):
     return function(tree)
 
 
+@functools.cache
+def shapes_of(model):
+    """The shapes of a model's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+
+
 def random_params(model, seed=0, stddev=0.3):
     """Random float32 params for a model: all differ, no scale is 1 and no bias 0, so that nothing hides.
 
     With stddev 0.3 and widths of about 10, activations and scores are of order 1: the softmax is neither flat nor hard.
     """
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    shapes = shapes_of(model)
 
     def randomised(path, leaf):
         name = "/".join(part.key for part in path)
         mean = 1.0 if name.endswith("scale") else 0.0
         rng = np.random.default_rng([seed, *name.encode()])  # the same numbers whatever else the model has
-        return jnp.asarray(mean + stddev * rng.standard_normal(leaf.shape), jnp.float32)
+        # Not by jnp.asarray, which compiles a program for each shape.
+        return jax.device_put(np.float32(mean + stddev * rng.standard_normal(leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(randomised, shapes)

@@ -202,6 +202,9 @@ def reached(length, at, **settings):
 AT = {T: range(T), 2 * BLOCK + 3: [0, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 2]}
 
 
+@pytest.mark.short(
+    "learned-reference-7", "sinusoidal-reference-7", "none-reference-7", "rotary-blockwise-131", "alibi-blockwise-131"
+)
 @pytest.mark.parametrize(("attention", "length"), [("reference", T), ("blockwise", 2 * BLOCK + 3)])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_logits_do_not_depend_on_later_tokens(positions, attention, length):
@@ -212,6 +215,7 @@ def test_logits_do_not_depend_on_later_tokens(positions, attention, length):
     assert reached_TS[expected_TS].all(), "the past is not seen"
 
 
+@pytest.mark.short("reference-7-3-pattern3-7", "blockwise-131-63-pattern2-124")
 @pytest.mark.parametrize(
     ("attention", "length", "window", "pattern", "reach"),
     [
@@ -239,6 +243,7 @@ GROUPED = {"positions": "alibi", "num_heads": 6, "num_kv_heads": 2, "attention_s
 WINDOWED = {"positions": "rotary", "num_heads": 2, "num_kv_heads": 1, "window": 13}
 
 
+@pytest.mark.short("65-settings3", "131-settings4")
 @pytest.mark.parametrize(
     ("length", "settings"),
     [

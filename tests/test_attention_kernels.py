@@ -72,6 +72,7 @@ def assert_equal(found, expected, tolerance=TOLERANCE):
 # --- Splash, interpreted on CPU ---
 
 
+@pytest.mark.short("sizes1-settings1", "sizes3-settings3")
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize(
     ("sizes", "settings"),
@@ -122,6 +123,7 @@ def test_blocks_are_as_large_as_memory_and_padding_allow(num_tokens, head_width,
 # --- cuDNN: its arguments, as JAX itself computes them; the kernel needs a GPU ---
 
 
+@pytest.mark.short("settings0", "settings2")
 @pytest.mark.parametrize("settings", [{"window": None}, {"window": 1}, {"window": 5, "scale": 0.17}])
 def test_cudnn_is_asked_for_the_same_attention(settings, monkeypatch):
     asked = {}
@@ -249,6 +251,7 @@ def logits_and_gradients(config, tokens_BT=TOKENS_BT):
     return logits_BTV, gradients
 
 
+@pytest.mark.full
 def test_each_layer_of_a_scan_has_its_own_window():
     """Three layers in a pattern of two: one turn of the loop, and one layer left over."""
     settings = HEADS | {"num_layers": 3, "window": 9, "window_pattern": (True, False), "rotary_window_base": 97.0}
@@ -296,6 +299,7 @@ def test_within_pmap_and_shard_map_there_is_nothing_left_to_split():
     np.testing.assert_allclose(by_hand, expected_BTNH, atol=TOLERANCE)
 
 
+@pytest.mark.short("splash")
 @pytest.mark.parametrize("attention", ["blockwise", "splash"])
 def test_tokens_in_another_order_take_the_readable_path(attention):
     config = ModelConfig(**MODEL | HEADS, attention=attention)
@@ -339,6 +343,7 @@ def lowered(platform, config, tokens_BT=TOKENS_BT):
 PLATFORM = {"tpu": "tpu", "gpu": "cuda"}
 
 
+@pytest.mark.short("settings1")
 @pytest.mark.parametrize("settings", [{}, {"window": 9, "attention_soft_cap": 3.0}])
 def test_a_program_for_tpus_holds_the_kernel_and_no_scores(settings):
     config = ModelConfig(**MODEL | HEADS | BFLOAT16 | settings)
@@ -349,6 +354,7 @@ def test_a_program_for_tpus_holds_the_kernel_and_no_scores(settings):
     assert f"{T}x{T}x" in lowered("tpu", dataclasses.replace(config, attention="reference"))
 
 
+@pytest.mark.short("9")
 @pytest.mark.parametrize("window", [None, 9])
 def test_a_program_for_gpus_holds_the_kernel_and_no_scores(window, monkeypatch):
     # JAX asks the installed cuDNN for its version, which is not installed here.

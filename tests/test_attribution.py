@@ -69,6 +69,7 @@ def assert_sums(model, params, tokens_BT, targets_BT, versus_BT=None, bound=1e-5
 FURTHER = [pytest.param(name, marks=pytest.mark.full) for name in RANDOM]
 
 
+@pytest.mark.short("parallel", "output", "rms")
 @pytest.mark.parametrize("name", [*CHOICES, *ORDERS, *FURTHER])
 def test_parts_sum_to_the_logit(name):
     model, params = make(**(CHOICES | RANDOM | ORDERS)[name])
@@ -87,6 +88,7 @@ def test_parts_sum_in_models_from_elsewhere(model_type):
     assert_sums(model, params, tokens_BT, targets_BT)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("order", ["pre", "post", "both"])
 def test_parts_sum_to_the_difference_of_two_logits(order):
     model, params = make(**ORDERS[order])
@@ -144,6 +146,7 @@ def alone(part, model, params, seen):
     return (hidden_BTD * head_VD[TARGETS_BT]).sum(-1)
 
 
+@pytest.mark.short("post", "both")
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_part_is_what_it_gives_alone(order):
     model, params, parts = attributed(order)
@@ -159,6 +162,7 @@ def test_each_part_is_what_it_gives_alone(order):
         np.testing.assert_allclose(part_BT, alone(part, model, params, seen), atol=2e-5, err_msg=f"{part}")
 
 
+@pytest.mark.short("both")
 @pytest.mark.parametrize("order", ["both", "rms"])
 def test_the_soft_cap_is_what_it_takes(order):
     model, params, parts = attributed(order, versus=True)
@@ -194,6 +198,7 @@ def test_float64_sums_to_its_own_rounding():
     assert parts.heads_LBNTS.dtype == np.float64
 
 
+@pytest.mark.full
 def test_bfloat16_is_computed_in_float32():
     model, params = make(**ORDERS["post"], dtype="bfloat16")
     parts = fd.attribute(model, params, TOKENS_BT, TARGETS_BT)
@@ -202,6 +207,7 @@ def test_bfloat16_is_computed_in_float32():
     np.testing.assert_allclose(parts.logit_BT, picked(logits_BTV, TARGETS_BT), atol=0.5)
 
 
+@pytest.mark.full
 def test_layers_may_be_unstacked_and_attention_fast():
     settings = ORDERS["pre"] | {"attention": "blockwise", "dropout": 0.0}
     model, params = make(**settings)
@@ -238,6 +244,7 @@ def test_wrong_targets_are_refused():
         fd.attribute(model, params, TOKENS_BT, np.full_like(TARGETS_BT, V))
 
 
+@pytest.mark.short("pre")
 @pytest.mark.parametrize("order", ORDERS)
 def test_names_are_right(order):
     model, params = make(**ORDERS[order], vocab_size=19)
@@ -258,6 +265,7 @@ SCORES = {
 }
 
 
+@pytest.mark.short("capped slopes")
 @pytest.mark.parametrize("name", SCORES)
 def test_parts_sum_to_the_score(name):
     model, params = make(**SCORES[name])

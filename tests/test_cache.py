@@ -23,7 +23,14 @@ TOLERANCE = 5e-5
 KINDS = {
     "learned": {"positions": "learned", "num_heads": 3},
     "sinusoidal": {"positions": "sinusoidal", "num_heads": 2, "num_kv_heads": 1, "scan_layers": True},
-    "rotary": {"positions": "rotary", "num_heads": 6, "num_kv_heads": 2, "rotary_fraction": 0.5, "qk_norm": True},
+    "rotary": {
+        "positions": "rotary",
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "rotary_fraction": 0.5,
+        "qk_norm": True,
+        "scan_layers": True,
+    },
     "alibi": {"positions": "alibi", "num_heads": 6, "num_kv_heads": 3, "attention": "blockwise"},
     "none": {"positions": "none", "num_heads": 2, "attention": "reference"},
     "window": {
@@ -55,6 +62,7 @@ def test_prefill_and_steps_equal_one_pass(kind):
     np.testing.assert_array_equal(cache.length_B, np.full(B, T))
 
 
+@pytest.mark.short("window")
 @pytest.mark.parametrize("kind", ["learned", "rotary", "alibi", "window"])
 def test_rows_of_different_lengths(kind):
     """Each row is as long as length_B says: what was computed beyond it is never read."""
@@ -130,6 +138,7 @@ def test_a_layer_with_a_window_has_its_slots_only():
     assert [k_BKSH.shape[2] for k_BKSH, _ in empty_cache(config, B, 2).layers] == [2, 2]
 
 
+@pytest.mark.short("rotary")
 @pytest.mark.parametrize("kind", ["rotary", "alibi", "window", "none"])
 def test_a_row_that_outgrows_its_slots_sees_the_last_of_them(kind):
     """As if every layer without a window had one as long as its slots; in pieces of any length, padded or not."""
@@ -137,7 +146,7 @@ def test_a_row_that_outgrows_its_slots_sees_the_last_of_them(kind):
     slots = config.window or 5
     rolling = Decoder(dataclasses.replace(config, window=slots, window_pattern=(True,)))
     tokens_BT = np.random.default_rng(3).integers(0, V, (B, 23)).astype(np.int32)
-    expected_BTV = rolling.apply({"params": reference.random_params(rolling)}, tokens_BT)
+    expected_BTV = jax.jit(rolling.apply)({"params": reference.random_params(rolling)}, tokens_BT)
     cache, done = empty_cache(config, B, slots), 0
     for count in (4, 1, 1, 3, 7, 1, 2, 1, 3):
         logits_BTV, cache = append(cache, tokens_BT[:, done : done + count])
@@ -150,6 +159,7 @@ def test_padding_leaves_no_trace():
     config, expected_BTV, _ = compiled("rotary")
     model = Decoder(config)
     params = reference.random_params(model)
+    apply = jax.jit(functools.partial(model.apply, last_only=True))
     cache, length_B = empty_cache(config, B, 4), np.zeros(B, np.int32)
     for num_tokens_B in ([2, 0, 1], [1, 2, 0], [0, 2, 2]):
         num_tokens_B = np.asarray(num_tokens_B, np.int32)
@@ -157,9 +167,7 @@ def test_padding_leaves_no_trace():
             length_B[:, None] + np.arange(3), length_B[:, None] + np.maximum(num_tokens_B[:, None], 1) - 1
         )
         tokens_BT = np.take_along_axis(TOKENS_BT, at_BT, axis=1)
-        logits_B1V, cache = model.apply(
-            {"params": params}, tokens_BT, cache=cache, num_tokens_B=jnp.asarray(num_tokens_B), last_only=True
-        )
+        logits_B1V, cache = apply({"params": params}, tokens_BT, cache=cache, num_tokens_B=jnp.asarray(num_tokens_B))
         length_B = length_B + num_tokens_B
         for row in np.flatnonzero(num_tokens_B):
             np.testing.assert_allclose(logits_B1V[row, 0], expected_BTV[row, length_B[row] - 1], atol=TOLERANCE)

@@ -30,6 +30,7 @@ def look(name):
     return model, params, {name: np.float64(array) for name, array in seen.items()}
 
 
+@pytest.mark.short("default", "gpt2", "neox", "gemma", "sloped window")
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_name_has_its_axes_and_its_place(name):
     model, _, seen = look(name)
@@ -41,6 +42,7 @@ def test_every_name_has_its_axes_and_its_place(name):
         assert array.shape == tuple(sizes[axis] for axis in axes)
 
 
+@pytest.mark.short("default", "gpt2", "neox", "gemma", "sloped window")
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_arrays_follow_from_each_other(name):
     model, params, seen = look(name)
@@ -89,6 +91,7 @@ def test_each_head_writes_through_its_own_rows_of_the_projection():
         close(seen["head_writes"][layer, :, :, head], seen["heads"][layer, :, :, head] @ kernel_LNHD[layer, head])
 
 
+@pytest.mark.short("default")
 @pytest.mark.parametrize("name", ["default", "neox", "sloped window", "llama4"])
 def test_it_works_under_jit_and_for_layers_that_are_not_stacked(name):
     model, params, seen = look(name)
@@ -106,6 +109,7 @@ def test_only_what_is_wanted_is_given():
     close(few["weights"], seen["weights"])
 
 
+@pytest.mark.short("pieces1-default", "pieces1-sloped window")
 @pytest.mark.parametrize("name", ["default", "gemma", "sloped window", "llama4", "neox"])
 @pytest.mark.parametrize("pieces", [(T,), (4, 3), (1,) * T, (3, 1, 1, 2)])
 def test_a_cache_shows_the_same(name, pieces):
@@ -146,6 +150,7 @@ def test_a_hugging_face_folder(tmp_path):
         close(array, seen[name])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_what_nobody_asks_for_costs_nothing(scan_layers, remat, monkeypatch):

@@ -209,6 +209,6 @@ def test_ctrl_c_in_a_stream_leaves_with_130(folder):
     )
     shown = process.stdout.read(len("To be") + 3)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert shown.startswith(b"To be") and process.returncode == 130
     assert error == b"\n"

@@ -68,11 +68,12 @@ def test_a_state_comes_back_to_the_last_bit(saved, step):
     jax.tree.map(np.testing.assert_array_equal, restore_params(folder, step, abstract), expected.params)
 
 
+@pytest.mark.short("adamw")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_in_bfloat16_come_back_as_they_were(tmp_path, name):
     state = make_state(name=name, moments_dtype="bfloat16")
-    batch = {"inputs": np.arange(8).reshape(2, 4), "targets": np.arange(8).reshape(2, 4)}
-    state = jax.block_until_ready(jax.jit(fd.train_step)(state, batch)[0])
+    # Any gradients give moments that are not zero; those of the model would take long to compile.
+    state = jax.block_until_ready(jax.jit(lambda state: state.apply_gradients(grads=state.params))(state))
     checkpoints = Checkpoints(tmp_path, keep_newest=1)
     checkpoints.save(state, 1.0)
     checkpoints.close()

@@ -9,6 +9,7 @@ and that is there. A title that is a path says that the block is quoted from tha
 import importlib.util
 import re
 import shlex
+import shutil
 import textwrap
 import tomllib
 from pathlib import Path
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # These only read a run folder, or write a file beside it, in a second or so.
 CHEAP = {"generate", "eval", "verify", "convert", "lens"}
+# Of these, the ones with programs of their own to compile: with --full, as test_cli.py has them anyway.
+COMPILED = {"generate", "lens"}
 # What a command may begin with whose arguments are not ours to check.
 OTHERS = {"python3", "source", "ruff", "mypy", "mkdocs"}
 
@@ -97,11 +100,14 @@ def test_commands_parse(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="session")
-def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def default_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A run folder of the default model, after a few steps."""
     folder = tmp_path_factory.mktemp("pages") / "runs/default"
-    few = {"num-steps": 20, "eval-batches": 1, "sample-tokens": 10}
-    arguments = [word for name, value in few.items() for word in (f"--training.{name}", str(value))]
+    few = {"training.num-steps": 20, "training.eval-batches": 1, "training.sample-tokens": 10}
+    if not request.config.getoption("--full"):
+        # Its layers and heads, in programs of a quarter of the size.
+        few |= {"training.num-steps": 4, "model.scan-layers": "true", "model.embed-dim": 32}
+    arguments = [word for name, value in few.items() for word in (f"--{name}", str(value))]
     assert cli.main(["train", "--run.folder", str(folder), *arguments]) == 0
     return folder
 
@@ -109,9 +115,19 @@ def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUNNING = [page for page in PAGES if any(block.language in ("python", "bash") for block in blocks_of(page))]
 
 
+@pytest.mark.short("README.md", "compare.md", "many_processes.md", "plan.md", "reliability.md")
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
-def test_a_page_runs(page: Path, default_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+def test_a_page_runs(
+    page: Path,
+    default_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    if not request.config.getoption("--full"):  # layers that are alike are compiled once
+        tiny = (tmp_path / "configs/tiny.toml").read_text(encoding="utf-8")
+        (tmp_path / "configs/tiny.toml").write_text(tiny.replace("[model]\n", "[model]\nscan_layers = true\n"))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/default").symlink_to(default_run)
     (tmp_path / "my_text.txt").write_text("The text of the function.\n" * 20)
@@ -120,7 +136,7 @@ def test_a_page_runs(page: Path, default_run: Path, tmp_path: Path, monkeypatch:
     for block in blocks_of(page):
         if block.language == "bash":
             for command in commands_of(block.text):
-                run_where_cheap(command)
+                run_where_cheap(command, CHEAP if request.config.getoption("--full") else CHEAP - COMPILED)
         elif block.language == "python" and not is_quoted(block):
             # Line numbers of the page, so that a traceback leads to it.
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
@@ -130,9 +146,9 @@ def test_a_page_runs(page: Path, default_run: Path, tmp_path: Path, monkeypatch:
                     exec(code, names)
 
 
-def run_where_cheap(command: list[str]) -> None:
+def run_where_cheap(command: list[str], cheap: set[str]) -> None:
     arguments = of_ours(command)
-    if arguments is None or arguments[0] not in CHEAP:
+    if arguments is None or arguments[0] not in cheap:
         return
     options = cli.build_parser().parse_args(arguments)
     needed = {getattr(options, name, None) for name in ("path", "file", "source", "draft")}

@@ -157,6 +157,7 @@ def step_exchanges(changes):
     return bytes_by_kind(exchanges(compiled.as_text())), paper_bytes(config, state.params, mesh.shape), state.params
 
 
+@pytest.mark.full
 def test_copies_of_parameters_add_up_their_gradients_once():
     sent, paper, params = step_exchanges({"mesh.data": 8})
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -156,7 +156,7 @@ def make(seed=0, **settings):
     return model, reference.random_params(model, seed)
 
 
-@pytest.mark.parametrize("name", [*CHOICES, *RANDOM])
+@pytest.mark.parametrize("name", [*CHOICES, *(pytest.param(name, marks=pytest.mark.full) for name in RANDOM)])
 def test_logits_equal_the_reference(name):
     model, params = make(**(CHOICES | RANDOM)[name])
     logits_BTV = jax.jit(model.apply)({"params": params}, TOKENS_BT)
@@ -219,6 +219,7 @@ def loss_and_gradients(scan_layers, remat, dropout):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
+@pytest.mark.short("True-full-0.3")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("scan_layers", "remat"), WAYS[1:])
 def test_scan_and_remat_change_no_number(scan_layers, remat, dropout):
@@ -364,7 +365,7 @@ def test_float64_is_exact_throughout(norm):
         model.apply({"params": params}, TOKENS_BT)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
-        logits_BTV = np.asarray(model.apply({"params": exact}, TOKENS_BT))
+        logits_BTV = np.asarray(jax.jit(model.apply)({"params": exact}, TOKENS_BT))
     # One float32 on the way would leave 1e-8.
     np.testing.assert_allclose(logits_BTV, reference.decode(params, TOKENS_BT, model.config), rtol=1e-12, atol=1e-12)
 
@@ -382,6 +383,7 @@ def look_inside(scan_layers=False, **settings):
     return model, params, logits_BTV, seen["intermediates"]
 
 
+@pytest.mark.short("True")
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_intermediates_are_what_their_names_say(scan_layers):
     model, params, logits_BTV, seen = look_inside(scan_layers)
@@ -430,6 +432,7 @@ def test_without_rotation_there_is_nothing_rotated():
     assert not {"q_rotated", "k_rotated"} & attention.keys()
 
 
+@pytest.mark.short("auto", "reference")
 @pytest.mark.parametrize("attention", ["auto", "blockwise", "reference"])
 def test_looking_inside_changes_no_logit(attention):
     model, params, logits_BTV, seen = look_inside(attention=attention)

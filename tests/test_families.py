@@ -117,8 +117,6 @@ SHAPES = {
         GEMMA | {"final_logit_softcapping": 1.9, "tie_word_embeddings": False, "query_pre_attn_scalar": 7},
     ],
 }
-CASES = [(model_type, number) for model_type, shapes in SHAPES.items() for number in range(len(shapes))]
-every_case = pytest.mark.parametrize(("model_type", "number"), CASES)
 # One shape a family, not the same for all; with --full, every one.
 a_case_each = pytest.mark.parametrize(
     ("model_type", "number"),
@@ -171,7 +169,7 @@ def loaded(model_type, number):
     return fd.load(saved(model_type, number).name)
 
 
-@every_case
+@a_case_each
 def test_logits_equal_pytorchs(model_type, number):
     model, params, tokenizer = loaded(model_type, number)
     assert tokenizer is None
@@ -184,7 +182,7 @@ def test_logits_equal_pytorchs(model_type, number):
     assert np.abs(logits_BTV - expected_BTV).max() <= 2e-5 * np.abs(expected_BTV).max()
 
 
-@every_case
+@a_case_each
 def test_greedy_text_equals_transformers(model_type, number):
     """One prompt alone, and four of different lengths at once, which PyTorch must pad on the left."""
     model, params, _ = loaded(model_type, number)
@@ -210,7 +208,7 @@ def torch_greedy(model_type, number, prompts):
     return made[:, T:].numpy()
 
 
-@every_case
+@a_case_each
 def test_what_came_in_goes_out_bit_by_bit(model_type, number, tmp_path):
     model, params, _ = loaded(model_type, number)
     write_folder(

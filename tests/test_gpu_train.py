@@ -49,11 +49,13 @@ def test_the_124m_shape_is_that_of_its_config(benchmark):
     assert model["dtype"] == expected["dtype"] == "bfloat16"
 
 
+@pytest.mark.short("1B")
 @pytest.mark.parametrize("shape", ["124M", "1B"])
 def test_both_take_the_same_steps(benchmark, shape):
     benchmark.check_losses(shape, {})
 
 
+@pytest.mark.short("changes0")
 @pytest.mark.parametrize("changes", [{"model.window": 9}, {"model.norm_epsilon": 1e-3}])
 def test_a_step_that_differs_is_noticed(benchmark, torch_decoder, monkeypatch, changes):
     """PyTorch's model knows no windows; in the other case it does not get what is changed in ours."""

@@ -173,7 +173,7 @@ def random_case(seed):
     return model
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(30) if seed != 3)])
 def test_no_false_alarms(seed, tmp_path):
     random_case(seed).save_pretrained(tmp_path)
     with lenient():
@@ -389,6 +389,17 @@ FORWARD = {
 }
 
 
+@pytest.mark.short(
+    "tanh GELU",
+    "epsilon of RMSNorm",
+    "rotary base",
+    "K and V swapped",
+    "window off by one",
+    "soft cap of logits",
+    "no biases",
+    "parallel residual",
+    "bfloat16",
+)
 @pytest.mark.parametrize("planted", FORWARD)
 def test_mistakes_of_the_forward_pass_are_named(planted):
     (model_type, number, settings), row, cause = FORWARD[planted]
@@ -510,6 +521,7 @@ CODE = {
 }
 
 
+@pytest.mark.short("rotary layout", "reduced matmul precision", "accumulation that sums")
 @pytest.mark.parametrize("planted", CODE)
 def test_mistakes_in_code_are_named(planted):
     (owner, name, replacement), row, cause = CODE[planted]
@@ -619,6 +631,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.short("decay of norms", "clipping after the optimizer", "beta 2")
 @pytest.mark.parametrize("planted", OPTIMIZERS)
 def test_mistakes_of_the_optimizer_are_named(planted):
     make, row, cause = OPTIMIZERS[planted]

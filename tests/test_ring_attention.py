@@ -81,6 +81,12 @@ def in_order(length, num_parts):
     return np.arange(length, dtype=np.int32)
 
 
+@pytest.mark.short(
+    "devices1-56-6-3-zigzag-3-settings1",
+    "devices3-44-6-2-shuffled-17-settings3",
+    "devices6-28-6-2-shuffled-1073741824-settings6",
+    "devices8-12-3-1-zigzag-7-settings8",
+)
 @pytest.mark.parametrize(
     ("devices", "length", "num_heads", "num_kv_heads", "order", "window", "settings"),
     [
@@ -125,6 +131,7 @@ def test_bfloat16_sums_and_statistics_are_float32():
         )
 
 
+@pytest.mark.full
 def test_a_program_in_float64_stays_in_it():
     with jax.enable_x64(True):
         arrays = random_arrays(24, 3, 3, dtype=np.float64)
@@ -271,6 +278,7 @@ SCANNED = {"positions": "rotary", "window": 9, "window_pattern": (True, False), 
 UNROLLED = {"positions": "alibi", "attention_soft_cap": 5.0, "attention_scale": 0.4, "remat": True}
 
 
+@pytest.mark.short("unrolled")
 @pytest.mark.parametrize("settings", [SCANNED, UNROLLED], ids=["scanned", "unrolled"])
 def test_a_model_has_the_same_loss_and_gradients_on_a_ring(settings):
     model = Decoder(ModelConfig(**SIZES, **GROUPED, **settings))
@@ -293,6 +301,7 @@ def test_a_model_has_the_same_loss_and_gradients_on_a_ring(settings):
         np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4 * np.abs(there).max(), err_msg=where)
 
 
+@pytest.mark.full
 def test_gradients_on_eight_devices_take_less_than_an_eighth_of_the_memory_each():
     """All that lives while they are computed: activations, logits and whatever attention holds."""
 

@@ -14,6 +14,7 @@ from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.run_folder import same_warmup
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
+# The sizes of test_cli.py, which has compiled the programs.
 ARGUMENTS = [
     "--model.context-length=8",
     "--model.num-layers=1",
@@ -148,6 +149,7 @@ def test_more_steps_and_what_changes_no_number_are_taken(here, capsys):
     assert config.training.num_steps == 6 and config.model.attention == "reference"
 
 
+@pytest.mark.full
 def test_a_short_trial_goes_on_with_the_warm_up_of_the_whole_run(here, capsys):
     short = [*ARGUMENTS, "--run.folder=runs/short", "--optimizer.warmup-steps=30", "--training.num-steps=20"]
     short += ["--training.eval-every=20", "--training.save-every=20"]

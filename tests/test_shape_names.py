@@ -90,6 +90,7 @@ def test_traced_arrays_are_checked_too():
         jax.jit(wrong)(np.zeros((2, 3)))
 
 
+@pytest.mark.short("gradient-gpt2", "gradient-llama", "gradient-bloom", "gradient-vaswani")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("how", ["eval_shape", "jit", "gradient"])
 def test_names_in_the_network_are_right(name, how):
@@ -112,6 +113,7 @@ def test_names_in_the_network_are_right(name, how):
     assert functions >= ALWAYS_THERE
 
 
+@pytest.mark.full
 def test_names_are_right_in_an_eager_pass():
     """Layers that are not scanned, outside of jit: every array has its numbers."""
     model = Decoder(ModelConfig(**SIZES, **CONFIGS["llama"]))
@@ -133,6 +135,7 @@ def test_names_are_right_with_a_cache_and_a_look_inside(name):
     assert functions >= {*ALWAYS_THERE, "cache.py:write", "cache.py:empty_cache"}
 
 
+@pytest.mark.short("PromptLookup(num_tokens=2)")
 @pytest.mark.parametrize("guess", [None, fd.PromptLookup(2), "draft"], ids=str)
 def test_names_in_generation_are_right(guess):
     """Five prompts of different lengths, so that nothing agrees by chance; each program is traced anew."""

@@ -119,6 +119,7 @@ def rows_of(folder):
     return [{k: v for k, v in row.items() if k not in times} for row in read_metrics(folder / "metrics.jsonl")]
 
 
+@pytest.mark.full
 def test_spikes_are_the_same_ones_in_a_run_that_was_continued(tmp_path, capsys):
     """Factors so near to 1 that ordinary batches are spikes: which ones, the usual loss says, to its last bit."""
     settings = {"training__skip_spikes": 1.0005, "training__num_steps": 20, "optimizer__learning_rate": 1e-7}

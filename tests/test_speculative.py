@@ -25,6 +25,7 @@ def draft(num_tokens=3):
     return fd.Draft(model, params | {"head": params["head"] + noise}, num_tokens)
 
 
+@pytest.mark.short("PromptLookup(num_tokens=4)-alibi window")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guess", [fd.PromptLookup(4), fd.PromptLookup(1), "draft"], ids=str)
 def test_greedy_text_is_that_of_plain_decoding(kind, guess):
@@ -36,6 +37,7 @@ def test_greedy_text_is_that_of_plain_decoding(kind, guess):
         np.testing.assert_array_equal(ours, row)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["rotary grouped", "alibi window", "window"])
 @pytest.mark.parametrize("guess", [fd.PromptLookup(4), "draft"], ids=str)
 def test_also_past_the_context(kind, guess):
@@ -47,6 +49,7 @@ def test_also_past_the_context(kind, guess):
     )
 
 
+@pytest.mark.full
 def test_a_row_ends_at_its_end_token():
     model, params = make("rotary grouped", context_length=97)
     plain_BT = np.asarray(fd.generate(model, params, prompts(3, 5), 40, temperature=0.0))
@@ -58,18 +61,20 @@ def test_a_row_ends_at_its_end_token():
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("guess", [fd.PromptLookup(2), "draft"], ids=str)
 def test_samples_have_the_distribution_of_plain_decoding(guess):
     """Pairs of the second and third new token of many samples, against the exact probabilities."""
     model, params = make("rotary grouped", context_length=97)
     guess = draft(2) if guess == "draft" else guess
     prompt, options = [3, 9, 3, 9, 3], {"temperature": 1.2, "top_k": 3}
+    apply = jax.jit(model.apply)
     tokens_BT = np.asarray(
         fd.generate(model, params, [prompt], 3, jax.random.key(1), num_samples=4000, guess=guess, **options)
     )[:, 5:]
 
     def probabilities(text):
-        logits_V = np.asarray(model.apply({"params": params}, np.array([text]))[0, -1], np.float64) / 1.2
+        logits_V = np.asarray(apply({"params": params}, np.array([text]))[0, -1], np.float64) / 1.2
         kept_V = np.where(logits_V >= np.sort(logits_V)[-3], np.exp(logits_V - logits_V.max()), 0)
         return kept_V / kept_V.sum()
 

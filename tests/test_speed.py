@@ -8,6 +8,7 @@ from flax_decoder.training import hardware, speed
 SIZES = "--model.vocab-size=12 --model.context-length=8 --model.num-layers=1 --model.embed-dim=8 --model.num-heads=2"
 
 
+@pytest.mark.short("--mesh.fsdp=2 --mesh.context=2 --mesh.tensor=2-8")
 @pytest.mark.parametrize(("mesh", "num_devices"), [("", 2), ("--mesh.fsdp=2 --mesh.context=2 --mesh.tensor=2", 8)])
 def test_bench_tells_all_numbers(monkeypatch, capsys, tmp_path, mesh, num_devices):
     monkeypatch.chdir(tmp_path)

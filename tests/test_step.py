@@ -54,11 +54,12 @@ def make_batch(seed=0, mask="none"):
 
 take_step = jax.jit(fd.train_step)
 score = jax.jit(fd.eval_step)
+logits_of = jax.jit(lambda state, tokens_BT: state.apply_fn({"params": state.params}, tokens_BT))
 
 
 def expected_loss(state, batch):
     """The mean by its definition, in float64, from the model's logits."""
-    logits_BTV = np.asarray(state.apply_fn({"params": state.params}, batch["inputs"]), np.float64)
+    logits_BTV = np.asarray(logits_of(state, batch["inputs"]), np.float64)
     log_z_BT = np.log(np.exp(logits_BTV).sum(-1))
     losses_BT = log_z_BT - np.take_along_axis(logits_BTV, batch["targets"][..., None], -1)[..., 0]
     mask_BT = batch.get("mask", np.ones((B, T)))
@@ -134,6 +135,7 @@ def test_a_batch_is_learned_by_heart_in_one_compiled_step_that_reuses_memory():
     assert losses[-1] < 0.2 * losses[0]
 
 
+@pytest.mark.short("4-uneven")
 @pytest.mark.parametrize(("parts", "mask"), [(2, "none"), (4, "uneven")])
 def test_accumulation_equals_one_large_batch(parts, mask):
     batch = make_batch(mask=mask)
@@ -141,6 +143,7 @@ def test_accumulation_equals_one_large_batch(parts, mask):
     assert_same(take_step(make_state(training__batch_size=B, training__accumulation_steps=parts), batch), whole)
 
 
+@pytest.mark.full
 def test_gradients_accumulate_in_float32():
     """Parts are computed in bfloat16, but their sum has float32's digits: those of summing on the host in float64."""
     state, batch = make_state(model__dtype="bfloat16", training__batch_size=B), make_batch()
@@ -163,6 +166,7 @@ def test_gradients_accumulate_in_float32():
     assert difference(jax.jit(accumulate)(state, batch, rng)[1]) < 0.02
 
 
+@pytest.mark.short("changes1-uneven-2e-06")
 @pytest.mark.parametrize(
     ("changes", "mask", "rtol"),
     [
@@ -205,6 +209,7 @@ def test_masked_targets_do_not_count_whatever_they_are():
     assert float(take_step(state, other)[1]["loss"]) != pytest.approx(float(expected[1]["loss"]), rel=1e-4)
 
 
+@pytest.mark.short("bool")
 @pytest.mark.parametrize("dtype", [bool, np.int32])
 def test_a_mask_may_be_of_any_plain_dtype(dtype):
     state, batch = make_state(), make_batch(mask="uneven")
@@ -278,6 +283,7 @@ def test_pmap_equals_one_device():
     assert replicated.step.tolist() == [2] * NUM_DEVICES
 
 
+@pytest.mark.short("True-changes1")
 @pytest.mark.parametrize(
     ("follows", "changes"),
     [(False, {}), (True, {}), (True, {"training__accumulation_steps": 2, "training__loss_chunk_tokens": 3})],
@@ -295,6 +301,7 @@ def test_shard_map_equals_one_device(follows, changes):
     assert_same(jax.block_until_ready(jax.jit(mapped)(state, batch)), expected)
 
 
+@pytest.mark.short("2")
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_batch_spread_over_a_mesh_equals_one_device(parts):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
@@ -306,6 +313,7 @@ def test_a_batch_spread_over_a_mesh_equals_one_device(parts):
     assert_same(result, expected)
 
 
+@pytest.mark.full
 def test_devices_drop_different_numbers():
     """With one row for all devices, equal dropout would give each the same loss as one row alone has."""
     state = make_state(model__dropout=0.3)
@@ -339,6 +347,7 @@ def test_bfloat16_is_for_computing_only():
     assert float(metrics["loss"]) != in_float32
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "primitive"),
     [
@@ -388,6 +397,7 @@ def by_mesh(state, batch):
     return on_mesh(state, batch, {"data": 2, "fsdp": 2, "tensor": 2}, fd.train_step)[0]
 
 
+@pytest.mark.short("jit-nan", "mesh--inf")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("take", [take_step, by_pmap, by_shard_map, by_mesh], ids=["jit", "pmap", "shard_map", "mesh"])
 def test_a_batch_that_gives_no_finite_loss_changes_nothing_but_the_step(take, bad):
@@ -422,6 +432,7 @@ def test_gradients_too_large_for_the_squares_of_adam_are_not_applied():
     assert bits(after) == bits(state)
 
 
+@pytest.mark.short("adamw")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_spike_is_passed_over_and_does_not_become_usual(name):
     settings = {"training__skip_spikes": 3.0, "optimizer__name": name}
@@ -463,6 +474,7 @@ def on_mesh(state, batch, sizes, compute):
     return jax.device_get(jax.block_until_ready(result)), program.as_text()
 
 
+@pytest.mark.short("False-{'fsdp': 4, 'context': 2}")
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_each_device_cuts_its_own_tokens_into_chunks(sizes, tied_head):

@@ -23,12 +23,16 @@ def depth_of(value):
     return 1 + max(map(depth_of, value.values() if isinstance(value, dict) else value), default=0)
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.dictionaries(st.text('"\\[]{},:a', max_size=6) | st.text(), VALUES, max_size=4), st.booleans())
-def test_what_is_well_formed_is_read(document, is_ascii):
-    content = json.dumps(document, ensure_ascii=is_ascii).encode()
-    assert parse_object(content, "x", VOCABULARY) == document
-    assert strict_json._depth(content) == depth_of(document)
+@pytest.mark.parametrize("num_examples", [40, pytest.param(300, marks=pytest.mark.full)])
+def test_what_is_well_formed_is_read(num_examples):
+    @settings(deadline=None, max_examples=num_examples)
+    @given(st.dictionaries(st.text('"\\[]{},:a', max_size=6) | st.text(), VALUES, max_size=4), st.booleans())
+    def is_read(document, is_ascii):
+        content = json.dumps(document, ensure_ascii=is_ascii).encode()
+        assert parse_object(content, "x", VOCABULARY) == document
+        assert strict_json._depth(content) == depth_of(document)
+
+    is_read()
 
 
 @pytest.mark.parametrize(("depth", "is_read"), [(31, True), (32, False)])

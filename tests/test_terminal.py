@@ -1,14 +1,17 @@
 """Control characters of prompts, answers and names reach a pipe, and never a terminal; through a real one."""
 
 import io
+import json
 import os
 import pty
+import re
 import subprocess
 import sys
 
 import pytest
 import reference
 
+from flax_decoder.cli import main
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import CharTokenizer
 from flax_decoder.interop.families import FAMILIES
@@ -51,11 +54,25 @@ def folder(tmp_path_factory):
     return path
 
 
-def on_a_terminal(*arguments, typed=b""):
-    """What a command writes where both of its outputs are a terminal, as the terminal gets it."""
+# Runs each command in turn, which saves starting Python and JAX for each, and says with which code each ended.
+RUN_ALL = """
+import json, sys
+from flax_decoder.cli import main
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    print(f"== {code} ==", flush=True)
+"""
+
+
+def words(arguments):
+    return tuple(map(str, arguments))
+
+
+def on_a_terminal(*commands, typed=b""):
+    """The code of each command where both outputs are a terminal, and what it writes, as the terminal gets it."""
     control, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "flax_decoder", *map(str, arguments)],
+        [sys.executable, "-c", RUN_ALL, json.dumps(commands)],
         stdin=subprocess.PIPE,
         stdout=terminal,
         stderr=terminal,
@@ -70,58 +87,71 @@ def on_a_terminal(*arguments, typed=b""):
     except OSError:  # how Linux says that the other end is closed
         pass
     os.close(control)
-    return process.wait(timeout=60), received.decode().replace("\r\n", "\n")  # as a terminal ends its lines
+    assert process.wait(timeout=600) == 0, received
+    shown = received.decode().replace("\r\n", "\n")  # as a terminal ends its lines
+    *parts, nothing = re.split(r"== (\d+) ==\n", shown)
+    assert nothing == ""
+    return dict(zip(commands, zip(map(int, parts[1::2]), parts[::2], strict=True), strict=True))
 
 
-def through_a_pipe(*arguments, typed=b""):
-    command = [sys.executable, "-m", "flax_decoder", *map(str, arguments)]
-    result = subprocess.run(command, input=typed, capture_output=True, timeout=60, check=False)
-    return result.returncode, (result.stdout + result.stderr).decode()
+def through_a_pipe(capfdbinary, *arguments):
+    """What a command writes where its output is none."""
+    capfdbinary.readouterr()
+    code = main(arguments)
+    output, errors = capfdbinary.readouterr()
+    return code, (output + errors).decode()
 
 
 def has_controls(text):
     return any(character in CONTROLS.replace("\n", "").replace("\t", "") for character in text)
 
 
-GENERATE = ("--prompt", ATTACK, "--max-new-tokens", 200, "--temperature", 2)
+GENERATE = ("--prompt", ATTACK, "--max-new-tokens", 200, "--temperature", 2, "--num-samples", 2)
+CHAT = ("--max-new-tokens", 100, "--temperature", 2)
+QUOTING = [
+    ("generate", f"/nowhere/{ATTACK}", "--prompt", "a"),
+    ("eval", "/nowhere", f"/nowhere/{ATTACK}"),
+    ("train", "--data.path", f"/nowhere/{ATTACK}"),
+    ("train", f"--{ATTACK}", "1"),
+    ("lens" + ATTACK,),
+]
 
 
-def test_prompts_and_generated_text_are_shown(folder):
-    code, raw = through_a_pipe("generate", folder, *GENERATE, "--num-samples", 2)
+@pytest.fixture(scope="module")
+def shown(folder):
+    """What each command wrote on a terminal."""
+    return on_a_terminal(words(("generate", folder, *GENERATE)), words(("chat", folder, *CHAT)), *QUOTING, typed=b"a\n")
+
+
+def test_prompts_and_generated_text_are_shown(folder, shown, capfdbinary):
+    command = words(("generate", folder, *GENERATE))
+    code, raw = through_a_pipe(capfdbinary, *command)
     assert code == 0 and raw.startswith(ATTACK) and has_controls(raw.replace(ATTACK, ""))
-    code, shown = on_a_terminal("generate", folder, *GENERATE, "--num-samples", 2)
-    assert code == 0 and shown.startswith(SHOWN) and f"\n\n{SHOWN}" in shown and not has_controls(shown)
+    code, text = shown[command]
+    assert code == 0 and text.startswith(SHOWN) and f"\n\n{SHOWN}" in text and not has_controls(text)
     for code_point in range(0xA0):
         if has_controls(chr(code_point)):
             raw = raw.replace(chr(code_point), f"\\x{code_point:02x}")
-    assert raw == shown
+    assert raw == text
 
 
-def test_answers_are_shown(folder):
-    chat = ("chat", folder, "--max-new-tokens", 100, "--temperature", 2)
-    code, raw = through_a_pipe(*chat, typed=b"a\n")
+def test_answers_are_shown(folder, shown, capfdbinary, monkeypatch):
+    command = words(("chat", folder, *CHAT))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
+    code, raw = through_a_pipe(capfdbinary, *command)
     assert code == 0 and has_controls(raw)
-    code, shown = on_a_terminal(*chat, typed=b"a\n")
-    assert code == 0 and r"\x1b" in shown and not has_controls(shown)
+    code, text = shown[command]
+    assert code == 0 and r"\x1b" in text and not has_controls(text)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("generate", f"/nowhere/{ATTACK}", "--prompt", "a"),
-        ("eval", "/nowhere", f"/nowhere/{ATTACK}"),
-        ("train", "--data.path", f"/nowhere/{ATTACK}"),
-        ("train", f"--{ATTACK}", "1"),
-        ("lens" + ATTACK,),
-    ],
-)
-def test_messages_that_quote_the_user_are_shown(arguments):
-    code, shown = on_a_terminal(*arguments)
-    assert code == 2 and r"\x1b" in shown and not has_controls(shown)
+@pytest.mark.parametrize("arguments", QUOTING)
+def test_messages_that_quote_the_user_are_shown(arguments, shown):
+    code, text = shown[arguments]
+    assert code == 2 and r"\x1b" in text and not has_controls(text)
 
 
 def test_messages_that_quote_a_file_are_shown(tmp_path):
     (tmp_path / f"{ATTACK}.safetensors").mkdir()
     (tmp_path / "config.json").write_text('{"model_type": "\\u001b[2J"}')
-    code, shown = on_a_terminal("eval", tmp_path, __file__)
-    assert code == 2 and r"\x1b" in shown and not has_controls(shown)
+    ((code, text),) = on_a_terminal(words(("eval", tmp_path, __file__))).values()
+    assert code == 2 and r"\x1b" in text and not has_controls(text)
