@@ -1,7 +1,7 @@
 """A small model in a Hugging Face folder, to be attacked; and what an attack may cost at most."""
 
-import cProfile
 import contextlib
+import cProfile
 import faulthandler
 import functools
 import json
