@@ -51,6 +51,7 @@ def product_flops(jaxpr):
     return total
 
 
+@pytest.mark.short("grouped", "gated", "own head", "parallel")
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_the_full_count_is_that_of_the_products_in_the_program(changes):
     """The readable attention multiplies each query with all T keys, and gradients take two products for each one."""
@@ -61,6 +62,7 @@ def test_the_full_count_is_that_of_the_products_in_the_program(changes):
     assert product_flops(gradient.jaxpr.jaxpr) == expected
 
 
+@pytest.mark.short("changes1")
 @pytest.mark.parametrize(
     "changes", [{"feed_forward": "relu"}, {"num_kv_heads": 1, "feed_forward": "swiglu", "tied_head": False}]
 )

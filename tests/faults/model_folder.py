@@ -1,11 +1,11 @@
 """A small model in a Hugging Face folder, to be attacked; and what an attack may cost at most."""
 
 import contextlib
+import cProfile
 import faulthandler
 import functools
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,39 +108,31 @@ def _read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-class _Calls:
-    """Counts calls of functions in this thread, of Python's own and of libraries, while it is the profiler."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, frame: Any, event: str, argument: Any) -> None:
-        self.count += event in ("call", "c_call")
-
-
 @contextlib.contextmanager
 def bounded(counts_calls: bool = True) -> Iterator[None]:
     """Fails where what happens inside takes more memory or work than an attack may; calls alone where not on Linux.
 
-    To count the calls of a whole load makes it take four times as long: a fuzzing of thousands leaves it out.
+    Calls are those of this thread, of Python and of libraries. To count those of a whole load makes it take twice as
+    long: a fuzzing of thousands leaves it out.
     """
     is_linux = Path("/proc/self/clear_refs").exists()
     if is_linux:
         Path("/proc/self/clear_refs").write_text("5")  # the highest use of memory so far is forgotten
     before, read_before = (_peak_bytes(), _read_bytes()) if is_linux else (0, 0)
-    calls, profiler = _Calls(), sys.getprofile()
+    profile = cProfile.Profile()
     faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True)
     if counts_calls:
-        sys.setprofile(calls)
+        profile.enable()
     try:
         yield
     finally:
-        sys.setprofile(profiler)
+        profile.disable()
         faulthandler.cancel_dump_traceback_later()
     growth, read = (_peak_bytes() - before, _read_bytes() - read_before) if is_linux else (0, 0)
     assert growth < MOST_GROWTH_BYTES, f"memory grew by {growth:,} bytes"
     assert read < MOST_READ_BYTES, f"it read {read:,} bytes"
-    assert calls.count < MOST_CALLS, f"it took {calls.count:,} calls of functions"
+    num_calls = sum(function.callcount for function in profile.getstats())
+    assert num_calls < MOST_CALLS, f"it took {num_calls:,} calls of functions"
 
 
 def refusal(folder: Path) -> str:
