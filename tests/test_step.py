@@ -90,7 +90,7 @@ def test_the_loss_is_the_mean_over_targets_that_count(mask):
 
 
 def test_the_step_is_pure():
-    state, batch = make_state(model__dropout=0.2), make_batch()
+    state, batch = make_state(model__dropout=0.3), make_batch()
     before = jax.tree.map(np.array, (state.params, state.opt_state, state.step))
     results = [take_step(state, batch) for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state, state.step), before)
@@ -397,7 +397,7 @@ def by_mesh(state, batch):
     return on_mesh(state, batch, {"data": 2, "fsdp": 2, "tensor": 2}, fd.train_step)[0]
 
 
-@pytest.mark.short("jit-nan", "mesh--inf")
+@pytest.mark.short("jit-nan")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("take", [take_step, by_pmap, by_shard_map, by_mesh], ids=["jit", "pmap", "shard_map", "mesh"])
 def test_a_batch_that_gives_no_finite_loss_changes_nothing_but_the_step(take, bad):
@@ -474,7 +474,7 @@ def on_mesh(state, batch, sizes, compute):
     return jax.device_get(jax.block_until_ready(result)), program.as_text()
 
 
-@pytest.mark.short("False-{'fsdp': 4, 'context': 2}")
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_each_device_cuts_its_own_tokens_into_chunks(sizes, tied_head):
