@@ -115,6 +115,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
+@pytest.mark.short("muon")
 def test_a_run_that_crashed_continues_to_the_same_end(whole, text, tmp_path, monkeypatch, capsys):
     expected, name = whole
     with monkeypatch.context() as patch, pytest.raises(CrashError):
@@ -131,6 +132,7 @@ def test_a_run_that_crashed_continues_to_the_same_end(whole, text, tmp_path, mon
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
+@pytest.mark.short("adamw-15-143", "muon-2-130")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_was_stopped_continues_to_the_same_end(whole, text, tmp_path, monkeypatch, capsys, number, code):
     expected, name = whole
@@ -144,6 +146,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_end(whole, text, tmp_path,
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
+@pytest.mark.short("adamw")
 def test_a_run_stopped_where_it_would_evaluate_loses_no_evaluation(whole, text, tmp_path, monkeypatch):
     expected, name = whole
     with monkeypatch.context() as patch:
@@ -254,6 +257,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsy
     assert "none of its checkpoints holds" in error and "Traceback" not in error
 
 
+@pytest.mark.short("15-143")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_process_saves_and_exits_with_the_code_of_the_signal(text, tmp_path, number, code):
     rules = RULES | {"training.num_steps": 10**6, "training.eval_every": 10**6, "training.save_every": 10**6}
@@ -293,6 +297,7 @@ def test_each_line_tells_the_part_of_the_peak(text, tmp_path, monkeypatch, known
             assert row["mfu"] == row["mfu_causal"] == "unknown"
 
 
+@pytest.mark.short("adamw")
 def test_a_run_learns_the_same_whether_it_is_watched_or_not(whole, text, tmp_path):
     expected, name = whole
     history = read_history(expected)

@@ -86,6 +86,7 @@ def run(changes, num_devices=NUM_DEVICES, **mesh):
 # --- The same numbers ---
 
 
+@pytest.mark.short("default", "in parts on fsdp context tensor")
 @pytest.mark.parametrize(
     ("architecture", "changes", "mesh"),
     [
@@ -182,6 +183,7 @@ def named(path):
     return "/".join(name for name in names if name not in ("muon", "adamw", "adam"))
 
 
+@pytest.mark.short("adamw")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_with_fsdp_a_device_holds_its_part_of_the_state(name):
     """The default model, whose vectors, which stay whole, are a small part as they are in large ones."""
@@ -208,6 +210,7 @@ def test_the_parameters_drawn_do_not_depend_on_the_mesh():
 # --- Checkpoints ---
 
 
+@pytest.mark.short("{'data': 2, 'tensor': 2}")
 @pytest.mark.parametrize("saved_on", [{"fsdp": 4}, {"data": 2, "tensor": 2}], ids=str)
 def test_a_checkpoint_comes_back_on_any_mesh_to_the_last_bit(saved_on, tmp_path):
     config = make_config(MODERN)
