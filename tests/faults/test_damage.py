@@ -163,7 +163,7 @@ def other_step(steps):
 
 
 @pytest.mark.fault("what only has a checkpoint's name")
-@pytest.mark.short("link", "other_step")
+@pytest.mark.short("other_step")
 @pytest.mark.parametrize("make", [empty, file, zeros_before, link, other_step])
 def test_what_only_has_the_name_is_no_checkpoint(copied, make):
     run, arguments = copied

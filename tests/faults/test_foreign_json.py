@@ -320,7 +320,7 @@ def folder(tmp_path):
 
 @FUZZ
 @pytest.mark.parametrize(
-    "num_examples", [100, *(pytest.param(number, marks=pytest.mark.full) for number in (600, 8_000))]
+    "num_examples", [60, *(pytest.param(number, marks=pytest.mark.full) for number in (600, 8_000))]
 )
 def test_settings_are_refused_or_the_weights_are_the_same(num_examples, folder, count_cases):
     expected, accepted, cases = fd.load(folder)[1], 0, 0
@@ -347,7 +347,7 @@ def test_settings_are_refused_or_the_weights_are_the_same(num_examples, folder, 
 
 @FUZZ
 @pytest.mark.parametrize(
-    "num_examples", [300, *(pytest.param(number, marks=pytest.mark.full) for number in (3_000, 40_000))]
+    "num_examples", [200, *(pytest.param(number, marks=pytest.mark.full) for number in (3_000, 40_000))]
 )
 def test_tokenizers_are_refused_or_work(num_examples, count_cases):
     accepted = cases = 0

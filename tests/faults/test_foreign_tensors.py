@@ -345,7 +345,7 @@ def weights_of(file, path):
     return result
 
 
-SIZES = [500, *(pytest.param(size, marks=pytest.mark.full) for size in (10_000, 120_000))]
+SIZES = [300, *(pytest.param(size, marks=pytest.mark.full) for size in (10_000, 120_000))]
 
 
 @FUZZ

@@ -137,7 +137,7 @@ def test_there_is_a_verified_checkpoint_at_every_instant(whole, tmp_path, capsys
         while not saved_steps(folder):
             assert process.poll() is None, process.communicate()
             time.sleep(0.001)
-        while len(set(seen)) < 13:
+        while len(set(seen)) < 7:
             seen.append(choose_step(folder, "latest"))
             assert choose_step(folder, "best") > 0
             looks += 1

@@ -134,7 +134,7 @@ def held():
 
 @pytest.mark.fault("a thousand saves and prunes")
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process holds is read from /proc")
-@pytest.mark.parametrize("num_saves", [40, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_saves", [30, pytest.param(1000, marks=pytest.mark.full)])
 def test_a_thousand_saves(tmp_path, count_cases, num_saves):
     """A leak shows in a few saves too, where what is held is counted and not measured."""
     config = fd.load_config(None, {**SETTINGS, "model.vocab_size": 24})
