@@ -279,6 +279,7 @@ def test_the_process_saves_and_exits_with_the_code_of_the_signal(text, tmp_path,
     assert read_metrics(log)[-1]["step"] == step
 
 
+@pytest.mark.short("True")
 @pytest.mark.parametrize("known", [True, False])
 def test_each_line_tells_the_part_of_the_peak(text, tmp_path, monkeypatch, known):
     if known:
