@@ -11,22 +11,22 @@ from pathlib import Path
 
 # Set to 0, it leaves the C library as it is.
 SWITCH = "FLAX_DECODER_KEEP_MEMORY"
-# Who sets one of these has tuned the C library already.
+# A user who sets one of these has tuned the C library already.
 OWN_SETTINGS = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
-# From malloc.h: what `mallopt` sets, and to which value.
-SETTINGS = {
-    # One arena for all threads: only the main one can keep blocks of more than 64 MB.
-    -8: 1,  # M_ARENA_MAX
-    -4: 0,  # M_MMAP_MAX: no block has a mapping of its own, which would end with it
-    -1: -1,  # M_TRIM_THRESHOLD: never give back the free end of the heap
+# The names that malloc.h gives to what `mallopt` sets.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+KEEPING = {
+    M_ARENA_MAX: 1,  # all threads share the main arena, the only one that can keep blocks of more than 64 MB
+    M_MMAP_MAX: 0,  # no block has a mapping of its own, which would end with it
+    M_TRIM_THRESHOLD: -1,  # the free end of the heap is never given back
 }
+# What glibc does unasked. Threads that share an arena go on sharing it.
+DEFAULTS = {M_MMAP_MAX: 65_536, M_TRIM_THRESHOLD: 128 * 1024}
 
-STATM = Path("/proc/self/statm")  # Linux: its second number are the pages that the process has in memory
-# What glibc does unasked, but with one arena.
-DEFAULTS = {-4: 65_536, -1: 128 * 1024}
-# Two threads of XLA may each have a step's working memory for a moment, and beside them lie holes that nothing fits: a
-# process that has come to this part of the machine's memory could come to need all of it.
+STATM = Path("/proc/self/statm")  # Linux; its second number is how many pages of the process are in memory
+# Two threads of XLA may each hold a step's working memory for a moment, and as much may lie free in holes too small for
+# it: a process with this part of the machine's memory could come to need all of it.
 MAX_PART = 1 / 3
 KEPT = "kept for the next step (glibc)"
 
@@ -73,11 +73,18 @@ def _keep() -> str:
         own.append("GLIBC_TUNABLES")
     if own:
         return f"as {own[0]} says"
-    try:
-        libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018  # other C libraries have no such function
-    except (OSError, TypeError, AttributeError):
+    libc = _glibc()
+    if libc is None:
         return "left to the C library, which is not glibc"
-    if not all([libc.mallopt(option, value) for option, value in SETTINGS.items()]):
+    if not all([libc.mallopt(option, value) for option, value in KEEPING.items()]):
         return "given back to the system (glibc refused)"
     return KEPT
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, if it is glibc."""
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):  # a Python that cannot load libraries, and Windows
+        return None
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
