@@ -482,9 +482,14 @@ class Config:
         return self
 
 
+def default_warmup_steps(num_steps: int) -> int:
+    """The warm-up of a run of so many steps that asks for none: a twentieth of it."""
+    return num_steps // 20
+
+
 def warmup_within(warmup_steps: int | None, num_steps: int) -> int | None:
-    """A warm-up in a run of so many steps: as asked for if it ends before the run does, else a twentieth of the run."""
-    return warmup_steps if warmup_steps is None or warmup_steps < num_steps else num_steps // 20
+    """A warm-up in a run of so many steps: as asked for if it ends before the run does, else the default one."""
+    return warmup_steps if warmup_steps is None or warmup_steps < num_steps else default_warmup_steps(num_steps)
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

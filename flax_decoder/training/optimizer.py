@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from flax_decoder.config import OptimizerConfig
+from flax_decoder.config import OptimizerConfig, default_warmup_steps
 from flax_decoder.nn.axes import PROJECTIONS
 from flax_decoder.training.moments import with_bfloat16_moments
 from flax_decoder.training.spikes import remember_losses
@@ -32,7 +32,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float 
     """
     peak = config.learning_rate if peak is None else peak
     final = peak * config.final_fraction
-    warmup = num_steps // 20 if config.warmup_steps is None else config.warmup_steps
+    warmup = default_warmup_steps(num_steps) if config.warmup_steps is None else config.warmup_steps
     rest = max(num_steps - warmup, 1)
     match config.schedule:
         case "cosine":
