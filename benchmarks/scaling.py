@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from process_memory import mib_level
 
 import flax_decoder as fd
 from flax_decoder.config import DataConfig
@@ -42,7 +43,7 @@ from flax_decoder.training.step import state_maker
 
 MB, MIB = 10**6, 2**20
 # A point that has taken so long is not repeated any more.
-MOST_SECONDS = 20.0
+MAX_POINT_SECONDS = 20.0
 NEW_TOKENS = 64
 LINE_WORDS = 12
 TOKENIZER_TOKENS = 8192
@@ -304,7 +305,7 @@ def write_texts(folder: Path, sizes: Sequence[int]) -> None:
 def fastest(act: Callable[[], Any], rounds: int) -> tuple[float, float]:
     """Seconds and processor seconds of a call, of each the least of all rounds."""
     seconds, processor_seconds = [], []
-    while not seconds or (len(seconds) < rounds and sum(seconds) < MOST_SECONDS):
+    while not seconds or (len(seconds) < rounds and sum(seconds) < MAX_POINT_SECONDS):
         start, processor_start = time.perf_counter(), time.process_time()
         act()
         seconds.append(time.perf_counter() - start)
@@ -327,12 +328,6 @@ def memory_before() -> float | None:
 def mib_over(before: float | None) -> float | None:
     """The highest level since, in MiB over the one before; None where the system does not say it."""
     return None if before is None else mib_level("VmHWM") - before
-
-
-def mib_level(name: str) -> float:
-    """A level of this process's memory on Linux."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from process_memory import mib_level
 
 from flax_decoder.training.hardware import describe_cpu
 
@@ -115,16 +116,15 @@ def take_turns(name: str, shape_name: str) -> None:
             start = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - start)
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_mib": peak_mib()}), flush=True)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had, on Linux; 0 elsewhere."""
+def peak_mib() -> float | None:
+    """The most memory that this process has had, where the system says it."""
     try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+        return mib_level("VmHWM")
     except OSError:
-        return 0
+        return None
 
 
 class Contestant:
@@ -160,8 +160,8 @@ class Contestant:
         self.process.wait()
 
 
-def measure(shape_name: str, num_rounds: int) -> dict[str, dict[str, float]]:
-    """Of each contestant the median of seconds a step, and the peak of memory."""
+def measure(shape_name: str, num_rounds: int) -> dict[str, dict[str, Any]]:
+    """The median seconds per step and the peak memory of each contestant."""
     contestants = {name: Contestant(name, shape_name) for name in (OURS, *THEIRS)}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for _ in range(num_rounds):
@@ -172,7 +172,7 @@ def measure(shape_name: str, num_rounds: int) -> dict[str, dict[str, float]]:
     return {
         name: {
             "seconds": statistics.median(seconds for turn in results for seconds in turn["seconds"]),
-            "peak_bytes": max(turn["peak_bytes"] for turn in results),
+            "peak_mib": results[-1]["peak_mib"],
         }
         for name, results in turns.items()
     }
@@ -202,7 +202,8 @@ def main() -> None:
         results[name] = {"contestants": contestants, "ratio": ratio}
         print(f"layers/width/context/batch {name}, median of {options.rounds}")
         for contestant, result in contestants.items():
-            print(f"  {contestant:<42} {1000 * result['seconds']:9.1f} ms  {result['peak_bytes'] / 2**20:7,.0f} MiB")
+            memory = "" if result["peak_mib"] is None else f"{result['peak_mib']:7,.0f} MiB"
+            print(f"  {contestant:<42} {1000 * result['seconds']:9.1f} ms  {memory}")
         print(f"  fastest PyTorch over ours: {ratio:.3f}", flush=True)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
