@@ -10,6 +10,7 @@ import sys
 import jax
 import pytest
 import reference
+from limits import HANGS_SECONDS
 
 from flax_decoder.cli import main
 from flax_decoder.config import ModelConfig
@@ -209,6 +210,6 @@ def test_ctrl_c_in_a_stream_leaves_with_130(folder):
     )
     shown = process.stdout.read(len("To be") + 3)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=600)
+    _, error = process.communicate(timeout=HANGS_SECONDS)
     assert shown.startswith(b"To be") and process.returncode == 130
     assert error == b"\n"

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+from limits import HANGS_SECONDS
 
 from flax_decoder.cli import main
 from flax_decoder.config import SECTIONS, fields_of
@@ -366,7 +367,7 @@ sys.exit(cli.main(["train"]))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_no_signal_is_lost_where_python_drops_exceptions(number):
     command = [sys.executable, "-c", IN_A_CALLBACK, str(int(number))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_SECONDS)
     assert done.returncode == 128 + number
     assert "Traceback" not in done.stderr
 
@@ -393,7 +394,7 @@ def test_a_signal_during_an_import_leaves_with_its_code(tmp_path, number):
     ) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(number)
-        assert process.wait(timeout=300) == 128 + number
+        assert process.wait(timeout=HANGS_SECONDS) == 128 + number
         assert process.stderr.read() == ""
 
 

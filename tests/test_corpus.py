@@ -208,9 +208,9 @@ def test_a_save_that_breaks_off_is_not_taken_for_a_corpus(corpus, broken, monkey
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
 def test_preparing_a_text_takes_little_more_memory_than_text_and_tokens(kind):
-    """A byte is held in the text, in one of its parts, and as a token of two bytes beside which there may be room.
+    """Per byte of text: one in the text, one in one of its parts, two in its token, and one to spare.
 
-    Reading holds it twice at most. What does not grow with the text cancels out.
+    What does not grow with the text cancels out.
     """
 
     def peak(num_bytes):

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from limits import HANGS_SECONDS
 
 import flax_decoder as fd
 from flax_decoder import files
@@ -108,8 +109,8 @@ def crash():
     raise CrashError
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
+def wait_for(condition):
+    end = time.monotonic() + HANGS_SECONDS
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
@@ -269,7 +270,7 @@ def test_the_process_saves_and_exits_with_the_code_of_the_signal(text, tmp_path,
         log = tmp_path / "run" / "metrics.jsonl"
         wait_for(lambda: (log.exists() and log.read_text().count("\n") > 1) or process.poll() is not None)
         process.send_signal(number)
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=HANGS_SECONDS)
     finally:
         process.kill()
     assert process.returncode == code, error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import HANGS_SECONDS
 from xla_flags import QUICK
 
 import flax_decoder as fd
@@ -41,9 +42,7 @@ SETTINGS = {
 # Sums of float32 in another order.
 LOSS_TOLERANCE = 1e-5
 # A process is dead after so long without a sign: at once where one is killed, else never, however busy the machine.
-HEARTBEAT_SECONDS, PATIENT_SECONDS = 10, 1800
-# After so long a process is taken to hang: far longer than it needs where much else runs.
-HANGS_SECONDS = 1800
+HEARTBEAT_SECONDS, PATIENT_SECONDS = 10, HANGS_SECONDS
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import reference
+from limits import HANGS_SECONDS
 
 from flax_decoder.cli import main
 from flax_decoder.config import ModelConfig
@@ -87,7 +88,7 @@ def on_a_terminal(*commands, typed=b""):
     except OSError:  # how Linux says that the other end is closed
         pass
     os.close(control)
-    assert process.wait(timeout=600) == 0, received
+    assert process.wait(timeout=HANGS_SECONDS) == 0, received
     shown = received.decode().replace("\r\n", "\n")  # as a terminal ends its lines
     *parts, nothing = re.split(r"== (\d+) ==\n", shown)
     assert nothing == ""

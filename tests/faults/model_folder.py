@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import reference
 from hypothesis import HealthCheck, settings
+from limits import HANGS_SECONDS
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
@@ -23,13 +24,11 @@ from flax_decoder.interop.hugging_face import write_folder
 from flax_decoder.interop.tensor_file import read_header
 from flax_decoder.nn.decoder import Decoder
 
-MOST_GROWTH_BYTES = 200_000_000
+MAX_GROWTH_BYTES = 200_000_000
 # Work is counted, so that neither the machine nor what else runs on it matters: what is read, and calls of functions.
 # An ordinary load of the small model takes 170,000 calls, nearly all of them in JAX and Flax.
-MOST_READ_BYTES = 60_000_000
-MOST_CALLS = 2_000_000
-# What takes for ever in one call of a library is ended with the whole process: far longer than anything may need.
-HANGS_SECONDS = 1800
+MAX_READ_BYTES = 60_000_000
+MAX_CALLS = 2_000_000
 SETTINGS = {
     "vocab_size": 256,
     "context_length": 32,
@@ -120,6 +119,7 @@ def bounded(counts_calls: bool = True) -> Iterator[None]:
         Path("/proc/self/clear_refs").write_text("5")  # the highest use of memory so far is forgotten
     before, read_before = (_peak_bytes(), _read_bytes()) if is_linux else (0, 0)
     profile = cProfile.Profile()
+    # What takes for ever in one call of a library is ended with the whole process.
     faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True)
     if counts_calls:
         profile.enable()
@@ -129,10 +129,10 @@ def bounded(counts_calls: bool = True) -> Iterator[None]:
         profile.disable()
         faulthandler.cancel_dump_traceback_later()
     growth, read = (_peak_bytes() - before, _read_bytes() - read_before) if is_linux else (0, 0)
-    assert growth < MOST_GROWTH_BYTES, f"memory grew by {growth:,} bytes"
-    assert read < MOST_READ_BYTES, f"it read {read:,} bytes"
+    assert growth < MAX_GROWTH_BYTES, f"memory grew by {growth:,} bytes"
+    assert read < MAX_READ_BYTES, f"it read {read:,} bytes"
     num_calls = sum(function.callcount for function in profile.getstats())
-    assert num_calls < MOST_CALLS, f"it took {num_calls:,} calls of functions"
+    assert num_calls < MAX_CALLS, f"it took {num_calls:,} calls of functions"
 
 
 def refusal(folder: Path) -> str:

@@ -8,6 +8,7 @@ import pytest
 import run_state
 import test_kill_points
 import tiny_run
+from limits import HANGS_SECONDS
 
 from flax_decoder.cli import main
 
@@ -44,7 +45,7 @@ def test_a_run_that_is_killed_at_random_times(tmp_path, count_cases, num_steps, 
             # Such that the kills are spread over all the steps. Some come earlier: in imports, compiling, restoring.
             target = newest + rng.randint(1, max((num_steps - newest) // (num_kills - number + 3), 1))
             early = number % 4 == seed % 4
-            end = time.monotonic() + (rng.uniform(0, whole_seconds) if early else tiny_run.HANGS_SECONDS)
+            end = time.monotonic() + (rng.uniform(0, whole_seconds) if early else HANGS_SECONDS)
             # The log is made anew at a start: until then it has lines beyond the checkpoint.
             while (made_at(log) == log_before or run_state.last_step(folder) < target) and time.monotonic() < end:
                 assert process.poll() is None, process.communicate()

@@ -10,6 +10,7 @@ import time
 import pytest
 import run_state
 import tiny_run
+from limits import HANGS_SECONDS
 
 from flax_decoder.cli import main
 
@@ -145,7 +146,7 @@ def test_of_two_that_start_at_the_same_instant_one_wins(tmp_path, place, count_c
                 assert winner.poll() is None, winner.communicate()
                 time.sleep(0.01)
             winner.send_signal(signal.SIGTERM)
-            output, errors = winner.communicate(timeout=tiny_run.HANGS_SECONDS)
+            output, errors = winner.communicate(timeout=HANGS_SECONDS)
             assert winner.returncode == 143, (output, errors)
         finally:
             for process in both:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import run_state
 import tiny_run
+from limits import HANGS_SECONDS
 
 FAULTY = Path(__file__).parent / "faulty_run.py"
 NUM_STEPS, SAVE_EVERY, EVAL_EVERY = 120, 10, 5
@@ -130,7 +131,7 @@ keep = cli._keep_compilations
 cli._keep_compilations = lambda: (sys.addaudithook(listen), keep())
 sys.exit(cli.main(sys.argv[3:]))
 """
-MOST_EVENTS = 3500  # a start has some 2,600; what comes after them are steps
+MAX_EVENTS = 3500  # a start has some 2,600; what comes after them are steps
 
 
 @pytest.mark.fault("SIGTERM and SIGINT at a start")
@@ -145,7 +146,7 @@ def test_a_run_that_is_stopped_at_any_time_of_its_start(whole, tmp_path, count_c
         folder = tmp_path / "run"
         number = BOTH[place % 2]
         # Places of the start by what has been done, not by the time, which depends on the machine; a part of them each.
-        share = MOST_EVENTS // num_cases
+        share = MAX_EVENTS // num_cases
         count = place * share + rng.randint(1, share)
         words = [sys.executable, "-c", STOPPED, str(count), str(int(number)), "train", *arguments[2:]]
         code, output, errors = tiny_run.finish(words, JAX_COMPILATION_CACHE_DIR=cache, PYTHONUNBUFFERED="1")
@@ -172,7 +173,7 @@ def test_a_second_signal_leaves_at_once(whole, tmp_path, numbers):
         while first.name not in (line := process.stdout.readline()):
             assert line, process.communicate()
         os.kill(process.pid, second)
-        output, errors = process.communicate(timeout=tiny_run.HANGS_SECONDS)
+        output, errors = process.communicate(timeout=HANGS_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 128 + second and "Traceback" not in errors, errors

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from limits import HANGS_SECONDS  # a FIFO that is waited for would be for ever
 
 import flax_decoder.training.loop  # noqa: F401 (a test that goes on as another user cannot read the package)
 from flax_decoder.cli import main
@@ -26,7 +27,6 @@ from flax_decoder.files import open_regular
 ROW = "Texts of every kind"
 PROMPTS = "Prompts of every kind"
 CONFIGS = "Config files of every kind"
-MOST_SECONDS = 1800  # until a test is stopped: a FIFO that is waited for would be for ever
 NOBODY = 65534
 ENGLISH = "To be, or not to be, that is the question:\n" * 40
 
@@ -36,11 +36,11 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     """Each test has a folder for itself, and an end."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"not done after {MOST_SECONDS} s")
+        raise TimeoutError(f"not done after {HANGS_SECONDS} s")
 
     monkeypatch.chdir(tmp_path)
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, HANGS_SECONDS)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
@@ -529,7 +529,7 @@ def test_what_is_no_text_is_refused_by_the_command_itself(tmp_path: Path, count_
         ([*command, "generate", "no_run"], b"a\n\xff", b"standard input: is not UTF-8 (byte 0xFF at offset 2, line 2)"),
     ]
     for arguments, given, reason in cases:
-        result = subprocess.run(arguments, input=given, capture_output=True, timeout=MOST_SECONDS)
+        result = subprocess.run(arguments, input=given, capture_output=True, timeout=HANGS_SECONDS)
         assert result.returncode == 2 and result.stdout == b"" and result.stderr.startswith(b"error: " + reason)
     assert os.listdir() == ["fifo"]
     count_cases(len(cases))

@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from limits import HANGS_SECONDS
 from xla_flags import QUICK
 
-# After so long a process is taken to hang: far longer than it needs where much else runs.
-HANGS_SECONDS = 1800
 _FOLDERS = contextlib.ExitStack()
 atexit.register(_FOLDERS.close)
 TRAIN = Path(__file__).parent.parent.parent / "train.py"
