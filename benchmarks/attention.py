@@ -44,6 +44,7 @@ def measure(name: str, asked: argparse.Namespace, expected: Any) -> tuple[str, A
     from flax_decoder.config import ModelConfig
     from flax_decoder.errors import UserError
     from flax_decoder.nn.attention import SelfAttention
+    from flax_decoder.nn.call import Call
     from flax_decoder.parallel.mesh import mesh_of, sharding_of, use_mesh
 
     width, T = asked.heads * asked.head_dim, asked.length
@@ -62,10 +63,10 @@ def measure(name: str, asked: argparse.Namespace, expected: Any) -> tuple[str, A
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
 
     def init(rng: jax.Array) -> Any:
-        return layer.init(rng, jnp.zeros((1, 1, width), config.dtype), positions_BT[:, :1], None)
+        return layer.init(rng, jnp.zeros((1, 1, width), config.dtype), Call(positions_BT[:, :1]))
 
     def loss(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y_BTD, _ = layer.apply(params, x_BTD, positions_BT, config.window, fast=True)
+        y_BTD, _ = layer.apply(params, x_BTD, Call(positions_BT, in_order=True), config.window)
         return jnp.square(y_BTD.astype(jnp.float32)).mean(), y_BTD
 
     mesh = mesh_of(devices_of(asked.topology)[:1])

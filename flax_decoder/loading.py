@@ -18,8 +18,8 @@ from flax_decoder.interop.hugging_face import (
     write_folder,
     write_special_tokens,
 )
-from flax_decoder.nn.attention_choice import for_these_devices
 from flax_decoder.nn.decoder import Decoder, abstract_params
+from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
 from flax_decoder.training.run_folder import facts_of, refuse_changed_files, refuse_changed_model
 

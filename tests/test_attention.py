@@ -14,6 +14,7 @@ import reference
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention import dot_product_attention
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.mask import MaskSpec
 
 B, T, N, H = 2, 7, 6, 5
 POSITIONS = ["learned", "sinusoidal", "rotary", "alibi", "none"]
@@ -29,14 +30,20 @@ def random_qkv(num_kv_heads, seed=0, length=T):
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def causal_mask(length=T, window=None):
-    return np.array([[[reference.sees(t, s, window) for s in range(length)] for t in range(length)]])
+def causal_mask(window=None, slopes_N=None):
+    positions_1T = np.arange(T, dtype=np.int32)[None]
+    return MaskSpec(positions_1T, positions_1T, slopes_N, window)
 
 
-def alibi_bias():
-    distance_TS = np.arange(T)[:, None] - np.arange(T)[None]
-    slopes_N = np.asarray(reference.alibi_slopes(N), np.float32)
-    return -slopes_N[None, :, None, None] * distance_TS[None, None].astype(np.float32)
+def recorded_attention(*arguments, **settings):
+    """The heads, and by name what the formula shows its hook."""
+    recorded = {}
+
+    def hook(name, array):
+        recorded[name] = array
+        return array
+
+    return dot_product_attention(*arguments, hook=hook, **settings), recorded
 
 
 @pytest.mark.parametrize("num_kv_heads", [6, 3, 2, 1])
@@ -45,10 +52,10 @@ def alibi_bias():
 )
 def test_dot_product_attention(num_kv_heads, window, soft_cap, alibi):
     q_BTNH, k_BSKH, v_BSKH = random_qkv(num_kv_heads)
-    heads_BTNH, scores_BKGTS, weights_BKGTS = dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, causal_mask(window=window), alibi_bias() if alibi else None, soft_cap
-    )
-    slopes_N = reference.alibi_slopes(N) if alibi else None
+    slopes_N = np.asarray(reference.alibi_slopes(N), np.float32) if alibi else None
+    mask = causal_mask(window, slopes_N)
+    heads_BTNH, recorded = recorded_attention(q_BTNH, k_BSKH, v_BSKH, mask, soft_cap=soft_cap)
+    scores_BKGTS, weights_BKGTS = recorded["scores"], recorded["weights"]
     for b in range(B):
         q_TNH, k_SKH, v_SKH = (np.float64(array[b]) for array in (q_BTNH, k_BSKH, v_BSKH))
         expected_TNH = reference.attention(q_TNH, k_SKH, v_SKH, window, slopes_N, soft_cap)
@@ -56,37 +63,43 @@ def test_dot_product_attention(num_kv_heads, window, soft_cap, alibi):
 
     K, G = num_kv_heads, N // num_kv_heads
     assert scores_BKGTS.shape == weights_BKGTS.shape == (B, K, G, T, T)
-    hidden_BKGTS = np.broadcast_to(~causal_mask(window=window)[:, None, None], weights_BKGTS.shape)
+    seen_TS = np.array([[reference.sees(t, s, window) for s in range(T)] for t in range(T)])
+    hidden_BKGTS = np.broadcast_to(~seen_TS, weights_BKGTS.shape)
     assert (np.asarray(weights_BKGTS)[hidden_BKGTS] == 0).all()
     assert (np.asarray(scores_BKGTS)[hidden_BKGTS] == -np.inf).all()
     np.testing.assert_allclose(weights_BKGTS.sum(-1), 1, rtol=1e-6)
 
 
 def test_each_row_has_its_own_mask():
-    """A batch of masks, and keys beyond the queries, as cached decoding gives them."""
+    """Rows at other positions, and empty slots among the keys, as cached decoding has them."""
     q_BTNH, k_BSKH, v_BSKH = random_qkv(2)
-    q_BTNH = q_BTNH[:, :3]
-    mask_BTS = np.zeros((B, 3, T), bool)
-    mask_BTS[0, :, 1] = mask_BTS[1, :, 4] = True  # each query sees one key, and so gathers exactly its value
-    heads_BTNH = dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)[0]
+    positions_BT, key_positions_BS = np.full((B, 3), 7, np.int32), np.full((B, T), -1, np.int32)
+    key_positions_BS[0, 1] = key_positions_BS[1, 4] = 7  # each query sees one key, and so gathers exactly its value
+    mask = MaskSpec(positions_BT, key_positions_BS)
+    heads_BTNH = dot_product_attention(q_BTNH[:, :3], k_BSKH, v_BSKH, mask)
     np.testing.assert_array_equal(heads_BTNH[0], np.broadcast_to(v_BSKH[0, 1].repeat(3, axis=0), (3, N, H)))
     np.testing.assert_array_equal(heads_BTNH[1], np.broadcast_to(v_BSKH[1, 4].repeat(3, axis=0), (3, N, H)))
 
 
-def test_dropped_weights_are_not_the_ones_shown():
+def test_the_hook_replaces_weights():
     q_BTNH, k_BSKH, v_BSKH = random_qkv(2)
     whole = dot_product_attention(q_BTNH, k_BSKH, v_BSKH, causal_mask())
-    doubled = dot_product_attention(q_BTNH, k_BSKH, v_BSKH, causal_mask(), drop=lambda weights: weights * 2)
-    np.testing.assert_allclose(doubled[0], 2 * whole[0], rtol=1e-6)
-    np.testing.assert_array_equal(doubled[2], whole[2])
+
+    def doubled(name, array):
+        return array * 2 if name == "weights" else array
+
+    twice = dot_product_attention(q_BTNH, k_BSKH, v_BSKH, causal_mask(), hook=doubled)
+    np.testing.assert_allclose(twice, 2 * whole, rtol=1e-6)
 
 
 def test_bfloat16_scores_and_softmax_are_float32():
     q, k, v = (jnp.asarray(array, jnp.bfloat16) for array in random_qkv(2))
-    heads, scores, weights = dot_product_attention(q, k, v, causal_mask())
-    assert (heads.dtype, scores.dtype, weights.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
-    exact = dot_product_attention(*(array.astype(jnp.float32) for array in (q, k, v)), causal_mask())
-    np.testing.assert_allclose(weights, exact[2], atol=TOLERANCE)  # only the values are rounded, not the weights
+    heads, recorded = recorded_attention(q, k, v, causal_mask())
+    dtypes = heads.dtype, recorded["scores"].dtype, recorded["weights"].dtype
+    assert dtypes == (jnp.bfloat16, jnp.float32, jnp.float32)
+    _, exact = recorded_attention(*(array.astype(jnp.float32) for array in (q, k, v)), causal_mask())
+    # Only the values are rounded, not the weights.
+    np.testing.assert_allclose(recorded["weights"], exact["weights"], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -94,11 +107,11 @@ def test_no_gradient_flows_to_keys_and_values_out_of_sight(window):
     q_BTNH, k_BSKH, v_BSKH = random_qkv(3)
 
     def heads_THN(k_SKH, v_SKH):
-        return dot_product_attention(q_BTNH[:1], k_SKH[None], v_SKH[None], causal_mask(window=window))[0][0]
+        return dot_product_attention(q_BTNH[:1], k_SKH[None], v_SKH[None], causal_mask(window))[0]
 
     for jacobian_TNHSKH in jax.jit(jax.jacrev(heads_THN, argnums=(0, 1)))(k_BSKH[0], v_BSKH[0]):
         reached_TS = np.asarray(jacobian_TNHSKH != 0).any(axis=(1, 2, 4, 5))
-        seen_TS = causal_mask(window=window)[0]
+        seen_TS = np.array([[reference.sees(t, s, window) for s in range(T)] for t in range(T)])
         assert not reached_TS[~seen_TS].any()
         # A query with one key gives it weight 1 whatever the key: the gradient to that key may be zero.
         assert reached_TS[seen_TS & (seen_TS.sum(-1, keepdims=True) > 1)].all()

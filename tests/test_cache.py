@@ -69,7 +69,7 @@ def test_rows_of_different_lengths(kind):
     config, expected_BTV, append = compiled(kind)
     length_B = np.array([4, 1, 2], np.int32)
     padded_BT = np.where(np.arange(4) < length_B[:, None], TOKENS_BT[:, :4], 16 - TOKENS_BT[:, :4])
-    _, cache = append(empty_cache(config, B, CAPACITY, num_spare=3), padded_BT)
+    _, cache = append(empty_cache(config, B, CAPACITY, rollback_slots=3), padded_BT)
     cache = cache.replace(length_B=jnp.asarray(length_B))
     for step in range(3):
         at_B = length_B + step
@@ -133,7 +133,7 @@ def test_positions_of_slots():
 
 def test_a_layer_with_a_window_has_its_slots_only():
     config, _, _ = compiled("window")
-    cache = empty_cache(config, B, CAPACITY, num_spare=2)
+    cache = empty_cache(config, B, CAPACITY, rollback_slots=2)
     assert [k_BKSH.shape[2] for k_BKSH, _ in cache.layers] == [CAPACITY + 2, 3 + 2]
     assert [k_BKSH.shape[2] for k_BKSH, _ in empty_cache(config, B, 2).layers] == [2, 2]
 
@@ -177,8 +177,8 @@ def test_padding_leaves_no_trace():
 def test_spare_slots_let_tokens_be_forgotten_after_they_took_the_place_of_others():
     config, _, append = compiled("rotary")
     tokens_BT = np.random.default_rng(3).integers(0, V, (B, 9)).astype(np.int32)
-    _, straight = append(empty_cache(config, B, 4, num_spare=3), tokens_BT)
-    _, detour = append(empty_cache(config, B, 4, num_spare=3), tokens_BT[:, :7])
+    _, straight = append(empty_cache(config, B, 4, rollback_slots=3), tokens_BT)
+    _, detour = append(empty_cache(config, B, 4, rollback_slots=3), tokens_BT[:, :7])
     _, detour = append(detour, (tokens_BT[:, 6:9] + 1) % V)
     _, detour = append(detour.replace(length_B=detour.length_B - 3), tokens_BT[:, 7:9])
     next_BT = tokens_BT[:, :1]

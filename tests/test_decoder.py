@@ -171,7 +171,7 @@ def test_the_list_above_is_complete():
         values = {getattr(ModelConfig(**SIZES | settings), name) for settings in CHOICES.values()}
         if name in NOT_HERE or name in SIZES:
             continue
-        # cuDNN needs a GPU; what can be said of it without one is in test_attention_kernels.py.
+        # cuDNN needs a GPU; what can be said of it without one is in test_kernels.py.
         wanted = set(words_of(name)) - {"cudnn"} or ({True, False} if field.annotation is bool else set())
         assert wanted <= values, name
         assert len(values) > 1, f"{name} is never changed"

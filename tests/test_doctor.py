@@ -192,10 +192,11 @@ def test_the_least_leak_fails(state, batch, amount, distance):
 
 
 def test_attention_without_its_mask_fails(state, batch, monkeypatch):
-    from flax_decoder.nn import attention_kernels
+    from flax_decoder.nn.mask import MaskSpec
 
     assert doctor.check_no_leak(state, batch["inputs"][:1]).status == "ok"
-    monkeypatch.setattr(attention_kernels.jnp, "where", lambda mask, there, elsewhere: there)
+    visible_BTS = MaskSpec.visible_BTS
+    monkeypatch.setattr(MaskSpec, "visible_BTS", lambda mask: visible_BTS(mask) | True)
     jax.clear_caches()
     assert doctor.check_no_leak(state, batch["inputs"][:1]).status == "FAILED"
     jax.clear_caches()

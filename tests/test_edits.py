@@ -12,8 +12,8 @@ from test_decoder import TOKENS_BT, TOLERANCE, B, T, V, make
 from flax_decoder.lens import capture as capture_module
 from flax_decoder.lens.capture import capture
 from flax_decoder.lens.edits import patch, replace_weights, zero_head
-from flax_decoder.nn.attention_kernels import BLOCK_TOKENS
-from flax_decoder.nn.intermediates import EDITABLE
+from flax_decoder.nn.call import EDITABLE
+from flax_decoder.nn.kernels.blockwise import QUERIES_PER_BLOCK
 
 close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE, rtol=1e-5)
 # Every array there is to edit is there, and layers differ in their window.
@@ -125,7 +125,7 @@ def test_the_residual_stream_of_another_text_makes_its_logits(way):
 def test_edits_need_the_readable_kind_of_attention():
     """A faster kind has no weights that could be edited; asked for logits alone, the model still takes the edit."""
     model, params = make(attention="blockwise", positions="alibi")
-    tokens_BT = np.random.default_rng(0).integers(0, V, (1, BLOCK_TOKENS + 6))
+    tokens_BT = np.random.default_rng(0).integers(0, V, (1, QUERIES_PER_BLOCK + 6))
     edits = {"weights": lambda weights_BNTS, layer: weights_BNTS.at[:, :, -1, 0].set(1)}
     logits_BTV = jax.jit(functools.partial(model.apply, edits=edits))({"params": params}, tokens_BT)
     close(logits_BTV, capture(model, params, tokens_BT, edits=edits)["logits"])

@@ -31,6 +31,7 @@ from flax_decoder.interop.observation import observe
 from flax_decoder.interop.torch_side import PyTorchSide
 from flax_decoder.interop.weights import flatten
 from flax_decoder.nn import attention, linear
+from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.training import step
 from flax_decoder.training.checkpoint import save_params
 from flax_decoder.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer
@@ -428,9 +429,9 @@ def tiled_attention(q_BTNH, k_BSKH, v_BSKH, *arguments, **settings):
     return DOT_PRODUCT_ATTENTION(q_BTNH, *tiled, *arguments, **settings)
 
 
-def rounded_linear(self, x):
+def rounded_linear(self, equation, x):
     """`Linear` as a TPU multiplies float32 by default."""
-    return LINEAR_CALL(self, x.astype(jnp.bfloat16).astype(x.dtype) if x.dtype == jnp.float32 else x)
+    return LINEAR_CALL(self, equation, x.astype(jnp.bfloat16).astype(x.dtype) if x.dtype == jnp.float32 else x)
 
 
 def summed_accumulation(state, batch, rng):
@@ -455,18 +456,23 @@ def rotate_backwards(x_BTNH, positions_BT, frequencies):
     return ROTATE(x_BTNH, -positions_BT, frequencies)
 
 
-def attention_to_all(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *arguments, **settings):
-    return DOT_PRODUCT_ATTENTION(q_BTNH, k_BSKH, v_BSKH, mask_BTS | True, *arguments, **settings)
+def visible_to_all(mask):
+    return VISIBLE(mask) | True
 
 
-def softmax_over_queries(q_BTNH, k_BSKH, v_BSKH, *arguments, **settings):
-    heads_BTNH, scores, _ = DOT_PRODUCT_ATTENTION(q_BTNH, k_BSKH, v_BSKH, *arguments, **settings)
-    return heads_BTNH, scores, jax.nn.softmax(scores, axis=-2)
+def softmax_over_queries(*arguments, hook, **settings):
+    scores = []
+
+    def other_weights(name, array):
+        scores.append(array)
+        return hook(name, array if name == "scores" else jax.nn.softmax(scores[0], axis=-2))
+
+    return DOT_PRODUCT_ATTENTION(*arguments, hook=other_weights, **settings)
 
 
 ROTATE = attention.rotate
 DOT_PRODUCT_ATTENTION, LINEAR_CALL = attention.dot_product_attention, linear.Linear.__call__
-ACCUMULATE = step.accumulate
+ACCUMULATE, VISIBLE = step.accumulate, MaskSpec.visible_BTS
 CODE = {
     "rotary layout": (
         (attention, "rotate", interleaved_rotate),
@@ -494,7 +500,7 @@ CODE = {
         "rotary direction: the two turn opposite ways",
     ),
     "a look at the future": (
-        (attention, "dot_product_attention", attention_to_all),
+        (MaskSpec, "visible_BTS", visible_to_all),
         "layers.0.attention.scores",
         "the mask: ours lets positions see later ones",
     ),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_decoder.nn.linear import project
+from flax_decoder.nn.linear import Linear, num_summed_axes, project
 
 B, T, I, O = 2, 5, 7, 11  # noqa: E741
 
@@ -42,3 +42,27 @@ def test_a_product_and_its_gradients(dtype, tolerance):
         assert gradient.dtype == dtype
         size = np.abs(exact_gradient).max()
         np.testing.assert_allclose(np.asarray(gradient, np.float64), exact_gradient, rtol=0, atol=tolerance * size)
+
+
+@pytest.mark.parametrize(
+    ("equation", "expected"), [("BTD,DNH->BTNH", 1), ("BTNH,NHD->BTD", 2), ("BTD,DF->BTF", 1), ("TNH,NHD->TD", 2)]
+)
+def test_an_equation_says_how_many_axes_are_summed(equation, expected):
+    assert num_summed_axes(equation) == expected
+
+
+@pytest.mark.parametrize(
+    "equation", ["BTD,NHD->BTNH", "DBT,DNH->BTNH", "BTD,DNH->BTHN", "BTNH,HND->BTD", "BT,NH->BTNH", "BTD,DN->BTD"]
+)
+def test_other_products_are_refused(equation):
+    with pytest.raises(ValueError, match="sums over the last axes"):
+        num_summed_axes(equation)
+
+
+def test_a_linear_layer_is_the_einsum_of_its_equation():
+    layer = Linear((3, 4), use_bias=True, init_stddev=1.0)
+    x_BTI = of_float32(B, T, I)
+    params = layer.init(jax.random.key(0), "BTI,INH->BTNH", x_BTI)["params"]
+    params["bias"] = of_float32(3, 4)
+    found = layer.apply({"params": params}, "BTI,INH->BTNH", x_BTI)
+    np.testing.assert_allclose(found, np.einsum("BTI,INH->BTNH", x_BTI, params["kernel"]) + params["bias"], atol=1e-5)

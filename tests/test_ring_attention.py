@@ -13,13 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
-from flax_decoder.nn.attention import NO_WINDOW, dot_product_attention
+from flax_decoder.nn.attention import dot_product_attention
 from flax_decoder.nn.cache import empty_cache
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.kernels.block_pairs import count_block_pairs
+from flax_decoder.nn.kernels.ring import find_ring
+from flax_decoder.nn.kernels.ring_attention import ring_attention
+from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.nn.positions import alibi_slopes
-from flax_decoder.nn.ring import find_ring
-from flax_decoder.nn.ring_attention import ring_attention
-from flax_decoder.nn.token_blocks import count_blocks
 from flax_decoder.parallel.mesh import mesh_of, sharding_of, use_mesh
 from flax_decoder.parallel.zigzag import zigzag
 from flax_decoder.training.step import mean_gradients, state_maker
@@ -48,25 +49,17 @@ def value_and_gradients(attend, q_BTNH, k_BSKH, v_BSKH, dheads_BTNH):
     return heads_BTNH, *pull(dheads_BTNH)
 
 
-@functools.partial(jax.jit, static_argnames=("soft_cap", "scale"))
-def on_one_device(arrays, positions_BT, window, slopes_N=None, soft_cap=None, scale=None):
-    distance_BTS = positions_BT[:, :, None] - positions_BT[:, None]
-    mask_BTS = (distance_BTS >= 0) & (distance_BTS < window)
-    bias_BNTS = None
-    if slopes_N is not None:
-        bias_BNTS = -slopes_N[None, :, None, None] * distance_BTS[:, None].astype(jnp.float32)
-
-    def attend(q_BTNH, k_BSKH, v_BSKH):
-        return dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, bias_BNTS, soft_cap, scale)[0]
-
-    return value_and_gradients(attend, *arrays)
+@functools.partial(jax.jit, static_argnames=("window", "soft_cap", "scale"))
+def on_one_device(arrays, positions_BT, window, slopes_N=None, **settings):
+    mask = MaskSpec(jnp.asarray(positions_BT), jnp.asarray(positions_BT), slopes_N, window)
+    return value_and_gradients(functools.partial(dot_product_attention, mask=mask, **settings), *arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("soft_cap", "scale", "dropout", "block_tokens"))
+@functools.partial(jax.jit, static_argnames=("window", "soft_cap", "scale", "dropout", "max_tokens"))
 def around_the_ring(arrays, positions_BT, window, slopes_N=None, **settings):
     def attend(q_BTNH, k_BSKH, v_BSKH):
-        ring = find_ring(q_BTNH.shape, k_BSKH.shape)
-        return ring_attention(ring, q_BTNH, k_BSKH, v_BSKH, positions_BT, window, slopes_N, **settings)
+        mask = MaskSpec(positions_BT, positions_BT, slopes_N, window)
+        return ring_attention(find_ring(q_BTNH.shape, k_BSKH.shape), q_BTNH, k_BSKH, v_BSKH, mask, **settings)
 
     return value_and_gradients(attend, *arrays)
 
@@ -84,19 +77,19 @@ def in_order(length, num_parts):
 @pytest.mark.short(
     "devices1-56-6-3-zigzag-3-settings1",
     "devices3-44-6-2-shuffled-17-settings3",
-    "devices6-28-6-2-shuffled-1073741824-settings6",
+    "devices6-28-6-2-shuffled-None-settings6",
     "devices8-12-3-1-zigzag-7-settings8",
 )
 @pytest.mark.parametrize(
     ("devices", "length", "num_heads", "num_kv_heads", "order", "window", "settings"),
     [
-        ({"context": 2}, 26, 3, 3, in_order, NO_WINDOW, {}),
+        ({"context": 2}, 26, 3, 3, in_order, None, {}),
         ({"context": 4}, 56, 6, 3, zigzag, 3, {"soft_cap": 0.7}),
         ({"context": 8}, 48, 5, 1, zigzag, 29, {"scale": 0.3}),
         ({"context": 4}, 44, 6, 2, shuffled, 17, {"alibi": True}),
-        ({"context": 8}, 8, 2, 1, in_order, NO_WINDOW, {}),  # one token each
-        ({"data": 2, "context": 4}, 24, 3, 3, zigzag, NO_WINDOW, {"alibi": True, "soft_cap": 2.0}),
-        ({"fsdp": 2, "context": 2, "tensor": 2}, 28, 6, 2, shuffled, NO_WINDOW, {"alibi": True, "scale": 0.5}),
+        ({"context": 8}, 8, 2, 1, in_order, None, {}),  # one token each
+        ({"data": 2, "context": 4}, 24, 3, 3, zigzag, None, {"alibi": True, "soft_cap": 2.0}),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, 28, 6, 2, shuffled, None, {"alibi": True, "scale": 0.5}),
         ({"context": 4, "tensor": 2}, 40, 4, 2, zigzag, 2, {}),
         ({"data": 4, "context": 2}, 12, 3, 1, zigzag, 7, {}),  # two rows for four devices
         ({"context": 2, "tensor": 4}, 12, 4, 2, zigzag, 7, {}),  # two heads of keys for four devices
@@ -110,7 +103,7 @@ def test_the_ring_gives_the_same_heads_and_gradients(devices, length, num_heads,
     settings = {name: value for name, value in settings.items() if name != "alibi"}
     expected = on_one_device(arrays, positions_BT, window, slopes_N, **settings)
     with use_devices(**devices):
-        found = around_the_ring(arrays, positions_BT, window, slopes_N, block_tokens=3, **settings)
+        found = around_the_ring(arrays, positions_BT, window, slopes_N, max_tokens=3, **settings)
     for name, here, there in zip(["heads", "dq", "dk", "dv"], found, expected, strict=True):
         np.testing.assert_allclose(here, there, atol=TOLERANCE * np.abs(there).max(), rtol=0, err_msg=name)
         assert np.abs(there).max() > 0.5
@@ -120,9 +113,9 @@ def test_bfloat16_sums_and_statistics_are_float32():
     length = 64
     arrays = random_arrays(length, 2, 1, dtype=jnp.bfloat16)
     order = zigzag(length, 4)
-    expected = on_one_device([array.astype(jnp.float32) for array in arrays], np.arange(length)[None], NO_WINDOW)
+    expected = on_one_device([array.astype(jnp.float32) for array in arrays], np.arange(length)[None], None)
     with use_devices(context=4):
-        found = around_the_ring([array[:, order] for array in arrays], order[None], NO_WINDOW, block_tokens=4)
+        found = around_the_ring([array[:, order] for array in arrays], order[None], None, max_tokens=4)
     for here, there in zip(found, expected, strict=True):
         assert here.dtype == jnp.bfloat16
         # Rounded once to 8 bits on the way in (weights, and gradients of scores), and once on the way out.
@@ -135,9 +128,9 @@ def test_bfloat16_sums_and_statistics_are_float32():
 def test_a_program_in_float64_stays_in_it():
     with jax.enable_x64(True):
         arrays = random_arrays(24, 3, 3, dtype=np.float64)
-        expected = on_one_device(arrays, np.arange(24)[None], NO_WINDOW)
+        expected = on_one_device(arrays, np.arange(24)[None], None)
         with use_devices(context=4):
-            found = around_the_ring(arrays, np.arange(24)[None], NO_WINDOW, block_tokens=2)
+            found = around_the_ring(arrays, np.arange(24)[None], None, max_tokens=2)
         for here, there in zip(found, expected, strict=True):
             np.testing.assert_allclose(here, there, atol=1e-13)
 
@@ -150,15 +143,15 @@ def test_dropped_weights_are_the_same_in_both_passes():
     with jax.enable_x64(True):
         q, k, v, dheads = random_arrays(32, 4, 2, dtype=np.float64)
         direction = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape))
-        run = functools.partial(around_the_ring, dropout=0.4, block_tokens=2)
+        run = functools.partial(around_the_ring, dropout=0.4, max_tokens=2)
         rng, other_rng = jax.random.key(0), jax.random.key(1)
         positions_BT = zigzag(32, 4)[None]
         with use_devices(context=4, tensor=2):
-            heads, dq, _, dv = run([q, k, v, dheads], positions_BT, NO_WINDOW, rng=rng)
+            heads, dq, _, dv = run([q, k, v, dheads], positions_BT, None, rng=rng)
             step = 1e-5 * direction
-            ahead = run([q + step, k, v, dheads], positions_BT, NO_WINDOW, rng=rng)[0]
-            behind = run([q - step, k, v, dheads], positions_BT, NO_WINDOW, rng=rng)[0]
-            others = run([q, k, v, dheads], positions_BT, NO_WINDOW, rng=other_rng)[0]
+            ahead = run([q + step, k, v, dheads], positions_BT, None, rng=rng)[0]
+            behind = run([q - step, k, v, dheads], positions_BT, None, rng=rng)[0]
+            others = run([q, k, v, dheads], positions_BT, None, rng=other_rng)[0]
         np.testing.assert_allclose(jnp.vdot(dv, v), jnp.vdot(heads, dheads), rtol=1e-10)
         np.testing.assert_allclose(jnp.vdot(dq, direction), jnp.vdot((ahead - behind) / 2e-5, dheads), rtol=1e-6)
         assert np.abs(heads - others).max() > 0.1
@@ -168,7 +161,7 @@ def test_dropped_weights_keep_the_mean_and_differ_everywhere():
     """Values of 1 make each head the sum of its weights: 1 on average, and with its own variation."""
     q, k, v, dheads = random_arrays(64, 4, 2, num_rows=4)
     with use_devices(data=2, context=2, tensor=2):
-        settings = {"dropout": 0.5, "rng": jax.random.key(0), "block_tokens": 4}
+        settings = {"dropout": 0.5, "rng": jax.random.key(0), "max_tokens": 4}
         sums = np.asarray(around_the_ring([q, k, jnp.ones_like(v), dheads], zigzag(64, 2)[None], 64, **settings)[0])
     sums_BTN = sums[..., 0]
     assert abs(sums_BTN.mean() - 1) < 0.05
@@ -180,8 +173,8 @@ def test_devices_that_compute_the_same_rows_drop_the_same_weights():
     """Two rows are too few for four devices: all four compute both."""
     arrays = random_arrays(8, 2, 1)
     with use_devices(data=4, context=2):
-        settings = {"dropout": 0.5, "rng": jax.random.key(0), "block_tokens": 2}
-        heads = around_the_ring(arrays, np.arange(8)[None], NO_WINDOW, **settings)[0]
+        settings = {"dropout": 0.5, "rng": jax.random.key(0), "max_tokens": 2}
+        heads = around_the_ring(arrays, np.arange(8)[None], None, **settings)[0]
     copies = {}
     for shard in heads.addressable_shards:
         copies.setdefault(str(shard.index), []).append(np.asarray(shard.data))
@@ -202,40 +195,40 @@ def test_what_no_query_sees_is_not_computed():
     order = zigzag(length, C)
     with use_devices(context=C):
         arrays = [array[:, order] for array in (q, k, poisoned, dheads.at[:, 40:].set(0))]
-        heads, dq, dk, _ = around_the_ring(arrays, order[None], NO_WINDOW, block_tokens=size)
+        heads, dq, dk, _ = around_the_ring(arrays, order[None], None, max_tokens=size)
     for found in (heads, dq):
         np.testing.assert_array_equal(np.isfinite(found).all(axis=(0, 2, 3)), order < 40)
     assert np.isfinite(dk[:, order >= 40 + size]).sum() == 0
     with use_devices(context=C):
         arrays = [array[:, order] for array in (q, k, v.at[:, :16].set(np.nan), dheads)]
-        heads = around_the_ring(arrays, order[None], 5, block_tokens=size)[0]
+        heads = around_the_ring(arrays, order[None], 5, max_tokens=size)[0]
     np.testing.assert_array_equal(np.isfinite(heads).all(axis=(0, 2, 3)), order >= 20)
 
 
 @pytest.mark.parametrize("C", [2, 4, 8])
 def test_in_zigzag_order_every_device_has_the_same_work_at_every_turn(C):
     length, size = 32 * C, 4
-    counts = count_blocks(zigzag(length, C), C, NO_WINDOW, size)
+    counts = count_block_pairs(zigzag(length, C), C, None, size)
     num_blocks = length // size
     assert counts.sum() == num_blocks * (num_blocks + 1) // 2  # the causal half, and the diagonal
     assert (counts == counts[0]).all()
-    unbalanced = count_blocks(np.arange(length), C, NO_WINDOW, size)
+    unbalanced = count_block_pairs(np.arange(length), C, None, size)
     assert unbalanced.sum() == counts.sum()
     # A turn takes as long as its slowest device: in order, after the first turn one always has all pairs to compute.
     assert (unbalanced.max(axis=0)[1:] == 2 * counts.max(axis=0)[1:]).all()
 
 
-@pytest.mark.parametrize("window", [1, 5, 16, 40, NO_WINDOW])
+@pytest.mark.parametrize("window", [1, 5, 16, 40, None])
 @pytest.mark.parametrize("order", [zigzag, in_order])
 def test_only_blocks_that_see_each_other_are_counted(order, window):
     C, size, length = 4, 4, 64
     positions_T = order(length, C)
     distance_TS = positions_T[:, None] - positions_T
-    seen_TS = (distance_TS >= 0) & (distance_TS < window)
+    seen_TS = (distance_TS >= 0) & (distance_TS < (window or length))
     per_device = length // C
     blocks = seen_TS.reshape(C, per_device // size, size, C, per_device // size, size).any(axis=(2, 5)).sum(axis=(1, 3))
     expected = [[blocks[i, (i - j) % C] for j in range(C)] for i in range(C)]
-    np.testing.assert_array_equal(count_blocks(positions_T, C, window, size), expected)
+    np.testing.assert_array_equal(count_block_pairs(positions_T, C, window, size), expected)
 
 
 # --- What the program holds and sends ---
@@ -250,7 +243,7 @@ def compiled(length, num_heads=4, num_kv_heads=2, **devices):
         positions_BT = jax.ShapeDtypeStruct(
             (1, length), np.int32, sharding=NamedSharding(mesh, PartitionSpec(None, "context"))
         )
-        return around_the_ring.lower(arrays, positions_BT, 100, block_tokens=16).compile()
+        return around_the_ring.lower(arrays, positions_BT, 100, max_tokens=16).compile()
 
 
 def test_keys_travel_round_a_ring_and_are_never_gathered():

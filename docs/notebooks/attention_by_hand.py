@@ -5,7 +5,7 @@ Run it with `python docs/notebooks/attention_by_hand.py`, or open it cell by cel
 
 # %% [markdown]
 # A language model reads tokens and says which token comes next. Between its tokens stands *attention*: each position
-# asks a question (its **query**), each position wears a label (its **key**), and each has something to hand over (its
+# asks a question (its **query**), each position has a label (its **key**), and each has something to hand over (its
 # **value**). Where a label answers a question well, much of that value is handed over.
 #
 # All of it is a few sums. Here they are done by hand, with `for` loops, on six words; after each step the result is

@@ -18,7 +18,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.generation.sampling import Filters, Seen, sample
 from flax_decoder.nn.cache import KVCache, empty_cache, positions_of_slots
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.nn.precision import at_least_float32
+from flax_decoder.nn.precision import accumulation_dtype
 
 # Prompts are read in pieces of so many tokens a row: enough that the weights, which each piece reads once, are not what
 # takes the time, and few enough that memory stays small and a short prompt is not mostly padding. Several rows make a
@@ -153,7 +153,7 @@ def logprobs(
     return jnp.where(ended_B, 0, logprob_B), top_tokens_BK.astype(jnp.int32), top_logprobs_BK
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "num_spare"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "rollback_slots"))
 def spread(
     config: ModelConfig,
     cache: KVCache,
@@ -161,13 +161,13 @@ def spread(
     rows_R: jax.Array,
     length: jax.Array,
     capacity: int,
-    num_spare: int = 0,
+    rollback_slots: int = 0,
 ) -> tuple[KVCache, jax.Array]:
     """Copies rows of a cache, each as often as `rows_R` names it, into one of another capacity, and their logits.
 
     What lies beyond `length` is forgotten.
     """
-    new = jax.eval_shape(lambda: empty_cache(config, len(rows_R), capacity, num_spare))
+    new = jax.eval_shape(lambda: empty_cache(config, len(rows_R), capacity, rollback_slots))
     length_R = jnp.minimum(cache.length_B[rows_R], length)
 
     def copied(old_BKSH: jax.Array, num_slots: int) -> jax.Array:
@@ -180,21 +180,21 @@ def spread(
         (copied(old[0], like[0].shape[2]), copied(old[1], like[1].shape[2]))
         for old, like in zip(cache.layers, new.layers, strict=True)
     )
-    return KVCache(layers, length_R, num_spare), logits_BV[rows_R]
+    return KVCache(layers, length_R, rollback_slots), logits_BV[rows_R]
 
 
-def nothing_read(model: Decoder, num_rows: int, capacity: int, num_spare: int = 0) -> tuple[KVCache, jax.Array]:
+def nothing_read(model: Decoder, num_rows: int, capacity: int, rollback_slots: int = 0) -> tuple[KVCache, jax.Array]:
     """An empty cache, and logits in the place of those that reading will give; made without compiling anything."""
-    cache = jax.tree.map(np.zeros_like, _empty_on_host(model.config, num_rows, capacity, num_spare))
-    logits_BV = np.zeros((num_rows, model.config.vocab_size or 0), at_least_float32(model.config.dtype))
+    cache = jax.tree.map(np.zeros_like, _empty_on_host(model.config, num_rows, capacity, rollback_slots))
+    logits_BV = np.zeros((num_rows, model.config.vocab_size or 0), accumulation_dtype(model.config.dtype))
     on_device: tuple[KVCache, jax.Array] = jax.device_put((cache, logits_BV))
     return on_device
 
 
 @functools.lru_cache(maxsize=32)
-def _empty_on_host(config: ModelConfig, num_rows: int, capacity: int, num_spare: int) -> KVCache:
+def _empty_on_host(config: ModelConfig, num_rows: int, capacity: int, rollback_slots: int) -> KVCache:
     """The shapes of a cache as zeros that take no memory; finding them out costs as much as writing some tokens."""
-    shapes = jax.eval_shape(lambda: empty_cache(config, num_rows, capacity, num_spare))
+    shapes = jax.eval_shape(lambda: empty_cache(config, num_rows, capacity, rollback_slots))
     return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
 
 

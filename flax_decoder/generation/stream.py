@@ -201,7 +201,7 @@ def _stream_guessed(task: _Task, params: Any, guess: PromptLookup | Draft) -> It
     """Tokens come when all rows have them."""
     model, params, draft = task.model, unstack_layers(params), guess if isinstance(guess, Draft) else None
     read = functools.partial(
-        read_prompts, prompts=task.prompts, num_samples=task.num_samples, num_spare=guess.num_tokens
+        read_prompts, prompts=task.prompts, num_samples=task.num_samples, rollback_slots=guess.num_tokens
     )
     cache, logits_BV = read(model, params, capacity=cache_capacity(model.config, task.longest), prefix=task.prefix)
     draft_cache, draft_params = None, None
@@ -284,21 +284,21 @@ def read_prompts(
     capacity: int,
     prefix: Prefix | None = None,
     num_samples: int = 1,
-    num_spare: int = 0,
+    rollback_slots: int = 0,
 ) -> tuple[KVCache, jax.Array]:
     """Reads prompts into a new cache that has each of them `num_samples` times; what the prefix has is not read."""
     num_rows = batch_capacity(len(prompts))
     shared = 0 if prefix is None else _shared_length(prefix, prompts)
     if prefix is None or shared == 0:
-        read = nothing_read(model, num_rows, capacity, num_spare)
+        read = nothing_read(model, num_rows, capacity, rollback_slots)
     else:
         rows = np.zeros(num_rows, np.int32)
-        read = spread(model.config, prefix.cache, prefix.logits_BV, rows, np.int32(shared), capacity, num_spare)
+        read = spread(model.config, prefix.cache, prefix.logits_BV, rows, np.int32(shared), capacity, rollback_slots)
     read = read_all(model, params, *read, [prompt[shared:] for prompt in prompts])
     if num_samples > 1:
         rows = np.repeat(np.arange(len(prompts), dtype=np.int32), num_samples)
         rows = _padded(rows, batch_capacity(len(rows)))
-        read = spread(model.config, *read, rows, np.int32(np.iinfo(np.int32).max), capacity, num_spare)
+        read = spread(model.config, *read, rows, np.int32(np.iinfo(np.int32).max), capacity, rollback_slots)
     return read
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from flax_decoder.nn.cache import KVCache
+from flax_decoder.nn.call import Edit
 from flax_decoder.nn.decoder import Decoder, check_tokens
-from flax_decoder.nn.intermediates import Edit
-from flax_decoder.nn.precision import at_least_float32
+from flax_decoder.nn.precision import accumulation_dtype
 
 Seen = dict[str, jax.Array]
 """Arrays by their name; `NAMES` has the axes of each."""
@@ -161,7 +161,7 @@ def _head_writes(model: Decoder, params: Any, heads_LBTNH: jax.Array, sum_LBTD: 
         """One of all layers, whether they are stacked or not."""
         parts = [functools.reduce(lambda node, key: node[key], path, layer) for layer in own]
         stacked = jnp.stack(parts) if isinstance(layers, tuple) else parts[0]
-        return stacked.astype(at_least_float32(heads_LBTNH.dtype))
+        return stacked.astype(accumulation_dtype(heads_LBTNH.dtype))
 
     kernel_LNHD = parameter("attention", "out", "kernel")
     heads_LBTNH, sum_LBTD = heads_LBTNH.astype(kernel_LNHD.dtype), sum_LBTD.astype(kernel_LNHD.dtype)

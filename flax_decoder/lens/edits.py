@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from flax_decoder.nn.intermediates import Edit
+from flax_decoder.nn.call import Edit
 
 
 def zero_head(layer: ArrayLike, head: ArrayLike) -> Edit:

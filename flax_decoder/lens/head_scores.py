@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_decoder.errors import UserError
-from flax_decoder.nn.precision import at_least_float32
+from flax_decoder.nn.precision import accumulation_dtype
 
 
 def head_scores(weights_LBNTS: jax.Array, tokens_BT: jax.Array) -> dict[str, jax.Array]:
@@ -55,7 +55,7 @@ def head_scores(weights_LBNTS: jax.Array, tokens_BT: jax.Array) -> dict[str, jax
 
 def mean_weight(weights_LBNTS: jax.Array, points_at_BTS: jax.Array) -> jax.Array:
     """(L, N): the weight on the keys a query is pointed at, averaged over those queries that are; NaN without any."""
-    dtype = at_least_float32(weights_LBNTS.dtype)
+    dtype = accumulation_dtype(weights_LBNTS.dtype)
     total_LN = jnp.einsum("LBNTS,BTS->LN", weights_LBNTS.astype(dtype), points_at_BTS.astype(dtype))
     return total_LN / points_at_BTS.any(-1).sum().astype(dtype)
 

@@ -18,7 +18,7 @@ from flax_decoder.lens.packing import pack
 from flax_decoder.lens.pushes import pushes
 from flax_decoder.nn.decoder import Decoder, head_params
 from flax_decoder.nn.positions import alibi_slopes
-from flax_decoder.nn.precision import at_least_float32
+from flax_decoder.nn.precision import accumulation_dtype
 
 if TYPE_CHECKING:
     from flax_decoder.lens.history import History
@@ -45,7 +45,7 @@ def page_data(
     Raises:
         UserError: some of the model's numbers are not finite.
     """
-    dtype = at_least_float32(model.config.dtype)
+    dtype = accumulation_dtype(model.config.dtype)
     # A loop over the layers compiles in the same time however many there are. The parameters are the same.
     settings: dict[str, Any] = {"dtype": dtype.name, "attention": "reference", "remat": "none", "scan_layers": True}
     config = dataclasses.replace(model.config, **settings)

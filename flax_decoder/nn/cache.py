@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.nn.call import Call
 
 LayerKV = tuple[jax.Array, jax.Array]
 """The part of one layer: k_BKSH and v_BKSH."""
@@ -24,23 +25,25 @@ class KVCache(struct.PyTreeNode):
         layers: keys (turned already where positions are rotary) and values of each layer, both (B, K, S, H): the order
             in which matrix products read them without a transposed copy.
         length_B: how many tokens each row has read. Lowering it forgets the last ones.
-        num_spare: slots a layer has beyond those it looks at: so many of the last tokens can be forgotten even where
-            they have taken the place of others.
+        rollback_slots: slots that a layer has beyond those it sees: so many of the last tokens can be forgotten even
+            where they have taken the place of others.
     """
 
     layers: tuple[LayerKV, ...]
     length_B: jax.Array
-    num_spare: int = struct.field(pytree_node=False, default=0)
+    rollback_slots: int = struct.field(pytree_node=False, default=0)
 
 
-def empty_cache(config: ModelConfig, batch_size: int, capacity: int, num_spare: int = 0) -> KVCache:
-    """A cache that holds nothing yet; a layer takes 2 · B · K · S · H numbers, S = min(window, capacity) + num_spare.
+def empty_cache(config: ModelConfig, batch_size: int, capacity: int, rollback_slots: int = 0) -> KVCache:
+    """A cache that holds nothing yet.
+
+    A layer takes 2 · B · K · S · H numbers, S = min(window, capacity) + rollback_slots.
 
     Args:
         config: the model.
         batch_size: B.
         capacity: the most tokens that a position of a layer without a window sees.
-        num_spare: how many tokens can be forgotten again, see `KVCache`.
+        rollback_slots: how many tokens can be forgotten again, see `KVCache`.
 
     Raises:
         ValueError: learned positions end before `capacity`.
@@ -52,11 +55,11 @@ def empty_cache(config: ModelConfig, batch_size: int, capacity: int, num_spare: 
         )
 
     def empty(window: int | None) -> LayerKV:
-        num_slots = min(window or capacity, capacity) + num_spare
+        num_slots = min(window or capacity, capacity) + rollback_slots
         shape_BKSH = (batch_size, config.kv_heads, num_slots, config.head_width)
         return jnp.zeros(shape_BKSH, config.dtype), jnp.zeros(shape_BKSH, config.dtype)
 
-    return KVCache(tuple(map(empty, config.windows)), jnp.zeros(batch_size, jnp.int32), num_spare)
+    return KVCache(tuple(map(empty, config.windows)), jnp.zeros(batch_size, jnp.int32), rollback_slots)
 
 
 def write(cached_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array, end_B: jax.Array) -> jax.Array:
@@ -77,3 +80,34 @@ def positions_of_slots(num_slots: int, length_B: jax.Array) -> jax.Array:
     slots_S = jnp.arange(num_slots, dtype=jnp.int32)
     newest_B1 = length_B[:, None] - 1
     return newest_B1 - (newest_B1 - slots_S[None]) % num_slots
+
+
+def append_to_cache(
+    cached: LayerKV, k_BTKH: jax.Array, v_BTKH: jax.Array, call: Call, window: int | None
+) -> tuple[jax.Array, jax.Array, jax.Array, int, LayerKV]:
+    """All keys and values that the new queries may see, and the cache with the new ones in it.
+
+    A single token may take its slot first: what it overwrites is out of its window. Of several, the first still sees
+    what the last ones overwrite, so they see the cache as it was, and each other.
+
+    Args:
+        cached: k_BKSH and v_BKSH of the layer.
+        k_BTKH: keys of the new tokens.
+        v_BTKH: values of the new tokens.
+        call: positions of the new tokens, and where padding begins.
+        window: how many positions a query of the layer sees; None is all up to its own.
+
+    Returns:
+        k_BSKH, v_BSKH, key_positions_BS, the window that the slots allow, and the new cache of the layer.
+    """
+    positions_BT, num_slots = call.positions_BT, cached[0].shape[2]
+    window = min(window or num_slots, num_slots - call.rollback_slots)
+    end_B = positions_BT[:, -1] + 1 if call.end_B is None else call.end_B
+    written = write(cached[0], k_BTKH, positions_BT, end_B), write(cached[1], v_BTKH, positions_BT, end_B)
+    if k_BTKH.shape[1] == 1:
+        k_BSKH, v_BSKH = (array_BKSH.swapaxes(1, 2) for array_BKSH in written)
+        return k_BSKH, v_BSKH, positions_of_slots(num_slots, positions_BT[:, 0] + 1), window, written
+    before = (array_BKSH.swapaxes(1, 2) for array_BKSH in cached)
+    k_BSKH, v_BSKH = (jnp.concatenate(parts, axis=1) for parts in zip(before, (k_BTKH, v_BTKH), strict=True))
+    earlier = positions_of_slots(num_slots, positions_BT[:, 0])
+    return k_BSKH, v_BSKH, jnp.concatenate([earlier, positions_BT], axis=1), window, written

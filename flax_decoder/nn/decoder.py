@@ -15,13 +15,13 @@ from flax_decoder.errors import UserError
 from flax_decoder.nn.attention import SelfAttention
 from flax_decoder.nn.axes import constrain, num_parts
 from flax_decoder.nn.cache import KVCache, LayerKV
+from flax_decoder.nn.call import Call, Edit, check_edits
 from flax_decoder.nn.feed_forward import FeedForward
-from flax_decoder.nn.intermediates import Edit, OwnEdits, check_names, edited, show
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
-from flax_decoder.nn.precision import at_least_float32, check_float64
-from flax_decoder.nn.stack import period_of, periodic_scan, unrolled_scan, unstack
+from flax_decoder.nn.precision import accumulation_dtype, check_float64
+from flax_decoder.nn.stack import per_layer, period_of, periodic_scan, stack_where_alike, unrolled, unstack
 
 # Up to so many vectors, making logits is a matter of reading the head; beyond, of multiplying.
 FEW_ROWS = 32
@@ -34,55 +34,36 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 
 
 class Block(nn.Module):
-    """One layer: attention moves information between positions, the feed-forward network works on it at each.
-
-    Attributes:
-        config: the model.
-        edits: change what goes by these names on the way.
-    """
+    """One layer: attention moves information between positions, the feed-forward network works on it at each."""
 
     config: ModelConfig
-    edits: OwnEdits | None = None
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        window: int | None,
-        cached: LayerKV | None,
-        positions_BT: jax.Array,
-        deterministic: bool = True,
-        end_B: jax.Array | None = None,
-        num_spare: int = 0,
-        fast: bool = False,
+        self, x_BTD: jax.Array, call: Call, window: int | None = None, cached: LayerKV | None = None
     ) -> tuple[jax.Array, LayerKV | None]:
-        """Adds to the residual stream what this layer finds; see `SelfAttention` for the arguments."""
-        config = self.config
+        """Adds the writes of this layer to the residual stream; see `SelfAttention` for the arguments."""
+        config, record = self.config, call.hook(self)
         norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.norm_bias)
         before = config.norm_position in ("pre", "both")
         after = config.norm_position in ("both", "output")
-        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        dropout = nn.Dropout(config.dropout, deterministic=call.deterministic)
 
         h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
-        h_BTD, cached = SelfAttention(config, self.edits, name="attention")(
-            h_BTD, positions_BT, window, cached, end_B, num_spare, fast=fast, deterministic=deterministic
-        )
+        h_BTD, cached = SelfAttention(config, name="attention")(h_BTD, call, window, cached)
         h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
-        h_BTD = show(self, "attention_write", h_BTD, self.edits)
-        attended_BTD = x_BTD + dropout(h_BTD)
+        attended_BTD = x_BTD + dropout(record("attention_write", h_BTD))
         if config.norm_position == "post":
             attended_BTD = norm(name="attention_norm")(attended_BTD)
 
         h_BTD = x_BTD if config.parallel_residual else attended_BTD
         h_BTD = norm(name="feed_forward_norm")(h_BTD) if before else h_BTD
-        h_BTD = FeedForward(config, self.edits, name="feed_forward")(h_BTD)
+        h_BTD = FeedForward(config, name="feed_forward")(h_BTD, call)
         h_BTD = norm(name="feed_forward_output_norm")(h_BTD) if after else h_BTD
-        h_BTD = show(self, "feed_forward_write", h_BTD, self.edits)
-        x_BTD = attended_BTD + dropout(h_BTD)
+        x_BTD = attended_BTD + dropout(record("feed_forward_write", h_BTD))
         if config.norm_position == "post":
             x_BTD = norm(name="feed_forward_norm")(x_BTD)
-        x_BTD = show(self, "residual", constrain(x_BTD, "batch", "length", None), self.edits)
-        return x_BTD, cached
+        return record("residual", constrain(x_BTD, "batch", "length", None)), cached
 
 
 class Decoder(nn.Module):
@@ -115,66 +96,56 @@ class Decoder(nn.Module):
         Args:
             tokens_BT: token ids, integers.
             cache: keys and values of the tokens before, from `empty_cache` or an earlier call.
-            positions_BT: where in the text the tokens stand, for tokens in another order than that; not with a cache.
-            num_tokens_B: with a cache, how many tokens of each row count; those behind them are padding.
-            last_only: gives the logits of each row's last token alone, (B, 1, V), where T of them would go unread.
-            hidden_only: gives what `logits` would make them of, (B, T, D), for who cannot hold T times V numbers.
+            positions_BT: positions of the tokens, where they are not in order; not with a cache.
+            num_tokens_B: with a cache, number of real tokens of each row; those behind them are padding.
+            last_only: return the logits of the last real token only, (B, 1, V).
+            hidden_only: return the input of `logits`, (B, T, D): for a loss that never holds T times V numbers.
             deterministic: False applies dropout and needs `rngs={"dropout": rng}`.
-            edits: change what goes by these names on the way; see `lens.capture` for the names.
+            edits: by name, what replaces a value on the way; see `lens.capture` for the names.
 
         Returns:
             logits_BTV in at least float32; with a cache, also the cache with these tokens in it.
 
         Raises:
             ValueError: ids outside the vocabulary (where they are known, that is outside of jit), more positions than
-                learned ones reach, positions beside a cache, float64 where JAX has it switched off, or an edit of what
-                is not there.
+                learned ones, positions beside a cache, float64 where JAX has it switched off, or an edit of a name
+                that does not exist.
         """
         config = self.config
-        if config.vocab_size is None:
-            raise ValueError("model.vocab_size is not set: give it, or take it from the tokenizer")
-        check_float64(config.dtype)
-        check_tokens(tokens_BT, config.vocab_size)
-        B, T = tokens_BT.shape
-        if config.positions == "learned" and T > config.context_length:
-            raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
-        if positions_BT is not None and cache is not None:
-            raise ValueError("a cache says where its tokens stand: leave out positions_BT")
-        check_names(edits or (), has_rotation=config.positions == "rotary")
-        # Faster kinds of attention count on whole texts in their order; parameters do not depend on how it is computed.
-        fast = positions_BT is None and cache is None and num_parts("length") == 1 and not self.is_initializing()
+        check_arguments(config, tokens_BT, cache, positions_BT, edits)
+        # A fused kernel needs whole sequences in order. Parameters do not depend on it, so they are made without one.
+        in_order = positions_BT is None and cache is None and num_parts("length") == 1 and not self.is_initializing()
         if positions_BT is None:
-            positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
-        real_positions_BT, end_B = positions_BT, None
-        if cache is not None:
-            positions_BT = cache.length_B[:, None] + positions_BT
-            end_B = cache.length_B + (T if num_tokens_B is None else num_tokens_B)
-            # Padding may stand beyond the learned positions, and NaN there would spread by attention.
-            real_positions_BT = positions_BT if num_tokens_B is None else jnp.minimum(positions_BT, end_B[:, None] - 1)
-
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        call = Call(
+            positions_BT if cache is None else cache.length_B[:, None] + positions_BT,
+            end_B=None if cache is None or num_tokens_B is None else cache.length_B + num_tokens_B,
+            rollback_slots=0 if cache is None else cache.rollback_slots,
+            in_order=in_order,
+            deterministic=deterministic,
+            records=self.is_mutable_collection("intermediates"),
+            edits=edits,
+        )
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
-        embedding_VD = embedding_VD.astype(config.dtype)
-        x_BTD = constrain(self.embed(embedding_VD, tokens_BT, real_positions_BT), "batch", "length", None)
-        x_BTD = show(self, "embeddings", x_BTD, of_layer(edits, 0))
+        x_BTD = self.embed(embedding_VD.astype(config.dtype), tokens_BT, call)
+        x_BTD = call.hook(self)("embeddings", constrain(x_BTD, "batch", "length", None))
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
-        x_BTD, layers = self.run_layers(x_BTD, cache, positions_BT, end_B, deterministic, fast, edits)
-        x_BCD = x_BTD  # the C positions whose logits are wanted
-        if last_only:
-            last_B = jnp.full(B, T, jnp.int32) if num_tokens_B is None else num_tokens_B
-            x_BCD = jnp.take_along_axis(x_BTD, jnp.maximum(last_B - 1, 0)[:, None, None], axis=1)
+        x_BTD, layers = self.run_layers(x_BTD, call, cache)
+
+        x_BCD = last_real(x_BTD, num_tokens_B) if last_only else x_BTD  # the C positions whose logits are wanted
         x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
         if not config.tied_head:
             self.param("head", normal, (config.embed_dim, config.vocab_size))
-        if hidden_only:
-            result = x_BCD
-        else:
+        result = x_BCD
+        if not hidden_only:
             result = constrain(self.logits(x_BCD, is_generating=cache is not None), "batch", "length", "vocab")
-            result = edited("logits", result, of_layer(edits, config.num_layers - 1))
-        if cache is None or end_B is None:
+            result = call.at_layer(config.num_layers - 1).edit("logits", result)
+        if cache is None:
             return result
-        return result, cache.replace(layers=layers, length_B=end_B)
+        num_read_B = tokens_BT.shape[1] if num_tokens_B is None else num_tokens_B
+        return result, cache.replace(layers=layers, length_B=cache.length_B + num_read_B)
 
     def logits(self, x_BCD: jax.Array, *, is_generating: bool = False) -> jax.Array:
         """The head: logits_BCV, in at least float32, of the tokens that follow normalised hidden states.
@@ -182,8 +153,8 @@ class Decoder(nn.Module):
         By itself it is `model.apply({"params": head_params(params)}, x_BCD, method="logits")`.
 
         Args:
-            x_BCD: hidden states, as `hidden_only` gives them; C of the T positions.
-            is_generating: takes the product that is fastest where there are few of them and no gradient is wanted.
+            x_BCD: hidden states, as `hidden_only` returns them; C of the T positions.
+            is_generating: takes the product that is fastest for few positions without a gradient.
         """
         config = self.config
         head_DV: jax.Array
@@ -191,7 +162,7 @@ class Decoder(nn.Module):
             head_DV = self.get_variable("params", "embedding").astype(config.dtype).T
         else:
             head_DV = self.get_variable("params", "head").astype(config.dtype)
-        dtype = at_least_float32(x_BCD.dtype)
+        dtype = accumulation_dtype(x_BCD.dtype)
         if config.tied_head and is_generating and 1 < x_BCD.shape[0] * x_BCD.shape[1] <= FEW_ROWS:
             # The same product the other way round: on CPU this reads a transposed matrix twice as fast for few rows.
             x_RD = x_BCD.reshape(-1, config.embed_dim)
@@ -202,8 +173,8 @@ class Decoder(nn.Module):
             logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
         return logits_BCV
 
-    def embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """x_BTD: a vector for what each token is, and where the config says so, for where it stands."""
+    def embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, call: Call) -> jax.Array:
+        """x_BTD: a vector for each token, and where the config says so, one for its position."""
         config = self.config
         # Each device looks up the columns it holds, for the tokens of its neighbours, too: neither the table nor its
         # gradient then has to travel, only vectors do.
@@ -212,6 +183,10 @@ class Decoder(nn.Module):
         x_BTD = constrain(x_BTD, "copies", "length", "embed")
         if config.embed_scale != 1:
             x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
+        positions_BT = call.positions_BT
+        if call.end_B is not None:
+            # Padding may be beyond the learned positions, and NaN there would spread by attention.
+            positions_BT = jnp.minimum(positions_BT, call.end_B[:, None] - 1)
         if config.positions == "learned":
             normal = nn.initializers.normal(config.init_stddev)
             positions_SD = self.param("positions", normal, (config.context_length, config.embed_dim))
@@ -220,91 +195,76 @@ class Decoder(nn.Module):
             x_BTD += sinusoidal(positions_BT, config.embed_dim).astype(config.dtype)
         return x_BTD
 
-    def run_layers(
-        self,
-        x_BTD: jax.Array,
-        cache: KVCache | None,
-        positions_BT: jax.Array,
-        end_B: jax.Array | None,
-        deterministic: bool,
-        fast: bool,
-        edits: Mapping[str, Edit] | None,
-    ) -> tuple[jax.Array, tuple[LayerKV, ...]]:
+    def run_layers(self, x_BTD: jax.Array, call: Call, cache: KVCache | None) -> tuple[jax.Array, tuple[LayerKV, ...]]:
         """Applies the blocks one after the other, each with its part of the stacked parameters and of the cache."""
         config = self.config
         block = Block(config, parent=None)
         if self.is_initializing():
             init_rngs_L = jax.random.split(self.make_rng("params"), config.num_layers)
-            init = functools.partial(block.init, x_BTD=x_BTD, window=None, cached=None, positions_BT=positions_BT)
-            self.put_variable("params", "layers", jax.vmap(lambda rng: init(rng)["params"])(init_rngs_L))
-        needs_rngs = config.dropout > 0 and not deterministic
-        rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if needs_rngs else None
-        numbers_L = None if edits is None else jnp.arange(config.num_layers, dtype=jnp.int32)
-        looks_inside = self.is_mutable_collection("intermediates")
-        num_spare = 0 if cache is None else cache.num_spare
-
-        def layer(
-            window: int | None, x_BTD: jax.Array, own: tuple[Any, ...], cached: LayerKV | None = None
-        ) -> tuple[jax.Array, tuple[Any, Any]]:
-            params, rng, number = own
-            (x_BTD, cached), seen = block.clone(edits=of_layer(edits, number)).apply(
-                {"params": params},
-                x_BTD,
-                window,
-                cached,
-                positions_BT,
-                deterministic,
-                end_B,
-                num_spare,
-                fast,
-                rngs=None if rng is None else {"dropout": rng},
-                mutable=["intermediates"] if looks_inside else [],
+            self.put_variable(
+                "params", "layers", jax.vmap(lambda rng: block.init(rng, x_BTD, call)["params"])(init_rngs_L)
             )
-            return x_BTD, (cached, seen.get("intermediates"))
+        has_dropout = config.dropout > 0 and not call.deterministic
+        rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if has_dropout else None
+        indices_L = None if call.edits is None else jnp.arange(config.num_layers, dtype=jnp.int32)
 
+        def layer(window: int | None, x_BTD: jax.Array, layer_inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+            params, rng, index, cached = layer_inputs
+            (x_BTD, cached), recorded = block.apply(
+                {"params": params},
+                *(x_BTD, call.at_layer(index), window, cached),
+                rngs=None if rng is None else {"dropout": rng},
+                mutable=["intermediates"] if call.records else [],
+            )
+            return x_BTD, (cached, recorded.get("intermediates"))
+
+        params: Any = self.get_variable("params", "layers")
+        # Layers may differ in the slots they have, and a loop over them would copy the cache at each token.
+        is_scanned = config.scan_layers and cache is None and not isinstance(params, tuple)
         if config.remat in REMAT_POLICIES:
             # Unrolled, the compiler would merge the second computation with the first; inside a scan it cannot.
-            is_scanned = config.scan_layers and config.num_layers % period_of(config.windows) == 0
+            prevent_cse = not (is_scanned and config.num_layers % period_of(config.windows) == 0)
             policy = REMAT_POLICIES[config.remat]
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=not is_scanned, static_argnums=0)
-        params: Any = self.get_variable("params", "layers")
-        if cache is None and not isinstance(params, tuple):
-            scan = periodic_scan if config.scan_layers else unrolled_scan
-            x_BTD, (_, seen) = scan(layer, x_BTD, (params, rngs_L, numbers_L), config.windows)
-            layers: tuple[LayerKV, ...] = ()
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse, static_argnums=0)
+        if is_scanned:
+            x_BTD, (_, recorded) = periodic_scan(layer, x_BTD, (params, rngs_L, indices_L, None), config.windows)
+            cached_layers: tuple[LayerKV, ...] = ()
         else:
-            # Layers may differ in the slots they have, and a loop over them would copy the cache at each token.
-            params_L = params if isinstance(params, tuple) else unstack(params)
-            nothing_L = [None] * config.num_layers
-            of_layers = (nothing_L if array_L is None else array_L for array_L in (rngs_L, numbers_L))
-            owns = zip(params_L, *of_layers, strict=True)
-            cached_layers = nothing_L if cache is None else cache.layers
-            results = []
-            for window, own, cached in zip(config.windows, owns, cached_layers, strict=True):
-                x_BTD, result = layer(window, x_BTD, own, cached)
-                results.append(result)
-            layers, seen_layers = zip(*results, strict=True)
-            seen = jax.tree.map(_stacked_if_alike, *seen_layers)
-        if looks_inside:
-            self.put_variable("intermediates", "layers", seen)
-        return x_BTD, layers
+            stacked = params, rngs_L, indices_L, None if cache is None else cache.layers
+            inputs = zip(*(per_layer(tree, config.num_layers) for tree in stacked), strict=True)
+            x_BTD, results = unrolled(layer, x_BTD, inputs, config.windows)
+            cached_layers, recorded_layers = zip(*results, strict=True)
+            recorded = jax.tree.map(stack_where_alike, *recorded_layers)
+        if call.records:
+            self.put_variable("intermediates", "layers", recorded)
+        return x_BTD, cached_layers
 
 
-def _stacked_if_alike(*parts: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
-    """What layers show, stacked; but as it is where layers differ in the slots of their cache."""
-    return jnp.stack(parts) if len({part.shape for part in parts}) == 1 else parts
+def check_arguments(
+    config: ModelConfig,
+    tokens_BT: ArrayLike,
+    cache: KVCache | None,
+    positions_BT: ArrayLike | None,
+    edits: Mapping[str, Edit] | None,
+) -> None:
+    """Raises ValueError for arguments that `Decoder` cannot compute with."""
+    if config.vocab_size is None:
+        raise ValueError("model.vocab_size is not set: give it, or take it from the tokenizer")
+    check_float64(config.dtype)
+    check_tokens(tokens_BT, config.vocab_size)
+    T = np.shape(tokens_BT)[1]
+    if config.positions == "learned" and T > config.context_length:
+        raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
+    if positions_BT is not None and cache is not None:
+        raise ValueError("a cache says where its tokens stand: leave out positions_BT")
+    check_edits(edits or (), has_rotation=config.positions == "rotary")
 
 
-def of_layer(edits: Mapping[str, Edit] | None, layer: ArrayLike) -> OwnEdits | None:
-    """The edits as they apply to one layer."""
-    if edits is None:
-        return None
-    number = jnp.asarray(layer, jnp.int32)
-
-    def bound(edit: Edit) -> Callable[[jax.Array], jax.Array]:
-        return lambda value: edit(value, number)
-
-    return {name: bound(edit) for name, edit in edits.items()}
+def last_real(x_BTD: jax.Array, num_tokens_B: jax.Array | None) -> jax.Array:
+    """x_B1D: of each row the last position that is not padding."""
+    B, T, _ = x_BTD.shape
+    last_B = jnp.full(B, T, jnp.int32) if num_tokens_B is None else num_tokens_B
+    return jnp.take_along_axis(x_BTD, jnp.maximum(last_B - 1, 0)[:, None, None], axis=1)
 
 
 def head_params(params: Any) -> Any:

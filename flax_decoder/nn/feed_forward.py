@@ -1,5 +1,6 @@
 """The per-position network: what a token does with what attention brought it."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.axes import constrain
-from flax_decoder.nn.intermediates import OwnEdits, show
+from flax_decoder.nn.call import Call
 from flax_decoder.nn.linear import Linear
 
 
@@ -30,29 +31,22 @@ GATED = ("swiglu", "geglu", "geglu_tanh")
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))), or for the GLUs down(activation(gate(x)) * up(x)).
-
-    Attributes:
-        config: the model.
-        edits: change what goes by these names on the way.
-    """
+    """down(activation(up(x))), or for the GLUs down(activation(gate(x)) * up(x))."""
 
     config: ModelConfig
-    edits: OwnEdits | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, call: Call) -> jax.Array:
         """Maps (B, T, D) to (B, T, D), each position by itself."""
         config = self.config
-
-        def linear(name: str, width: int, init_stddev: float) -> Linear:
-            return Linear((width,), 1, config.mlp_bias, init_stddev, config.dtype, name=name)
-
         activation = ACTIVATIONS[config.feed_forward]
-        h_BTF = linear("up", config.mlp_width, config.init_stddev)(x_BTD)
+        linear = functools.partial(Linear, dtype=config.dtype, use_bias=config.mlp_bias)
+
+        h_BTF = linear((config.mlp_width,), init_stddev=config.init_stddev, name="up")("BTD,DF->BTF", x_BTD)
         if config.feed_forward in GATED:
-            h_BTF *= activation(linear("gate", config.mlp_width, config.init_stddev)(x_BTD))
+            gate = linear((config.mlp_width,), init_stddev=config.init_stddev, name="gate")
+            h_BTF *= activation(gate("BTD,DF->BTF", x_BTD))
         else:
             h_BTF = activation(h_BTF)
-        h_BTF = show(self, "hidden", constrain(h_BTF, "batch", "length", "mlp"), self.edits)
-        return linear("down", config.embed_dim, config.output_stddev)(h_BTF)
+        h_BTF = call.hook(self)("hidden", constrain(h_BTF, "batch", "length", "mlp"))
+        return linear((config.embed_dim,), init_stddev=config.output_stddev, name="down")("BTF,FD->BTD", h_BTF)

@@ -11,28 +11,33 @@ from flax_decoder.nn.axes import num_parts
 
 
 class Linear(nn.Module):
-    """y = x W + b, over the last axes of x.
+    """y = x W + b, over the last axes of x; the equation at the call says which.
 
-    The kernel keeps its axes apart, so that heads stay visible: a query projection has the shape (D, N, H).
+    The kernel keeps its axes apart, so that heads stay visible: `Linear((N, H), ...)("BTD,DNH->BTNH", x)` has one of
+    shape (D, N, H).
 
     Attributes:
-        features: shape that takes the place of the input's last axes, such as (N, H).
-        num_input_axes: how many of the input's last axes are summed over; 2 joins heads and head width again.
+        features: shape of the last axes of y, such as (N, H).
+        dtype: of the product; the kernel itself is float32.
         use_bias: whether b is there.
         init_stddev: standard deviation of the kernel at the start; 0 starts it at zero.
-        dtype: what the product is computed in; the kernel itself is float32.
     """
 
     features: tuple[int, ...]
-    num_input_axes: int = 1
+    dtype: str = "float32"
     use_bias: bool = False
     init_stddev: float = 0.02
-    dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (..., *inputs) to (..., *features)."""
-        rest, inputs = x.shape[: -self.num_input_axes], x.shape[-self.num_input_axes :]
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        """Maps (..., *inputs) to (..., *features), as `jnp.einsum(equation, x, kernel)`.
+
+        Args:
+            equation: such as "BTD,DNH->BTNH". It sums over the last axes of x, which are the first of the kernel.
+            x: the input.
+        """
+        num_inputs = num_summed_axes(equation)
+        rest, inputs = x.shape[:-num_inputs], x.shape[-num_inputs:]
         kernel = self.param("kernel", nn.initializers.normal(self.init_stddev), (*inputs, *self.features))
         matrix = kernel.reshape(math.prod(inputs), math.prod(self.features)).astype(self.dtype)
         y = project(x.astype(self.dtype).reshape(*rest, -1), matrix)
@@ -42,6 +47,20 @@ class Linear(nn.Module):
         y = y.reshape(*rest, *self.features)
         self.sow("intermediates", "output", y)
         return y
+
+
+def num_summed_axes(equation: str) -> int:
+    """How many axes an equation such as "BTNH,NHD->BTD" sums over.
+
+    Raises:
+        ValueError: they are not the last axes of the input and the first of the kernel.
+    """
+    x, kernel, y = equation.replace("->", ",").split(",")
+    summed = "".join(axis for axis in x if axis in kernel)
+    rest, features = x.removesuffix(summed), kernel.removeprefix(summed)
+    if not summed or (rest + summed, summed + features, rest + features) != (x, kernel, y):
+        raise ValueError(f"{equation}: a product sums over the last axes of the input, the first of the kernel")
+    return len(summed)
 
 
 def project(x: jax.Array, matrix: jax.Array, dtype: str | jnp.dtype | None = None) -> jax.Array:
@@ -56,7 +75,7 @@ def project(x: jax.Array, matrix: jax.Array, dtype: str | jnp.dtype | None = Non
     multiply = wide_product if wider else functools.partial(jnp.dot, preferred_element_type=dtype)
     if num_parts("length") > 1:
         return multiply(x, matrix)  # merged with the batch, a split axis would be gathered
-    # Two axes only: with three, the gradient of the kernel sums over two of them at once, which CPUs do slowly.
+    # Two axes only. With three, the gradient of the kernel sums over two of them at once, which CPUs do slowly.
     rows = multiply(x.reshape(-1, matrix.shape[0]), matrix)
     return rows.reshape(*x.shape[:-1], matrix.shape[1])
 

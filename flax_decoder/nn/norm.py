@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_decoder.nn.precision import at_least_float32
+from flax_decoder.nn.precision import accumulation_dtype
 
 
 class Norm(nn.Module):
@@ -29,7 +29,7 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., width) to the same shape and dtype."""
         shape = (1,) * (x.ndim - 1) + x.shape[-1:]
-        y = x.astype(at_least_float32(x.dtype))
+        y = x.astype(accumulation_dtype(x.dtype))
         if self.kind == "layernorm":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.nn.precision import at_least_float32
+from flax_decoder.nn.precision import accumulation_dtype
 
 
 def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
@@ -73,7 +73,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray |
     Returns:
         The same shape and dtype.
     """
-    dtype = at_least_float32(x_BTNH.dtype)
+    dtype = accumulation_dtype(x_BTNH.dtype)
     angles = positions_BT[:, :, None, None].astype(dtype) * jnp.asarray(frequencies, dtype)[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     half = len(frequencies)

@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from flax_decoder.errors import UserError
 
 
-def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """What norms, angles, scores and logits of activations in `dtype` are computed in: float64 or else float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 

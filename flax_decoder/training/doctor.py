@@ -20,8 +20,8 @@ from flax_decoder.config import Config, OptimizerConfig
 from flax_decoder.data.batches import train_batch
 from flax_decoder.data.corpus import prepare_corpus
 from flax_decoder.errors import FaultError
-from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.kernels.choice import choose_kernel
 from flax_decoder.parallel.mesh import make_mesh
 from flax_decoder.training.checkpoint import Checkpoints, choose_step, restore_state
 from flax_decoder.training.hardware import describe_cpu

@@ -19,8 +19,8 @@ from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.lock import FolderLock
-from flax_decoder.nn.attention_choice import choose_kernel
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.kernels.choice import choose_kernel
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.terminal import say

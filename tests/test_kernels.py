@@ -14,12 +14,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
-from flax_decoder.nn import splash
 from flax_decoder.nn.attention import dot_product_attention
-from flax_decoder.nn.attention_choice import choose_kernel, target_platform
-from flax_decoder.nn.attention_kernels import cudnn, on_each_device
 from flax_decoder.nn.cache import empty_cache
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.kernels import splash
+from flax_decoder.nn.kernels.choice import choose_kernel, on_each_device
+from flax_decoder.nn.kernels.cudnn import cudnn
+from flax_decoder.nn.kernels.splash import target_platform
+from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.parallel.mesh import mesh_of, use_mesh
 
 # The smallest block that the TPU kernel knows: a few of them already make a sequence.
@@ -38,7 +40,7 @@ def _lenient():
 
 @pytest.fixture
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(splash, "BLOCK_TOKENS", BLOCK)
+    monkeypatch.setattr(splash, "MAX_BLOCK_TOKENS", BLOCK)
 
 
 def random_qkv(B, T, N, K, H):
@@ -46,11 +48,19 @@ def random_qkv(B, T, N, K, H):
     return [rng.standard_normal((B, T, heads, H)).astype(np.float32) for heads in (N, K, K)]
 
 
-def readable(q_BTNH, k_BSKH, v_BSKH, *, window, soft_cap=None, scale=None):
-    T = q_BTNH.shape[1]
-    distance_TS = np.arange(T)[:, None] - np.arange(T)[None]
-    mask_BTS = ((distance_TS >= 0) & (distance_TS < (window or T)))[None]
-    return dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, None, soft_cap, scale)[0]
+def in_order(window, length):
+    """The mask of whole sequences."""
+    positions_1T = jnp.arange(length, dtype=jnp.int32)[None]
+    return MaskSpec(positions_1T, positions_1T, window=window)
+
+
+def masked(attend, window=None, **settings):
+    """An implementation as a function of queries, keys and values alone."""
+    return lambda q, k, v: attend(q, k, v, in_order(window, q.shape[1]), **settings)
+
+
+def readable(q_BTNH, k_BSKH, v_BSKH, **settings):
+    return masked(dot_product_attention, **settings)(q_BTNH, k_BSKH, v_BSKH)
 
 
 def heads_and_gradients(attend, qkv):
@@ -87,7 +97,7 @@ def assert_equal(found, expected, tolerance=TOLERANCE):
 )
 def test_splash_gives_the_same_heads_and_gradients(sizes, settings):
     qkv = random_qkv(*sizes)
-    found = heads_and_gradients(functools.partial(splash.splash, **settings), qkv)
+    found = heads_and_gradients(masked(splash.splash, **settings), qkv)
     expected = heads_and_gradients(functools.partial(readable, **settings), qkv)
     assert_equal(found, expected)
     assert np.abs(expected[0]).max() > 0.5
@@ -96,7 +106,7 @@ def test_splash_gives_the_same_heads_and_gradients(sizes, settings):
 @pytest.mark.usefixtures("_small_blocks")
 def test_splash_computes_bfloat16_with_float32_scores():
     qkv = [jnp.asarray(array, jnp.bfloat16) for array in random_qkv(1, BLOCK + 1, 2, 1, 8)]
-    heads = splash.splash(*qkv)
+    heads = masked(splash.splash)(*qkv)
     exact = readable(*(array.astype(jnp.float32) for array in qkv), window=None)
     assert heads.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits, of queries once more after scaling and of the result, which are up to 3.
@@ -135,7 +145,7 @@ def test_cudnn_is_asked_for_the_same_attention(settings, monkeypatch):
     jax_attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", without_a_gpu)
     qkv = random_qkv(2, 11, 6, 2, 8)
-    found = heads_and_gradients(functools.partial(cudnn, **settings), qkv)
+    found = heads_and_gradients(masked(cudnn, **settings), qkv)
     assert_equal(found, heads_and_gradients(functools.partial(readable, **settings), qkv))
     assert asked == {"implementation": "cudnn"}
 
@@ -276,19 +286,19 @@ def test_splash_is_split_over_a_mesh():
     ],
 )
 def test_each_device_has_its_rows_and_heads(sizes, own_sizes):
-    def attend(q_BTNH, k_BSKH, v_BSKH):
+    def attend(q_BTNH, k_BSKH, v_BSKH, mask):
         assert (*q_BTNH.shape[::2], k_BSKH.shape[2]) == own_sizes and v_BSKH.shape == k_BSKH.shape
         return q_BTNH
 
     qkv = random_qkv(sizes[0], 5, *sizes[1:], 4)
     with use_mesh(mesh_of(jax.devices(), data=2, fsdp=2, tensor=2)):
-        np.testing.assert_array_equal(jax.jit(functools.partial(on_each_device, attend))(*qkv), qkv[0])
+        np.testing.assert_array_equal(jax.jit(masked(functools.partial(on_each_device, attend)))(*qkv), qkv[0])
 
 
 def test_within_pmap_and_shard_map_there_is_nothing_left_to_split():
     """The names of the mesh are taken already: the kernel runs on what the device has."""
     qkv = random_qkv(8, BLOCK, 2, 1, 4)
-    attend = functools.partial(on_each_device, functools.partial(splash.splash, window=5))
+    attend = masked(functools.partial(on_each_device, splash.splash), window=5)
     expected_BTNH = readable(*qkv, window=5)
     rows = [array.reshape(8, 1, *array.shape[1:]) for array in qkv]
     mapped = jax.pmap(attend)(*rows)

@@ -5,25 +5,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_decoder.nn.attention_choice import target_platform
+from flax_decoder.nn.mask import MaskSpec
 
 # A TPU's vectors have 128 lanes, and the kernel takes blocks of whole vectors.
 LANES = 128
 # Tokens and bytes that a block of queries or keys may have. Larger blocks are faster (on a v6e 1024 tokens by a third
 # against axlearn's default: github.com/apple/axlearn/pull/958) until a step of the kernel has no room in 16 MiB of
 # vector memory: by the compiler for v5e and v5p these have it with any setting, and twice as many tokens have not.
-BLOCK_TOKENS = 1024
-BLOCK_BYTES = 2**18
+MAX_BLOCK_TOKENS = 1024
+MAX_BLOCK_BYTES = 2**18
 
 
 def splash(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
+    mask: MaskSpec,
     *,
-    window: int | None = None,
-    soft_cap: float | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Causal attention of a whole sequence by the Splash kernel; CPUs run it step by step, slowly, for checking.
 
@@ -33,9 +33,9 @@ def splash(
         q_BTNH: queries; T = S.
         k_BSKH: keys.
         v_BSKH: values.
-        window: how many positions a query sees, its own included; None is all up to its own.
+        mask: which keys a query sees; only its window is read, as the tokens are in order.
+        scale: factor of the scores; None is 1 / sqrt(H).
         soft_cap: scores go through soft_cap * tanh(score / soft_cap) first.
-        scale: what scores are multiplied by, where it is not 1 / sqrt(H).
 
     Returns:
         heads_BTNH in the dtype of the queries.
@@ -46,10 +46,21 @@ def splash(
     # The kernel does not scale the scores. Scaling the queries is the same, up to one more rounding in bfloat16.
     q_BTNH = (q_BTNH.astype(jnp.float32) * (H**-0.5 if scale is None else scale)).astype(q_BTNH.dtype)
     q_BNPH, k_BKPH, v_BKPH = (_heads_first(x_BTNH, num_padded) for x_BTNH in (q_BTNH, k_BSKH, v_BSKH))
-    window = None if window is None or window >= T else window
+    window = None if mask.window is None or mask.window >= T else mask.window
     kernel = _kernel(num_padded, block_tokens, window, soft_cap)
     heads_BNPH: jax.Array = jax.vmap(kernel)(q_BNPH, k_BKPH, v_BKPH)
     return heads_BNPH[:, :, :T].swapaxes(1, 2)
+
+
+def target_platform() -> str:
+    """Where a program that is being traced will run: "cpu", "gpu" or "tpu".
+
+    The mesh says it, where there is one: a program that is compiled ahead of time is for other devices than these.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = device or jax.config.jax_default_device  # type: ignore[attr-defined]
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
 def block_size(num_tokens: int, head_width: int, num_bytes: int) -> int:
@@ -61,9 +72,9 @@ def block_size(num_tokens: int, head_width: int, num_bytes: int) -> int:
         num_bytes: what one number takes.
     """
     token_bytes = _up_to_whole(head_width, LANES) * num_bytes
-    size = BLOCK_TOKENS
+    size = MAX_BLOCK_TOKENS
     while size > LANES and (
-        size * token_bytes > BLOCK_BYTES or _up_to_whole(num_tokens, size) - num_tokens > num_tokens // 8
+        size * token_bytes > MAX_BLOCK_BYTES or _up_to_whole(num_tokens, size) - num_tokens > num_tokens // 8
     ):
         size //= 2
     return size

@@ -37,25 +37,25 @@ class Ring:
         """Where arrays (batch, length, heads, ...) lie."""
         return PartitionSpec(self.rows, self.axes, self.heads)
 
-    def spread(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """The function, run by each device on its own parts of the arrays."""
+    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """The function, run by each device on its parts of the arrays."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def pass_on(self, arrays: Any) -> Any:
-        """Gives arrays to the next device in the ring, and takes those of the one before."""
+    def send_to_next(self, arrays: Any) -> Any:
+        """Sends arrays to the next device in the ring, and returns those of the one before."""
         to_next = [(i, (i + 1) % self.size) for i in range(self.size)]
         return jax.tree.map(lambda array: jax.lax.ppermute(array, self.axes, to_next), arrays)
 
-    def go_round(self, visit: Callable[[Any, Any], Any], state: Any, guests: Any) -> Any:
-        """What becomes of `state = visit(state, guests)` with the arrays of each device, its own ones first."""
+    def scan(self, visit: Callable[[Any, Any], Any], state: Any, kv_blocks: Any) -> Any:
+        """Applies `state = visit(state, kv_blocks)` to the keys and values of each device, its own first."""
 
         def turn(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], None]:
-            state, guests = carry
-            arriving = self.pass_on(guests)  # needs nothing of the visit: they travel while it computes
-            return (visit(state, guests), arriving), None
+            state, kv_blocks = carry
+            arriving = self.send_to_next(kv_blocks)  # does not depend on the visit: both happen at once
+            return (visit(state, kv_blocks), arriving), None
 
-        (state, guests), _ = jax.lax.scan(turn, (state, guests), length=self.size - 1)
-        return visit(state, guests)
+        (state, kv_blocks), _ = jax.lax.scan(turn, (state, kv_blocks), length=self.size - 1)
+        return visit(state, kv_blocks)
 
 
 def find_ring(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Ring | None:
@@ -64,8 +64,8 @@ def find_ring(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Ring | None
     Rows or heads that the devices do not divide are computed by all of them.
 
     Returns:
-        None where "length" is not spread; or where the devices do not divide it, such as that of the single token
-        which parameters are made with: attention as on one device gives the same numbers.
+        None where "length" is not split; or where the devices do not divide it, as the single token that parameters
+        are made with: attention as on one device gives the same numbers.
     """
     mesh = jax.sharding.get_abstract_mesh()
     (B, T, N, _), K = q_shape, k_shape[2]

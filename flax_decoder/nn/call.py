@@ -1,0 +1,88 @@
+"""What one call of a model gives to all of its layers, and the names by which values can be recorded and edited."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import ArrayLike
+
+Edit = Callable[[jax.Array, jax.Array], jax.Array]
+"""From a value and the index of its layer (an int32 scalar, traced where layers are scanned) to a new value."""
+Hook = Callable[[str, jax.Array], jax.Array]
+"""From a name and a value to the value that is used from there on."""
+
+EDITABLE = (
+    *("embeddings", "q", "k", "v", "q_rotated", "k_rotated", "scores", "weights", "heads", "attention_write"),
+    *("hidden", "feed_forward_write", "residual", "logits"),
+)
+"""What can be edited, in the order in which it is computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a model.
+
+    Attributes:
+        positions_BT: positions of the tokens, counted from 0; B may be 1.
+        end_B: with a cache, the position from which on the tokens of a row are padding; None means no padding.
+        rollback_slots: with a cache, see `KVCache`.
+        in_order: each row is a whole sequence, from position 0 on in order: what fused kernels compute.
+        deterministic: False applies dropout.
+        records: "intermediates" are asked for.
+        edits: by name, what replaces a value.
+        layer: index of the layer; only edits read it.
+    """
+
+    positions_BT: jax.Array
+    end_B: jax.Array | None = None
+    rollback_slots: int = 0
+    in_order: bool = False
+    deterministic: bool = True
+    records: bool = False
+    edits: Mapping[str, Edit] | None = None
+    layer: ArrayLike | None = 0
+
+    def at_layer(self, layer: ArrayLike | None) -> "Call":
+        """The same call, for the layer of this index."""
+        return dataclasses.replace(self, layer=layer)
+
+    def hook(self, module: nn.Module) -> Hook:
+        """The function that edits a value, records it in the "intermediates" of a module, and returns it."""
+
+        def record(name: str, value: jax.Array) -> jax.Array:
+            value = self.edit(name, value)
+            module.sow("intermediates", name, value)
+            return value
+
+        return record
+
+    def edit(self, name: str, value: jax.Array) -> jax.Array:
+        """The value, or what an edit of that name makes of it.
+
+        Scores and weights (B, K, G, T, S) are edited as (B, N, T, S): heads that share a key are beside each other.
+
+        Raises:
+            ValueError: the edit returns another shape or dtype.
+        """
+        if self.edits is None or name not in self.edits:
+            return value
+        shape = value.shape
+        if name in ("scores", "weights"):
+            value = value.reshape(shape[0], -1, *shape[-2:])
+        edited = self.edits[name](value, jnp.asarray(self.layer, jnp.int32))
+        if edited.shape != value.shape or edited.dtype != value.dtype:
+            raise ValueError(
+                f"the edit of {name} must give {value.dtype}{list(value.shape)}, not {edited.dtype}{list(edited.shape)}"
+            )
+        return edited.reshape(shape)
+
+
+def check_edits(names: Iterable[str], *, has_rotation: bool) -> None:
+    """Raises ValueError for the name of an edit that the model does not compute."""
+    for name in names:
+        if name not in EDITABLE:
+            raise ValueError(f"there is no {name!r} to edit, only {', '.join(EDITABLE)}")
+        if name.endswith("_rotated") and not has_rotation:
+            raise ValueError(f"edit {name.removesuffix('_rotated')} in place of {name}: positions are not rotary")

@@ -1,0 +1,150 @@
+"""Which implementation of attention computes a model on which devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
+
+from flax_decoder.config import ModelConfig
+from flax_decoder.errors import UserError
+from flax_decoder.nn.axes import num_parts
+from flax_decoder.nn.call import Call
+from flax_decoder.nn.kernels.blockwise import blockwise
+from flax_decoder.nn.kernels.cudnn import cudnn
+from flax_decoder.nn.kernels.ring import find_ring
+from flax_decoder.nn.kernels.ring_attention import ring_attention
+from flax_decoder.nn.kernels.splash import splash, target_platform
+from flax_decoder.nn.mask import MaskSpec
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, MaskSpec], jax.Array]
+"""From q_BTNH, k_BSKH, v_BSKH and which keys a query sees to heads_BTNH: what all implementations are."""
+
+# Kernels for whole sequences in order; none of them ever holds the scores in memory.
+FUSED = {"cudnn": cudnn, "splash": splash}
+
+# What `model.attention = "auto"` takes on each kind of device, where it knows the model's settings.
+FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
+
+
+def choose_attention(
+    formula: Callable[..., jax.Array],
+    config: ModelConfig,
+    call: Call,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    *,
+    has_cache: bool,
+    make_rng: Callable[[], jax.Array],
+) -> Attend:
+    """The formula, or a faster way to its numbers.
+
+    Only the formula gives scores and weights to record, edit or drop, and only it reads a cache; a ring drops weights
+    by itself.
+
+    Args:
+        formula: `dot_product_attention` with its hook.
+        config: the model.
+        call: the call of the model.
+        q_BTNH: queries, for their shape.
+        k_BSKH: keys, for their shape.
+        has_cache: keys and values are those of a cache.
+        make_rng: gives the key of a ring's dropout.
+
+    Raises:
+        UserError: `config.attention` names an implementation that does not run on the devices.
+    """
+    scale, soft_cap = config.attention_scale, config.attention_soft_cap
+    is_watched = call.records or call.edits is not None
+    has_dropout = config.dropout > 0 and not call.deterministic
+    ring = None if has_cache or is_watched else find_ring(q_BTNH.shape, k_BSKH.shape)
+    if ring is not None:
+        attend = functools.partial(ring_attention, ring, scale=scale, soft_cap=soft_cap)
+        return functools.partial(attend, dropout=config.dropout, rng=make_rng()) if has_dropout else attend
+
+    kernel = choose_kernel(config) if call.in_order and not (is_watched or has_dropout) else "reference"
+    if kernel in FUSED:
+        return functools.partial(on_each_device, functools.partial(FUSED[kernel], scale=scale, soft_cap=soft_cap))
+
+    formula = functools.partial(formula, scale=scale, soft_cap=soft_cap)
+    if config.remat == "attention" and not call.records:
+        formula = jax.checkpoint(formula, prevent_cse=not config.scan_layers)
+    return functools.partial(blockwise, formula) if kernel == "blockwise" else formula
+
+
+def choose_kernel(config: ModelConfig) -> str:
+    """The implementation that `config.attention` stands for on the devices a program is traced for.
+
+    Returns:
+        "reference", "blockwise", "cudnn" or "splash".
+
+    Raises:
+        UserError: the one that is asked for by name does not run on these devices.
+    """
+    platform = target_platform()
+    name = FASTEST.get(platform, "reference") if config.attention == "auto" else config.attention
+    obstacle = config.attention_obstacle(name) or _device_obstacle(name, platform, config.head_width)
+    if config.attention != "auto":
+        if obstacle is not None:
+            raise UserError(f'model.attention = "{name}" {obstacle}; use model.attention = "auto"')
+        return name
+    # The compiler cannot split a kernel of Pallas over devices; without a mesh, nobody knows whether it will have to.
+    may_be_split = jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
+    return "reference" if obstacle is not None or (name == "splash" and may_be_split) else name
+
+
+def for_these_devices(config: ModelConfig) -> ModelConfig:
+    """The same model, with `auto` in place of an implementation of attention that runs on other devices only."""
+    try:
+        choose_kernel(config)
+    except UserError:
+        return dataclasses.replace(config, attention="auto")
+    return config
+
+
+def _device_obstacle(name: str, platform: str, head_width: int) -> str | None:
+    """Why an implementation does not run on a kind of device, None where it does."""
+    if name == "splash" and platform not in ("tpu", "cpu"):
+        return f"is a kernel for TPUs (CPUs interpret it, slowly), not for this {platform}"
+    if name != "cudnn":
+        return None
+    if platform != "gpu":
+        return f"needs an NVIDIA GPU, and this runs on {platform}"
+    # Ahead of time the GPU is not at hand, and JAX takes it for an Ampere.
+    capability = jax.local_devices()[0].compute_capability if jax.default_backend() == "gpu" else "8.0"
+    generation = float(capability) if capability.replace(".", "").isdigit() else 0.0
+    if generation < 8:
+        return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later, not {capability}"
+    widest = 256 if generation >= 9 else 128
+    if head_width > widest:
+        return (
+            f"knows heads up to {widest} wide on a GPU of compute capability {capability}, not head_dim = {head_width}"
+        )
+    return None
+
+
+def on_each_device(
+    attend: Attend, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: MaskSpec
+) -> jax.Array:
+    """heads_BTNH of a kernel, computed by each device of the mesh for its rows of the batch and its heads.
+
+    The compiler splits what is made of JAX's own operations; a kernel it would run whole, on every device. Rows and
+    heads do not meet in attention, so splitting by hand moves nothing between devices. What the devices do not divide
+    is computed by all of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual}
+    if not names:
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask)
+    B, _, N, _ = q_BTNH.shape
+    # Queries and keys are split alike, so that each head of keys stays with its group of queries.
+    K = k_BSKH.shape[2]
+    rows = "batch" if B % num_parts("batch") == 0 else None
+    heads = "heads" if N % num_parts("heads") == K % num_parts("heads") == 0 else None
+    spec = nn.logical_to_mesh_axes((rows, None, heads, None)) or PartitionSpec()
+    split = jax.shard_map(
+        attend, in_specs=(spec, spec, spec, PartitionSpec()), out_specs=spec, axis_names=names, check_vma=False
+    )
+    return split(q_BTNH, k_BSKH, v_BSKH, mask)
