@@ -13,7 +13,7 @@ import re
 import time
 from typing import Any
 
-from flax_decoder.training.topology import LOCAL, devices_of, prepare
+from flax_decoder.planning.topology import LOCAL, devices_of, prepare
 
 NAMES = ("reference", "blockwise", "cudnn", "splash")
 NUM_TIMED = 10

@@ -20,8 +20,8 @@ import numpy as np
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import ByteTokenizer
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.hugging_face import write_folder
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.folder import write_folder
 from flax_decoder.nn.decoder import Decoder, abstract_params
 
 SHAPE = {

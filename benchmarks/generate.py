@@ -37,8 +37,8 @@ from flax_decoder.generation.generate import as_prompts  # noqa: E402
 from flax_decoder.generation.sampling import Sampling  # noqa: E402
 from flax_decoder.generation.steps import Texts, nothing_read, write  # noqa: E402
 from flax_decoder.generation.stream import stream  # noqa: E402
-from flax_decoder.interop.families import FAMILIES  # noqa: E402
-from flax_decoder.interop.hugging_face import write_folder  # noqa: E402
+from flax_decoder.huggingface.families import FAMILIES  # noqa: E402
+from flax_decoder.huggingface.folder import write_folder  # noqa: E402
 
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT_TOKENS = 32, 128, 512
 GPT2 = {

@@ -46,7 +46,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_decoder.config import Config, load_config
+from flax_decoder.config import Config
+from flax_decoder.config_file import load_config
 from flax_decoder.errors import UserError
 
 STEPS_A_CALL, WARM_UP_CALLS, TIMED_CALLS = 10, 2, 5

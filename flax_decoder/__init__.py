@@ -8,7 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flax_decoder.allocator import keep_freed_memory
-from flax_decoder.config import Config, load_config
+from flax_decoder.config import Config
+from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, UserError
 
 if TYPE_CHECKING:

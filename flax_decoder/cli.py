@@ -17,11 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flax_decoder.config import SECTIONS, Config, fields_of, load_config
+from flax_decoder.config import SECTIONS, Config, fields_of
+from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
-from flax_decoder.lock import refuse_if_in_use
+from flax_decoder.io.lock import refuse_if_in_use
+from flax_decoder.io.terminal import say
 from flax_decoder.parallel.launchers import find_job, in_a_job
-from flax_decoder.terminal import say
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -280,7 +281,7 @@ def convert(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace) -> int:
     """Compares a model with PyTorch, tensor by tensor."""
     _check_file("--json", options.json)
-    from flax_decoder.files import write_text
+    from flax_decoder.io.files import write_text
     from flax_decoder.loading import compare
 
     names = ("steps", "batch_size", "length", "seed", "allow_nan")
@@ -310,7 +311,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Measures the speed of training and of generation."""
-    from flax_decoder.training.speed import measure_speed
+    from flax_decoder.planning.speed import measure_speed
 
     config = _config_of(options)
     result = measure_speed(config)
@@ -325,7 +326,7 @@ def bench(options: argparse.Namespace) -> int:
 def doctor(options: argparse.Namespace) -> int:
     """Checks all that a run needs, from the versions to the model itself, in under a minute."""
     config = _config_of(options)
-    from flax_decoder.training.doctor import examine
+    from flax_decoder.planning.doctor import examine
 
     _keep_threads_quiet()
     holds = True
@@ -339,12 +340,12 @@ def plan(options: argparse.Namespace) -> int:
     """Compiles a training step for chips that need not be here: does it fit, what does it move, how long at least."""
     config = _config_of(options)
     _check_file("--json", options.json)
-    from flax_decoder.training.topology import devices_of, prepare
+    from flax_decoder.planning.topology import devices_of, prepare
 
     prepare(options.topology)  # before JAX is imported
-    from flax_decoder.files import write_text
-    from flax_decoder.training.fitting import smallest_change
-    from flax_decoder.training.plan import make_plan
+    from flax_decoder.io.files import write_text
+    from flax_decoder.planning.fitting import smallest_change
+    from flax_decoder.planning.plan import make_plan
 
     devices = devices_of(options.topology)
     made = make_plan(config, devices)

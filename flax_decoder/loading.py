@@ -5,12 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flax_decoder.config import Config, DataConfig, load_config, to_toml
+from flax_decoder.config import Config, DataConfig
+from flax_decoder.config_file import load_config, to_toml
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.files import new_folder, write_text
-from flax_decoder.interop.choice import choose_family
-from flax_decoder.interop.hugging_face import (
+from flax_decoder.huggingface.choice import choose_family
+from flax_decoder.huggingface.folder import (
     is_model_folder,
     read_family,
     read_folder,
@@ -18,13 +18,14 @@ from flax_decoder.interop.hugging_face import (
     write_folder,
     write_special_tokens,
 )
+from flax_decoder.io.files import new_folder, write_text
 from flax_decoder.nn.decoder import Decoder, abstract_params
 from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
 from flax_decoder.training.run_folder import facts_of, refuse_changed_files, refuse_changed_model
 
 if TYPE_CHECKING:
-    from flax_decoder.interop.ledger import Ledger
+    from flax_decoder.comparison.ledger import Ledger
 
 
 def load(
@@ -122,7 +123,8 @@ def compare(
         params: parameters to compare in place of those that `path` gives.
         torch_model: a model of `transformers` to compare with in place of the one in `path`; it stays as it is.
         allow_nan: see `load`.
-        **settings: see `interop.compare.compare_models`: tx, optimizer, batch_size, length, accumulation_steps, seed.
+        **settings: tx, optimizer, batch_size, length, accumulation_steps, seed; see
+            `comparison.compare.compare_models`.
 
     Returns:
         The rows, whether they hold, and the cause where one does not; as a string, a table.
@@ -132,8 +134,8 @@ def compare(
             compared, or PyTorch is not installed.
     """
     try:
-        from flax_decoder.interop.compare import compare_models
-        from flax_decoder.interop.torch_side import open_model
+        from flax_decoder.comparison.compare import compare_models
+        from flax_decoder.comparison.torch_side import open_model
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise

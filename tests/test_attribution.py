@@ -12,7 +12,7 @@ from test_decoder import CHOICES, RANDOM, SIZES, V
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
-from flax_decoder.interop.families import FAMILIES
+from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.lens.attribution import score_parts
 from flax_decoder.nn.cache import empty_cache
 

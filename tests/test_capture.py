@@ -13,8 +13,8 @@ from flax import linen as nn
 from test_decoder import CHOICES, SIZES, TOKENS_BT, TOLERANCE, B, T, V, make
 
 import flax_decoder as fd
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.hugging_face import write_folder
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.folder import write_folder
 from flax_decoder.lens.capture import NAMES, capture
 from flax_decoder.nn import attention, decoder, feed_forward
 

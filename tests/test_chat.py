@@ -20,8 +20,8 @@ from flax_decoder.errors import UserError
 from flax_decoder.generation import chat as chat_module
 from flax_decoder.generation.chat import Chat
 from flax_decoder.generation.sampling import Sampling
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.hugging_face import write_folder
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.folder import write_folder
 from flax_decoder.nn.decoder import Decoder
 
 CHATML = """{% for message in messages %}

@@ -332,7 +332,7 @@ def test_a_cache_folder_that_may_not_be_written_is_told(cache_of, monkeypatch):
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
 def test_compare_without_pytorch_says_how_to_install_it(run, missing, monkeypatch, capsys):
-    for module in [name for name in sys.modules if name.startswith("flax_decoder.interop.")]:
+    for module in [name for name in sys.modules if name.startswith("flax_decoder.comparison.")]:
         monkeypatch.delitem(sys.modules, module)
     for name in ("torch", "transformers"):
         monkeypatch.setitem(sys.modules, name, None if name == missing else types.ModuleType(name))

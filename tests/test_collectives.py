@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from flax_decoder.config import load_config
+from flax_decoder.config_file import load_config
 from flax_decoder.parallel.mesh import AXES, make_mesh, sharding_of, use_mesh
-from flax_decoder.training.collectives import Collective, bytes_by_kind, collectives_of, paper_bytes
-from flax_decoder.training.hlo import parse_hlo
-from flax_decoder.training.plan import abstract_arguments
+from flax_decoder.planning.collectives import Collective, bytes_by_kind, collectives_of, paper_bytes
+from flax_decoder.planning.hlo import parse_hlo
+from flax_decoder.planning.plan import abstract_arguments
 from flax_decoder.training.step import train_step
 
 N = 4

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from flax_decoder.cli import main
-from flax_decoder.config import load_config
+from flax_decoder.config_file import load_config
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training import doctor
+from flax_decoder.planning import doctor
 from flax_decoder.training.checkpoint import Checkpoints
 from flax_decoder.training.step import init_state
 

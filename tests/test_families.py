@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import flax_decoder as fd
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.hugging_face import write_folder
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.folder import write_folder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flax_decoder.files import new_folder, open_regular, replacing, write_text
+from flax_decoder.io.files import new_folder, open_regular, replacing, write_text
 
 
 def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):

@@ -4,10 +4,10 @@ import itertools
 import jax
 import pytest
 
-from flax_decoder.config import load_config
+from flax_decoder.config_file import load_config
 from flax_decoder.errors import UserError
-from flax_decoder.training import fitting
-from flax_decoder.training.plan import make_plan
+from flax_decoder.planning import fitting
+from flax_decoder.planning.plan import make_plan
 
 SIZES = {
     "model.vocab_size": 16,

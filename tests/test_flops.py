@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from flax_decoder.config import load_config
+from flax_decoder.config_file import load_config
 from flax_decoder.nn.decoder import Decoder, abstract_params
 from flax_decoder.training.flops import flops_per_token, utilization
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from flax_decoder.config import load_config
+from flax_decoder.config_file import load_config
 from flax_decoder.nn.decoder import Decoder, abstract_params
 
 torch = pytest.importorskip("torch")

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from shape_names import checked_shape_names
 
 import flax_decoder as fd
-from flax_decoder import files
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
+from flax_decoder.io import files
 from flax_decoder.lens import history, watch
 from flax_decoder.lens.history import MOST_MOMENTS, Index, from_bytes, read_history, read_index, to_bytes, write_index
 from flax_decoder.lens.watch import Watch, watched_tokens

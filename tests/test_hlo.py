@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_decoder.training.hlo import parse_hlo
+from flax_decoder.planning.hlo import parse_hlo
 
 # A loop as the TPU compiler writes it: nothing says how often it turns, the counter starts at 1 and goes in steps of 2
 # (two turns in one), and its bound came in from outside.

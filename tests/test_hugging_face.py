@@ -18,14 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 import flax_decoder as fd
 from flax_decoder.cli import main
-from flax_decoder.config import Config, ModelConfig, to_toml
+from flax_decoder.config import Config, ModelConfig
+from flax_decoder.config_file import to_toml
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer, make_tokenizer
-from flax_decoder.interop import tensor_file, weights
-from flax_decoder.interop.choice import choose_family
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.hugging_face import read_folder, write_folder
-from flax_decoder.interop.settings import read_settings, write_settings
-from flax_decoder.interop.tensor_file import Tensor, read_header
+from flax_decoder.huggingface import tensor_file, weights
+from flax_decoder.huggingface.choice import choose_family
+from flax_decoder.huggingface.config import read_settings, write_settings
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.folder import read_folder, write_folder
+from flax_decoder.huggingface.tensor_file import Tensor, read_header
 from flax_decoder.loading import convert
 from flax_decoder.nn.decoder import Decoder, abstract_params
 from flax_decoder.training.checkpoint import save_params

@@ -21,15 +21,15 @@ from test_families import SIZES, V, a_case_each, loaded, saved, torch_model
 
 import flax_decoder as fd
 from flax_decoder import cli
-from flax_decoder.config import to_toml
+from flax_decoder.comparison import compare as comparison
+from flax_decoder.comparison import ledger
+from flax_decoder.comparison.jax_side import JaxSide
+from flax_decoder.comparison.observation import observe
+from flax_decoder.comparison.torch_side import PyTorchSide
+from flax_decoder.config_file import to_toml
 from flax_decoder.data.tokenizer import CharTokenizer
-from flax_decoder.interop import compare as comparison
-from flax_decoder.interop import ledger
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.jax_side import JaxSide
-from flax_decoder.interop.observation import observe
-from flax_decoder.interop.torch_side import PyTorchSide
-from flax_decoder.interop.weights import flatten
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.weights import flatten
 from flax_decoder.nn import attention, linear
 from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.training import step
@@ -679,7 +679,7 @@ def test_command_ends_with_1_where_a_row_does_not_hold(capsys):
     failing = ledger.Ledger(rows, "a cause")
     with mock.patch.object(comparison, "compare_models", lambda *_, **__: failing):
         assert cli.main(["compare", saved("gpt2", 0).name]) == 1
-        with mock.patch("flax_decoder.files.write_text", side_effect=OSError("disk full")):
+        with mock.patch("flax_decoder.io.files.write_text", side_effect=OSError("disk full")):
             assert cli.main(["compare", saved("gpt2", 0).name, "--json", "rows.json"]) == 1
     captured = capsys.readouterr()
     assert captured.err == "fault: rows.json: cannot be written: disk full\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flax_decoder as fd
-from flax_decoder.config import to_toml
+from flax_decoder.config_file import to_toml
 from flax_decoder.data.tokenizer import CharTokenizer
 from flax_decoder.training.checkpoint import Checkpoints
 

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from flax_decoder.errors import FaultError, InUseError
-from flax_decoder.lock import LOCK, FolderLock, refuse_if_in_use
+from flax_decoder.io.lock import LOCK, FolderLock, refuse_if_in_use
 
 HOLDER = """
 import sys
 from pathlib import Path
-from flax_decoder.lock import FolderLock
+from flax_decoder.io.lock import FolderLock
 lock = FolderLock()
 lock.take(Path(sys.argv[1]))
 lock.announce()

@@ -15,9 +15,9 @@ import pytest
 from limits import HANGS_SECONDS
 
 import flax_decoder as fd
-from flax_decoder import files
 from flax_decoder.cli import main
 from flax_decoder.errors import FaultError, UserError
+from flax_decoder.io import files
 from flax_decoder.lens.history import read_history
 from flax_decoder.training import hardware, loop
 from flax_decoder.training.checkpoint import saved_steps

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from flax_decoder.config import OptimizerConfig, load_config
-from flax_decoder.interop.schedule import learning_rate
+from flax_decoder.comparison.schedule import learning_rate
+from flax_decoder.config import OptimizerConfig
+from flax_decoder.config_file import load_config
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.optimizer import learning_rate_schedule, make_optimizer
 

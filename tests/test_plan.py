@@ -9,11 +9,11 @@ import jax
 import pytest
 
 from flax_decoder.cli import main
-from flax_decoder.config import load_config
+from flax_decoder.config_file import load_config
 from flax_decoder.errors import UserError
-from flax_decoder.training import plan as plan_module
+from flax_decoder.planning import plan as plan_module
+from flax_decoder.planning.plan import make_plan
 from flax_decoder.training.hardware import CHIPS
-from flax_decoder.training.plan import make_plan
 
 SIZES = {
     "model.vocab_size": 64,

@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_decoder.config import load_config
+from flax_decoder.config_file import load_config
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.planning.hlo import parse_hlo
+from flax_decoder.planning.roofline import memory_bytes, product_flops, roofline
 from flax_decoder.training.hardware import Chip
-from flax_decoder.training.hlo import parse_hlo
-from flax_decoder.training.roofline import memory_bytes, product_flops, roofline
 from flax_decoder.training.step import state_maker, train_step
 
 SIZES = {

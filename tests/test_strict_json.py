@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_decoder.data import strict_json
-from flax_decoder.data.strict_json import LISTING, SETTINGS, VOCABULARY, Limits, parse_object, shown
 from flax_decoder.errors import UserError
+from flax_decoder.io import strict_json
+from flax_decoder.io.strict_json import LISTING, SETTINGS, VOCABULARY, Limits, parse_object, shown
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

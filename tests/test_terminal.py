@@ -15,10 +15,10 @@ from limits import HANGS_SECONDS
 from flax_decoder.cli import main
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import CharTokenizer
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.hugging_face import write_folder
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.folder import write_folder
+from flax_decoder.io.terminal import say
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.terminal import say
 
 CONTROLS = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
 ATTACK = "a\x1b]0;title\x07\x1b[2J\x9b31m\x08\x7f\r"

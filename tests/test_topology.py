@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from flax_decoder.errors import UserError
-from flax_decoder.training import topology
-from flax_decoder.training.topology import devices_of, parse_topology, prepare
+from flax_decoder.planning import topology
+from flax_decoder.planning.topology import devices_of, parse_topology, prepare
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_local_is_what_is_here():
 
 COMPILE = """
 import sys
-from flax_decoder.training.topology import devices_of, prepare
+from flax_decoder.planning.topology import devices_of, prepare
 prepare(sys.argv[1])
 import jax
 devices = devices_of(sys.argv[1])

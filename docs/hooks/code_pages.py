@@ -15,7 +15,7 @@ from flax_decoder.cli import build_parser
 from flax_decoder.config import SECTIONS, fields_of
 
 # The packages that have a page of their own, lowest floor first.
-PACKAGES = ("nn", "data", "parallel", "generation", "lens", "training", "interop")
+PACKAGES = ("nn", "data", "parallel", "generation", "lens", "huggingface", "training", "planning", "comparison")
 
 # What stands on top of a page that a search shows before others.
 FOUND_FIRST = "---\nsearch:\n  boost: 2\n---\n\n"

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from flax_decoder.data.foreign_file import open_inside, read_content
-from flax_decoder.data.strict_json import LISTING, parse_object
 from flax_decoder.errors import UserError
+from flax_decoder.io.foreign_file import open_inside, read_content
+from flax_decoder.io.strict_json import LISTING, parse_object
 
 _LONGEST_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
 

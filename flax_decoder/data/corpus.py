@@ -20,7 +20,7 @@ import numpy as np
 from flax_decoder.config import DataConfig
 from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer, pieces_of
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.files import open_regular, replacing, sha256_of
+from flax_decoder.io.files import open_regular, replacing, sha256_of
 
 BUILT_IN = "pydoc_data.topics"
 """As `data.path`: the help texts of Python, some 465,000 characters of English that every CPython ships."""

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from flax_decoder.data.foreign_file import open_named, read_content
-from flax_decoder.data.strict_json import VOCABULARY, parse_object, shown
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
 from flax_decoder.errors import UserError
+from flax_decoder.io.foreign_file import open_named, read_content
+from flax_decoder.io.strict_json import VOCABULARY, parse_object, shown
 
 if TYPE_CHECKING:
     import tokenizers

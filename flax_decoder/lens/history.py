@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.strict_json import SETTINGS, parse_object
 from flax_decoder.errors import BrokenError
-from flax_decoder.files import open_regular, replacing
+from flax_decoder.io.files import open_regular, replacing
+from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 FOLDER, INDEX = "lens", "history.json"
 FORMAT = 1

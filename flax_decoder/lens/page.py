@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import UserError
-from flax_decoder.files import write_text
+from flax_decoder.io.files import write_text
 from flax_decoder.lens.page_data import page_data
 from flax_decoder.nn.decoder import Decoder, check_tokens
 

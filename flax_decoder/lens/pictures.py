@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flax_decoder.errors import UserError
-from flax_decoder.files import replacing
+from flax_decoder.io.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.files import replacing
+from flax_decoder.io.files import replacing
 from flax_decoder.lens.capture import capture
 from flax_decoder.lens.history import (
     FOLDER,

@@ -24,7 +24,7 @@ import tensorstore
 from jax.sharding import SingleDeviceSharding
 
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.files import flush_names
+from flax_decoder.io.files import flush_names
 from flax_decoder.parallel.processes import is_first
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
 from flax_decoder.training.step import TrainState

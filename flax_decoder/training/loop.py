@@ -11,19 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_decoder.allocator import limit_kept_memory
-from flax_decoder.config import Config, TrainingConfig, to_toml
+from flax_decoder.config import Config, TrainingConfig
+from flax_decoder.config_file import to_toml
 from flax_decoder.data.corpus import BUILT_IN, Corpus
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.files import write_text
 from flax_decoder.generation.generate import generate
+from flax_decoder.io.files import write_text
+from flax_decoder.io.lock import FolderLock
+from flax_decoder.io.terminal import say
 from flax_decoder.lens.watch import Watch, watched_tokens
-from flax_decoder.lock import FolderLock
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
-from flax_decoder.terminal import say
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_decoder.errors import BrokenError
-from flax_decoder.files import flush, flush_names, replacing, sha256_of
+from flax_decoder.io.files import flush, flush_names, replacing, sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1

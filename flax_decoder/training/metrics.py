@@ -10,7 +10,7 @@ from typing import Any
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.files import write_text
+from flax_decoder.io.files import write_text
 from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flax_decoder.config import Config, config_of, fields_of, load_config, to_toml, warmup_within
+from flax_decoder.config import Config, fields_of, warmup_within
+from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
-from flax_decoder.files import new_folder, sha256_of, write_text
-from flax_decoder.lock import FolderLock
+from flax_decoder.io.files import new_folder, sha256_of, write_text
+from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
 
 # What may differ when a run is continued, because the losses of its steps do not hang on it.

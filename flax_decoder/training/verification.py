@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flax_decoder.config import load_config
+from flax_decoder.config_file import load_config
 from flax_decoder.data.corpus import load_corpus
 from flax_decoder.data.tokenizer import load_tokenizer
 from flax_decoder.errors import FaultError, UserError

@@ -16,14 +16,14 @@ from pathlib import Path
 import atheris
 from safetensors import deserialize
 
-with atheris.instrument_imports(include=["flax_decoder.data", "flax_decoder.interop"]):
+with atheris.instrument_imports(include=["flax_decoder.io", "flax_decoder.data", "flax_decoder.huggingface"]):
     from flax_decoder.config import ModelConfig
-    from flax_decoder.data.strict_json import SETTINGS, parse_object
     from flax_decoder.data.tokenizer import make_tokenizer, parse_tokenizer
     from flax_decoder.errors import UserError
-    from flax_decoder.interop.families import FAMILIES
-    from flax_decoder.interop.settings import read_settings, write_settings
-    from flax_decoder.interop.tensor_file import read_header
+    from flax_decoder.huggingface.config import read_settings, write_settings
+    from flax_decoder.huggingface.families import FAMILIES
+    from flax_decoder.huggingface.tensor_file import read_header
+    from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 FOLDER = tempfile.TemporaryDirectory()
 PATH = Path(FOLDER.name) / "fuzzed.safetensors"

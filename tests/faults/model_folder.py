@@ -19,9 +19,9 @@ from limits import HANGS_SECONDS
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import ByteTokenizer
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.hugging_face import write_folder
-from flax_decoder.interop.tensor_file import read_header
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.folder import write_folder
+from flax_decoder.huggingface.tensor_file import read_header
 from flax_decoder.nn.decoder import Decoder
 
 MAX_GROWTH_BYTES = 200_000_000

@@ -16,8 +16,8 @@ import pytest
 from tiny_run import HERE, command, finish, write_text_file
 
 import flax_decoder as fd
-from flax_decoder import files
 from flax_decoder.cli import main
+from flax_decoder.io import files
 from flax_decoder.training import metrics
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.verification import verify_run

@@ -22,8 +22,8 @@ from model_folder import (
 from safetensors import SafetensorError, deserialize
 
 import flax_decoder as fd
-from flax_decoder.interop import weights
-from flax_decoder.interop.tensor_file import read_header
+from flax_decoder.huggingface import weights
+from flax_decoder.huggingface.tensor_file import read_header
 
 ROW = pytest.mark.fault("safetensors")
 FUZZ = pytest.mark.fault("safetensors, fuzzed")
@@ -169,7 +169,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
         check(*arguments)
         os.truncate(folder / WEIGHTS, 5000)
 
-    monkeypatch.setattr("flax_decoder.interop.hugging_face.refuse_too_large", shrink)
+    monkeypatch.setattr("flax_decoder.huggingface.folder.refuse_too_large", shrink)
     assert "became shorter before" in refusal(folder)
 
 
@@ -185,7 +185,7 @@ def test_a_file_that_is_exchanged_while_it_is_read_does_not_matter(tmp_path, mon
         (folder / WEIGHTS).unlink()
         (folder / WEIGHTS).write_bytes(b"\0" * 100_000)
 
-    monkeypatch.setattr("flax_decoder.interop.hugging_face.refuse_too_large", exchange)
+    monkeypatch.setattr("flax_decoder.huggingface.folder.refuse_too_large", exchange)
     np.testing.assert_array_equal(fd.load(folder)[1]["head"], expected)
 
 

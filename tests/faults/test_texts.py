@@ -22,7 +22,7 @@ from flax_decoder.config import DataConfig
 from flax_decoder.data.corpus import load_corpus, prepare_corpus, save_corpus, split_text
 from flax_decoder.data.tokenizer import load_tokenizer, make_tokenizer
 from flax_decoder.errors import UserError
-from flax_decoder.files import open_regular
+from flax_decoder.io.files import open_regular
 
 ROW = "Texts of every kind"
 PROMPTS = "Prompts of every kind"

@@ -13,7 +13,7 @@ import optax
 
 from flax_decoder.config import OptimizerConfig
 from flax_decoder.errors import UserError
-from flax_decoder.interop.weights import flatten
+from flax_decoder.huggingface.weights import flatten
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.step import TrainState, mean_gradients
 

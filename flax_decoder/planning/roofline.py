@@ -6,8 +6,8 @@ from typing import Any
 
 from jax.extend import core
 
+from flax_decoder.planning.hlo import Instruction, Program
 from flax_decoder.training.hardware import Chip
-from flax_decoder.training.hlo import Instruction, Program
 
 # These move nothing: they name, pair or steer what others made. What is started is counted where it is done.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from flax_decoder.data.strict_json import LISTING, parse_object, shown
 from flax_decoder.errors import UserError
-from flax_decoder.files import replacing
+from flax_decoder.io.files import replacing
+from flax_decoder.io.strict_json import LISTING, parse_object, shown
 
 # All that the format has: a tensor that is not wanted still takes its place in the file.
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}

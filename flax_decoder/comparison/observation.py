@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flax_decoder.comparison.evidence import MASKED, Evidence
+from flax_decoder.comparison.jax_side import JaxSide
+from flax_decoder.comparison.torch_side import PyTorchSide
 from flax_decoder.config import ModelConfig
-from flax_decoder.interop.evidence import MASKED, Evidence
-from flax_decoder.interop.jax_side import JaxSide
-from flax_decoder.interop.torch_side import PyTorchSide
 
 # What a layer computes, in this order; a model has only some of them.
 OF_A_LAYER = (

@@ -12,8 +12,8 @@ import numpy as np
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.interop.family import Family, Rule
-from flax_decoder.interop.tensor_file import Tensor
+from flax_decoder.huggingface.family import Family, Rule
+from flax_decoder.huggingface.tensor_file import Tensor
 
 _BLOCK_NUMBERS = 100_000  # looked through twice, so they should fit into a cache of the processor
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax_decoder.config import Config
 from flax_decoder.errors import UserError
-from flax_decoder.training.plan import Plan, make_plan
+from flax_decoder.planning.plan import Plan, make_plan
 
 # Each try compiles the step anew.
 MOST_TRIES = 8

@@ -16,10 +16,10 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import eager_mask
 
+from flax_decoder.comparison.schedule import learning_rate
 from flax_decoder.config import ModelConfig, OptimizerConfig
-from flax_decoder.interop.family import Family, Rule
-from flax_decoder.interop.schedule import learning_rate
-from flax_decoder.interop.weights import Place, Shape, places, split
+from flax_decoder.huggingface.family import Family, Rule
+from flax_decoder.huggingface.weights import Place, Shape, places, split
 
 # Under this name transformers calls `_attention`, which only looks on.
 _ATTENTION = "flax_decoder_ledger"

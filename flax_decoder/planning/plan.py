@@ -15,12 +15,12 @@ from flax_decoder.config import Config
 from flax_decoder.errors import UserError
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel.mesh import make_mesh, sharding_of, use_mesh
-from flax_decoder.training.collectives import bytes_by_kind, collectives_of, paper_bytes
+from flax_decoder.planning.collectives import bytes_by_kind, collectives_of, paper_bytes
+from flax_decoder.planning.hlo import parse_hlo
+from flax_decoder.planning.roofline import Roofline, memory_bytes, product_flops, roofline
+from flax_decoder.planning.speed import DEFAULT_VOCAB_SIZE
 from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.hardware import chip_of
-from flax_decoder.training.hlo import parse_hlo
-from flax_decoder.training.roofline import Roofline, memory_bytes, product_flops, roofline
-from flax_decoder.training.speed import DEFAULT_VOCAB_SIZE
 from flax_decoder.training.step import TrainState, jit_step, state_maker, state_shardings
 
 

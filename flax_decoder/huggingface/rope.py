@@ -3,9 +3,9 @@
 from typing import Any
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.strict_json import shown
 from flax_decoder.errors import UserError
-from flax_decoder.interop.family import Rotary
+from flax_decoder.huggingface.family import Rotary
+from flax_decoder.io.strict_json import shown
 
 _ROPE_FIELDS = {
     "factor": "rotary_scaling_factor",

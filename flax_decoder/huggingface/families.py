@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_decoder.interop.family import REQUIRED, Family, Rotary, Rule, Setting, Windows
+from flax_decoder.huggingface.family import REQUIRED, Family, Rotary, Rule, Setting, Windows
 
 # --- Names that families share ---
 

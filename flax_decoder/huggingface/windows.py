@@ -3,9 +3,9 @@
 from typing import Any
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.strict_json import shown
 from flax_decoder.errors import UserError
-from flax_decoder.interop.family import Windows
+from flax_decoder.huggingface.family import Windows
+from flax_decoder.io.strict_json import shown
 
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 

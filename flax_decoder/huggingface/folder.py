@@ -10,15 +10,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.foreign_file import open_inside, read_content
-from flax_decoder.data.strict_json import LISTING, SETTINGS, VOCABULARY, Limits, parse_object, shown
 from flax_decoder.data.tokenizer import Tokenizer, parse_tokenizer
 from flax_decoder.errors import UserError
-from flax_decoder.files import write_text
-from flax_decoder.interop.family import Family
-from flax_decoder.interop.settings import family_of, read_settings, write_settings
-from flax_decoder.interop.tensor_file import Tensor, read_header, write_tensors
-from flax_decoder.interop.weights import Place, flatten, places, read_params, refuse_too_large, unflatten, write_arrays
+from flax_decoder.huggingface.config import family_of, read_settings, write_settings
+from flax_decoder.huggingface.family import Family
+from flax_decoder.huggingface.tensor_file import Tensor, read_header, write_tensors
+from flax_decoder.huggingface.weights import (
+    Place,
+    flatten,
+    places,
+    read_params,
+    refuse_too_large,
+    unflatten,
+    write_arrays,
+)
+from flax_decoder.io.files import write_text
+from flax_decoder.io.foreign_file import open_inside, read_content
+from flax_decoder.io.strict_json import LISTING, SETTINGS, VOCABULARY, Limits, parse_object, shown
 from flax_decoder.nn.decoder import Decoder, abstract_params
 
 _WEIGHTS = "model.safetensors"

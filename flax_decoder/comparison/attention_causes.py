@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flax_decoder.interop.evidence import MASKED, TOLERANCE, Array, Step, same
-from flax_decoder.interop.rotation import Rotation, read_rotation
+from flax_decoder.comparison.evidence import MASKED, TOLERANCE, Array, Step, same
+from flax_decoder.comparison.rotation import Rotation, read_rotation
 
 
 def of_rotation(kind: str, step: Step) -> Iterator[str]:

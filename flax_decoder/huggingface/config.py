@@ -6,12 +6,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.strict_json import shown
 from flax_decoder.errors import UserError
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.family import REQUIRED, Family, Setting
-from flax_decoder.interop.rope import read_rotary, write_rotary
-from flax_decoder.interop.windows import read_windows, write_windows
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.family import REQUIRED, Family, Setting
+from flax_decoder.huggingface.rope import read_rotary, write_rotary
+from flax_decoder.huggingface.windows import read_windows, write_windows
+from flax_decoder.io.strict_json import shown
 
 # What changes no logit: notes, training, and what `generate` of transformers does.
 _NOTES = {"architectures", "model_type", "name_or_path", "_name_or_path", "transformers_version"}

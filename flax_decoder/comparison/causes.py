@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from flax_decoder.interop.evidence import TOLERANCE, Evidence, same
-from flax_decoder.interop.forward_causes import of_forward
-from flax_decoder.interop.jax_side import fit
-from flax_decoder.interop.schedule import learning_rate
+from flax_decoder.comparison.evidence import TOLERANCE, Evidence, same
+from flax_decoder.comparison.forward_causes import of_forward
+from flax_decoder.comparison.jax_side import fit
+from flax_decoder.comparison.schedule import learning_rate
 
 
 def explain(name: str, worst: str | None, evidence: Evidence) -> str:

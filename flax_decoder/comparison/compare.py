@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import optax
 
+from flax_decoder.comparison.causes import IMPRECISE, explain
+from flax_decoder.comparison.jax_side import JaxSide
+from flax_decoder.comparison.ledger import Ledger, Row, Verdict
+from flax_decoder.comparison.observation import Batch, Seen, furthest, observe
+from flax_decoder.comparison.torch_side import PyTorchSide
 from flax_decoder.config import OptimizerConfig
 from flax_decoder.errors import UserError
-from flax_decoder.interop.causes import IMPRECISE, explain
-from flax_decoder.interop.family import Family
-from flax_decoder.interop.jax_side import JaxSide
-from flax_decoder.interop.ledger import Ledger, Row, Verdict
-from flax_decoder.interop.observation import Batch, Seen, furthest, observe
-from flax_decoder.interop.torch_side import PyTorchSide
-from flax_decoder.interop.weights import flatten, unflatten
+from flax_decoder.huggingface.family import Family
+from flax_decoder.huggingface.weights import flatten, unflatten
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.optimizer import make_optimizer
 

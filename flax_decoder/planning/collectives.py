@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax_decoder.config import Config
 from flax_decoder.nn.axes import logical_axes
 from flax_decoder.parallel.mesh import RULES
-from flax_decoder.training.hlo import Instruction, Program
+from flax_decoder.planning.hlo import Instruction, Program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 

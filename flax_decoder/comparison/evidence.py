@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_decoder.interop.jax_side import JaxSide
-from flax_decoder.interop.torch_side import PyTorchSide
+from flax_decoder.comparison.jax_side import JaxSide
+from flax_decoder.comparison.torch_side import PyTorchSide
 
 Array = np.ndarray
 # Both sides are in float64 here; what a mistake explains, it explains to more digits than float32 has.

@@ -5,9 +5,9 @@ from typing import Any
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.interop.families import FAMILIES
-from flax_decoder.interop.family import Family
-from flax_decoder.interop.settings import read_settings, write_settings
+from flax_decoder.huggingface.config import read_settings, write_settings
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.family import Family
 
 # Fields of ModelConfig that say how a model is trained or computed, not what it is.
 _NOT_ARCHITECTURE = frozenset({"dropout", "init_stddev", "output_init", "attention", "dtype", "scan_layers", "remat"})

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from flax_decoder.interop.attention_causes import caps, of_heads, of_rotation, of_scores, of_weights
-from flax_decoder.interop.evidence import TOLERANCE, Array, Evidence, Step, same
+from flax_decoder.comparison.attention_causes import caps, of_heads, of_rotation, of_scores, of_weights
+from flax_decoder.comparison.evidence import TOLERANCE, Array, Evidence, Step, same
 from flax_decoder.nn.feed_forward import ACTIVATIONS, GATED
 
 

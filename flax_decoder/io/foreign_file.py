@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from flax_decoder import files
-from flax_decoder.data.strict_json import shown
 from flax_decoder.errors import UserError
+from flax_decoder.io import files
+from flax_decoder.io.strict_json import shown
 
 _LONGEST_NAME = 255
 

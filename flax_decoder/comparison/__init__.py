@@ -1,0 +1,1 @@
+"""PyTorch and JAX side by side, tensor by tensor."""

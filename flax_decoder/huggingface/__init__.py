@@ -1,0 +1,1 @@
+"""Model folders of Hugging Face: one table per family."""
