@@ -244,12 +244,12 @@ def summary(config: Config, turns: dict[str, list[dict[str, Any]]]) -> dict[str,
     from flax_decoder.training.flops import utilization
 
     jax.config.update("jax_platforms", "cpu")  # the GPU's memory is for those who take their turns
-    tokens_a_step = config.training.batch_size * config.model.context_length
+    tokens_per_step = config.training.batch_size * config.model.context_length
     device = turns[OURS][0]["device"]
     contestants = {}
     for name, own in turns.items():
         seconds = statistics.median(value for one in own for value in one["seconds"])
-        tokens_per_second = tokens_a_step / seconds
+        tokens_per_second = tokens_per_step / seconds
         contestants[name] = {
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_second,

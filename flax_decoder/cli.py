@@ -21,7 +21,7 @@ from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.io.lock import refuse_if_in_use
-from flax_decoder.io.terminal import say
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.launchers import find_job, in_a_job
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from flax_decoder.generation.speculative import Draft, PromptLookup
 
 # A prompt from standard input may have this many bytes: more than any model reads, and an end to what has none.
-MOST_PROMPT_BYTES = 16_000_000
+MAX_PROMPT_BYTES = 16_000_000
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
 
 
@@ -51,20 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _keep_compilations()
         return command(options)
     except UserError as error:
-        say(f"error: {error}", file=sys.stderr)
+        print_escaped(f"error: {error}", file=sys.stderr)
         return 2
     except FaultError as error:
-        say(f"fault: {error}", file=sys.stderr)
+        print_escaped(f"fault: {error}", file=sys.stderr)
         return 1
     except InUseError as error:
-        say(f"error: {error}", file=sys.stderr)
+        print_escaped(f"error: {error}", file=sys.stderr)
         return 73
     except BrokenPipeError:
         # The reader has gone, as `head` does; Python must not try to flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:  # those that say more than the system does have been turned into one of the above
-        say(f"fault: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        print_escaped(
+            f"fault: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -155,14 +157,14 @@ def generate(options: argparse.Namespace) -> int:
     if options.no_stream:
         pieces = iter(list(pieces))
     shown = 0
-    say(prompt, end="", flush=True)
+    print_escaped(prompt, end="", flush=True)
     for row, piece in pieces:
         for _ in range(shown, row):
-            say(f"\n\n{prompt}", end="")
+            print_escaped(f"\n\n{prompt}", end="")
         shown = row
-        say(piece, end="", flush=True)
+        print_escaped(piece, end="", flush=True)
     for _ in range(shown + 1, options.num_samples):
-        say(f"\n\n{prompt}", end="")
+        print_escaped(f"\n\n{prompt}", end="")
     print()
     return 0
 
@@ -204,7 +206,7 @@ def chat(options: argparse.Namespace) -> int:
         pieces = talk.answer(message)
         try:
             for piece in pieces:
-                say(piece, end="", flush=True)
+                print_escaped(piece, end="", flush=True)
         except KeyboardInterrupt:
             pieces.close()  # the part that was shown stays in the conversation
         print(flush=True)
@@ -231,7 +233,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        say(
+        print_escaped(
             f"{options.file}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
             f"{result['bits_per_byte']:.4f} bits per byte, over {result['num_tokens']:,} tokens"
         )
@@ -265,7 +267,7 @@ def lens(options: argparse.Namespace) -> int:
         write_lens_page(options.out, model, params, tokenizer, np.asarray(tokens), history)
     except OSError as error:
         raise FaultError(f"{options.out}: cannot be written: {error}") from error
-    say(f"{options.out}: written")
+    print_escaped(f"{options.out}: written")
     return 0
 
 
@@ -274,7 +276,7 @@ def convert(options: argparse.Namespace) -> int:
     from flax_decoder.loading import convert
 
     convert(options.source, options.destination, model_type=options.model_type, allow_nan=options.allow_nan)
-    say(f"{options.destination}: written")
+    print_escaped(f"{options.destination}: written")
     return 0
 
 
@@ -286,7 +288,7 @@ def compare(options: argparse.Namespace) -> int:
 
     names = ("steps", "batch_size", "length", "seed", "allow_nan")
     ledger = compare(options.path, **{name: getattr(options, name) for name in names})
-    say(ledger)
+    print_escaped(ledger)
     if options.json is not None:
         try:
             write_text(options.json, ledger.to_json())
@@ -304,7 +306,7 @@ def verify(options: argparse.Namespace) -> int:
 
     holds = True
     for finding in verify_run(folder):
-        say(finding, flush=True)
+        print_escaped(finding, flush=True)
         holds = holds and finding.holds is not False
     return 0 if holds else 1
 
@@ -399,10 +401,10 @@ def _prompt_of(options: argparse.Namespace) -> str:
         except UnicodeEncodeError:  # other halves, which only Windows gives
             content = options.prompt.encode("utf-8", "surrogatepass")
     else:
-        content = b"" if sys.stdin is None else sys.stdin.buffer.read(MOST_PROMPT_BYTES + 1)
+        content = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         name = "standard input"
-        if len(content) > MOST_PROMPT_BYTES:
-            raise UserError(f"{name}: has over {MOST_PROMPT_BYTES:,} bytes, which is no prompt; give its last part")
+        if len(content) > MAX_PROMPT_BYTES:
+            raise UserError(f"{name}: has over {MAX_PROMPT_BYTES:,} bytes, which is no prompt; give its last part")
     return decode_text(content, name, "give the prompt in UTF-8")
 
 
@@ -429,7 +431,7 @@ def _config_of(options: argparse.Namespace) -> Config:
         config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
     if find_job(config.distributed, os.environ)[1] in (None, 0):
         for change in changes:
-            say(f"warning: {change.message}", file=sys.stderr)
+            print_escaped(f"warning: {change.message}", file=sys.stderr)
     return config
 
 
@@ -615,7 +617,7 @@ def _keep_compilations() -> None:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "may not be written", folder)
     except OSError as error:
-        say(
+        print_escaped(
             f"warning: compiled programs are not kept for the next start: {error.filename}: {error.strerror}; "
             "set XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR to a folder of yours",
             file=sys.stderr,

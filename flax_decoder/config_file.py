@@ -98,7 +98,7 @@ def to_toml(config: Config) -> str:
 
 
 # The shipped ones have 1 kB, and one with every field has 5.
-_MOST_CONFIG_BYTES = 1_000_000
+_MAX_CONFIG_BYTES = 1_000_000
 
 # How a value stands in a message: long and deep ones are cut.
 _VALUES = reprlib.Repr()
@@ -108,15 +108,15 @@ _VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 100
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
-            content = file.read(_MOST_CONFIG_BYTES + 1)
+            content = file.read(_MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file") from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; give a TOML file, such as configs/tiny.toml"
         ) from None
-    if len(content) > _MOST_CONFIG_BYTES:
-        raise UserError(f"{path}: has over {_MOST_CONFIG_BYTES:,} bytes, so it is no config; give a TOML file")
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise UserError(f"{path}: has over {_MAX_CONFIG_BYTES:,} bytes, so it is no config; give a TOML file")
     try:
         return _parse_toml(content.decode("utf-8").removeprefix("\ufeff"))  # some editors begin a file with this mark
     except UnicodeDecodeError as error:

@@ -16,9 +16,8 @@ from flax_decoder.config import (
     RunConfig,
     TrainingConfig,
     fields_of,
-    load_config,
-    to_toml,
 )
+from flax_decoder.config_file import load_config, to_toml
 from flax_decoder.errors import UserError
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

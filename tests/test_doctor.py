@@ -45,7 +45,7 @@ CHECKS = [
 def in_an_empty_folder(tmp_path, monkeypatch):
     """And with as much time as it takes, on whatever machine."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "MOST_SECONDS", math.inf)
+    monkeypatch.setattr(doctor, "MAX_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_sound_model_on_a_sound_machine(capsys, optimizer):
 
 def test_a_check_that_fails_is_exit_code_1(capsys, monkeypatch):
     Path("hamlet.txt").write_text(TEXT)
-    monkeypatch.setattr(doctor, "MOST_STEPS", 11)
+    monkeypatch.setattr(doctor, "MAX_STEPS", 11)
     assert main(command(data__path="hamlet.txt")) == 1
     out = capsys.readouterr().out
     assert (
@@ -137,12 +137,12 @@ def test_a_far_start_is_a_warning(config):
 def test_a_few_sequences_are_learned(state, batch):
     learned, finding = doctor.check_learning(state, batch)
     assert finding.status == "ok"
-    assert 0 < int(learned.step) < doctor.MOST_STEPS
+    assert 0 < int(learned.step) < doctor.MAX_STEPS
 
 
 def test_a_model_that_learns_a_part_is_a_warning(state, batch, monkeypatch):
     monkeypatch.setattr(doctor, "LEARNED", 1e-9)
-    monkeypatch.setattr(doctor, "MOST_STEPS", 60)
+    monkeypatch.setattr(doctor, "MAX_STEPS", 60)
     finding = doctor.check_learning(state, batch)[1]
     assert finding.status == "warning" and "in 60 steps" in finding.what and "too small" in finding.advice
 
@@ -152,13 +152,13 @@ def test_a_model_that_learns_a_part_is_a_warning(state, batch, monkeypatch):
     "tx", [optax.set_to_zero(), optax.sgd(-0.01), optax.sgd(jnp.nan)], ids=["no update", "uphill", "no number"]
 )
 def test_a_model_that_does_not_learn_fails(state, batch, monkeypatch, tx):
-    monkeypatch.setattr(doctor, "MOST_STEPS", 20)
+    monkeypatch.setattr(doctor, "MAX_STEPS", 20)
     broken = state.replace(tx=tx, opt_state=tx.init(state.params))
     assert doctor.check_learning(broken, batch)[1].status == "FAILED"
 
 
 def test_a_model_too_slow_to_learn_is_a_warning(state, batch, monkeypatch):
-    monkeypatch.setattr(doctor, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "MAX_SECONDS", 0.0)
     finding = doctor.check_learning(state, batch)[1]
     assert finding.status == "warning" and "in 2 steps" in finding.what and "--model.num-layers" in finding.advice
 

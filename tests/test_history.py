@@ -18,7 +18,7 @@ from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io import files
 from flax_decoder.lens import history, watch
-from flax_decoder.lens.history import MOST_MOMENTS, Index, from_bytes, read_history, read_index, to_bytes, write_index
+from flax_decoder.lens.history import MAX_MOMENTS, Index, from_bytes, read_history, read_index, to_bytes, write_index
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.verification import verify_run
@@ -406,7 +406,7 @@ def test_tokens_that_are_none_are_refused(tmp_path, small, tokens):
         {"every": -5},
         {"moments": []},
         {"moments": {"../0": "0"}},
-        {"moments": {str(step): "0" for step in range(MOST_MOMENTS + 1)}},
+        {"moments": {str(step): "0" for step in range(MAX_MOMENTS + 1)}},
         {"more": 1},
         {"tokens": None},
     ],
@@ -498,8 +498,8 @@ def test_a_text_that_cannot_be_watched_is_refused(changes, message):
 def test_the_largest_model_has_room_for_its_moments():
     config = fd.load_config("configs/llama3_70b.toml")
     tokens_T = watched_tokens(config, ByteTokenizer(), np.zeros(99, np.uint8))
-    assert 16 <= history.most_moments(config.model, len(tokens_T)) < MOST_MOMENTS
-    assert history.most_moments(fd.load_config("configs/gpt2_124m.toml").model, len(tokens_T)) == MOST_MOMENTS
+    assert 16 <= history.most_moments(config.model, len(tokens_T)) < MAX_MOMENTS
+    assert history.most_moments(fd.load_config("configs/gpt2_124m.toml").model, len(tokens_T)) == MAX_MOMENTS
 
 
 def test_the_index_says_what_was_written(tmp_path):

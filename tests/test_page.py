@@ -22,7 +22,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import CharTokenizer
 from flax_decoder.lens.history import History
 from flax_decoder.lens.packing import unpack
-from flax_decoder.lens.page import MOST_TOKENS, render
+from flax_decoder.lens.page import MAX_TOKENS, render
 from flax_decoder.lens.page_data import SCORES, page_data, token_texts
 
 # Among the characters are those that HTML, JavaScript and terminals act on, and some that cannot be seen.
@@ -202,8 +202,8 @@ def refusal(tmp_path, *arguments, error=fd.UserError, **changes):
 def test_refusals(tmp_path):
     assert "no tokens" in refusal(tmp_path, tokens_T=[])
     assert "30 tokens, more than the model's 29" in refusal(tmp_path, tokens_T=[1] * 30)
-    assert f"{MOST_TOKENS + 1} tokens, and a page at most {MOST_TOKENS}" in refusal(
-        tmp_path, tokens_T=[1] * (MOST_TOKENS + 1)
+    assert f"{MAX_TOKENS + 1} tokens, and a page at most {MAX_TOKENS}" in refusal(
+        tmp_path, tokens_T=[1] * (MAX_TOKENS + 1)
     )
     assert "(1, 2)" in refusal(tmp_path, tokens_T=[[1, 2]])
     assert "token id 99" in refusal(tmp_path, tokens_T=[99], error=ValueError)

@@ -17,7 +17,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import CharTokenizer
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.folder import write_folder
-from flax_decoder.io.terminal import say
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.nn.decoder import Decoder
 
 CONTROLS = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
@@ -33,8 +33,8 @@ class Terminal(io.StringIO):
 
 def test_all_controls_but_newline_and_tab_are_shown():
     terminal, pipe = Terminal(), io.StringIO()
-    say(CONTROLS + TEXT, file=terminal)
-    say(CONTROLS + TEXT, file=pipe)
+    print_escaped(CONTROLS + TEXT, file=terminal)
+    print_escaped(CONTROLS + TEXT, file=pipe)
     assert pipe.getvalue() == CONTROLS + TEXT + "\n"
     shown = terminal.getvalue()
     assert shown.endswith(TEXT + "\n") and shown.startswith(r"\x00\x01") and r"\x1b" in shown and r"\x9f" in shown

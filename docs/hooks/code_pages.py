@@ -15,7 +15,9 @@ from flax_decoder.cli import build_parser
 from flax_decoder.config import SECTIONS, fields_of
 
 # The packages that have a page of their own, lowest floor first.
-PACKAGES = ("nn", "data", "parallel", "generation", "lens", "huggingface", "training", "planning", "comparison")
+PACKAGES = (
+    *("io", "nn", "data", "parallel", "generation", "lens", "huggingface", "training", "planning", "comparison"),
+)
 
 # What stands on top of a page that a search shows before others.
 FOUND_FIRST = "---\nsearch:\n  boost: 2\n---\n\n"
@@ -183,11 +185,11 @@ def package_pages(root: Path) -> dict[str, str]:
     for package in PACKAGES:
         folder = root / "flax_decoder" / package
         if folder.is_dir():
-            modules = sorted(module for module in folder.glob("*.py") if module.stem != "__init__")
+            modules = sorted(module for module in folder.rglob("*.py") if module.stem != "__init__")
             doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
             parts = [f"# flax_decoder.{package}", doc]
             for module in modules:
-                path = f"flax_decoder/{package}/{module.name}"
-                parts += [f"::: flax_decoder.{package}.{module.stem}", f"In [`{path}`](../../{path})."]
+                path = module.relative_to(root).as_posix()
+                parts += [f"::: {path.removesuffix('.py').replace('/', '.')}", f"In [`{path}`](../../{path})."]
             pages[f"reference/{package}.md"] = "\n\n".join(parts) + "\n"
     return pages

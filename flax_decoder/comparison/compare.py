@@ -21,7 +21,7 @@ from flax_decoder.training.optimizer import make_optimizer
 # In the forward pass rounding to float32 does not add up to this; to the shorter numbers of TF32 and bfloat16 it does.
 LARGEST_ROUNDING = 5e-5
 # Longer sequences, for the sake of a window, take more memory and time than a first look should.
-MOST_TOKENS = 256
+MAX_TOKENS = 256
 
 
 def compare_models(
@@ -134,7 +134,7 @@ def second_look(row: Row, seen: Seen) -> Row:
 def _check_length(model: Decoder, length: int | None) -> int:
     """Tokens a sequence: enough that a window acts where that costs little, and never as many as there are heads."""
     config = model.config
-    windows = [window for window in config.windows if window is not None and window <= MOST_TOKENS - 8]
+    windows = [window for window in config.windows if window is not None and window <= MAX_TOKENS - 8]
     wanted = length
     if wanted is None:
         wanted = min(max([64, *(window + 8 for window in windows)]), config.context_length)

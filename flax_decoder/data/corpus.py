@@ -41,7 +41,7 @@ _BYTE_ORDER_MARKS = {
 }
 _UNMARKED_ENCODINGS = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 _SAMPLE_BYTES = 4096  # enough to tell an encoding by
-_MOST_FACTS_BYTES = 1_000_000  # of a corpus.json, which has a few hundred and the names of the texts
+_MAX_FACTS_BYTES = 1_000_000  # of a corpus.json, which has a few hundred and the names of the texts
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,9 @@ def _read_facts(path: Path) -> dict[str, Any]:
     """What a corpus.json says; BrokenError where it does not say all of it and nothing else."""
     try:
         with open_regular(path) as file:
-            content = file.read(_MOST_FACTS_BYTES + 1)
-        if len(content) > _MOST_FACTS_BYTES:
-            raise ValueError(f"it has over {_MOST_FACTS_BYTES:,} bytes")
+            content = file.read(_MAX_FACTS_BYTES + 1)
+        if len(content) > _MAX_FACTS_BYTES:
+            raise ValueError(f"it has over {_MAX_FACTS_BYTES:,} bytes")
         pairs = json.loads(content.decode("utf-8"), object_pairs_hook=list)
         kinds = {name: type(value) for name, value in pairs} if _is_object(pairs) else {}
         if kinds != _FACTS or len(pairs) != len(_FACTS):

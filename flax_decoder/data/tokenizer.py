@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 KINDS = ("char", "byte", "bpe")
 
 _NUM_CODE_POINTS = 0x110000  # all of Unicode
-_MOST_TOKENS = 10_000_000  # the largest known vocabularies have 262,000
+_MAX_TOKENS = 10_000_000  # the largest known vocabularies have 262,000
 _LONGEST_REASON = 300  # characters of what the library complains of, which may quote its input
 
 # Names of the tokens that open and close a text, in the tokenizer.json files of well-known models.
@@ -301,9 +301,9 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
             f"{source}: gives the added token {shown(wrong)} the id {shown(added[wrong])}, which does not go with the "
             "vocabulary; get it again"
         )
-    if tokenizer.vocab_size > _MOST_TOKENS:
+    if tokenizer.vocab_size > _MAX_TOKENS:
         raise UserError(
-            f"{source}: has the token id {tokenizer.vocab_size - 1:,}, but no vocabulary has {_MOST_TOKENS:,} tokens; "
+            f"{source}: has the token id {tokenizer.vocab_size - 1:,}, but no vocabulary has {_MAX_TOKENS:,} tokens; "
             "it is damaged or made to do harm"
         )
     return tokenizer

@@ -24,7 +24,7 @@ from flax_decoder.io.strict_json import LISTING, parse_object, shown
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _ITEM_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _READABLE = {"F32": np.dtype("<f4"), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype("<f2")}
-_MOST_AXES = 8  # tensors of the models that are read have at most 3
+_MAX_AXES = 8  # tensors of the models that are read have at most 3
 _BLOCK_BYTES = 16_000_000  # a piece of a tensor on its way out: small beside the tensor, large for a disk
 
 
@@ -141,7 +141,7 @@ def _checked_end(path: Path, name: str, entry: Any, num_bytes: int) -> int:
     for numbers in (shape, offsets):
         valid = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
         _refuse_if(not valid, path, f"{what}: {shown(numbers)} must be a list of whole numbers from 0 on")
-    _refuse_if(len(shape) > _MOST_AXES, path, f"{what} has {len(shape)} axes")
+    _refuse_if(len(shape) > _MAX_AXES, path, f"{what} has {len(shape)} axes")
     # An axis of length 0 would let the others be of any length.
     _refuse_if(max(shape, default=0) > num_bytes, path, f"{what} of shape {shown(shape)} is more than the file holds")
     _refuse_if(len(offsets) != 2, path, f"{what}: data_offsets = {shown(offsets)} must be a start and an end")

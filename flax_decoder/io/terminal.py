@@ -8,7 +8,7 @@ _CONTROLS = [code for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in 
 _SHOWN = {code: f"\\x{code:02x}" for code in _CONTROLS}
 
 
-def say(text: object, *, end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
+def print_escaped(text: object, *, end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
     """Prints a text that is not only ours: a prompt, what a model wrote, a message that quotes a file.
 
     On a terminal a control character shows as Python writes it, such as \\x1b for escape: a bare one could clear the

@@ -24,8 +24,8 @@ from flax_decoder.io.strict_json import SETTINGS, parse_object
 FOLDER, INDEX = "lens", "history.json"
 FORMAT = 1
 # What a history may come to. Where it would be more, every other moment goes.
-MOST_MOMENTS = 64
-MOST_BYTES = 10**9
+MAX_MOMENTS = 64
+MAX_BYTES = 10**9
 # The largest number of float16, which is exact to a thousandth: enough for a picture, in half the room.
 LARGEST = 65504.0
 _HEADER_BYTES = 10_000  # more than a .npy file says of itself
@@ -109,8 +109,8 @@ def read_index(folder: Path) -> Index | None:
         numbers = [index.every, *index.tokens, *index.moments]
         if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or index.every == 0:
             raise ValueError("it has numbers that no history has")
-        if len(index.moments) > MOST_MOMENTS:
-            raise ValueError(f"it has {len(index.moments)} moments, and a history at most {MOST_MOMENTS}")
+        if len(index.moments) > MAX_MOMENTS:
+            raise ValueError(f"it has {len(index.moments)} moments, and a history at most {MAX_MOMENTS}")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -141,7 +141,7 @@ def read_moments(folder: Path, index: Index) -> list[np.ndarray]:
         path = folder / f"{step}.npy"
         try:
             with open_regular(path, follows=False) as file:
-                content = file.read(MOST_BYTES // len(index.moments) + _HEADER_BYTES)
+                content = file.read(MAX_BYTES // len(index.moments) + _HEADER_BYTES)
             actual = hashlib.sha256(content).hexdigest()
             if actual != index.moments[step]:
                 raise ValueError(f"its SHA-256 is {actual}, but {INDEX} says {index.moments[step]}")
@@ -185,7 +185,7 @@ def from_bytes(content: bytes) -> np.ndarray:
 
 def most_moments(model: ModelConfig, num_tokens: int) -> int:
     """How many moments of a model a history may have."""
-    return min(MOST_MOMENTS, MOST_BYTES // moment_bytes(model, num_tokens))
+    return min(MAX_MOMENTS, MAX_BYTES // moment_bytes(model, num_tokens))
 
 
 def moment_bytes(model: ModelConfig, num_tokens: int) -> int:

@@ -22,7 +22,7 @@ from flax_decoder.nn.decoder import Decoder, check_tokens
 if TYPE_CHECKING:
     from flax_decoder.lens.history import History
 
-MOST_TOKENS = 256  # of a prompt: the scores and contributions grow with its square
+MAX_TOKENS = 256  # of a prompt: the scores and contributions grow with its square
 # In the order in which they build on each other.
 SCRIPTS = ("numbers", "unpack", "lens", "shapes", "prompt", "heads", "pattern", "story", "why", "learning", "main")
 
@@ -77,8 +77,8 @@ def check_page_length(config: ModelConfig, num_tokens: int) -> None:
     """Raises UserError where a prompt has no tokens, or more than the page or the model can take."""
     if num_tokens == 0:
         raise UserError("the prompt has no tokens; give a text of at least one")
-    if num_tokens > MOST_TOKENS:
-        raise UserError(f"the prompt has {num_tokens} tokens, and a page at most {MOST_TOKENS}; give a shorter one")
+    if num_tokens > MAX_TOKENS:
+        raise UserError(f"the prompt has {num_tokens} tokens, and a page at most {MAX_TOKENS}; give a shorter one")
     if config.positions == "learned" and num_tokens > config.context_length:
         raise UserError(
             f"the prompt has {num_tokens} tokens, more than the model's {config.context_length} learned positions; "

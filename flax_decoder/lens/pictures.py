@@ -26,10 +26,10 @@ _STYLE: Any = {"svg.hashsalt": "flax_decoder", "svg.fonttype": "none"}
 
 # One hue from white to dark: it reads the same in grey and to colour-blind eyes.
 COLOURS = "Blues"
-MOST_PANELS = 400
-MOST_SQUARES = 4_000_000
+MAX_PANELS = 400
+MAX_SQUARES = 4_000_000
 # Up to so many squares are drawn as shapes, which stay sharp in an SVG; more become an image in it, to keep it small.
-MOST_SHAPES = 5_000
+MAX_SHAPES = 5_000
 _BEHIND_THE_MASK = "0.92"
 _LONGEST_LABEL = 16
 # In inches, and in points of which an inch has 72.
@@ -55,10 +55,10 @@ def plot_attention(weights: ArrayLike, labels: Sequence[str], path: str | os.Pat
     L, N, T, S = weights_LNTS.shape
     if len(labels) != S:
         raise UserError(f"labels: there are {len(labels)}, but weights are of {S} key positions; give one for each")
-    if L * N > MOST_PANELS:
-        raise UserError(f"weights: {L} x {N} heads are more than {MOST_PANELS} in one picture; give some of the layers")
-    if weights_LNTS.size > MOST_SQUARES:
-        raise UserError(f"weights: {weights_LNTS.size:,} are more than {MOST_SQUARES:,} in one picture; give a part")
+    if L * N > MAX_PANELS:
+        raise UserError(f"weights: {L} x {N} heads are more than {MAX_PANELS} in one picture; give some of the layers")
+    if weights_LNTS.size > MAX_SQUARES:
+        raise UserError(f"weights: {weights_LNTS.size:,} are more than {MAX_SQUARES:,} in one picture; give a part")
     path = picture_path(path)
     from matplotlib.figure import Figure
 
@@ -75,7 +75,7 @@ def plot_attention(weights: ArrayLike, labels: Sequence[str], path: str | os.Pat
             axes.set_axis_off()
             continue
         layer, head = divmod(panel, N)
-        squares = _draw(axes, weights_LNTS[layer, head], as_shapes=weights_LNTS.size <= MOST_SHAPES)
+        squares = _draw(axes, weights_LNTS[layer, head], as_shapes=weights_LNTS.size <= MAX_SHAPES)
         if L * N > 1:
             axes.set_title(f"layer {layer}, head {head}" if L > 1 else f"head {head}", fontsize=8)
         positions.mark(axes, T, keys=panel + num_columns >= L * N, queries=panel % num_columns == 0)

@@ -20,7 +20,7 @@ from flax_decoder.io.files import replacing
 from flax_decoder.lens.capture import capture
 from flax_decoder.lens.history import (
     FOLDER,
-    MOST_BYTES,
+    MAX_BYTES,
     Index,
     moment_bytes,
     most_moments,
@@ -70,7 +70,7 @@ class Watch:
         model = Decoder(dataclasses.replace(config.model, scan_layers=True, remat="none"))
         self._attend = jax.jit(functools.partial(_attend, model), out_shardings=sharding_of(mesh))
         if self.every > 0:
-            with _telling(self._folder):
+            with as_fault_error(self._folder):
                 self._take_up(step)
         # A run that has no moment yet, such as one from before there was a lens, gets one where it stands.
         self._first_step = None if self._moments else step
@@ -93,7 +93,7 @@ class Watch:
             print(f"lens: attention to the watched text is not finite after step {step}; this moment is left out")
             return
         content = to_bytes(*arrays)
-        with _telling(self._folder):
+        with as_fault_error(self._folder):
             self._keep(step, content)
 
     def _take_up(self, step: int) -> None:
@@ -165,7 +165,7 @@ def watched_tokens(config: Config, tokenizer: Tokenizer, validation_tokens: np.n
     if lens.every > 0 and most_moments(model, T) < 2:
         raise UserError(
             f"lens.prompt_tokens = {T}: a moment of this model takes {moment_bytes(model, T) / 1e9:,.2f} GB, and a "
-            f"whole history at most {MOST_BYTES / 1e9:,.0f}; give fewer, or set lens.every to 0"
+            f"whole history at most {MAX_BYTES / 1e9:,.0f}; give fewer, or set lens.every to 0"
         )
     return tokens_T
 
@@ -178,7 +178,7 @@ def _attend(model: Decoder, params: Any, tokens_BT: jax.Array) -> tuple[jax.Arra
 
 
 @contextlib.contextmanager
-def _telling(folder: Path) -> Iterator[None]:
+def as_fault_error(folder: Path) -> Iterator[None]:
     """Turns what goes wrong with files into a fault with one line."""
     try:
         yield

@@ -109,7 +109,7 @@ def first_alone(act: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return act()
     if not is_first():
-        if not agreed(True):
+        if not broadcast(True):
             raise FaultError("the first process of the job has stopped; its output says why")
         return act()
     done = False
@@ -117,11 +117,11 @@ def first_alone(act: Callable[[], T]) -> T:
         result = act()
         done = True
     finally:
-        agreed(done)
+        broadcast(done)
     return result
 
 
-def agreed(value: T) -> T:
+def broadcast(value: T) -> T:
     """The value that the first process has: a number, a truth value, or an array of numbers."""
     if jax.process_count() == 1:
         return value
@@ -129,7 +129,7 @@ def agreed(value: T) -> T:
     return result
 
 
-def gathered(arrays: Any) -> Any:
+def all_gather(arrays: Any) -> Any:
     """Arrays that processes hold parts of, whole in the memory of each; others as they are."""
     return arrays if jax.process_count() == 1 else multihost_utils.process_allgather(arrays, tiled=True)
 

@@ -31,8 +31,8 @@ PACKAGES = ("flax-decoder", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 
 # Sequences that are to be learned by heart: few, so that it is quick.
 ROWS = 4
-MOST_STEPS = 400
-MOST_SECONDS = 20.0  # for those steps; with all else the whole stays under a minute
+MAX_STEPS = 400
+MAX_SECONDS = 20.0  # for those steps; with all else the whole stays under a minute
 # A loss this much smaller than the first one: the sequences are known, not only which tokens are frequent.
 LEARNED = 0.1
 LEARNED_IN_PART = 0.6
@@ -187,7 +187,7 @@ def check_learning(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainSt
     take_step: Callable[..., Any] = jax.jit(train_step, donate_argnums=0)
     losses: list[float] = []
     start = time.perf_counter()
-    while len(losses) < MOST_STEPS and (len(losses) < 2 or time.perf_counter() - start < MOST_SECONDS):
+    while len(losses) < MAX_STEPS and (len(losses) < 2 or time.perf_counter() - start < MAX_SECONDS):
         state, metrics = take_step(state, batch)
         losses.append(float(metrics["loss"]))
         if not math.isfinite(losses[-1]) or losses[-1] < LEARNED * losses[0]:
@@ -196,8 +196,8 @@ def check_learning(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainSt
     what = f"{rows} sequences of {T} tokens by heart: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps"
     if losses[-1] <= LEARNED * losses[0]:  # also where there is one token only, and nothing to learn
         return state, Finding("learning", "ok", what)
-    if len(losses) < MOST_STEPS and losses[-1] < losses[0]:
-        what += f", and then {MOST_SECONDS:.0f} s were over"
+    if len(losses) < MAX_STEPS and losses[-1] < losses[0]:
+        what += f", and then {MAX_SECONDS:.0f} s were over"
         return state, Finding("learning", "warning", what, "check a smaller model: --model.num-layers 2")
     if losses[-1] < LEARNED_IN_PART * losses[0]:
         return state, Finding("learning", "warning", what, "it learns, but may be too small to know these by heart")
@@ -264,7 +264,7 @@ def for_learning_by_heart(config: Config, vocab_size: int) -> Config:
         config,
         model=dataclasses.replace(config.model.with_vocab_size(vocab_size), dropout=0.0),
         optimizer=optimizer,
-        training=dataclasses.replace(config.training, batch_size=rows, num_steps=MOST_STEPS, z_loss=0.0),
+        training=dataclasses.replace(config.training, batch_size=rows, num_steps=MAX_STEPS, z_loss=0.0),
     )
 
 

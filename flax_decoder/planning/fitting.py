@@ -10,7 +10,7 @@ from flax_decoder.errors import UserError
 from flax_decoder.planning.plan import Plan, make_plan
 
 # Each try compiles the step anew.
-MOST_TRIES = 8
+MAX_TRIES = 8
 # Lighter on memory and heavier on time from left to right. "attention" is not proposed: what is fast holds no scores.
 REMAT = ("none", "attention", "dots", "full")
 
@@ -23,7 +23,7 @@ def smallest_change(config: Config, devices: list[Any], plan: Plan) -> tuple[dic
         devices: the devices.
         plan: that of a step that does not fit.
     """
-    for change in itertools.islice(changes(config, plan), MOST_TRIES):
+    for change in itertools.islice(changes(config, plan), MAX_TRIES):
         try:
             tried = make_plan(changed(config, change), devices)
         except UserError:  # a size that does not divide

@@ -74,7 +74,7 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         facts = {"step": step, "val_loss": val_loss, **self._facts, **_describe(arrays)}
         new = self._folder / f"{_NEW}{step}"
-        with _telling(self._folder):
+        with as_fault_error(self._folder):
             if is_first():
                 self._folder.mkdir(exist_ok=True)
             self._writer.save(new, args=ocp.args.Composite(**items))
@@ -116,7 +116,7 @@ class Checkpoints:
 
     def _finish(self, new: Path, facts: Mapping[str, Any]) -> None:
         """Makes a checkpoint of what is written; runs in a thread of its own."""
-        with _telling(self._folder):
+        with as_fault_error(self._folder):
             try:
                 self._writer.wait_until_finished()
                 if is_first():
@@ -132,7 +132,7 @@ def commit(new: Path, facts: Mapping[str, Any]) -> None:
     """Gives a folder with the arrays of a step its manifest and then the name of the step."""
     write_manifest(new, facts)
     final = new.with_name(str(facts["step"]))
-    set_aside(final)
+    quarantine(final)
     os.rename(new, final)
     flush_names(final.parent)
 
@@ -158,7 +158,7 @@ def save_params(folder: Path, step: int, params: Any, facts: Mapping[str, Any] =
     """
     new = steps_folder(folder).absolute() / f"{_NEW}{step}"
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=_limit_gb(params))
-    with _telling(new.parent):
+    with as_fault_error(new.parent):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{PARAMS: handler})) as writer:
             writer.save(new, args=ocp.args.Composite(**{PARAMS: ocp.args.StandardSave(params)}))
         commit(new, {"step": step, "val_loss": None, **facts, **_describe({PARAMS: params})})
@@ -182,23 +182,23 @@ def newest_manifest(folder: Path) -> Manifest | None:
     return None
 
 
-def clear_away(folder: Path, step: int) -> None:
+def remove_unfinished(folder: Path, step: int) -> None:
     """Prepares a run folder for going on from a step, as the one who has the folder.
 
     What killed saves have left is deleted. What has the name of a later step did not hold, else it would have been the
     one to go on from: it is set aside, as it may still be worth something to its owner.
     """
-    with _telling(steps_folder(folder)):
+    with as_fault_error(steps_folder(folder)):
         for left in [*steps_folder(folder).glob(f"{_NEW}*"), *steps_folder(folder).glob(f"{_OLD}*")]:
             shutil.rmtree(left)
         for left in folder.glob(".*.tmp"):  # of files that were being replaced
             left.unlink()
         for later in steps_folder(folder).glob("[0-9]*"):
             if later.name.isdecimal() and int(later.name) > step:
-                set_aside(later)
+                quarantine(later)
 
 
-def set_aside(path: Path) -> None:
+def quarantine(path: Path) -> None:
     """Renames what stands where a checkpoint is to be."""
     if not os.path.lexists(path):
         return
@@ -292,7 +292,7 @@ def _restore(folder: Path, step: int, part: str, like: Any) -> Any:
     _refuse_other_arrays(read_manifest(path), path, part, like)
     abstract = jax.tree.map(target, like)
     reader = ocp.StandardCheckpointer(restore_concurrent_gb=_limit_gb(abstract))
-    with _telling(path / part, "cannot be restored"), reader:
+    with as_fault_error(path / part, "cannot be restored"), reader:
         return reader.restore((path / part).absolute(), abstract)
 
 
@@ -340,7 +340,7 @@ def _no_metrics(*prefix: Any, **options: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _telling(path: Path, what: str = "cannot save a checkpoint") -> Iterator[None]:
+def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterator[None]:
     """Turns what goes wrong with files, in Python or below Orbax, into a fault with one line."""
     try:
         yield

@@ -19,7 +19,7 @@ from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
 from flax_decoder.io.files import write_text
 from flax_decoder.io.lock import FolderLock
-from flax_decoder.io.terminal import say
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
@@ -28,7 +28,7 @@ from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,
-    clear_away,
+    remove_unfinished,
     require_space,
     restore_state,
     saved_steps,
@@ -39,17 +39,17 @@ from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.metrics import MetricsLog, advice, as_row, plot_losses, require_reporters
+from flax_decoder.training.non_finite import AGAIN, ANEW, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
 from flax_decoder.training.progress import Progress
 from flax_decoder.training.run_folder import facts_of, open_run, saved_config
-from flax_decoder.training.soundness import AGAIN, ANEW, pass_over, refuse_bad
 from flax_decoder.training.step import TrainState, init_state, jit_step
 
 # A little under 1: fewer slips of the pen than the model's own distribution has.
 SAMPLE_TEMPERATURE = 0.8
 # What the log says of a step that was applied, and what the step calls it.
-LEARNED = {"train_loss": "loss", "gradient_norm": "gradient_norm"}
+LOGGED_METRICS = {"train_loss": "loss", "gradient_norm": "gradient_norm"}
 # What a finished run leaves, in the order in which it is written.
 RESULTS = ("sample.txt", "loss.png")
 
@@ -93,8 +93,8 @@ def run(config: Config, folder: Path) -> int:
         owner = lock if processes.is_first() else None
         config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
-        done = processes.agreed(done)
-        if processes.agreed(done >= config.training.num_steps and has_results(folder, done)):
+        done = processes.broadcast(done)
+        if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
             print(
                 f"{folder} is finished: {done} steps are done. Go on with --training.num-steps {2 * done}, "
                 "or start another run with --run.folder"
@@ -102,7 +102,7 @@ def run(config: Config, folder: Path) -> int:
             return 0
         if owner is not None:
             owner.announce()
-            clear_away(folder, done)
+            remove_unfinished(folder, done)
             write_text(folder / "config.toml", to_toml(config))
         with Interruption() as interruption:
             return train_from(done, config, folder, tokenizer, corpus, interruption)
@@ -166,12 +166,12 @@ def run_steps(
     training = config.training
     take_step = jit_step(state, mesh)
     schedule = learning_rate_schedule(config.optimizer, training.num_steps)
-    tokens_a_step = training.batch_size * config.model.context_length
+    tokens_per_step = training.batch_size * config.model.context_length
     step = int(state.step)
     skipped = step - num_updates(state.opt_state)
     stops = step >= training.num_steps  # a run that was killed after its last step has only its results to write
     step_seconds: list[float] = []  # of the steps since the last line of the log
-    with Progress(training.num_steps, step, tokens_a_step, log.seconds()) as progress:
+    with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
         watch.look(step, state.params)
         batch = place_batch(corpus.train_tokens, config, mesh, step)
         while not stops:
@@ -186,7 +186,7 @@ def run_steps(
             watch.look(step, state.params)
             if not metrics["applied"]:
                 skipped += 1
-                print(pass_over(training, state, batch, metrics, skipped))
+                print(skip_batch(training, state, batch, metrics, skipped))
             batch = next_batch
 
             interrupted = interruption.has_come()
@@ -197,13 +197,13 @@ def run_steps(
             if not (saves or evaluates or step % training.log_every == 0):
                 continue
             # The median passes over a step that compiled.
-            tokens_per_second = tokens_a_step / statistics.median(step_seconds)
+            tokens_per_second = tokens_per_step / statistics.median(step_seconds)
             step_seconds.clear()
             row = as_row(
                 step,
-                tokens=step * tokens_a_step,
+                tokens=step * tokens_per_step,
                 # A step that was not applied may have none, and JSON has no NaN.
-                **{name: metrics[key] if metrics["applied"] else UNKNOWN for name, key in LEARNED.items()},
+                **{name: metrics[key] if metrics["applied"] else UNKNOWN for name, key in LOGGED_METRICS.items()},
                 learning_rate=schedule(max(step - skipped - 1, 0)),
                 skipped_steps=skipped,
                 tokens_per_second=tokens_per_second,
@@ -211,7 +211,7 @@ def run_steps(
                 seconds=progress.seconds(),
             )
             if evaluates or saves:
-                refuse_bad(state)
+                check_finite(state)
             if evaluates:
                 row |= validate(model, state, corpus, training)
                 stops = stops or interruption.has_come()  # it takes long enough for a signal to come
@@ -290,13 +290,13 @@ def write_results(
         )
         print(advice(log.rows))
     if config.training.sample_tokens > 0:
-        params = processes.gathered(params)
+        params = processes.all_gather(params)
     if not processes.is_first():
         return
     if config.training.sample_tokens > 0:
         text = write_sample(config, model, params, tokenizer)
         write_text(sample, text)
-        say(f"a sample, also in {sample}:\n\n{text}")
+        print_escaped(f"a sample, also in {sample}:\n\n{text}")
     plot_losses(log.rows, curve)
 
 

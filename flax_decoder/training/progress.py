@@ -18,10 +18,10 @@ NUM_PLAIN_LINES = 20
 class Progress:
     """Shows how far a run is: a bar in a terminal, lines elsewhere."""
 
-    def __init__(self, num_steps: int, step: int, tokens_a_step: int, seconds_before: float = 0.0):
+    def __init__(self, num_steps: int, step: int, tokens_per_step: int, seconds_before: float = 0.0):
         """Starts at `step`; `seconds_before` were spent in earlier sittings."""
         self._num_steps = num_steps
-        self._tokens_a_step = tokens_a_step
+        self._tokens_a_step = tokens_per_step
         self._start = time.perf_counter() - seconds_before
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = Bar(

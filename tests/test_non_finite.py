@@ -11,7 +11,7 @@ from flax_decoder.errors import FaultError
 from flax_decoder.parallel.mesh import mesh_of
 from flax_decoder.training.loop import train
 from flax_decoder.training.metrics import read_metrics
-from flax_decoder.training.soundness import explain, first_bad, pass_over, refuse_bad
+from flax_decoder.training.non_finite import check_finite, explain, first_bad, skip_batch
 
 RULES = {
     "model.vocab_size": 40,
@@ -56,7 +56,7 @@ def test_the_first_bad_tensor_is_named(bad, spread):
     optimizer = with_number(state.opt_state, f"nu.{name}", bad)
     assert first_bad(state.replace(opt_state=optimizer)) == f"the optimizer's nu.{name}"
     with pytest.raises(FaultError, match=r"the optimizer's nu\.layers.*not finite after step 0.*not saved"):
-        refuse_bad(state.replace(opt_state=optimizer))
+        check_finite(state.replace(opt_state=optimizer))
 
 
 def test_a_state_that_knows_no_loss_yet_is_not_bad():
@@ -68,7 +68,7 @@ def test_large_numbers_are_not_bad():
     state, _ = make_state()
     large = state.replace(params=jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), state.params))
     assert first_bad(large) is None
-    refuse_bad(large)
+    check_finite(large)
 
 
 def make_batch():
@@ -90,21 +90,21 @@ def test_when_a_run_stops(nan, skipped, stops):
     metrics = {"loss": np.float32(np.nan), "gradient_norm": np.float32(np.nan)}
     if stops:
         with pytest.raises(FaultError, match=r"^step 7: the loss is nan") as error:
-            pass_over(training, state, batch, metrics, skipped)
+            skip_batch(training, state, batch, metrics, skipped)
         assert ("--training.nan skip" in str(error.value)) == (nan == "stop")
         assert ("4 batches were passed over, more than training.skip_limit = 3" in str(error.value)) == (nan == "skip")
     else:
-        told = pass_over(training, state, batch, metrics, skipped)
+        told = skip_batch(training, state, batch, metrics, skipped)
         assert told == "step 7: the loss is nan: its batch is passed over (3 so far, at most 3)"
     # A spike is no fault, but counts.
     spike = {"loss": np.float32(93), "gradient_norm": np.float32(1)}
-    assert pass_over(training, state, batch, spike, 3).startswith("step 7: the loss of 93 is a spike")
+    assert skip_batch(training, state, batch, spike, 3).startswith("step 7: the loss of 93 is a spike")
     with pytest.raises(FaultError, match="4 batches were passed over"):
-        pass_over(training, state, batch, spike, 4)
+        skip_batch(training, state, batch, spike, 4)
     # No step leads out of a bad state, whatever is allowed.
     broken = state.replace(params=with_number(state.params, "embedding", np.nan))
     with pytest.raises(FaultError, match="the parameter embedding is not finite after step 7"):
-        pass_over(training, broken, batch, metrics, 1)
+        skip_batch(training, broken, batch, metrics, 1)
 
 
 def run(folder, **changes):

@@ -28,7 +28,7 @@ def first_bad(state: TrainState) -> str | None:
     return None
 
 
-def refuse_bad(state: TrainState) -> None:
+def check_finite(state: TrainState) -> None:
     """Raises FaultError where a state is not finite: it is worth no checkpoint, and no step leads out of it."""
     name = first_bad(state)
     if name is not None:
@@ -38,7 +38,7 @@ def refuse_bad(state: TrainState) -> None:
         )
 
 
-def pass_over(training: TrainingConfig, state: TrainState, batch: Batch, metrics: Metrics, skipped: int) -> str:
+def skip_batch(training: TrainingConfig, state: TrainState, batch: Batch, metrics: Metrics, skipped: int) -> str:
     """Decides what follows a step that was not applied.
 
     Args:
@@ -54,7 +54,7 @@ def pass_over(training: TrainingConfig, state: TrainState, batch: Batch, metrics
     Raises:
         FaultError: it may not; names the step and the first tensor that is not finite.
     """
-    refuse_bad(state)
+    check_finite(state)
     loss, norm = metrics["loss"], metrics["gradient_norm"]
     is_spike = bool(np.isfinite(loss) and np.isfinite(norm))
     cause = f"the loss of {loss:.4g} is a spike" if is_spike else explain(state, batch)
@@ -73,7 +73,7 @@ def pass_over(training: TrainingConfig, state: TrainState, batch: Batch, metrics
 
 
 def explain(state: TrainState, batch: Batch) -> str:
-    """Computes a step that was not applied once more, and says what is not finite in it; see `pass_over`."""
+    """Computes a step that was not applied once more, and says what is not finite in it; see `skip_batch`."""
     # Dropout is a function of the step, so the same numbers come out.
     before = state.replace(step=state.step - 1)
     compute = jax.jit(_look, out_shardings=jnp.asarray(state.step).sharding)
