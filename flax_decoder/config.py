@@ -10,8 +10,11 @@ from pydantic.dataclasses import dataclass
 
 _RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-# Far beyond what anybody means, these bounds stand for what a device cannot do: float32 rounds 1 - 1e-8 to 1 and 1e-50
-# to 0, the square of 1e30 is infinite, and counts are int32.
+# Marks a field, or a whole section, that may change when a run is resumed: the losses of its steps do not depend on it.
+MAY_CHANGE = "may change on resume"
+
+# Bounds far beyond sensible values, for what a device cannot compute: float32 rounds 1 - 1e-8 to 1 and 1e-50 to 0, the
+# square of 1e30 is infinite, and counts are int32.
 Fraction = Annotated[float, Field(ge=0, le=0.999999)]
 Positive = Annotated[float, Field(ge=1e-15, le=1e15)]
 NonNegative = Annotated[float, Field(ge=0, le=1e15)]
@@ -24,7 +27,7 @@ Width = Annotated[int, Field(gt=0, le=2**24)]
 
 def _is_not_zero(count: int) -> int:
     if count == 0:
-        raise ValueError("0 is no number of devices; leave it out, or give -1 for the rest")
+        raise ValueError("0 is no number of devices; leave it out, or give -1 for all that are left")
     return count
 
 
@@ -39,11 +42,6 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _flag_as(if_true: str, if_false: str) -> BeforeValidator:
-    """For a choice of words where `true` and `false` were the only values once: they still mean what they did."""
-    return BeforeValidator(lambda value: {"true": if_true, "false": if_false}.get(str(value).lower(), value))
-
-
 # A number of devices, or -1 for all that the other mesh axes leave.
 NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
@@ -53,7 +51,7 @@ class ModelConfig:
     """The network. The letters are those of the array names: `q_BTNH` is [batch, position, head, head width]."""
 
     vocab_size: Width | None = None
-    """V, number of tokens; left out, the tokenizer says it"""
+    """V, number of tokens; left out, that of the tokenizer"""
     context_length: Count = 64
     """T, the longest sequence the model is trained on, in tokens"""
     num_layers: Annotated[int, Field(gt=0, le=10_000)] = 4
@@ -102,7 +100,7 @@ class ModelConfig:
     """pre: x + f(norm(x)); post: norm(x + f(x)); both: x + norm(f(norm(x))); output: x + norm(f(x))"""
     parallel_residual: bool = False
     """attention and feed-forward read the same input: x + attention(norm(x)) + feed_forward(norm(x))"""
-    qk_norm: Annotated[Literal["none", "head", "all"], _flag_as("head", "none")] = "none"
+    qk_norm: Literal["none", "head", "all"] = "none"
     """normalises queries and keys (RMS) before the rotation: over the width of each head, or over all heads at once"""
 
     norm_bias: bool = False
@@ -132,13 +130,13 @@ class ModelConfig:
     output_init: Literal["scaled", "zero"] = "scaled"
     """matrices that write into the residual stream start at init_stddev / sqrt(2 L), or at zero"""
 
-    attention: Literal["auto", "reference", "blockwise", "cudnn", "splash"] = "auto"
-    """what computes attention, always the same numbers: reference is readable; auto is the best for CPU, GPU or TPU"""
+    attention: Annotated[Literal["auto", "reference", "blockwise", "cudnn", "splash"], MAY_CHANGE] = "auto"
+    """the implementation of attention, all with the same numbers: reference is readable; auto is the fastest one"""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """what activations are computed in; params, norms, softmax and loss stay float32; float64 needs JAX_ENABLE_X64=1"""
-    scan_layers: bool = False
+    scan_layers: Annotated[bool, MAY_CHANGE] = False
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
-    remat: Annotated[Literal["none", "attention", "dots", "full"], _flag_as("full", "none")] = "none"
+    remat: Annotated[Literal["none", "attention", "dots", "full"], MAY_CHANGE] = "none"
     """what the backward pass computes again instead of keeping it: nothing; the scores of attention; all of a block but
     the outputs of its projections (dots); or all of it, from its input alone, which takes a third more time (full)"""
 
@@ -176,7 +174,7 @@ class ModelConfig:
         return tuple(self.window if pattern[i % len(pattern)] else None for i in range(self.num_layers))
 
     def attention_obstacle(self, name: str) -> str | None:
-        """Why an implementation of attention cannot compute this model without dropout; None where it can."""
+        """Why an implementation of attention cannot compute this model without dropout; None if it can."""
         if name not in ("cudnn", "splash"):
             return None
         if self.positions == "alibi":
@@ -252,7 +250,7 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it becomes tokens."""
 
-    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple)] = None
+    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), MAY_CHANGE] = None  # the text may not
     """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's help texts"""
     tokenizer: str = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
@@ -293,55 +291,55 @@ class OptimizerConfig:
     decay: Literal["matrices", "all"] = "matrices"
     """what decays: matrices and embeddings only, or biases and norms too"""
     clip_norm: NonNegative = 1.0
-    """gradients longer than this are scaled down to it; 0 is off"""
+    """gradients with a larger global norm are scaled down to this norm; 0 is off"""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """what AdamW's two moments and Muon's momentum are kept in; bfloat16, rounded at random, takes half the memory"""
+    """dtype of AdamW's two moments and Muon's momentum; bfloat16, rounded at random, takes half the memory"""
 
 
 @dataclass(frozen=True, config=_RULES)
 class TrainingConfig:
-    """How long, how much at once, and what is kept."""
+    """How long to train, how much per step, and what is kept."""
 
-    num_steps: Count = 2000
+    num_steps: Annotated[Count, MAY_CHANGE] = 2000
     """number of optimizer steps"""
     batch_size: Count = 12
-    """B, sequences a step, over all devices"""
+    """B, sequences per step, over all devices"""
     accumulation_steps: Count = 1
-    """a step's batch is computed in this many parts, one after the other: less memory, the same result"""
-    eval_every: Count = 250
+    """the batch of a step is computed in this many parts, one after the other: less memory, the same result"""
+    eval_every: Annotated[Count, MAY_CHANGE] = 250
     """steps between evaluations"""
-    eval_batches: CountOrZero = 0
+    eval_batches: Annotated[CountOrZero, MAY_CHANGE] = 0
     """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
-    save_every: Count = 500
+    save_every: Annotated[Count, MAY_CHANGE] = 500
     """steps between checkpoints; the last step is always saved"""
-    keep_newest: Count = 2
+    keep_newest: Annotated[Count, MAY_CHANGE] = 2
     """newest checkpoints to keep, beside the best one"""
-    log_every: Count = 10
+    log_every: Annotated[Count, MAY_CHANGE] = 10
     """steps between lines in metrics.jsonl"""
     z_loss: NonNegative = 0.0
     """weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (PaLM uses 1e-4)"""
-    nan: Literal["stop", "skip"] = "stop"
-    """what to do where loss or gradients are not finite, which never changes parameters: end the run, or go on with the
-    next batch"""
+    nan: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
+    """what follows a step whose loss or gradients are not finite, which never changes parameters: stop the run, or skip
+    the batch"""
     skip_spikes: Annotated[NonNegative, AfterValidator(_is_off_or_over_one)] = 0.0
-    """a batch whose loss is over this many times the running mean of losses is passed over; 0 is off"""
-    skip_limit: CountOrZero = 10
-    """most batches that may be passed over in all; one more ends the run"""
-    loss_chunk_tokens: CountOrZero | None = None
-    """a device makes the logits of this many tokens at a time, and no more are ever held: less memory, the same result;
+    """a batch whose loss is over this many times the running mean of losses is skipped; 0 is off"""
+    skip_limit: Annotated[CountOrZero, MAY_CHANGE] = 10
+    """most batches that may be skipped in all; one more ends the run"""
+    loss_chunk_tokens: Annotated[CountOrZero | None, MAY_CHANGE] = None
+    """a device computes the loss of this many tokens at a time, and holds no more logits: less memory, the same result;
     0: of all at once; left out: of as many as make 1 GiB"""
-    sample_tokens: CountOrZero = 500
+    sample_tokens: Annotated[CountOrZero, MAY_CHANGE] = 500
     """length of the text written after training, in tokens; 0 writes none"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """start of all randomness: weights, order of the text, dropout, sample"""
+    """seed of all randomness: weights, order of the text, dropout, sample"""
 
 
 @dataclass(frozen=True, config=_RULES)
 class MeshConfig:
-    """How devices share the work: their number is the product of the four axes; -1, once, is the rest of them."""
+    """How devices share the work: their number is the product of the four axes; one axis may be -1, the rest."""
 
     data: NumDevices | None = None
-    """groups that each compute a part of the batch; left out, as many of the rest as divide the batch"""
+    """groups that each compute a part of the batch; left out, as many as the devices left and the batch allow"""
     fsdp: NumDevices = 1
     """like data, and parameters and optimizer state are split too: each device holds its part of them"""
     tensor: NumDevices = 1
@@ -359,7 +357,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, config=_RULES)
 class DistributedConfig:
-    """The processes of a job, where it has more than one and their launcher does not tell them of each other."""
+    """The processes of a job that has more than one, if its launcher does not tell them of each other."""
 
     coordinator: str | None = None
     """HOST:PORT of the first process, the same for all; left out, the launcher says it, or there is only one"""
@@ -368,7 +366,7 @@ class DistributedConfig:
     process_id: CountOrZero | None = None
     """which of them this is, from 0; left out, the launcher says it"""
     heartbeat_seconds: Count = 100
-    """a process that is silent for so long is taken for dead, and the others end too"""
+    """a process that is silent for so long counts as dead, and the others end too"""
     join_seconds: Count = 300
     """how long to wait at the start until all processes are there"""
 
@@ -384,22 +382,22 @@ class DistributedConfig:
 
 @dataclass(frozen=True, config=_RULES)
 class LensConfig:
-    """What a run keeps of its attention while it learns, to be looked at later: queries, keys and weights of a text."""
+    """What a run keeps of its attention while it learns: queries, keys and weights of one text."""
 
     every: CountOrZero = 100
-    """steps between two moments that are kept; 0 keeps none; twice as many each time there are too many moments"""
+    """steps between snapshots; 0 keeps none; doubled each time there are too many snapshots"""
     prompt: str | None = None
     """the text; left out, the beginning of the validation split"""
     prompt_tokens: Annotated[int, Field(gt=0, le=256)] = 32
-    """the first tokens of the text that are looked at, at most context_length of them"""
+    """how many tokens of the text are recorded, at most context_length"""
 
 
 @dataclass(frozen=True, config=_RULES)
 class RunConfig:
-    """Where a run lives, and whom it tells."""
+    """Where a run is kept, and where its metrics go."""
 
     folder: str | None = None
-    """where everything of the run is kept; left out, runs/<name of the config file>"""
+    """the folder of the run; left out, runs/<name of the config file>"""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue where there is a checkpoint; never: refuse where there is one; must: refuse where there is none"""
     tensorboard: bool = False
@@ -416,10 +414,10 @@ class Config:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
-    mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
-    lens: LensConfig = LensConfig()
-    run: RunConfig = RunConfig()
+    mesh: Annotated[MeshConfig, MAY_CHANGE] = MeshConfig()
+    distributed: Annotated[DistributedConfig, MAY_CHANGE] = DistributedConfig()
+    lens: Annotated[LensConfig, MAY_CHANGE] = LensConfig()
+    run: Annotated[RunConfig, MAY_CHANGE] = RunConfig()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -429,8 +427,8 @@ class Config:
         length = self.model.context_length
         if batch * length >= 2**31:
             raise ValueError(
-                f"training.batch_size = {batch} times model.context_length = {length} is {batch * length} tokens a "
-                f"step, but the most is {2**31 - 1}"
+                f"training.batch_size = {batch} times model.context_length = {length} is {batch * length} tokens "
+                f"per step, but the most is {2**31 - 1}"
             )
         optimizer = self.optimizer
         rates = {"learning_rate": optimizer.learning_rate}
@@ -446,7 +444,7 @@ class Config:
 
     @model_validator(mode="after")
     def _with_a_warm_up_that_ends(self) -> Self:
-        """Any config can be tried for a few steps: a warm-up as long as the run would never reach the peak."""
+        """Shortens a warm-up that is as long as the run, so that any config can be tried for a few steps."""
         steps, asked = self.training.num_steps, self.optimizer.warmup_steps
         warmup = warmup_within(asked, steps)
         if warmup != asked:
@@ -460,13 +458,16 @@ class Config:
 
 
 def default_warmup_steps(num_steps: int) -> int:
-    """The warm-up of a run of so many steps that asks for none: a twentieth of it."""
+    """The warm-up of a run that sets none: a twentieth of its steps."""
     return num_steps // 20
 
 
 def warmup_within(warmup_steps: int | None, num_steps: int) -> int | None:
-    """A warm-up in a run of so many steps: as asked for if it ends before the run does, else the default one."""
+    """The warm-up of a run of `num_steps`: as set if it ends before the run does, else the default."""
     return warmup_steps if warmup_steps is None or warmup_steps < num_steps else default_warmup_steps(num_steps)
+
+
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.__pydantic_fields__.items()}  # type: ignore[attr-defined]
 
 
 def fields_of(section: str) -> dict[str, Any]:
@@ -474,4 +475,12 @@ def fields_of(section: str) -> dict[str, Any]:
     return SECTIONS[section].__pydantic_fields__
 
 
-SECTIONS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
+def fixed_fields() -> list[tuple[str, str]]:
+    """Section and name of every field that must stay as it is when a run is resumed."""
+    sections = [name for name, section in Config.__pydantic_fields__.items() if MAY_CHANGE not in section.metadata]  # type: ignore[attr-defined]
+    return [
+        (section, name)
+        for section in sections
+        for name, field in fields_of(section).items()
+        if MAY_CHANGE not in field.metadata
+    ]

@@ -28,7 +28,7 @@ KINDS = {
         "num_heads": 6,
         "num_kv_heads": 2,
         "rotary_fraction": 0.5,
-        "qk_norm": True,
+        "qk_norm": "head",
         "scan_layers": True,
     },
     "alibi": {"positions": "alibi", "num_heads": 6, "num_kv_heads": 3, "attention": "blockwise"},

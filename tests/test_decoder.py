@@ -105,7 +105,7 @@ CHOICES = {
         "rotary_original_context": 29,
         "rotary_low_frequency_factor": 1.5,
         "rotary_high_frequency_factor": 6.0,
-        "qk_norm": True,
+        "qk_norm": "head",
         "output_init": "zero",
         "scan_layers": True,
         "window": 3,
@@ -274,7 +274,7 @@ def test_each_layer_draws_its_own_dropout():
 
 @functools.cache
 def initial(**settings):
-    model = Decoder(ModelConfig(**SIZES, qk_norm=True, mlp_bias=True, tied_head=False, **settings))
+    model = Decoder(ModelConfig(**SIZES, qk_norm="head", mlp_bias=True, tied_head=False, **settings))
     # The default generator: RNG gives the layers of a vmap different numbers even for equal keys.
     return jax.jit(model.init)(jax.random.key(0), TOKENS_BT)["params"]
 

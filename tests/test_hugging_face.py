@@ -202,7 +202,7 @@ def test_the_nearest_family_is_named():
     assert choice(embed_dim=14, num_heads=6) == "mistral"  # transformers has no llama of width 14 with 6 heads
     assert choice(window=3) == "mistral"
     assert choice(attention_in_bias=True) == "qwen2"
-    assert choice(qk_norm=True) == "qwen3"
+    assert choice(qk_norm="head") == "qwen3"
     assert choice(rotary_fraction=0.4) == "phi3"
     assert choice(norm_position="output", qk_norm="all") == "olmo2"
     assert choice(norm="layernorm", feed_forward="gelu") == "starcoder2"

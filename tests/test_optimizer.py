@@ -42,7 +42,7 @@ def params():
             "model.mlp_bias": True,
             "model.attention_in_bias": True,
             "model.attention_out_bias": True,
-            "model.qk_norm": True,
+            "model.qk_norm": "head",
             "model.tied_head": False,
         },
     ).model

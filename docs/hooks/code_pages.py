@@ -12,7 +12,7 @@ import annotated_types
 
 import flax_decoder
 from flax_decoder.cli import build_parser
-from flax_decoder.config import SECTIONS, fields_of
+from flax_decoder.config import SECTIONS, fields_of, fixed_fields
 
 # The packages that have a page of their own, lowest floor first.
 PACKAGES = (
@@ -42,10 +42,12 @@ def config_page() -> str:
         "command: `num_layers = 6` under `[model]` is `--model.num-layers 6`. Settings that do not go together are "
         "refused with the reason."
     ]
+    fixed = fixed_fields()
     for section, home in SECTIONS.items():
         rows = [
             f"| `{name}`{{ #{section}.{name} }}<br>{default_of(field.default)} "
-            f"| {_cell(field.description)}<br>*{kind_of(field.annotation, field.metadata)}* |"
+            f"| {_cell(field.description)}<br>*{kind_of(field.annotation, field.metadata)}"
+            f"{'; may change on resume' if (section, name) not in fixed else ''}* |"
             for name, field in fields_of(section).items()
         ]
         doc = " ".join((home.__doc__ or "").split())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flax_decoder.config import Config, fields_of, warmup_within
+from flax_decoder.config import Config, fixed_fields, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
@@ -16,26 +16,6 @@ from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
 from flax_decoder.io.files import new_folder, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
-
-# What may differ when a run is continued, because the losses of its steps do not hang on it.
-FREE_FIELDS = {
-    "model": {"attention", "scan_layers", "remat"},
-    "data": {"path"},  # the text itself is compared
-    "optimizer": set(),
-    "training": {
-        "num_steps",
-        "eval_every",
-        "eval_batches",
-        "save_every",
-        "keep_newest",
-        "log_every",
-        "sample_tokens",
-        "loss_chunk_tokens",
-        "nan",  # what follows a bad step; whether a step is one does not hang on it
-        "skip_limit",
-    },
-}
-
 
 # This one may change in one way: shortened where the run has few steps, it is what was asked for once it has more.
 WARMUP = "optimizer.warmup_steps"
@@ -153,11 +133,9 @@ def saved_config(folder: Path) -> Config:
 
 def _guarded(asked: Config, saved: Config) -> list[tuple[str, Any, Any]]:
     """The fields on which the losses hang: dotted name, value saved, value asked."""
-    both = [(section, name, free) for section, free in FREE_FIELDS.items() for name in fields_of(section)]
     return [
         (f"{section}.{name}", *(getattr(getattr(config, section), name) for config in (saved, asked)))
-        for section, name, free in both
-        if name not in free
+        for section, name in fixed_fields()
     ]
 
 

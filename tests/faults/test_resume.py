@@ -17,10 +17,9 @@ from tiny_run import HERE, SETTINGS, command, write_text_file
 
 import flax_decoder as fd
 from flax_decoder.cli import main
-from flax_decoder.config import fields_of
+from flax_decoder.config import fields_of, fixed_fields
 from flax_decoder.parallel.mesh import make_mesh
 from flax_decoder.training.checkpoint import Checkpoints, restore_state, saved_steps
-from flax_decoder.training.run_folder import FREE_FIELDS
 from flax_decoder.training.step import state_shardings
 
 # Values of fields for which the next choice, the opposite, or a little more than what is saved will not do.
@@ -47,9 +46,7 @@ WITH = {
     "model.rotary_window_base": {"model.positions": "rotary", "model.window": 4},
     "model.window_pattern": {"model.window": 4, "model.num_layers": 2},
 }
-GUARDED = [
-    f"{section}.{name}" for section, free in FREE_FIELDS.items() for name in fields_of(section) if name not in free
-]
+GUARDED = [f"{section}.{name}" for section, name in fixed_fields()]
 
 
 def other_value(name, saved):
