@@ -98,7 +98,7 @@ CHOICES = {
         "window": 1,
         "attention": "splash",
     },
-    "sloped window": {"positions": "alibi", "window": 4, "scan_layers": True, "remat": True, "norm_epsilon": 0.3},
+    "sloped window": {"positions": "alibi", "window": 4, "scan_layers": True, "remat": "full", "norm_epsilon": 0.3},
     "llama4": {
         "positions": "rotary",
         "rotary_scaling": "llama3",
@@ -280,7 +280,7 @@ def initial(**settings):
 
 
 def test_params_have_one_layout():
-    plain, scanned = initial(), initial(scan_layers=True, remat=True)
+    plain, scanned = initial(), initial(scan_layers=True, remat="full")
     jax.tree.map(np.testing.assert_array_equal, scanned, plain)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(plain))
     kernel_LDNH = plain["layers"]["attention"]["query"]["kernel"]
@@ -331,7 +331,7 @@ def test_scan_and_remat_are_really_on():
 
     assert " scan[" not in program() and "remat" not in program()
     assert " scan[" in program(scan_layers=True)
-    assert "remat" in program(remat=True)
+    assert "remat" in program(remat="full")
     assert program(scan_layers=True).count("dot_general") == program(scan_layers=True, num_layers=9).count(
         "dot_general"
     )

@@ -650,5 +650,5 @@ def test_a_folder_without_weights_is_refused(folder, capsys):
 
 def test_settings_of_training_do_not_matter_for_the_choice():
     model = ModelConfig(**LLAMA | {"embed_dim": 20})
-    trained = dataclasses.replace(model, dropout=0.1, scan_layers=True, remat=True, init_stddev=0.5)
+    trained = dataclasses.replace(model, dropout=0.1, scan_layers=True, remat="full", init_stddev=0.5)
     assert choose_family(trained, "x") == choose_family(model, "x") == FAMILIES["llama"]

@@ -47,7 +47,7 @@ CLASSIC = {
     "model.attention_in_bias": True,
     "model.attention_out_bias": True,
     "model.mlp_bias": True,
-    "model.remat": True,
+    "model.remat": "full",
     "model.window": 6,
     "training.z_loss": 1e-3,
 }

@@ -268,7 +268,7 @@ def test_sequences_can_grow_with_the_devices():
 SIZES = {"vocab_size": 16, "context_length": 32, "num_layers": 2, "embed_dim": 12, "mlp_dim": 14}
 GROUPED = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 SCANNED = {"positions": "rotary", "window": 9, "window_pattern": (True, False), "scan_layers": True}
-UNROLLED = {"positions": "alibi", "attention_soft_cap": 5.0, "attention_scale": 0.4, "remat": True}
+UNROLLED = {"positions": "alibi", "attention_soft_cap": 5.0, "attention_scale": 0.4, "remat": "full"}
 
 
 @pytest.mark.short("unrolled")
