@@ -27,7 +27,13 @@ SIZES = {
 TOKENS_BT = np.random.default_rng(0).integers(0, 17, (B, T)).astype(np.int32)
 CONFIGS = {
     "gpt2": {"norm_bias": True, "attention_in_bias": True, "mlp_bias": True, "attention": "reference"},
-    "llama": {"positions": "rotary", "norm": "rmsnorm", "feed_forward": "swiglu", "tied_head": False, "qk_norm": "head"},
+    "llama": {
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "feed_forward": "swiglu",
+        "tied_head": False,
+        "qk_norm": "head",
+    },
     "bloom": {"positions": "alibi", "scan_layers": True, "remat": "full", "window": 3, "attention": "blockwise"},
     "vaswani": {"positions": "sinusoidal", "norm_position": "post", "dropout": 0.1},
 }

@@ -1,7 +1,7 @@
-"""What the axes of arrays mean, so that they can be split over devices.
+"""Logical names of the axes of arrays, by which they can be split over devices.
 
-The names are logical: "batch", "length", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers". What
-splits which of them is not the network's business; where nothing is split, nothing here has an effect.
+"batch", "length", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers". `parallel/mesh.py` maps them to
+axes of a mesh; without a mesh nothing here has an effect.
 """
 
 import math
@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-# The axes of each projection: those it sums over, those it writes to. A kernel has both, a bias the second.
+# The axes of each projection: those it sums over, and those of its output. A kernel has both, a bias the second.
 PROJECTIONS = {
     "query": (("embed",), ("heads", "head_dim")),
     "key": (("embed",), ("kv_heads", "head_dim")),
@@ -25,24 +25,24 @@ TABLES = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab"), "position
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """The same array, lying on the devices as the logical names of its axes say.
+    """Constrains the sharding of an array by the logical names of its axes.
 
     Args:
         x: any array.
-        axes: a name for each axis; None is an axis that no one splits. One that the devices do not divide, such as a
-            batch of one row, stays whole too.
+        axes: a name per axis; None is an axis that is never split. An axis that the devices do not divide, such as a
+            batch of one row, is not split either.
     """
     divided = (axis if axis and mesh_axes(axis, size) else None for axis, size in zip(axes, x.shape, strict=True))
     return nn.with_logical_constraint(x, tuple(divided))
 
 
 def num_parts(axis: str) -> int:
-    """Over how many devices an axis is split where the code is being compiled for a mesh; else 1."""
+    """Over how many devices an axis is split in the program that is being compiled; 1 without a mesh."""
     return _count(mesh_axes(axis))
 
 
 def mesh_axes(axis: str, *sizes: int) -> tuple[str, ...]:
-    """The axes of the mesh over which a logical axis is split; none where one of the sizes is no multiple of them."""
+    """The mesh axes over which a logical axis is split; none if one of the sizes is no multiple of their product."""
     (entry,) = nn.logical_to_mesh_axes((axis,)) or (None,)
     there = jax.sharding.get_abstract_mesh().axis_names
     names = tuple(name for name in ([entry] if isinstance(entry, str) else entry or ()) if name in there)
@@ -56,8 +56,8 @@ def _count(names: tuple[str, ...]) -> int:
 def logical_axes(params: Any) -> Any:
     """The logical axes of each parameter, as a PartitionSpec of names; a tree like `params`.
 
-    A tree that has such trees as its branches will do as well, such as the state of an optimizer, whose moments are
-    named as their parameters are. None stands for an axis that is never split.
+    Works also for a tree with such trees as branches, such as the state of an optimizer, whose moments are named as
+    their parameters. None is an axis that is never split.
     """
     return jax.tree.map_with_path(_axes_of, params)
 
@@ -69,7 +69,7 @@ def _axes_of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         axes = TABLES[names[-1]]
     elif len(names) > 1 and names[-2] in PROJECTIONS:
         inputs, outputs = PROJECTIONS[names[-2]]
-        # A vector costs next to nothing on each device, and to gather it costs a message.
+        # A vector takes little memory on each device, and gathering a split one costs a message.
         axes = (*inputs, *outputs) if names[-1] == "kernel" else (None,) * len(outputs)
     stacked = ("layers",) if "layers" in names and leaf.ndim > len(axes) else ()
     return PartitionSpec(*stacked, *axes)

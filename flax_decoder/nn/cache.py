@@ -1,7 +1,6 @@
-"""Keys and values already computed, and where the next ones go.
+"""The key-value cache: keys and values of earlier tokens, kept so that a new token costs one position instead of all.
 
-In generation the keys and values of earlier tokens do not change; keeping them makes a new token cost one position
-instead of all. A cache is a value: `logits, cache = model.apply(variables, tokens, cache=cache)`.
+A cache is a value: `logits, cache = model.apply(variables, tokens, cache=cache)`.
 """
 
 import jax
@@ -18,13 +17,13 @@ LayerKV = tuple[jax.Array, jax.Array]
 class KVCache(struct.PyTreeNode):
     """Position p of a row is in slot p mod S of each layer, until position p + S takes its place.
 
-    A layer with a window has no more slots than it looks at, so S may differ between layers. A row that outgrows the
-    slots goes on: a layer then sees the last S positions, which is a window that rolls over the text.
+    A layer with a window has no more slots than it sees, so S may differ between layers. A row may outgrow its slots: a
+    layer then sees the last S positions, a window that rolls over the text.
 
     Attributes:
-        layers: keys (turned already where positions are rotary) and values of each layer, both (B, K, S, H): the order
-            in which matrix products read them without a transposed copy.
-        length_B: how many tokens each row has read. Lowering it forgets the last ones.
+        layers: keys (after rotation) and values of each layer, both (B, K, S, H): matrix products read this order
+            without a transposed copy.
+        length_B: number of tokens in each row. Lowering it forgets the last ones.
         rollback_slots: slots that a layer has beyond those it sees: so many of the last tokens can be forgotten even
             where they have taken the place of others.
     """
@@ -35,7 +34,7 @@ class KVCache(struct.PyTreeNode):
 
 
 def empty_cache(config: ModelConfig, batch_size: int, capacity: int, rollback_slots: int = 0) -> KVCache:
-    """A cache that holds nothing yet.
+    """An empty cache.
 
     A layer takes 2 · B · K · S · H numbers, S = min(window, capacity) + rollback_slots.
 
@@ -65,18 +64,18 @@ def empty_cache(config: ModelConfig, batch_size: int, capacity: int, rollback_sl
 def write(cached_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array, end_B: jax.Array) -> jax.Array:
     """Puts new keys or values into the slots of their positions.
 
-    Those from `end_B` on are padding and leave no trace; nor do those that the last S would write over.
+    Not written are those from `end_B` on, which are padding, and those that the last S would overwrite.
     """
     B, K, S, _ = cached_BKSH.shape
     is_kept_BT = (positions_BT < end_B[:, None]) & (positions_BT >= end_B[:, None] - S)
     slots_BT = jnp.where(is_kept_BT, positions_BT % S, S)
-    # An index a head, not a window of all heads: XLA then writes in place, where else it may copy the whole cache.
+    # One index per head instead of a slice of all heads: XLA then writes in place and does not copy the whole cache.
     rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     return cached_BKSH.at[rows, heads, slots_BT[:, None]].set(new_BTKH.swapaxes(1, 2), mode="drop")
 
 
 def positions_of_slots(num_slots: int, length_B: jax.Array) -> jax.Array:
-    """positions_BS: the newest position that each slot can hold in rows of that length; negative where it is empty."""
+    """positions_BS: the newest position in each slot of rows of that length; negative if it is empty."""
     slots_S = jnp.arange(num_slots, dtype=jnp.int32)
     newest_B1 = length_B[:, None] - 1
     return newest_B1 - (newest_B1 - slots_S[None]) % num_slots

@@ -1,5 +1,6 @@
 """Tokens to logits: embedding, a stack of blocks, a head."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,9 +24,9 @@ from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import accumulation_dtype, check_float64
 from flax_decoder.nn.stack import per_layer, period_of, periodic_scan, stack_where_alike, unrolled, unstack
 
-# Up to so many vectors, making logits is a matter of reading the head; beyond, of multiplying.
+# Up to this many rows, the time of the logits is that of reading the head from memory; beyond, that of the product.
 FEW_ROWS = 32
-# What the backward pass of a block may find kept, by `remat`; "attention" is in the hands of attention itself.
+# What is kept of a block for its backward pass, by `remat`; "attention" is handled in `kernels/choice.py`.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     # The products with parameters; those of queries with keys and of weights with values have batch axes.
@@ -113,19 +114,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         check_arguments(config, tokens_BT, cache, positions_BT, edits)
-        # A fused kernel needs whole sequences in order. Parameters do not depend on it, so they are made without one.
-        in_order = positions_BT is None and cache is None and num_parts("length") == 1 and not self.is_initializing()
-        if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        call = Call(
-            positions_BT if cache is None else cache.length_B[:, None] + positions_BT,
-            end_B=None if cache is None or num_tokens_B is None else cache.length_B + num_tokens_B,
-            rollback_slots=0 if cache is None else cache.rollback_slots,
-            in_order=in_order,
-            deterministic=deterministic,
-            records=self.is_mutable_collection("intermediates"),
-            edits=edits,
-        )
+        call = self.make_call(tokens_BT, cache, positions_BT, num_tokens_B, deterministic, edits)
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
         x_BTD = self.embed(embedding_VD.astype(config.dtype), tokens_BT, call)
@@ -147,8 +136,38 @@ class Decoder(nn.Module):
         num_read_B = tokens_BT.shape[1] if num_tokens_B is None else num_tokens_B
         return result, cache.replace(layers=layers, length_B=cache.length_B + num_read_B)
 
+    def make_call(
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None,
+        positions_BT: jax.Array | None,
+        num_tokens_B: jax.Array | None,
+        deterministic: bool,
+        edits: Mapping[str, Edit] | None,
+    ) -> Call:
+        """What this call gives to all layers alike; see `__call__` for the arguments."""
+        # A fused kernel needs whole sequences in order. Parameters do not depend on it, so they are made without one.
+        in_order = positions_BT is None and cache is None and num_parts("length") == 1 and not self.is_initializing()
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        call = Call(
+            positions_BT,
+            in_order=in_order,
+            deterministic=deterministic,
+            records=self.is_mutable_collection("intermediates"),
+            edits=edits,
+        )
+        if cache is None:
+            return call
+        return dataclasses.replace(
+            call,
+            positions_BT=cache.length_B[:, None] + positions_BT,
+            end_B=None if num_tokens_B is None else cache.length_B + num_tokens_B,
+            rollback_slots=cache.rollback_slots,
+        )
+
     def logits(self, x_BCD: jax.Array, *, is_generating: bool = False) -> jax.Array:
-        """The head: logits_BCV, in at least float32, of the tokens that follow normalised hidden states.
+        """Returns logits_BCV, in at least float32, of the tokens that follow normalised hidden states.
 
         By itself it is `model.apply({"params": head_params(params)}, x_BCD, method="logits")`.
 
@@ -268,16 +287,16 @@ def last_real(x_BTD: jax.Array, num_tokens_B: jax.Array | None) -> jax.Array:
 
 
 def head_params(params: Any) -> Any:
-    """Those of a `Decoder`'s parameters that make logits: the head, or the embedding where it is the head, too."""
+    """The parameters that `Decoder.logits` reads: the head, or the embedding if it is tied."""
     name = "head" if "head" in params else "embedding"
     return {name: params[name]}
 
 
 def unstack_layers(params: Any) -> Any:
-    """The params with an array a layer, not stacked ones: what `Decoder` is fastest with where it runs often.
+    """The params with one array per layer instead of stacked ones: faster where a `Decoder` runs often.
 
-    A stacked array is cut up at each pass, which costs as much as reading all weights; this does it once, for a copy
-    of the layers in memory.
+    A stacked array is split at each forward pass, which costs as much as reading all weights. This splits it once, and
+    takes the memory of a second copy of the layers.
 
     Args:
         params: the parameters of a `Decoder`, in either form.
@@ -294,15 +313,15 @@ _unstack_layers = jax.jit(unstack)
 
 
 def abstract_params(model: Decoder, shardings: Any = None) -> Any:
-    """Shapes and dtypes of a model's parameters, without their numbers: of any size, at no cost.
+    """Shapes and dtypes of a model's parameters, without computing them.
 
     Args:
         model: the model.
-        shardings: where the parameters go: a `jax.sharding.Sharding` for all of them or one for each, in a tree like
-            theirs; in place of a branch, one will do for the whole of it. None is the default device.
+        shardings: one `jax.sharding.Sharding` for all parameters, or a tree like theirs, in which one may stand for a
+            whole branch. None is the default device.
 
     Raises:
-        UserError: a sharding does not fit its parameter, or the tree is of another form.
+        UserError: a sharding does not fit its parameter, or the tree has another structure.
     """
     params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     try:
@@ -326,12 +345,12 @@ def _placed(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Shardi
 
 
 def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """The rows of a table; NaN, instead of some other row, for an id outside of it."""
+    """The rows of a table; NaN for an id outside of it, where JAX would by default return another row."""
     return jnp.asarray(table).at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def check_tokens(tokens_BT: ArrayLike, vocab_size: int, mask_BT: ArrayLike | None = None) -> None:
-    """Raises ValueError where token ids are known and, at a position that counts, lie outside of the vocabulary."""
+    """Raises ValueError for a token id outside the vocabulary, if ids are known (not traced) and the mask keeps it."""
     if not jnp.issubdtype(jnp.result_type(tokens_BT), jnp.integer):
         raise ValueError(f"token ids must be integers, not {jnp.result_type(tokens_BT)}")
     if isinstance(tokens_BT, jax.core.Tracer) or isinstance(mask_BT, jax.core.Tracer):

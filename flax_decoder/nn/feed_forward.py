@@ -1,4 +1,4 @@
-"""The per-position network: what a token does with what attention brought it."""
+"""The feed-forward network, which works on each position by itself."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from flax_decoder.nn.linear import Linear
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the chance that a standard normal number is under x (Hendrycks and Gimpel 2016), exactly, by erf."""
+    """x times the probability that a standard normal number is below x (Hendrycks and Gimpel 2016), exact, by erf."""
     return jax.nn.gelu(x, approximate=False)
 
 

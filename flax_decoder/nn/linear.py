@@ -1,4 +1,4 @@
-"""The learned matrix product that every projection of the network is."""
+"""The learned matrix product, of which every projection of the network is one."""
 
 import functools
 import math
@@ -84,8 +84,8 @@ def project(x: jax.Array, matrix: jax.Array, dtype: str | jnp.dtype | None = Non
 def wide_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x W over the last axis of x, in float32, of bfloat16 factors.
 
-    Its gradient is float32, and the products that it enters would by themselves take float32 factors, which GPUs
-    multiply at half the speed. Here it is rounded first, as the gradients of all other layers are.
+    By default the products of the backward pass would have float32 factors too, because the gradient is float32, and
+    GPUs multiply these at half the speed. Here the gradient is rounded first, as those of all other layers are.
     """
     return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
@@ -98,7 +98,7 @@ def _backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tupl
     x, matrix = factors
     rounded = gradient.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
-    # Many rows are summed in float32, and a sum of chunks may use it before it is rounded.
+    # Summed over many rows in float32; a sum over chunks may add these before they are rounded.
     matrix_gradient = jnp.tensordot(x, rounded, (rows, rows), preferred_element_type=jnp.float32)
     return jnp.dot(rounded, matrix.T), matrix_gradient.astype(matrix.dtype)
 

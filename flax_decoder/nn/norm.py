@@ -1,4 +1,4 @@
-"""Bringing activations to unit size, in at least float32 whatever they come in."""
+"""Normalisation of activations, computed in at least float32."""
 
 from typing import Literal
 
@@ -16,9 +16,9 @@ class Norm(nn.Module):
         RMSNorm(x)   =  x            / sqrt(mean(x^2) + epsilon) * scale
 
     Attributes:
-        kind: which of the two.
-        epsilon: keeps a constant input from being divided by zero.
-        use_bias: whether LayerNorm learns a shift.
+        kind: "layernorm" or "rmsnorm".
+        epsilon: added under the root, so that a constant input is not divided by zero.
+        use_bias: LayerNorm learns a shift.
     """
 
     kind: Literal["layernorm", "rmsnorm"]

@@ -1,4 +1,4 @@
-"""Where a token stands: attention by itself sees a set, these give it an order."""
+"""Positions of tokens: attention by itself sees a set, these give it an order."""
 
 import math
 
@@ -33,12 +33,12 @@ def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarr
 
         theta_i = base^(-2i / R),   R the rotated part of the head width
 
-    `linear` scaling divides all of them by the factor (Chen et al. 2023). `llama3` divides only those whose wavelength
-    is long beside the original context, keeps the short ones, and blends between (Llama 3.1).
+    `linear` scaling divides all of them by the factor (Chen et al. 2023). `llama3` divides those whose wavelength is
+    long compared with the original context, keeps those with a short one, and blends in between (Llama 3.1).
 
     Args:
         config: the model.
-        in_window: for the layers that have a window, which may have a base of their own (Gemma 3).
+        in_window: for layers with a window, which may have another base (Gemma 3).
 
     Returns:
         (R / 2,), float64.
@@ -60,10 +60,10 @@ def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarr
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
-    """Turns pairs of numbers of each head by an angle that grows with the position.
+    """Rotates pairs of numbers of each head by an angle proportional to the position.
 
-    The score of a turned query and a turned key then depends on the distance of their positions alone. Number i is
-    paired with number i + R/2, as in GPT-NeoX and Llama; numbers from R on are left as they are.
+    The score of a rotated query and a rotated key depends on the distance of their positions only. Number i is paired
+    with number i + R/2, as in GPT-NeoX and Llama; numbers from R on are not rotated.
 
     Args:
         x_BTNH: queries or keys.
@@ -88,8 +88,8 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
         slope_n = 2^(-8 n / N),   n = 1 ... N
 
-    Where N is no power of two, the slopes of the power below it come first, then every other one of the power above,
-    as in the authors' code.
+    If N is no power of two, the slopes of the power below it come first, then every other one of the power above, as in
+    the authors' code.
 
     Returns:
         (N,), float32.

@@ -25,7 +25,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, MaskSpec], jax.Array]
 # Kernels for whole sequences in order; none of them ever holds the scores in memory.
 FUSED = {"cudnn": cudnn, "splash": splash}
 
-# What `model.attention = "auto"` takes on each kind of device, where it knows the model's settings.
+# What `model.attention = "auto"` takes on each kind of device, if it supports the settings of the model.
 FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
 
 
@@ -75,13 +75,13 @@ def choose_attention(
 
 
 def choose_kernel(config: ModelConfig) -> str:
-    """The implementation that `config.attention` stands for on the devices a program is traced for.
+    """The implementation that `config.attention` means on the devices a program is traced for.
 
     Returns:
         "reference", "blockwise", "cudnn" or "splash".
 
     Raises:
-        UserError: the one that is asked for by name does not run on these devices.
+        UserError: the implementation named by `config.attention` does not run on these devices.
     """
     platform = target_platform()
     name = FASTEST.get(platform, "reference") if config.attention == "auto" else config.attention
@@ -90,13 +90,13 @@ def choose_kernel(config: ModelConfig) -> str:
         if obstacle is not None:
             raise UserError(f'model.attention = "{name}" {obstacle}; use model.attention = "auto"')
         return name
-    # The compiler cannot split a kernel of Pallas over devices; without a mesh, nobody knows whether it will have to.
+    # The compiler cannot split a Pallas kernel over devices, and without a mesh it is unknown whether it will have to.
     may_be_split = jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
     return "reference" if obstacle is not None or (name == "splash" and may_be_split) else name
 
 
 def for_these_devices(config: ModelConfig) -> ModelConfig:
-    """The same model, with `auto` in place of an implementation of attention that runs on other devices only."""
+    """The same model, with `auto` if its implementation of attention does not run on these devices."""
     try:
         choose_kernel(config)
     except UserError:
@@ -105,23 +105,22 @@ def for_these_devices(config: ModelConfig) -> ModelConfig:
 
 
 def _device_obstacle(name: str, platform: str, head_width: int) -> str | None:
-    """Why an implementation does not run on a kind of device, None where it does."""
+    """Why an implementation does not run on a platform; None if it does."""
     if name == "splash" and platform not in ("tpu", "cpu"):
         return f"is a kernel for TPUs (CPUs interpret it, slowly), not for this {platform}"
     if name != "cudnn":
         return None
     if platform != "gpu":
         return f"needs an NVIDIA GPU, and this runs on {platform}"
-    # Ahead of time the GPU is not at hand, and JAX takes it for an Ampere.
+    # Compiling ahead of time, without the GPU, JAX assumes an Ampere.
     capability = jax.local_devices()[0].compute_capability if jax.default_backend() == "gpu" else "8.0"
     generation = float(capability) if capability.replace(".", "").isdigit() else 0.0
     if generation < 8:
         return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later, not {capability}"
     widest = 256 if generation >= 9 else 128
     if head_width > widest:
-        return (
-            f"knows heads up to {widest} wide on a GPU of compute capability {capability}, not head_dim = {head_width}"
-        )
+        gpu = f"a GPU of compute capability {capability}"
+        return f"supports heads up to {widest} wide on {gpu}, not head_dim = {head_width}"
     return None
 
 

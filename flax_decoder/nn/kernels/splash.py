@@ -1,4 +1,4 @@
-"""Splash attention, the kernel for TPUs that JAX carries: causal, with windows, never with the scores in memory."""
+"""Splash attention, JAX's kernel for TPUs: causal, with windows, never with the scores in memory."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from flax_decoder.nn.mask import MaskSpec
 
 # A TPU's vectors have 128 lanes, and the kernel takes blocks of whole vectors.
 LANES = 128
-# Tokens and bytes that a block of queries or keys may have. Larger blocks are faster (on a v6e 1024 tokens by a third
-# against axlearn's default: github.com/apple/axlearn/pull/958) until a step of the kernel has no room in 16 MiB of
-# vector memory: by the compiler for v5e and v5p these have it with any setting, and twice as many tokens have not.
+# Most tokens, and most bytes, of a block of queries or keys. Larger blocks are faster (on a v6e, 1024 tokens by a third
+# than axlearn's default: github.com/apple/axlearn/pull/958) until a step of the kernel no longer fits 16 MiB of vector
+# memory: with these the compilers for v5e and v5p find room for any setting, with twice as many tokens they do not.
 MAX_BLOCK_TOKENS = 1024
 MAX_BLOCK_BYTES = 2**18
 
@@ -25,7 +25,7 @@ def splash(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """Causal attention of a whole sequence by the Splash kernel; CPUs run it step by step, slowly, for checking.
+    """Causal attention of whole sequences by the Splash kernel; CPUs interpret it, slowly, for tests.
 
     The sequence is padded to whole blocks. Padding lies in the future of all real tokens, so none of them sees it.
 
@@ -53,9 +53,9 @@ def splash(
 
 
 def target_platform() -> str:
-    """Where a program that is being traced will run: "cpu", "gpu" or "tpu".
+    """The platform that a program is traced for: "cpu", "gpu" or "tpu".
 
-    The mesh says it, where there is one: a program that is compiled ahead of time is for other devices than these.
+    That of the mesh, if there is one: a program that is compiled ahead of time may be for other devices than these.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     device = device or jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -64,12 +64,12 @@ def target_platform() -> str:
 
 
 def block_size(num_tokens: int, head_width: int, num_bytes: int) -> int:
-    """How many tokens a block has: as many as there is room for, unless that pads a sequence by more than an eighth.
+    """Number of tokens of a block: as many as memory has room for, unless that pads a sequence by more than an eighth.
 
     Args:
         num_tokens: length of a sequence.
         head_width: H.
-        num_bytes: what one number takes.
+        num_bytes: bytes of one number.
     """
     token_bytes = _up_to_whole(head_width, LANES) * num_bytes
     size = MAX_BLOCK_TOKENS
@@ -91,8 +91,8 @@ def _heads_first(x_BTNH: jax.Array, num_padded: int) -> jax.Array:
 
 
 def _kernel(num_tokens: int, block_tokens: int, window: int | None, soft_cap: float | None) -> Any:
-    """The kernel for sequences of one length; JAX remembers which blocks it has to visit."""
-    # Needed only by those who use it, and slow to import.
+    """The kernel for sequences of one length; JAX computes once which blocks it visits."""
+    # Slow to import, and not needed on other devices.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     shape = num_tokens, num_tokens
