@@ -13,7 +13,7 @@ import reference
 from flax import linen as nn
 
 from flax_decoder.config import ModelConfig, fields_of
-from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.decoder import Decoder, unstack_layers
 
 B, T, V = 2, 7, 17
 SIZES = {
@@ -524,3 +524,27 @@ def test_params_may_be_numpy_arrays():
     model, params = make(positions="learned")
     in_numpy = jax.tree.map(np.asarray, params)
     jax.eval_shape(lambda: model.apply({"params": in_numpy}, TOKENS_BT))
+
+
+# --- Depth ---
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 4])
+def test_params_of_another_depth_are_refused(scan_layers, num_layers):
+    models = [Decoder(ModelConfig(**SIZES | {"num_layers": n}, scan_layers=scan_layers)) for n in (2, num_layers)]
+    params = reference.random_params(models[1])
+    for given in (params, unstack_layers(params)):
+        with pytest.raises(ValueError, match=f"params have {num_layers} layers, .* num_layers = 2"):
+            models[0].apply({"params": given}, np.zeros((1, 3), np.int32))
+
+
+def test_layers_may_come_as_a_list_or_by_number():
+    model = Decoder(ModelConfig(**SIZES | {"num_layers": 11}))
+    params = unstack_layers(reference.random_params(model))
+    tokens_BT = np.arange(3)[None]
+    expected = model.apply({"params": params}, tokens_BT)
+    layers = params["layers"]
+    by_number = {str(i): layers[i] for i in sorted(range(11), key=str)}  # "10" comes before "2"
+    for other in (list(layers), by_number):
+        np.testing.assert_array_equal(model.apply({"params": params | {"layers": other}}, tokens_BT), expected)

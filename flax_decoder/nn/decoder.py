@@ -22,7 +22,15 @@ from flax_decoder.nn.linear import project
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import accumulation_dtype, check_float64
-from flax_decoder.nn.stack import per_layer, period_of, periodic_scan, stack_where_alike, unrolled, unstack
+from flax_decoder.nn.stack import (
+    per_layer,
+    period_of,
+    periodic_scan,
+    stack_where_alike,
+    stacked_or_tuple,
+    unrolled,
+    unstack,
+)
 
 # Up to this many rows, the time of the logits is that of reading the head from memory; beyond, that of the product.
 FEW_ROWS = 32
@@ -114,6 +122,7 @@ class Decoder(nn.Module):
         """
         config = self.config
         check_arguments(config, tokens_BT, cache, positions_BT, edits)
+        tokens_BT = as_token_ids(tokens_BT)
         call = self.make_call(tokens_BT, cache, positions_BT, num_tokens_B, deterministic, edits)
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
@@ -237,7 +246,7 @@ class Decoder(nn.Module):
             )
             return x_BTD, (cached, recorded.get("intermediates"))
 
-        params: Any = self.get_variable("params", "layers")
+        params = stacked_or_tuple(self.get_variable("params", "layers"), config.num_layers)
         # Layers may differ in the slots they have, and a loop over them would copy the cache at each token.
         is_scanned = config.scan_layers and cache is None and not isinstance(params, tuple)
         if config.remat in REMAT_POLICIES:
@@ -347,6 +356,18 @@ def _placed(path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Shardi
 def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """The rows of a table; NaN for an id outside of it, where JAX would by default return another row."""
     return jnp.asarray(table).at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def as_token_ids(tokens_BT: ArrayLike, name: str = "token ids") -> jax.Array:
+    """Ids of at least 32 bits: with fewer, as in int8, the size of the vocabulary may not be a number of their dtype.
+
+    Raises:
+        ValueError: they are no integers.
+    """
+    tokens_BT = jnp.asarray(tokens_BT)
+    if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, not {tokens_BT.dtype}")
+    return tokens_BT.astype(jnp.int32) if tokens_BT.dtype.itemsize < 4 else tokens_BT
 
 
 def check_tokens(tokens_BT: ArrayLike, vocab_size: int, mask_BT: ArrayLike | None = None) -> None:

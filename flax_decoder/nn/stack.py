@@ -1,6 +1,6 @@
 """Running layers one after the other, whose parameters are stacked: each array has a leading axis of layers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,27 @@ def per_layer(tree: Any, num_layers: int) -> tuple[Any, ...]:
     if tree is None:
         return (None,) * num_layers
     return tree if isinstance(tree, tuple) else unstack(tree)
+
+
+def stacked_or_tuple(params: Any, num_layers: int) -> Any:
+    """The parameters of the layers: stacked arrays, or a tuple with one tree per layer.
+
+    A tuple may come back from a file as a list, or as a dict with the names "0", "1", ...
+
+    Raises:
+        ValueError: they are of another number of layers.
+    """
+    if isinstance(params, Mapping) and params and all(str(name).isdigit() for name in params):
+        params = [params[name] for name in sorted(params, key=int)]
+    if isinstance(params, list | tuple):
+        params = tuple(params)
+        depths = {len(params)}
+    else:
+        depths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(params)}
+    if depths != {num_layers}:
+        found = " and ".join(map(str, sorted(depths)))
+        raise ValueError(f"the params have {found} layers, but the model has num_layers = {num_layers}")
+    return params
 
 
 def stack_where_alike(*parts: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
