@@ -78,7 +78,9 @@ class SelfAttention(nn.Module):
 
         with jax.named_scope("attention"):
             slopes_N = jnp.asarray(alibi_slopes(config.num_heads)) if config.positions == "alibi" else None
-            mask = MaskSpec(call.positions_BT, record("key_positions", key_positions_BS), slopes_N, window)
+            key_positions_BS = record("key_positions", key_positions_BS)
+            segments = call.segments_BT, call.segments_BT  # of queries and of keys
+            mask = MaskSpec(call.positions_BT, key_positions_BS, slopes_N, window, *segments)
             dropout = nn.Dropout(config.dropout, deterministic=call.deterministic)
 
             def hook(name: str, x_BKGTS: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ class Call:
 
     Attributes:
         positions_BT: positions of the tokens, counted from 0; B may be 1.
+        segments_BT: documents of the tokens, which do not see each other; None is one document. Not with a cache.
         end_B: with a cache, the position from which on the tokens of a row are padding; None means no padding.
         rollback_slots: with a cache, see `KVCache`.
         in_order: each row is a whole sequence, from position 0 on in order: what fused kernels compute.
@@ -36,6 +37,7 @@ class Call:
     """
 
     positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
     end_B: jax.Array | None = None
     rollback_slots: int = 0
     in_order: bool = False

@@ -19,6 +19,7 @@ from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.call import Call, Edit, check_edits
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.linear import project
+from flax_decoder.nn.mask import positions_in_segments
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import accumulation_dtype, check_float64
@@ -94,6 +95,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         *,
         positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
         num_tokens_B: jax.Array | None = None,
         last_only: bool = False,
         hidden_only: bool = False,
@@ -106,6 +108,8 @@ class Decoder(nn.Module):
             tokens_BT: token ids, integers.
             cache: keys and values of the tokens before, from `empty_cache` or an earlier call.
             positions_BT: positions of the tokens, where they are not in order; not with a cache.
+            segments_BT: documents of the tokens, any integers: a token sees its own document only, and positions count
+                from 0 in each, unless they are given. Not with a cache.
             num_tokens_B: with a cache, number of real tokens of each row; those behind them are padding.
             last_only: return the logits of the last real token only, (B, 1, V).
             hidden_only: return the input of `logits`, (B, T, D): for a loss that never holds T times V numbers.
@@ -117,13 +121,13 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: ids outside the vocabulary (where they are known, that is outside of jit), more positions than
-                learned ones, positions beside a cache, float64 where JAX has it switched off, or an edit of a name
-                that does not exist.
+                learned ones, positions or segments beside a cache, float64 where JAX has it switched off, or an edit of
+                a name that does not exist.
         """
         config = self.config
-        check_arguments(config, tokens_BT, cache, positions_BT, edits)
+        check_arguments(config, tokens_BT, cache, positions_BT, segments_BT, edits)
         tokens_BT = as_token_ids(tokens_BT)
-        call = self.make_call(tokens_BT, cache, positions_BT, num_tokens_B, deterministic, edits)
+        call = self.make_call(tokens_BT, cache, positions_BT, segments_BT, num_tokens_B, deterministic, edits)
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
         x_BTD = self.embed(embedding_VD.astype(config.dtype), tokens_BT, call)
@@ -150,6 +154,7 @@ class Decoder(nn.Module):
         tokens_BT: jax.Array,
         cache: KVCache | None,
         positions_BT: jax.Array | None,
+        segments_BT: jax.Array | None,
         num_tokens_B: jax.Array | None,
         deterministic: bool,
         edits: Mapping[str, Edit] | None,
@@ -157,10 +162,13 @@ class Decoder(nn.Module):
         """What this call gives to all layers alike; see `__call__` for the arguments."""
         # A fused kernel needs whole sequences in order. Parameters do not depend on it, so they are made without one.
         in_order = positions_BT is None and cache is None and num_parts("length") == 1 and not self.is_initializing()
-        if positions_BT is None:
+        if positions_BT is None and segments_BT is not None:
+            positions_BT = positions_in_segments(segments_BT)
+        elif positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         call = Call(
             positions_BT,
+            segments_BT,
             in_order=in_order,
             deterministic=deterministic,
             records=self.is_mutable_collection("intermediates"),
@@ -273,6 +281,7 @@ def check_arguments(
     tokens_BT: ArrayLike,
     cache: KVCache | None,
     positions_BT: ArrayLike | None,
+    segments_BT: ArrayLike | None,
     edits: Mapping[str, Edit] | None,
 ) -> None:
     """Raises ValueError for arguments that `Decoder` cannot compute with."""
@@ -285,6 +294,12 @@ def check_arguments(
         raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
     if positions_BT is not None and cache is not None:
         raise ValueError("a cache says where its tokens stand: leave out positions_BT")
+    if segments_BT is not None and cache is not None:
+        raise ValueError("a cache holds one document per row: leave out segments_BT")
+    if segments_BT is not None and np.shape(segments_BT) != np.shape(tokens_BT):
+        raise ValueError(
+            f"segments_BT has the shape {np.shape(segments_BT)}, but the tokens have {np.shape(tokens_BT)}"
+        )
     check_edits(edits or (), has_rotation=config.positions == "rotary")
 
 

@@ -8,25 +8,33 @@ from flax import struct
 class MaskSpec(struct.PyTreeNode):
     """The mask of causal attention, by the positions of queries and keys.
 
-    A query sees the keys at its own position and before it, at most `window` of them.
+    A query sees the keys at its own position and before it, at most `window` of them, in its own document only.
 
     Attributes:
         positions_BT: positions of the queries; B may be 1.
         key_positions_BS: positions of the keys; negative for a slot of a cache that is empty.
         slopes_N: by how much each head's scores fall per position of distance (ALiBi); not learned.
         window: how many positions a query sees, its own included; None is all up to its own.
+        segments_BT: the document of each query, any integers; None is one document.
+        key_segments_BS: the document of each key.
     """
 
     positions_BT: jax.Array
     key_positions_BS: jax.Array
     slopes_N: jax.Array | None = None
     window: int | None = struct.field(pytree_node=False, default=None)
+    segments_BT: jax.Array | None = None
+    key_segments_BS: jax.Array | None = None
 
     def visible_BTS(self) -> jax.Array:
         """True where a query sees a key."""
         distance_BTS = self._distance_BTS()
         visible_BTS = (distance_BTS >= 0) & (self.key_positions_BS >= 0)[:, None]
-        return visible_BTS if self.window is None else visible_BTS & (distance_BTS < self.window)
+        if self.window is not None:
+            visible_BTS &= distance_BTS < self.window
+        if self.segments_BT is not None and self.key_segments_BS is not None:
+            visible_BTS &= self.segments_BT[:, :, None] == self.key_segments_BS[:, None]
+        return visible_BTS
 
     def bias_BNTS(self) -> jax.Array | None:
         """What is added to the scores, float32; None where that is nothing."""
@@ -35,7 +43,7 @@ class MaskSpec(struct.PyTreeNode):
         return -self.slopes_N[None, :, None, None] * self._distance_BTS()[:, None].astype(jnp.float32)
 
     def any_visible(self) -> jax.Array:
-        """Whether any query sees any key; exact where the positions of queries, and those of keys, have no gaps."""
+        """False only if no query sees any key, by their positions alone; exact if neither these nor those have gaps."""
         not_all_later = self.positions_BT.max() >= self.key_positions_BS.min()
         if self.window is None:
             return not_all_later
@@ -43,8 +51,21 @@ class MaskSpec(struct.PyTreeNode):
 
     def block(self, queries: slice, keys: slice) -> "MaskSpec":
         """The mask of some of the queries and some of the keys."""
-        return self.replace(positions_BT=self.positions_BT[:, queries], key_positions_BS=self.key_positions_BS[:, keys])
+        return self.replace(
+            positions_BT=self.positions_BT[:, queries],
+            key_positions_BS=self.key_positions_BS[:, keys],
+            segments_BT=None if self.segments_BT is None else self.segments_BT[:, queries],
+            key_segments_BS=None if self.key_segments_BS is None else self.key_segments_BS[:, keys],
+        )
 
     def _distance_BTS(self) -> jax.Array:
         """How many positions a query is behind a key."""
         return self.positions_BT[:, :, None] - self.key_positions_BS[:, None]
+
+
+def positions_in_segments(segments_BT: jax.Array) -> jax.Array:
+    """positions_BT that count from 0 in each document, for documents that follow each other in a row."""
+    index_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+    is_first_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts_BT = jax.lax.cummax(jnp.where(is_first_BT, index_T[None], 0), axis=1)
+    return index_T[None] - starts_BT

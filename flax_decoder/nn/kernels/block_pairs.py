@@ -13,7 +13,8 @@ MAX_PAIR_TOKENS = 512
 # Positions of padding: its queries are before all keys and its keys after all queries, so it neither sees nor is seen.
 BEFORE_ALL, AFTER_ALL = -1, 2**30
 
-# The arrays of one block of queries or keys, or of all blocks with a leading axis P; positions come first.
+# The arrays of one block of queries or keys, or of all blocks with a leading axis P. The first two are positions and
+# documents.
 Blocks = tuple[jax.Array, ...]
 
 
@@ -30,8 +31,8 @@ def for_each_block_pair(
     Args:
         update: from the mask of a pair, its block of queries and of keys and their states to the new states.
         mask: slopes and window; the positions are those of the blocks.
-        queries: blocks of queries; the first array are positions.
-        keys: blocks of keys; the first array are positions.
+        queries: blocks of queries, as `split_blocks` returns them.
+        keys: blocks of keys, likewise.
         query_state: state per block of queries.
         key_state: state per block of keys.
 
@@ -45,6 +46,8 @@ def for_each_block_pair(
         def with_query(key_state: Blocks, block: tuple[Blocks, Blocks]) -> tuple[Blocks, Blocks]:
             query, query_state = block
             pair = mask.replace(positions_BT=query[0], key_positions_BS=key[0])
+            if mask.segments_BT is not None:
+                pair = pair.replace(segments_BT=query[1], key_segments_BS=key[1])
 
             def visit(states: tuple[Blocks, Blocks]) -> tuple[Blocks, Blocks]:
                 return update(pair, query, key, *states)
@@ -63,17 +66,17 @@ def for_each_block_pair(
 def split_blocks(
     mask: MaskSpec, queries: list[jax.Array], keys: list[jax.Array], max_tokens: int
 ) -> tuple[Blocks, Blocks]:
-    """Splits arrays of queries (B, T, N, ...) and of keys (B, S, K, H), and their positions, into blocks.
+    """Splits arrays of queries (B, T, N, ...) and of keys (B, S, K, H), their positions and documents, into blocks.
 
     Args:
-        mask: for the positions.
+        mask: for positions and documents.
         queries: arrays per query.
         keys: arrays per key.
         max_tokens: most queries, and most keys, of a block.
 
     Returns:
-        The blocks of queries, (P, B, K, G, T, ...), and of keys, (P, B, K, S, H), P the number of blocks; each tuple
-        begins with the positions, (P, B, T) and (P, B, S).
+        The blocks of queries, (P, B, K, G, T, ...), and of keys, (P, B, K, S, H), P the number of blocks. Each tuple
+        begins with positions and documents, (P, B, T) and (P, B, S); without documents, the positions stand for them.
     """
     K = keys[0].shape[2]
 
@@ -86,7 +89,11 @@ def split_blocks(
     key_blocks = (heads_first(array)[:, :, :, 0] for array in keys)
     query_positions = _to_blocks(mask.positions_BT, max_tokens, BEFORE_ALL)
     key_positions = _to_blocks(mask.key_positions_BS, max_tokens, AFTER_ALL)
-    return (query_positions, *query_blocks), (key_positions, *key_blocks)
+    query_segments, key_segments = query_positions, key_positions
+    if mask.segments_BT is not None and mask.key_segments_BS is not None:
+        query_segments = _to_blocks(mask.segments_BT, max_tokens)
+        key_segments = _to_blocks(mask.key_segments_BS, max_tokens)
+    return (query_positions, query_segments, *query_blocks), (key_positions, key_segments, *key_blocks)
 
 
 def _to_blocks(array: jax.Array, max_tokens: int, padding: int = 0) -> jax.Array:

@@ -65,6 +65,8 @@ def choose_attention(
         return functools.partial(attend, dropout=config.dropout, rng=make_rng()) if has_dropout else attend
 
     kernel = choose_kernel(config) if call.in_order and not (is_watched or has_dropout) else "reference"
+    if kernel == "cudnn" and call.segments_BT is not None:
+        kernel = "reference"  # JAX's interface to cuDNN has no documents
     if kernel in FUSED:
         return functools.partial(on_each_device, functools.partial(FUSED[kernel], scale=scale, soft_cap=soft_cap))
 
@@ -144,6 +146,12 @@ def on_each_device(
     heads = "heads" if N % num_parts("heads") == K % num_parts("heads") == 0 else None
     spec = nn.logical_to_mesh_axes((rows, None, heads, None)) or PartitionSpec()
     split = jax.shard_map(
-        attend, in_specs=(spec, spec, spec, PartitionSpec()), out_specs=spec, axis_names=names, check_vma=False
+        attend, in_specs=(spec, spec, spec, _mask_specs(mask, spec)), out_specs=spec, axis_names=names, check_vma=False
     )
     return split(q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def _mask_specs(mask: MaskSpec, spec: PartitionSpec) -> MaskSpec:
+    """How the arrays of a mask are split: by the rows of the batch, or not at all if they are those of all rows."""
+    rows = PartitionSpec(*spec[:1])
+    return jax.tree.map(lambda array: rows if array.ndim > 1 and array.shape[0] > 1 else PartitionSpec(), mask)

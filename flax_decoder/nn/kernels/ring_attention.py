@@ -150,7 +150,14 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _mask_specs(ring: Ring, mask: MaskSpec) -> MaskSpec:
     positions = PartitionSpec(ring.rows if mask.positions_BT.shape[0] > 1 else None, ring.axes)
     slopes = None if mask.slopes_N is None else PartitionSpec(ring.heads)
-    return mask.replace(positions_BT=positions, key_positions_BS=positions, slopes_N=slopes)
+    segments = None if mask.segments_BT is None else PartitionSpec(ring.rows, ring.axes)
+    return mask.replace(
+        positions_BT=positions,
+        key_positions_BS=positions,
+        slopes_N=slopes,
+        segments_BT=segments,
+        key_segments_BS=segments,
+    )
 
 
 # --- One device: its parts of the arrays ---
@@ -171,7 +178,7 @@ def _forward(
     queries, keys = split_blocks(mask, [q_BTNH], [k_BSKH, v_BSKH], params.max_tokens)
 
     def join(mask: MaskSpec, query: Blocks, key: Blocks, so_far: Blocks, none: Blocks) -> tuple[Blocks, Blocks]:
-        (_, q_BKGTH), (_, k_BKSH, v_BKSH) = query, key
+        (*_, q_BKGTH), (*_, k_BKSH, v_BKSH) = query, key
         largest_BKGT, sums_BKGT, heads_BKGTH = so_far
         products_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=dtype)
         scores_BKGTS = params.scores(mask, products_BKGTS)
@@ -183,7 +190,7 @@ def _forward(
         new_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH, preferred_element_type=dtype)
         return (new_largest_BKGT, sums_BKGT, fade_BKGT[..., None] * heads_BKGTH + new_BKGTH), none
 
-    zeros = jnp.zeros(queries[1].shape, dtype)
+    zeros = jnp.zeros(queries[2].shape, dtype)
     nothing = jnp.full(zeros.shape[:-1], LOWEST, dtype), zeros[..., 0], zeros
 
     def visit(so_far: Any, keys: Blocks) -> Any:
@@ -221,8 +228,8 @@ def _backward(
     queries, keys = split_blocks(mask, query_arrays, [k_BSKH, v_BSKH], params.max_tokens)
 
     def pull(mask: MaskSpec, query: Blocks, key: Blocks, dq: Blocks, dkey: Blocks) -> tuple[Blocks, Blocks]:
-        _, q_BKGTH, dheads_BKGTH, log_sums_BKGT, means_BKGT = query
-        _, k_BKSH, v_BKSH = key
+        *_, q_BKGTH, dheads_BKGTH, log_sums_BKGT, means_BKGT = query
+        *_, k_BKSH, v_BKSH = key
         (dq_BKGTH,), (dk_BKSH, dv_BKSH) = dq, dkey
         product = functools.partial(jnp.einsum, preferred_element_type=dtype)
 
@@ -239,7 +246,7 @@ def _backward(
         dv_BKSH += product("BKGTS,BKGTH->BKSH", dropped_BKGTS, dheads_BKGTH)
         return (dq_BKGTH,), (dk_BKSH, dv_BKSH)
 
-    zeros = tuple(jnp.zeros(array.shape, dtype) for array in keys[1:])
+    zeros = tuple(jnp.zeros(array.shape, dtype) for array in keys[2:])
 
     def visit(gradients: tuple[Blocks, Blocks], keys: Blocks) -> tuple[Blocks, Blocks]:
         dq, dkeys = gradients
@@ -247,7 +254,7 @@ def _backward(
         dq, new = for_each_block_pair(pull, mask, queries, keys, dq, zeros)
         return dq, jax.tree.map(jnp.add, arrived, new)
 
-    dq, dkeys = ring.scan(visit, ((jnp.zeros(queries[1].shape, dtype),), zeros), keys)
+    dq, dkeys = ring.scan(visit, ((jnp.zeros(queries[2].shape, dtype),), zeros), keys)
     dk, dv = ring.send_to_next(dkeys)  # to the devices of the keys themselves
     dq_BTNH, dk_BSKH, dv_BSKH = (
         merge_blocks(blocks, q_BTNH.shape[1]) for blocks in (dq[0], dk[:, :, :, None], dv[:, :, :, None])

@@ -33,7 +33,7 @@ def splash(
         q_BTNH: queries; T = S.
         k_BSKH: keys.
         v_BSKH: values.
-        mask: which keys a query sees; only its window is read, as the tokens are in order.
+        mask: which keys a query sees; its window and segments are read, as the tokens are in order.
         scale: factor of the scores; None is 1 / sqrt(H).
         soft_cap: scores go through soft_cap * tanh(score / soft_cap) first.
 
@@ -48,7 +48,7 @@ def splash(
     q_BNPH, k_BKPH, v_BKPH = (_heads_first(x_BTNH, num_padded) for x_BTNH in (q_BTNH, k_BSKH, v_BSKH))
     window = None if mask.window is None or mask.window >= T else mask.window
     kernel = _kernel(num_padded, block_tokens, window, soft_cap)
-    heads_BNPH: jax.Array = jax.vmap(kernel)(q_BNPH, k_BKPH, v_BKPH)
+    heads_BNPH: jax.Array = jax.vmap(kernel)(q_BNPH, k_BKPH, v_BKPH, _segment_ids(mask, num_padded))
     return heads_BNPH[:, :, :T].swapaxes(1, 2)
 
 
@@ -61,6 +61,17 @@ def target_platform() -> str:
     device = device or jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = getattr(device, "platform", device) or jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+
+
+def _segment_ids(mask: MaskSpec, num_padded: int) -> Any:
+    """The documents of queries and keys as the kernel takes them; padding is one of its own."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    if mask.segments_BT is None or mask.key_segments_BS is None:
+        return None
+    segments = mask.segments_BT, mask.key_segments_BS
+    padded = (jnp.pad(x, ((0, 0), (0, num_padded - x.shape[1])), constant_values=-1) for x in segments)
+    return splash_attention.SegmentIds(*(x.astype(jnp.int32) for x in padded))
 
 
 def block_size(num_tokens: int, head_width: int, num_bytes: int) -> int:
