@@ -387,7 +387,7 @@ class LensConfig:
     """What a run keeps of its attention while it learns, to be looked at later: queries, keys and weights of a text."""
 
     every: CountOrZero = 100
-    """steps between two moments that are kept; 0 keeps none; twice as many each time there are too many moments"""
+    """steps between two snapshots that are kept; 0 keeps none; twice as many each time there are too many snapshots"""
     prompt: str | None = None
     """the text; left out, the beginning of the validation split"""
     prompt_tokens: Annotated[int, Field(gt=0, le=256)] = 32
