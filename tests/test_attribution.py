@@ -251,7 +251,11 @@ def test_names_are_right(order):
     with checked_shape_names() as functions:
         jax.eval_shape(functools.partial(fd.attribute, model), params, TOKENS_BT, TARGETS_BT, VERSUS_BT)
         score_parts(model, fd.capture(model, params, TOKENS_BT), 1, 4, 1, 5, 3)
-    assert functions >= {"attribution.py:back_through_layer", "attribution.py:head_parts", "attribution.py:score_parts"}
+    assert functions >= {
+        "attribution.py:back_through_layer",
+        "attribution.py:head_contributions",
+        "attribution.py:score_parts",
+    }
 
 
 # --- One score ---

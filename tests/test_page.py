@@ -19,7 +19,7 @@ from test_decoder import SIZES
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.tokenizer import CharTokenizer
+from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
 from flax_decoder.lens.history import History
 from flax_decoder.lens.packing import unpack
 from flax_decoder.lens.page import MAX_TOKENS, render
@@ -176,7 +176,18 @@ def test_tokens_have_the_text_they_have_within_a_text():
             return super()._decode(ids).removeprefix(" ")
 
     tokenizer = Stripping("ab ")
-    assert token_texts(tokenizer, np.array([0, 1, 2, 5]), np.array([1])) == {0: " ", 1: "a", 2: "b", 5: "#5"}
+    assert token_texts(tokenizer, np.array([0, 1, 2, 5]), np.array([1])) == {0: " ", 1: "a", 2: "b", 5: "<id 5>"}
+
+
+@pytest.mark.parametrize("prompt", [[104, 105], [104, 0xC3], [104, 258], [258]])
+def test_a_vocabulary_larger_than_the_tokenizer(tmp_path, prompt):
+    """Whatever the prompt ends with: text, half a character, or an id that the tokenizer does not have."""
+    model = fd.Decoder(ModelConfig(**SIZES | {"vocab_size": 259}))
+    path = tmp_path / "x.html"
+    fd.write_lens_page(path, model, reference.random_params(model), ByteTokenizer(), np.array(prompt))
+    assert "\\u003cid 25" in path.read_text()
+    texts = token_texts(ByteTokenizer(), np.array([104, 256, 258]), np.array(prompt))
+    assert texts == {104: "h", 256: "<id 256>", 258: "<id 258>"}
 
 
 def test_names_of_arrays_are_right():
@@ -184,7 +195,7 @@ def test_names_of_arrays_are_right():
     model, params = make("pre")
     with checked_shape_names() as functions:
         page_data(model, params, TOKENIZER, tokens_T(), history("pre"))
-    assert functions >= {"page_data.py:page_data", "page_data.py:_look", "page_data.py:_history_arrays"}
+    assert functions >= {"page_data.py:page_data", "page_data.py:_arrays", "page_data.py:_history_arrays"}
 
 
 # ---- the file

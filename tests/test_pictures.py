@@ -36,7 +36,7 @@ def test_a_picture_of_one_head_or_of_many(tmp_path, shape):
     with checked_shape_names() as functions:
         plot_attention(causal(*shape), labels, tmp_path / "a.png")
         plot_attention(causal(*shape), labels, str(tmp_path / "a.SVG"))
-    assert "pictures.py:_draw" in functions
+    assert "pictures.py:plot_attention" in functions
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
     _, texts = read_svg(tmp_path / "a.SVG")
     heads = {(2, 3): [f"layer {i}, head {j}" for i in (0, 1) for j in (0, 1, 2)], (3,): ["head 0", "head 1", "head 2"]}

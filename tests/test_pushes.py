@@ -67,4 +67,4 @@ def test_names_are_right():
     jax.clear_caches()
     with checked_shape_names() as functions:
         pushed(ORDERS["post"], np.arange(V, dtype=np.int32)[None], 2)
-    assert functions >= {"pushes.py:pushes", "pushes.py:through_norm", "pushes.py:through_later_norms"}
+    assert functions >= {"pushes.py:pushes", "capture.py:through_norm", "pushes.py:through_later_norms"}
