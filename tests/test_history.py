@@ -370,11 +370,9 @@ HOSTILE = {
     "a snapshot too short": as_npy(np.zeros((), record_type()))[:-2],
     "of another text": to_bytes(*[np.zeros((1, 3, 1, 1))] * 2, np.zeros((1, 1, 3, 3))),
     "numbers of another kind": as_npy(np.zeros((), record_type("<f4"))),
-    "numbers of the other byte order": as_npy(np.zeros((), record_type(">f2"))),
     "shapes that contradict each other": as_npy(np.zeros((), record_type(N=3))),
     "a field too many": as_npy(np.zeros((), [*record_type().descr, ("more", "<f2")])),
     "a header of a petabyte": with_header([("q", "<f2", (10**5, 2, 10**5, 10**5))]),
-    "a header of 2 GB": with_header([("q", "<f2", (10**6, 1, 1, 1000))]),
     "NaN": as_npy(np.frombuffer(b"\xff" * 16, record_type()).reshape(())),
 }
 

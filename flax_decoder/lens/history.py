@@ -78,11 +78,9 @@ def read_history(folder: str | os.PathLike[str]) -> History | None:
     Raises:
         BrokenError: a file is missing or has changed.
     """
-    folder = Path(folder) / FOLDER
-    index = read_index(folder)
-    if index is None or not index.snapshots:
+    index, records = read_files(Path(folder) / FOLDER)
+    if index is None or not records:
         return None
-    records = read_snapshots(folder, index)
     return History(
         np.array(sorted(index.snapshots), np.int32),
         np.array(index.tokens, np.int32),
@@ -90,30 +88,51 @@ def read_history(folder: str | os.PathLike[str]) -> History | None:
     )
 
 
-def read_index(folder: Path) -> Index | None:
-    """Reads history.json; None if there is none.
+def read_files(folder: Path) -> tuple[Index | None, list[np.ndarray]]:
+    """history.json, or None if there is none, and the record of every snapshot, by ascending step.
 
     Raises:
-        BrokenError: it has changed.
+        BrokenError: a file is missing or has changed.
     """
+    records: list[np.ndarray] = []
     path = folder / INDEX
     try:
-        with open_regular(path, follows=False) as file:
-            content = file.read(SETTINGS.num_bytes + 1)
-        document = parse_object(content, str(path), SETTINGS)
-        del document["sha256"]
-        if _render(document) != content or document["format"] != FORMAT:
-            raise ValueError("it has changed, or another version wrote it")
-        snapshots = {int(step): digest for step, digest in document["moments"].items()}
-        index = Index(document["every"], document["tokens"], snapshots)
-        numbers = [index.every, *index.tokens, *snapshots]
-        is_valid = all(type(number) is int and 0 <= number < 2**31 for number in numbers)
-        if not is_valid or index.every == 0 or len(snapshots) > MAX_SNAPSHOTS:
-            raise ValueError(f"it has numbers out of range, or more than {MAX_SNAPSHOTS} snapshots")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
+        index = _index_of(_read(path, SETTINGS.num_bytes), path)
+        for step, digest in sorted(index.snapshots.items()):
+            path = folder / f"{step}.npy"
+            content = _read(path, MAX_BYTES // len(index.snapshots) + _MAX_HEADER_BYTES)
+            actual = hashlib.sha256(content).hexdigest()
+            if actual != digest:
+                raise ValueError(f"its SHA-256 is {actual}, but {INDEX} says {digest}")
+            records.append(from_bytes(content))
+            if records[-1]["weights"].shape[-1] != len(index.tokens) or records[-1].dtype != records[0].dtype:
+                raise ValueError("its shapes are those of another text or model")
+    except Exception as error:  # NumPy raises anything for a forged header
+        if isinstance(error, FileNotFoundError) and path.name == INDEX:
+            return None, []
+        reason = getattr(error, "strerror", None) or error
+        message = f"{path}: is missing or damaged: {reason}; delete {folder} if you have no copy of it"
+        raise BrokenError(message) from None
+    return index, records
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    with open_regular(path, follows=False) as file:
+        return file.read(max_bytes + 1)
+
+
+def _index_of(content: bytes, path: Path) -> Index:
+    """The index in the content of history.json; raises any exception if it is not valid."""
+    document = parse_object(content, str(path), SETTINGS)
+    del document["sha256"]
+    if _render(document) != content or document["format"] != FORMAT:
+        raise ValueError("it has changed, or another version wrote it")
+    snapshots = {int(step): digest for step, digest in document["moments"].items()}
+    index = Index(document["every"], document["tokens"], snapshots)
+    numbers = [index.every, *index.tokens, *snapshots]
+    is_valid = all(type(number) is int and 0 <= number < 2**31 for number in numbers)
+    if not is_valid or index.every == 0 or len(snapshots) > MAX_SNAPSHOTS:
+        raise ValueError(f"it has numbers out of range, or more than {MAX_SNAPSHOTS} snapshots")
     return index
 
 
@@ -127,29 +146,6 @@ def write_index(folder: Path, index: Index) -> None:
     for path in list(folder.iterdir()):
         if _SNAPSHOT_OR_TEMPORARY.fullmatch(path.name) and path.name not in listed:
             path.unlink()
-
-
-def read_snapshots(folder: Path, index: Index) -> list[np.ndarray]:
-    """The records of all snapshots, by ascending step.
-
-    Raises:
-        BrokenError: a file is missing or has changed.
-    """
-    records: list[np.ndarray] = []
-    for step, digest in sorted(index.snapshots.items()):
-        path = folder / f"{step}.npy"
-        try:
-            with open_regular(path, follows=False) as file:
-                content = file.read(MAX_BYTES // len(index.snapshots) + _MAX_HEADER_BYTES)
-            actual = hashlib.sha256(content).hexdigest()
-            if actual != digest:
-                raise ValueError(f"its SHA-256 is {actual}, but {INDEX} says {digest}")
-            records.append(from_bytes(content))
-            if records[-1]["weights"].shape[-1] != len(index.tokens) or records[-1].dtype != records[0].dtype:
-                raise ValueError("its shapes are those of another text or model")
-        except Exception as error:  # NumPy raises anything for a forged header
-            raise _damaged(path, error) from None
-    return records
 
 
 def to_bytes(q_LTNH: np.ndarray, k_LTKH: np.ndarray, weights_LNTS: np.ndarray) -> bytes:
@@ -194,8 +190,3 @@ def _render(document: dict[str, Any]) -> bytes:
     """The only valid way to write a history.json; it ends with its own hash."""
     digest = hashlib.sha256(json.dumps(document).encode()).hexdigest()
     return json.dumps(document | {"sha256": digest}).encode() + b"\n"
-
-
-def _damaged(path: Path, error: Exception) -> BrokenError:
-    reason = getattr(error, "strerror", None) or error
-    return BrokenError(f"{path}: is missing or damaged: {reason}; delete {path.parent} if you have no copy of it")

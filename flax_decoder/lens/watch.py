@@ -89,11 +89,9 @@ class Watch:
     def _resume(self, step: int) -> None:
         """Reads the existing history, up to `step`."""
         try:
-            index = history.read_index(self._folder)
-            if index is not None:
-                if index.tokens != self._tokens_T.tolist():
-                    raise BrokenError(f"{self._folder}: is of another text")
-                history.read_snapshots(self._folder, index)
+            index, _ = history.read_files(self._folder)
+            if index is not None and index.tokens != self._tokens_T.tolist():
+                raise BrokenError(f"{self._folder}: is of another text")
         except BrokenError as error:
             index = None
             if self._writes:
