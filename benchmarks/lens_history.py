@@ -51,7 +51,7 @@ def look_seconds(path: str | None) -> list[tuple[float, float]]:
         watch = Watch(config, Path(folder), tokens_T, 0, mesh)
         for step in range(LOOKS):
             start, busy = time.perf_counter(), time.process_time()
-            watch.look(step, state.params)
+            watch.record(step, state.params)
             taken.append((time.perf_counter() - start, time.process_time() - busy))
     return taken
 

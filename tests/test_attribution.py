@@ -1,4 +1,4 @@
-"""Why this token: the parts of a logit sum to it, in every choice of the config, and each is what it is said to be."""
+"""The contributions to a logit sum to it, in every choice of the config, and each is right by itself."""
 
 import functools
 
@@ -49,7 +49,7 @@ def picked(logits_BTV, tokens_BT):
 
 
 def assert_sums(model, params, tokens_BT, targets_BT, versus_BT=None, bound=1e-5):
-    """The parts of each logit sum to what the model says, within a part of its largest logit at that position.
+    """The contributions sum to the model's logit, relative to the largest logit at that position.
 
     Float32 rounds at 6e-8 of a number, and some hundred of them are added.
     """
@@ -61,7 +61,7 @@ def assert_sums(model, params, tokens_BT, targets_BT, versus_BT=None, bound=1e-5
     for given_BT in (parts.total_BT(), parts.logit_BT):
         assert given_BT.dtype == logits_BTV.dtype
         assert (np.abs(given_BT - expected_BT) <= bound * largest_BT).all()
-    # A sum of one part and nothing else would say little.
+    # Heads contribute something.
     assert np.abs(parts.heads_LBNTS).max() > 0.01 or model.config.output_init == "zero"
     return parts
 
@@ -207,16 +207,12 @@ def test_bfloat16_is_computed_in_float32():
     np.testing.assert_allclose(parts.logit_BT, picked(logits_BTV, TARGETS_BT), atol=0.5)
 
 
-@pytest.mark.full
-def test_layers_may_be_unstacked_and_attention_fast():
-    settings = ORDERS["pre"] | {"attention": "blockwise", "dropout": 0.0}
-    model, params = make(**settings)
-    parts = fd.attribute(model, fd.unstack_layers(params), TOKENS_BT, TARGETS_BT)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), parts, attributed("pre")[2])
-
-
-def test_dropout_is_off():
-    model, params = make(**ORDERS["pre"], dropout=0.5)
+@pytest.mark.short("dropout")
+@pytest.mark.parametrize("way", ["dropout", "unstacked layers, fast attention"])
+def test_other_ways_of_running_give_the_same(way):
+    settings = {"dropout": 0.5} if way == "dropout" else {"attention": "blockwise", "dropout": 0.0}
+    model, params = make(**ORDERS["pre"] | settings)
+    params = params if way == "dropout" else fd.unstack_layers(params)
     parts = fd.attribute(model, params, TOKENS_BT, TARGETS_BT)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), parts, attributed("pre")[2])
 
@@ -251,7 +247,11 @@ def test_names_are_right(order):
     with checked_shape_names() as functions:
         jax.eval_shape(functools.partial(fd.attribute, model), params, TOKENS_BT, TARGETS_BT, VERSUS_BT)
         score_parts(model, fd.capture(model, params, TOKENS_BT), 1, 4, 1, 5, 3)
-    assert functions >= {"attribution.py:back_through_layer", "attribution.py:head_parts", "attribution.py:score_parts"}
+    assert functions >= {
+        "attribution.py:back_through_layer",
+        "attribution.py:head_contributions",
+        "attribution.py:score_parts",
+    }
 
 
 # --- One score ---

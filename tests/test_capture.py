@@ -1,4 +1,4 @@
-"""What is captured is what its name says, in every architecture and way of running it; unasked for, it is free."""
+"""Captured activations are what their names say, in every architecture; recording costs nothing if it is not used."""
 
 import functools
 import re
@@ -16,14 +16,14 @@ import flax_decoder as fd
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.folder import write_folder
 from flax_decoder.lens.capture import NAMES, capture
-from flax_decoder.nn import attention, decoder, feed_forward
+from flax_decoder.nn.call import Call
 
 close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE, rtol=1e-5)
 
 
 @functools.cache
-def look(name):
-    """A model of that architecture, its parameters, and what capture gives, in NumPy and float64."""
+def captured(name):
+    """A model of that architecture, its parameters, and its activations in float64."""
     model, params = make(**CHOICES[name])
     with shape_names.checked_shape_names():
         seen = capture(model, params, TOKENS_BT)
@@ -32,8 +32,8 @@ def look(name):
 
 @pytest.mark.short("default", "gpt2", "neox", "gemma", "sloped window")
 @pytest.mark.parametrize("name", CHOICES)
-def test_every_name_has_its_axes_and_its_place(name):
-    model, _, seen = look(name)
+def test_every_array_has_its_axes(name):
+    model, _, seen = captured(name)
     config = model.config
     sizes = {"B": B, "T": T, "S": T, "V": V, "L": config.num_layers, "D": config.embed_dim, "N": config.num_heads}
     sizes |= {"K": config.kv_heads, "H": config.head_width, "F": config.mlp_width}
@@ -45,7 +45,7 @@ def test_every_name_has_its_axes_and_its_place(name):
 @pytest.mark.short("default", "gpt2", "neox", "gemma", "sloped window")
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_arrays_follow_from_each_other(name):
-    model, params, seen = look(name)
+    model, params, seen = captured(name)
     config = model.config
     G = config.num_heads // config.kv_heads
     k_LBSNH, v_LBSNH = (np.repeat(seen[key], G, axis=3) for key in ("k_rotated", "v"))
@@ -85,7 +85,7 @@ def test_the_arrays_follow_from_each_other(name):
 
 
 def test_each_head_writes_through_its_own_rows_of_the_projection():
-    _, params, seen = look("gpt2")
+    _, params, seen = captured("gpt2")
     kernel_LNHD = np.float64(params["layers"]["attention"]["out"]["kernel"])
     for layer, head in np.ndindex(2, 6):
         close(seen["head_writes"][layer, :, :, head], seen["heads"][layer, :, :, head] @ kernel_LNHD[layer, head])
@@ -94,7 +94,7 @@ def test_each_head_writes_through_its_own_rows_of_the_projection():
 @pytest.mark.short("default")
 @pytest.mark.parametrize("name", ["default", "neox", "sloped window", "llama4"])
 def test_it_works_under_jit_and_for_layers_that_are_not_stacked(name):
-    model, params, seen = look(name)
+    model, params, seen = captured(name)
     jitted = jax.jit(functools.partial(capture, model))
     for again in (jitted(params, TOKENS_BT), capture(model, fd.unstack_layers(params), TOKENS_BT)):
         assert again.keys() == seen.keys()
@@ -102,8 +102,8 @@ def test_it_works_under_jit_and_for_layers_that_are_not_stacked(name):
             close(again[key], seen[key])
 
 
-def test_only_what_is_wanted_is_given():
-    model, params, seen = look("default")
+def test_only_the_named_arrays_are_returned():
+    model, params, seen = captured("default")
     few = capture(model, params, TOKENS_BT, names=["weights", "embeddings"])
     assert list(few) == ["weights", "embeddings"]
     close(few["weights"], seen["weights"])
@@ -114,7 +114,7 @@ def test_only_what_is_wanted_is_given():
 @pytest.mark.parametrize("pieces", [(T,), (4, 3), (1,) * T, (3, 1, 1, 2)])
 def test_a_cache_shows_the_same(name, pieces):
     """Each token's row of each array is the one it has in the whole text, each weight at the position of its key."""
-    model, params, seen = look(name)
+    model, params, seen = captured(name)
     cache = fd.empty_cache(model.config, B, 9)
     start = 0
     for length in pieces:
@@ -131,7 +131,7 @@ def test_a_cache_shows_the_same(name, pieces):
             assert (positions_S[num_slots:] == -1).all()
             for key, nothing in (("weights", 0), ("scores", -np.inf)):
                 array_NTS = np.asarray(part[key][layer, b])
-                # A position whose slot is taken by another of its piece is there twice, once out of sight.
+                # A position whose slot is overwritten by a later one of the same piece appears twice, once masked.
                 spread_NTS = np.full((model.config.num_heads, length, T), nothing, float)
                 for column in np.flatnonzero(is_there_S):
                     here = spread_NTS[..., positions_S[column]]
@@ -153,33 +153,32 @@ def test_a_hugging_face_folder(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_what_nobody_asks_for_costs_nothing(scan_layers, remat, monkeypatch):
-    """The compiled programs of the model and of its gradient are those of a model that shows nothing at all."""
+def test_recording_costs_nothing_if_it_is_not_used(scan_layers, remat, monkeypatch):
+    """The compiled programs of a model and its gradient are those of a model that cannot record or edit."""
     settings = CHOICES["gemma"] | {"scan_layers": scan_layers, "remat": remat}
 
     def programs():
-        model, params = make(**settings)  # a function of its own: what was traced once is remembered
+        model, params = make(**settings)  # traced functions are cached, so it must be a new one
 
         def loss(params):
             return model.apply({"params": params}, TOKENS_BT).sum()
 
         for function in (loss, jax.grad(loss)):
             text = jax.jit(function).lower(params).compile().as_text()
-            # Where in our files an operation comes from is not a part of what is computed.
+            # Without the source locations of operations.
             text = re.sub(r", metadata=\{[^}]*\}", "", text)
             yield re.sub(r"\n(FileNames|FunctionNames|FileLocations|StackFrames)\n(\d.*\n)*", "", text)
 
-    offering = list(programs())
-    assert all("tanh" in text and "FileNames" not in text for text in offering)
-    for module in (attention, decoder, feed_forward):
-        monkeypatch.setattr(module, "show", lambda module, name, value, edits: value)
-    monkeypatch.setattr(decoder, "edited", lambda name, value, edits: value)
+    recordable = list(programs())
+    assert all("tanh" in text and "FileNames" not in text for text in recordable)
+    monkeypatch.setattr(Call, "hook", lambda call, module: lambda name, value: value)
+    monkeypatch.setattr(Call, "edit", lambda call, name, value: value)
     monkeypatch.setattr(nn.Module, "sow", lambda *args, **kwargs: False)
-    assert offering == list(programs())
+    assert recordable == list(programs())
 
 
 def test_the_same_program_serves_texts_of_one_length():
-    model, params, _ = look("default")
+    model, params, _ = captured("default")
     from flax_decoder.lens import capture as module
 
     before = module._capture._cache_size()
@@ -189,7 +188,7 @@ def test_the_same_program_serves_texts_of_one_length():
 
 
 def test_refusals():
-    model, params, _ = look("default")
+    model, params, _ = captured("default")
     with pytest.raises(ValueError, match="there is no 'wieghts' to capture, only embeddings, q, k"):
         capture(model, params, TOKENS_BT, names=["weights", "wieghts"])
     with pytest.raises(ValueError, match=r"token id \d+ is not in the vocabulary"):

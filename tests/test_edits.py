@@ -1,4 +1,4 @@
-"""What is edited on the way changes what comes after it, as if the model had computed it so."""
+"""An edit changes everything computed after it, as if the model had computed the edited array."""
 
 import functools
 
@@ -16,15 +16,14 @@ from flax_decoder.nn.call import EDITABLE
 from flax_decoder.nn.kernels.blockwise import QUERIES_PER_BLOCK
 
 close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE, rtol=1e-5)
-# Every array there is to edit is there, and layers differ in their window.
+# Every editable array exists, and layers differ in their window.
 SETTINGS = {"positions": "rotary", "norm_position": "both", "window": 4, "window_pattern": (True, False)}
 WAYS = [{"scan_layers": False}, {"scan_layers": True, "num_layers": 3}, {"remat": "full"}, {"remat": "attention"}]
 OTHER_BT = (TOKENS_BT + 5) % V
 
 
-# The first way through the layers by itself shows what an edit does; the others, that it gets there.
 @functools.cache
-def look(**way):
+def captured(**way):
     model, params = make(**SETTINGS | way)
     return model, params, capture(model, params, TOKENS_BT), capture(model, params, OTHER_BT)
 
@@ -32,7 +31,7 @@ def look(**way):
 @pytest.mark.short("way0", "way1")
 @pytest.mark.parametrize("way", WAYS)
 def test_an_edit_that_changes_nothing_changes_nothing(way):
-    model, params, seen, _ = look(**way)
+    model, params, seen, _ = captured(**way)
     same = capture(model, params, TOKENS_BT, edits={name: lambda array, layer: array for name in EDITABLE})
     for name, array in same.items():
         np.testing.assert_array_equal(array, seen[name], err_msg=name)
@@ -43,50 +42,35 @@ def squash(array):
 
 
 def squash_one(number, chosen, target, array, layer):
-    """An edit under the name of this number, which is made where that is the chosen one and in the target layer."""
+    """The edit of the name with this number; it changes the target layer if that is the chosen one."""
     return jnp.where((number == chosen) & (layer == target), squash(array), array)
-
-
-def target_of(name, model):
-    return {"embeddings": 0, "logits": model.config.num_layers - 1}.get(name, 1)
-
-
-@pytest.mark.short("hidden-way0")
-@pytest.mark.parametrize("way", WAYS[:2])
-@pytest.mark.parametrize("name", EDITABLE)
-def test_each_name_can_be_edited_in_one_layer(name, way):
-    model, params, seen, _ = look(**way)
-    target = target_of(name, model)
-    edited = capture(model, params, TOKENS_BT, edits={name: functools.partial(squash_one, 0, 0, target)})
-    assert_edited(name, target, edited, seen)
 
 
 @pytest.mark.short("way1")
 @pytest.mark.parametrize("way", WAYS[:2])
-def test_all_names_have_an_edit_and_each_makes_its_own_in_turn(way):
-    """One program for all of them."""
-    model, params, seen, _ = look(**way)
+def test_each_name_can_be_edited_in_one_layer(way):
+    """What is captured is what the edit returns, in that layer; nothing before it changes, the logits do.
+
+    One program for all names.
+    """
+    model, params, seen, _ = captured(**way)
     for chosen, name in enumerate(EDITABLE):
-        target = target_of(name, model)
+        target = {"embeddings": 0, "logits": model.config.num_layers - 1}.get(name, 1)
         edits = {other: Partial(squash_one, number, chosen, target) for number, other in enumerate(EDITABLE)}
-        assert_edited(name, target, capture(model, params, TOKENS_BT, edits=edits), seen)
-
-
-def assert_edited(name, target, edited, seen):
-    """What is shown under the name is what the edit gave, in that layer; nothing before it changes, the logits do."""
-    if name in ("embeddings", "logits"):
-        close(edited[name], squash(seen[name]))
-    else:
-        close(edited[name][target], squash(seen[name][target]))
-        close(edited[name][:target], seen[name][:target])
-        close(edited["residual"][: target - 1], seen["residual"][: target - 1])
-    assert np.abs(edited["logits"] - seen["logits"]).max() > 1e-3
+        edited = capture(model, params, TOKENS_BT, edits=edits)
+        if name in ("embeddings", "logits"):
+            close(edited[name], squash(seen[name]))
+        else:
+            close(edited[name][target], squash(seen[name][target]))
+            close(edited[name][:target], seen[name][:target])
+            close(edited["residual"][: target - 1], seen["residual"][: target - 1])
+        assert np.abs(edited["logits"] - seen["logits"]).max() > 1e-3
 
 
 @pytest.mark.short("way1")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_head_that_is_zero_is_one_whose_projection_is_zero(way):
-    model, params, _, _ = look(**way)
+    model, params, _, _ = captured(**way)
     for layer, head in [(0, 0), (1, 4)]:
         edited = capture(model, params, TOKENS_BT, edits={"heads": zero_head(layer, head)}, names=["logits"])
         kernel = np.array(params["layers"]["attention"]["out"]["kernel"])
@@ -99,7 +83,7 @@ def test_a_head_that_is_zero_is_one_whose_projection_is_zero(way):
 @pytest.mark.short("way0")
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_a_pattern_is_replaced(way):
-    model, params, seen, _ = look(**way)
+    model, params, seen, _ = captured(**way)
     pattern_TS = np.eye(T, k=-1, dtype=np.float32)
     pattern_TS[0, 0] = 1
     edited = capture(model, params, TOKENS_BT, edits={"weights": replace_weights(1, 4, pattern_TS)})
@@ -114,7 +98,7 @@ def test_a_pattern_is_replaced(way):
 @pytest.mark.short("way1")
 @pytest.mark.parametrize("way", WAYS)
 def test_the_residual_stream_of_another_text_makes_its_logits(way):
-    model, params, seen, other = look(**way)
+    model, params, seen, other = captured(**way)
     edited = capture(model, params, TOKENS_BT, edits={"residual": patch(1, other["residual"][1])})
     close(edited["logits"], other["logits"])
     at_4 = capture(model, params, TOKENS_BT, edits={"residual": patch(0, other["residual"][0], at=np.s_[:, 4])})
@@ -122,8 +106,8 @@ def test_the_residual_stream_of_another_text_makes_its_logits(way):
     assert (np.abs(at_4["logits"] - seen["logits"]).max(-1)[:, 4:] > 1e-4).all()
 
 
-def test_edits_need_the_readable_kind_of_attention():
-    """A faster kind has no weights that could be edited; asked for logits alone, the model still takes the edit."""
+def test_edits_select_the_reference_attention():
+    """A kernel has no weights that could be edited; `model.apply` without recording takes the edit, too."""
     model, params = make(attention="blockwise", positions="alibi")
     tokens_BT = np.random.default_rng(0).integers(0, V, (1, QUERIES_PER_BLOCK + 6))
     edits = {"weights": lambda weights_BNTS, layer: weights_BNTS.at[:, :, -1, 0].set(1)}
@@ -132,7 +116,7 @@ def test_edits_need_the_readable_kind_of_attention():
 
 
 def test_edits_of_one_name_follow_each_other():
-    model, params, seen, _ = look()
+    model, params, seen, _ = captured()
     both = [zero_head(0, 2), lambda heads_BTNH, layer: heads_BTNH + 1]
     edited = capture(model, params, TOKENS_BT, edits={"heads": both})
     close(edited["heads"][0, :, :, 2], 1)
@@ -140,7 +124,7 @@ def test_edits_of_one_name_follow_each_other():
 
 
 def test_going_through_all_heads_compiles_once():
-    model, params, _, _ = look()
+    model, params, _, _ = captured()
     before = capture_module._capture._cache_size()
     names = ["logits", "q"]  # not asked for together elsewhere
     results = [
@@ -152,8 +136,8 @@ def test_going_through_all_heads_compiles_once():
 
 
 def test_edits_work_under_jit_and_have_gradients():
-    """How much a logit would change by a head: what attribution patching asks."""
-    model, params, seen, _ = look()
+    """The gradient of a logit by the scale of a head: attribution patching."""
+    model, params, seen, _ = captured()
 
     @jax.jit
     def logit(size):
@@ -167,7 +151,7 @@ def test_edits_work_under_jit_and_have_gradients():
 
 
 def test_refusals():
-    model, params, _, _ = look()
+    model, params, _, _ = captured()
     with pytest.raises(ValueError, match="there is no 'head_writes' to edit, only embeddings, q, k"):
         capture(model, params, TOKENS_BT, edits={"head_writes": lambda array, layer: array})
     with pytest.raises(ValueError, match=r"the edit of q must give float32\[2, 7, 6, 10\], not float32\[2, 7, 6\]"):

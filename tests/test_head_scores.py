@@ -1,4 +1,4 @@
-"""What kinds of heads there are: scores as plain loops count them, 1 for a head that does nothing else."""
+"""What kinds of heads there are: the scores that plain loops count."""
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +40,9 @@ def random_weights(rng, shape=(L, B, N, T, T)):
     return (weights_LBNTS / weights_LBNTS.sum(-1, keepdims=True)).astype(np.float32)
 
 
-def perfect_weights(name, tokens_BT):
-    """Each query shares its attention among the keys the rule points at; without any, it looks at itself."""
-    weights_BTS = np.zeros((*tokens_BT.shape, tokens_BT.shape[1]), np.float32)
-    for b, tokens_T in enumerate(tokens_BT):
-        for t in range(len(tokens_T)):
-            keys = pointed_at(name, tokens_T, t) or [t]
-            weights_BTS[b, t, keys] = 1 / len(keys)
-    return weights_BTS
-
-
 @pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_scores_equal_plain_loops(seed, jit):
-    rng = np.random.default_rng(seed)
+def test_scores_equal_plain_loops(jit):
+    rng = np.random.default_rng(1)
     # Five kinds of tokens: many come again, some side by side, where a query follows its like itself.
     tokens_BT, weights_LBNTS = rng.integers(0, 5, (B, T)).astype(np.int32), random_weights(rng)
     scores = (jax.jit(fd.head_scores) if jit else fd.head_scores)(weights_LBNTS, tokens_BT)
@@ -64,26 +53,10 @@ def test_scores_equal_plain_loops(seed, jit):
         np.testing.assert_allclose(score_LN, expected_LN, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_perfect_head_scores_one(name):
-    tokens_BT = np.random.default_rng(4).integers(0, 7, (B, T)).astype(np.int32)
-    weights_LBNTS = random_weights(np.random.default_rng(5))
-    weights_LBNTS[1, :, 3] = perfect_weights(name, tokens_BT)
-    score_LN = np.array(fd.head_scores(weights_LBNTS, tokens_BT)[name])
-    assert score_LN[1, 3] == pytest.approx(1, abs=1e-6)
-    score_LN[1, 3] = 0
-    assert score_LN.max() < 0.9
-
-
 def test_what_the_text_does_not_say_is_not_a_number():
     weights_LBNTS = random_weights(np.random.default_rng(0), (1, 1, 2, 3, 3))
     scores = fd.head_scores(weights_LBNTS, np.array([[4, 0, 2]]))
-    assert {name: bool(np.isnan(score_LN).all()) for name, score_LN in scores.items()} == {
-        "previous_token": False,
-        "first_token": False,
-        "same_token": True,
-        "induction": True,
-    }
+    assert {name for name, score_LN in scores.items() if np.isnan(score_LN).all()} == {"same_token", "induction"}
 
 
 def test_weights_in_bfloat16_are_added_in_float32():

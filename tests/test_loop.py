@@ -74,17 +74,17 @@ def rows_without_times(folder):
 
 
 def assert_equal_to_the_last_bit(folder, expected):
-    """All that both runs logged, parameters, moments; a line of the step of a stop may be there besides."""
+    """All that both runs logged, parameters, snapshots; a line of the step of a stop may be there besides."""
     rows, expected_rows = rows_without_times(folder), rows_without_times(expected)
     assert {step: rows[step] for step in expected_rows} == expected_rows
     steps = list(rows)
     assert steps == sorted(set(steps))
     jax.tree.map(np.testing.assert_array_equal, fd.load(folder)[1], fd.load(expected)[1])
     assert (folder / "sample.txt").read_text() == (expected / "sample.txt").read_text()
-    assert moments(folder) == moments(expected)
+    assert snapshots(folder) == snapshots(expected)
 
 
-def moments(folder):
+def snapshots(folder):
     return {path.name: path.read_bytes() for path in (folder / "lens").iterdir()}
 
 
@@ -312,7 +312,7 @@ def test_a_run_learns_the_same_whether_it_is_watched_or_not(whole, text, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, fd.load(tmp_path / "run")[1], fd.load(expected)[1])
 
 
-def test_the_last_moment_is_of_the_model_that_is_saved(whole):
+def test_the_last_snapshot_is_of_the_model_that_is_saved(whole):
     model, params, _ = fd.load(whole[0])
     history = read_history(whole[0])
     seen = fd.capture(model, params, history.tokens_T[None], names=("q_rotated", "k_rotated", "weights"))
@@ -323,14 +323,14 @@ def test_the_last_moment_is_of_the_model_that_is_saved(whole):
 def test_another_text_may_be_watched_when_a_run_goes_on(text, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(run, text, training__num_steps=4) == 0
-    before = moments(run)
+    before = snapshots(run)
     assert train(run, text, lens__prompt="To be", lens__every=2) == 0
     assert "lens: is of another text" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (run / "lens.1").iterdir()} == before
     history = read_history(run)
     assert history.steps_M.tolist() == [4, 6, 8] and fd.load(run)[2].decode(history.tokens_T) == "To be"
     findings = {finding.path.name: finding for finding in verify_run(run)}
-    assert findings["lens"].holds and "3 moments" in findings["lens"].what and "lens.1" not in findings
+    assert findings["lens"].holds and "3 snapshots" in findings["lens"].what and "lens.1" not in findings
 
 
 def test_a_text_that_cannot_be_watched_is_refused_before_anything_is_written(text, tmp_path):
@@ -340,13 +340,13 @@ def test_a_text_that_cannot_be_watched_is_refused_before_anything_is_written(tex
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_refuses_a_moment_ends_the_run(text, tmp_path, monkeypatch):
+def test_a_disk_that_refuses_a_snapshot_ends_the_run(text, tmp_path, monkeypatch):
     def refuse(path, mode):
         if path.name == ".6.npy.tmp":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return open(path, mode)
 
-    with monkeypatch.context() as patch, pytest.raises(FaultError, match=r"6\.npy\.tmp: cannot keep a moment"):
+    with monkeypatch.context() as patch, pytest.raises(FaultError, match=r"6\.npy\.tmp: cannot write a snapshot"):
         patch.setattr(files, "open", refuse, raising=False)
         train(tmp_path / "run", text)
     assert all(finding.holds is not False for finding in verify_run(tmp_path / "run"))

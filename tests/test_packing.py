@@ -2,26 +2,23 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as npst
 
 from flax_decoder.lens.packing import SMALL_BYTES, pack, unpack
 
-NUMBERS = npst.arrays(np.float64, npst.array_shapes(max_dims=3, max_side=7), elements=st.floats(-1e4, 1e4))
 
-
-@given(NUMBERS, st.integers(0, 6))
-def test_what_is_shown_is_what_rounding_gives(array, decimals):
+@pytest.mark.parametrize("decimals", [0, 3, 6])
+@pytest.mark.parametrize("shape", [(200,), (3, 5, 7), (2, 0)])
+def test_rounded_numbers_come_back(shape, decimals):
+    rng = np.random.default_rng(0)
+    array = rng.uniform(-1, 1, shape) * 10.0 ** rng.integers(-4, 5, shape)
     shown = unpack(json.loads(json.dumps(pack(array, decimals))))
-    assert shown.shape == array.shape
+    assert shown.shape == shape
     np.testing.assert_allclose(shown, np.rint(array * 10.0**decimals) / 10.0**decimals, rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("number", [0, 1, -1, 127, 128, -128, 255, 256, -32769, 2**31, -(2**40)])
-def test_integers_of_any_number_of_bytes_come_back(number):
-    array = np.array([[0, number, 1]])
-    assert (unpack(pack(array, 0)) == array).all()
+def test_integers_of_any_number_of_bytes_come_back():
+    for number in (0, 1, -1, 127, 128, -128, 255, 256, -32769, 2**31, -(2**40)):
+        assert unpack(pack(np.array([[0, number, 1]]), 0)).tolist() == [[0, number, 1]]
 
 
 def test_numbers_too_large_for_their_decimals_keep_fewer():
@@ -30,7 +27,7 @@ def test_numbers_too_large_for_their_decimals_keep_fewer():
     assert unpack(packed).tolist() == [1.5e12, -0.25]
 
 
-@pytest.mark.parametrize("bits", [6, 8, 11])
+@pytest.mark.parametrize("bits", [6, 11])
 def test_a_large_array_takes_no_more_than_it_may(bits):
     array = np.random.default_rng(0).standard_normal(500_000)
     packed = pack(array, 6, bits)
@@ -42,7 +39,3 @@ def test_a_large_array_takes_no_more_than_it_may(bits):
 
 def test_a_small_array_keeps_its_decimals():
     assert pack(np.random.default_rng(0).standard_normal(1000), 6, 1)["decimals"] == 6
-
-
-def test_an_empty_array():
-    assert unpack(pack(np.zeros((2, 0)), 3)).shape == (2, 0)

@@ -19,7 +19,7 @@ from test_decoder import SIZES
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.tokenizer import CharTokenizer
+from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
 from flax_decoder.lens.history import History
 from flax_decoder.lens.packing import unpack
 from flax_decoder.lens.page import MAX_TOKENS, render
@@ -29,13 +29,7 @@ from flax_decoder.lens.page_data import SCORES, page_data, token_texts
 TOKENIZER = CharTokenizer("</script>&\"'\x1b\u202e\u200d \n\tab`${}")
 PROMPT = "a </script>\n<b>a </s\u202e"
 MODELS = ORDERS | {
-    "llama": {
-        "positions": "rotary",
-        "norm": "rmsnorm",
-        "feed_forward": "swiglu",
-        "qk_norm": "head",
-        "scan_layers": True,
-    },
+    "llama": {"positions": "rotary", "norm": "rmsnorm", "feed_forward": "swiglu", "qk_norm": "head"},
     "gemma": {"positions": "rotary", "window": 4, "window_pattern": (True, False), "attention_soft_cap": 2.3},
     "bloom": {"positions": "alibi", "attention_scale": 0.4, "num_kv_heads": None, "attention_out_bias": True},
 }
@@ -66,9 +60,9 @@ def history(name):
     q_LTNH, k_LTKH = seen["q_rotated"][:, 0].astype(np.float16), seen["k_rotated"][:, 0].astype(np.float16)
     flat_LNTS = np.broadcast_to(np.tril(np.ones(weights_LNTS.shape[2:])), weights_LNTS.shape)
     flat_LNTS = (flat_LNTS / flat_LNTS.sum(-1, keepdims=True)).astype(np.float16)
-    moments = [flat_LNTS, 0.5 * flat_LNTS + 0.5 * weights_LNTS, weights_LNTS]
+    snapshots = [flat_LNTS, 0.5 * flat_LNTS + 0.5 * weights_LNTS, weights_LNTS]
     twice = [np.stack([array] * 3) for array in (q_LTNH, k_LTKH)]
-    return History(np.array([0, 100, 200]), tokens_T(), *twice, np.stack(moments))
+    return History(np.array([0, 100, 200]), tokens_T(), *twice, np.stack(snapshots))
 
 
 @functools.cache
@@ -176,7 +170,18 @@ def test_tokens_have_the_text_they_have_within_a_text():
             return super()._decode(ids).removeprefix(" ")
 
     tokenizer = Stripping("ab ")
-    assert token_texts(tokenizer, np.array([0, 1, 2, 5]), np.array([1])) == {0: " ", 1: "a", 2: "b", 5: "#5"}
+    assert token_texts(tokenizer, np.array([0, 1, 2, 5]), np.array([1])) == {0: " ", 1: "a", 2: "b", 5: "<id 5>"}
+
+
+@pytest.mark.parametrize("prompt", [[104, 105], [104, 0xC3], [104, 258], [258]])
+def test_a_vocabulary_larger_than_the_tokenizer(tmp_path, prompt):
+    """Whatever the prompt ends with: text, half a character, or an id that the tokenizer does not have."""
+    model = fd.Decoder(ModelConfig(**SIZES | {"vocab_size": 259}))
+    path = tmp_path / "x.html"
+    fd.write_lens_page(path, model, reference.random_params(model), ByteTokenizer(), np.array(prompt))
+    assert "\\u003cid 25" in path.read_text()
+    texts = token_texts(ByteTokenizer(), np.array([104, 256, 258]), np.array(prompt))
+    assert texts == {104: "h", 256: "<id 256>", 258: "<id 258>"}
 
 
 def test_names_of_arrays_are_right():
@@ -184,7 +189,7 @@ def test_names_of_arrays_are_right():
     model, params = make("pre")
     with checked_shape_names() as functions:
         page_data(model, params, TOKENIZER, tokens_T(), history("pre"))
-    assert functions >= {"page_data.py:page_data", "page_data.py:_look", "page_data.py:_history_arrays"}
+    assert functions >= {"page_data.py:page_data", "page_data.py:_arrays", "page_data.py:_history_arrays"}
 
 
 # ---- the file
@@ -202,9 +207,8 @@ def refusal(tmp_path, *arguments, error=fd.UserError, **changes):
 def test_refusals(tmp_path):
     assert "no tokens" in refusal(tmp_path, tokens_T=[])
     assert "30 tokens, more than the model's 29" in refusal(tmp_path, tokens_T=[1] * 30)
-    assert f"{MAX_TOKENS + 1} tokens, and a page at most {MAX_TOKENS}" in refusal(
-        tmp_path, tokens_T=[1] * (MAX_TOKENS + 1)
-    )
+    too_many = [1] * (MAX_TOKENS + 1)
+    assert f"{MAX_TOKENS + 1} tokens, and a page at most {MAX_TOKENS}" in refusal(tmp_path, tokens_T=too_many)
     assert "(1, 2)" in refusal(tmp_path, tokens_T=[[1, 2]])
     assert "token id 99" in refusal(tmp_path, tokens_T=[99], error=ValueError)
     assert "must name a file" in refusal(tmp_path, path=tmp_path)
@@ -299,9 +303,8 @@ def texts(locator):
 def test_the_numbers_shown_are_the_arrays(open_page, name):
     page, seen = open_page(name), look(name)
     choose(page)
-    page.get_by_role("button", name="Show all").click() if QUERY > 8 and page.get_by_role(
-        "button", name="Show all"
-    ).count() else None
+    for button in page.get_by_role("button", name="Show all").all():  # none if there are few sources
+        button.click()
     model, _ = make(name)
     config = model.config
     q_H = seen["q_rotated"][LAYER, 0, QUERY, HEAD]
@@ -320,11 +323,8 @@ def test_the_numbers_shown_are_the_arrays(open_page, name):
         assert_shown(cells[-1], 100 * weights_S[s], 0.01)
         chip = page.locator(f'[data-token="{s}"]').get_attribute("aria-label")
         assert_shown(re.search(r"([\d.]+)\u00a0%", chip)[1], 100 * weights_S[s], 0.01)
-    assert_shown(
-        page.locator('[data-value="sum"]').text_content(),
-        np.exp(scores_S[visible] - scores_S[visible].max()).sum(),
-        1e-3,
-    )
+    total = np.exp(scores_S[visible] - scores_S[visible].max()).sum()
+    assert_shown(page.locator('[data-value="sum"]').text_content(), total, 1e-3)
     source = visible[0]
     page.locator(f'.meeting tr[data-source="{source}"] .pick').click()
     k_H = seen["k_rotated"][LAYER, 0, source, kv_head]
@@ -364,11 +364,8 @@ def test_the_waterfall_sums_to_the_logit(open_page, name):
     choose(page)
     logits_V = look(name)["logits"][0, QUERY]
     first, second = unpack(data_of(name)["arrays"]["targets"])[:, QUERY].astype(int)
-    for target, logit in (
-        ("first", logits_V[first]),
-        ("second", logits_V[second]),
-        ("difference", logits_V[first] - logits_V[second]),
-    ):
+    logits = {"first": logits_V[first], "second": logits_V[second], "difference": logits_V[first] - logits_V[second]}
+    for target, logit in logits.items():
         page.locator(f'#why input[value="{target}"]').check(force=True)
         parts = [number(text) for text in texts(page.locator("#waterfall .part:not(.total):not(.inner) .number"))]
         assert len(parts) == 11
@@ -412,11 +409,8 @@ def test_the_three_answers(open_page):
     figures = re.findall(r"[\d.]+(?=\u00a0%)", read)
     for figure, true in zip(figures, (weights_S[best], weights_S[second]), strict=False):
         assert_shown(figure, 100 * true, 0.01)
-    assert page.locator("#answers p").first.locator(".at sub").all_text_contents() == [
-        str(QUERY),
-        str(best),
-        str(second),
-    ]
+    positions = page.locator("#answers p").first.locator(".at sub").all_text_contents()
+    assert positions == [str(QUERY), str(best), str(second)]
     score, lead = re.findall(r"[\u2212\d.]+", why)[:2]
     assert_shown(score, scores_S[best])
     assert_shown(lead, scores_S[best] - scores_S[second], 2e-4)
@@ -465,7 +459,7 @@ def test_every_control_is_reached_by_tab_and_has_a_name(open_page):
             return (e.closest("[id]")?.id ?? "") + "|" + name.trim().length;
         }""")
         )
-    assert {name.partition("|")[0] for name in reached} >= {
+    controls = [
         "theme",
         "chooser",
         "prompt",
@@ -474,9 +468,10 @@ def test_every_control_is_reached_by_tab_and_has_a_name(open_page):
         "pattern",
         "story",
         "waterfall",
-        "moment",
+        "snapshot",
         "play",
-    }
+    ]
+    assert {name.partition("|")[0] for name in reached} >= set(controls)
     assert all(not name.endswith("|0") for name in reached)
 
 
@@ -518,28 +513,26 @@ def test_hostile_text_stays_text(open_page):
 def test_watching_it_learn(open_page):
     page = open_page("pre")
     choose(page)
-    slider = page.locator("#moment")
-    assert page.locator("#moment-step").text_content() == "200"
+    slider = page.locator("#snapshot")
+    assert page.locator("#snapshot-step").text_content() == "200"
     slider.focus()
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
-    assert page.locator("#moment-step").text_content() == "100"
-    moments = history("pre").weights_MLNTS.astype(np.float32)
+    assert page.locator("#snapshot-step").text_content() == "100"
+    snapshots = history("pre").weights_MLNTS.astype(np.float32)
     pattern = page.locator("#learning .pattern")
     pattern.focus()
     page.keyboard.press("Home")
     last = len(PROMPT) - 1
-    assert_shown(
-        re.search(r"([\d.]+)\u00a0%", page.locator("#learning .readout").text_content())[1],
-        100 * moments[1, LAYER, HEAD, last, 0],
-        0.06,
-    )
-    expected = np.asarray(fd.head_scores(moments[1][:, None], tokens_T()[None])["previous_token"])[LAYER, HEAD]
+    readout = page.locator("#learning .readout").text_content()
+    weight = snapshots[1, LAYER, HEAD, last, 0]
+    assert_shown(re.search(r"([\d.]+)\u00a0%", readout)[1], 100 * weight, 0.06)
+    expected = np.asarray(fd.head_scores(snapshots[1][:, None], tokens_T()[None])["previous_token"])[LAYER, HEAD]
     assert_shown("0" + page.locator(f'#learning [data-head="{LAYER}.{HEAD}"]').text_content(), expected)
     slider.focus()
     page.keyboard.press("Home")
     page.locator("#play").click()
-    page.locator("#moment-step", has_text="200").wait_for()
+    page.locator("#snapshot-step", has_text="200").wait_for()
     assert page.locator("#play").text_content() == "Play"
 
 

@@ -1,4 +1,4 @@
-"""What a head writes: by each token's logit, as attribution finds it from the other side."""
+"""The changes of logits by a head agree with attribution, which computes them in the other direction."""
 
 import functools
 
@@ -31,7 +31,7 @@ def pushed(settings, tokens_BC, count):
 @pytest.mark.short("post")
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_token_is_pushed_as_its_attribution_says(order):
-    """Two ways to the same number: writes forward through the norms, and the head's columns back to the values."""
+    """Writes forward through the norms, and the head's columns back to the values."""
     settings = ORDERS[order]
     everything_BC = np.arange(V, dtype=np.int32)[None]
     model, params, (places, values) = pushed(settings, everything_BC, V)
@@ -67,4 +67,4 @@ def test_names_are_right():
     jax.clear_caches()
     with checked_shape_names() as functions:
         pushed(ORDERS["post"], np.arange(V, dtype=np.int32)[None], 2)
-    assert functions >= {"pushes.py:pushes", "pushes.py:through_norm", "pushes.py:through_later_norms"}
+    assert functions >= {"pushes.py:pushes", "capture.py:through_norm", "pushes.py:through_later_norms"}

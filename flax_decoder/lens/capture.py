@@ -1,4 +1,4 @@
-"""Everything between tokens and logits, by name, of every layer and head."""
+"""Every activation between tokens and logits, by name, of all layers and heads."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -8,35 +8,36 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from flax_decoder.config import ModelConfig
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit
 from flax_decoder.nn.decoder import Decoder, check_tokens
 from flax_decoder.nn.precision import accumulation_dtype
 
-Seen = dict[str, jax.Array]
-"""Arrays by their name; `NAMES` has the axes of each."""
+Activations = dict[str, jax.Array]
+"""Arrays by name; `NAMES` has the axes of each."""
 Edits = Mapping[str, Edit | Sequence[Edit]]
-"""By the name of what is changed: a function `(array, layer) -> array`, or several that follow each other."""
+"""By the name of the edited array: a function `(array, layer) -> array`, or several, applied in order."""
 
 NAMES = {
-    "embeddings": "BTD",  # what the first layer is given
-    "q": "LBTNH",  # queries, before they are turned by position
-    "k": "LBSKH",  # keys, likewise
+    "embeddings": "BTD",  # input of the first layer
+    "q": "LBTNH",  # queries, before the rotation
+    "k": "LBSKH",  # keys, before the rotation
     "v": "LBSKH",  # values
-    "q_rotated": "LBTNH",  # queries as they meet keys; q itself where positions are not rotary
-    "k_rotated": "LBSKH",  # keys as they meet queries
-    "scores": "LBNTS",  # how well they match: scaled, capped, biased by position; minus infinity behind the mask
-    "weights": "LBNTS",  # their softmax over S
-    "key_positions": "LBS",  # which position each S is; negative for a slot of a cache that is empty
-    "heads": "LBTNH",  # the average of the values, by these weights
+    "q_rotated": "LBTNH",  # queries after the rotation; equal to q if positions are not rotary
+    "k_rotated": "LBSKH",  # keys after the rotation
+    "scores": "LBNTS",  # scaled, soft-capped and with position bias; minus infinity if masked
+    "weights": "LBNTS",  # softmax of the scores over S
+    "key_positions": "LBS",  # position of each key; negative for an empty slot of a cache
+    "heads": "LBTNH",  # values averaged by these weights
     "head_writes": "LBTND",  # what each head adds to the residual stream
-    "attention_write": "LBTD",  # what all heads of a layer add, and the bias of their projection
-    "hidden": "LBTF",  # inside the feed-forward network
-    "feed_forward_write": "LBTD",  # what it adds to the residual stream
+    "attention_write": "LBTD",  # the sum over heads, with the bias of the output projection
+    "hidden": "LBTF",  # input of the feed-forward network's last projection
+    "feed_forward_write": "LBTD",  # what the feed-forward network adds to the residual stream
     "residual": "LBTD",  # the residual stream after the layer
     "logits": "BTV",
 }
-# What stands in the slots that one layer's cache has more than another's.
+# Pads layers whose cache has fewer slots than others.
 _PADDING = {"scores": -jnp.inf, "weights": 0.0, "key_positions": -1}
 _IN_ATTENTION = ("q", "k", "v", "scores", "weights", "key_positions", "heads")
 
@@ -50,32 +51,30 @@ def capture(
     edits: Edits | None = None,
     names: Sequence[str] | None = None,
 ) -> Any:
-    """Runs a model and gives what it computed on the way, by the names and with the axes of `NAMES`.
+    """Runs a model and returns its activations, with the names and axes of `NAMES`.
 
-    It is compiled once a shape of tokens, and may itself be called inside of `jax.jit`. Dropout is off.
+    It compiles once per shape of tokens, and can be called inside `jax.jit`. Dropout is off.
 
-    An edit is a pure function `(array, layer) -> array` of what goes by a name in one layer; `layer` is an int32
-    scalar, traced where layers are scanned, so compare it by `jnp.where`. The array has the axes of `NAMES` without L;
-    embeddings are of layer 0, logits of the last one. What comes after it is computed from what the edit gives, and
-    so is what is captured. `head_writes` and `key_positions` are made of other arrays, so edit those. `lens.edits` has
-    ready ones; an edit that is a `jax.tree_util.Partial` may have arrays as arguments, and is not compiled again for
-    others.
+    An edit is a pure function `(array, layer) -> array`; `layer` is an int32 scalar, traced if layers are scanned, so
+    compare it with `jnp.where`. The array has the axes of `NAMES` without L; embeddings belong to layer 0, logits to
+    the last layer. Everything after it, captured arrays included, is computed from the edited array. `head_writes` and
+    `key_positions` are derived and cannot be edited. `lens.edits` has ready-made edits. Arrays bound to an edit by
+    `jax.tree_util.Partial` are arguments of the compiled program: other values do not recompile it.
 
     Args:
         model: the model.
         params: its parameters.
         tokens_BT: token ids.
-        cache: the keys and values of tokens before. Then T counts the new tokens, k and v are those of the new tokens
-            alone, and S of scores and weights counts what queries of the layer look at: slots of the cache, and behind
-            them several new tokens.
+        cache: keys and values of earlier tokens. T then counts the new tokens, and q, k and v are those of the new
+            tokens; S of scores and weights counts the slots of the cache and, after them, several new tokens.
         edits: what to change, by name.
-        names: what to give, all where left out; what is not wanted is not computed.
+        names: what to return; None returns everything. Other arrays are not computed.
 
     Returns:
-        A dict of arrays, in the order of `NAMES`; with a cache, a pair of it and the cache with the new tokens in it.
+        The arrays, in the order of `NAMES`; with a cache, also the cache that includes the new tokens.
 
     Raises:
-        ValueError: a name that is not there, an edit that gives another shape or dtype, or what `Decoder` refuses.
+        ValueError: an unknown name, an edit that returns another shape or dtype, or what `Decoder` refuses.
     """
     unknown = [name for name in names or () if name not in NAMES]
     if unknown:
@@ -86,18 +85,17 @@ def capture(
         chains = {name: edit if isinstance(edit, Sequence) else (edit,) for name, edit in edits.items()}
         chains = {name: tuple(map(_as_partial, chain)) for name, chain in chains.items()}
     wanted = tuple(NAMES) if names is None else tuple(names)
-    seen, cache = _capture(model, wanted, params, jnp.asarray(tokens_BT), cache, chains)
-    seen = {name: seen[name] for name in wanted}  # jit gives a dict in the order of the alphabet
-    return seen if cache is None else (seen, cache)
+    activations, cache = _capture(model, wanted, params, jnp.asarray(tokens_BT), cache, chains)
+    activations = {name: activations[name] for name in wanted}  # jit sorts a dict by name
+    return activations if cache is None else (activations, cache)
 
 
 def _as_partial(edit: Edit) -> Partial:
-    """An edit as jit can take it: its function is a part of the program, its arguments are arrays."""
+    """An edit as a pytree: the function is static, the arrays bound to it are arguments of the program."""
     return edit if isinstance(edit, Partial) else Partial(edit)
 
 
 def _apply(chain: Sequence[Edit], array: jax.Array, layer: jax.Array) -> jax.Array:
-    """One edit after the other."""
     return functools.reduce(lambda changed, edit: edit(changed, layer), chain, array)
 
 
@@ -109,68 +107,69 @@ def _capture(
     tokens_BT: jax.Array,
     cache: KVCache | None,
     chains: dict[str, tuple[Partial, ...]] | None,
-) -> tuple[Seen, KVCache | None]:
+) -> tuple[Activations, KVCache | None]:
     edits = None if chains is None else {name: functools.partial(_apply, chain) for name, chain in chains.items()}
     result, sown = model.apply({"params": params}, tokens_BT, cache, edits=edits, mutable=["intermediates"])
     logits_BTV, cache = (result, None) if cache is None else result
 
-    sown = jax.tree.map(lambda once: once[0], sown["intermediates"], is_leaf=_is_sown)
+    # `sow` appends to a tuple; every module is called once.
+    sown = jax.tree.map(lambda once: once[0], sown["intermediates"], is_leaf=lambda node: isinstance(node, tuple))
     layers, attention = sown["layers"], sown["layers"]["attention"]
-    seen = {name: _stacked(name, attention[name]) for name in _IN_ATTENTION}
+    found = {name: _stacked(name, attention[name]) for name in _IN_ATTENTION}
     for name in ("q", "k"):
-        seen[f"{name}_rotated"] = attention.get(f"{name}_rotated", seen[name])
-    for name in ("scores", "weights"):  # the heads that share keys are side by side: (L, B, K, G, T, S)
-        seen[name] = seen[name].reshape(*seen[name].shape[:2], -1, *seen[name].shape[-2:])
-    L, _, S = seen["key_positions"].shape
-    seen["key_positions"] = jnp.broadcast_to(seen["key_positions"], (L, tokens_BT.shape[0], S))
-    seen |= {name: layers[name] for name in ("attention_write", "feed_forward_write", "residual")}
-    seen |= {"hidden": layers["feed_forward"]["hidden"], "embeddings": sown["embeddings"], "logits": logits_BTV}
+        found[f"{name}_rotated"] = attention.get(f"{name}_rotated", found[name])
+    for name in ("scores", "weights"):  # (L, B, K, G, T, S): heads that share keys are adjacent
+        found[name] = found[name].reshape(*found[name].shape[:2], -1, *found[name].shape[-2:])
+    L, _, S = found["key_positions"].shape
+    found["key_positions"] = jnp.broadcast_to(found["key_positions"], (L, tokens_BT.shape[0], S))
+    found |= {name: layers[name] for name in ("attention_write", "feed_forward_write", "residual")}
+    found |= {"hidden": layers["feed_forward"]["hidden"], "embeddings": sown["embeddings"], "logits": logits_BTV}
     if "head_writes" in names:
-        seen["head_writes"] = _head_writes(model, params, seen["heads"], attention["out"]["output"])
-    return {name: seen[name] for name in names}, cache
-
-
-def _is_sown(node: Any) -> bool:
-    """Whether a node of what was sown is the tuple that would hold the values of further calls."""
-    return isinstance(node, tuple)
+        found["head_writes"] = _head_writes(model.config, params, found["heads"], attention["out"]["output"])
+    return {name: found[name] for name in names}, cache
 
 
 def _stacked(name: str, layers: Any) -> jax.Array:
-    """An array of all layers; where these have different numbers of slots, with padding behind."""
+    """An array with its layer axis; layers with fewer slots than others are padded."""
     if not isinstance(layers, tuple):
         return layers
-    most = max(layer.shape[-1] for layer in layers)
-    return jnp.stack(
-        [
-            jnp.pad(layer, [(0, 0)] * (layer.ndim - 1) + [(0, most - layer.shape[-1])], constant_values=_PADDING[name])
-            for layer in layers
-        ]
-    )
+    S = max(layer.shape[-1] for layer in layers)
+
+    def padded(layer: jax.Array) -> jax.Array:
+        widths = [(0, 0)] * (layer.ndim - 1) + [(0, S - layer.shape[-1])]
+        return jnp.pad(layer, widths, constant_values=_PADDING[name])
+
+    return jnp.stack([padded(layer) for layer in layers])
 
 
-def _head_writes(model: Decoder, params: Any, heads_LBTNH: jax.Array, sum_LBTD: jax.Array) -> jax.Array:
+def _head_writes(config: ModelConfig, params: Any, heads_LBTNH: jax.Array, sum_LBTD: jax.Array) -> jax.Array:
     """head_writes_LBTND: each head through its rows of the output projection, in at least float32.
 
-    Where the projection is followed by a norm, this is taken as what it did to the sum: to divide by one number, and
-    for LayerNorm to subtract the mean. So the writes add up to `attention_write`, but for biases.
+    They add up to `attention_write`, except for biases. `sum_LBTD` is the output of the projection, before any norm.
     """
-    config, layers = model.config, params["layers"]
-    own = layers if isinstance(layers, tuple) else (layers,)
-
-    def parameter(*path: str) -> jax.Array:
-        """One of all layers, whether they are stacked or not."""
-        parts = [functools.reduce(lambda node, key: node[key], path, layer) for layer in own]
-        stacked = jnp.stack(parts) if isinstance(layers, tuple) else parts[0]
-        return stacked.astype(accumulation_dtype(heads_LBTNH.dtype))
-
-    kernel_LNHD = parameter("attention", "out", "kernel")
-    heads_LBTNH, sum_LBTD = heads_LBTNH.astype(kernel_LNHD.dtype), sum_LBTD.astype(kernel_LNHD.dtype)
-    writes_LBTND = jnp.einsum("LBTNH,LNHD->LBTND", heads_LBTNH, kernel_LNHD)
+    layers, dtype = stacked_layers(params), accumulation_dtype(heads_LBTNH.dtype)
+    kernel_LNHD = layers["attention"]["out"]["kernel"].astype(dtype)
+    writes_LBTND = jnp.einsum("LBTNH,LNHD->LBTND", heads_LBTNH.astype(dtype), kernel_LNHD)
     if config.norm_position not in ("both", "output"):
         return writes_LBTND
+    norm = functools.partial(through_norm, config)
+    return jax.vmap(norm)(layers["attention_output_norm"], sum_LBTD.astype(dtype), writes_LBTND)
+
+
+def stacked_layers(params: Any) -> Any:
+    """The parameters of all layers, each array with a leading layer axis; undoes `unstack_layers`."""
+    layers = params["layers"]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if isinstance(layers, tuple) else layers
+
+
+def through_norm(config: ModelConfig, params: Any, x_BTD: jax.Array, writes_BTND: jax.Array) -> jax.Array:
+    """Applies a norm to summands of its input x, with the divisor of x; without the norm's bias.
+
+    With the divisor fixed a norm is linear: it scales, and LayerNorm also subtracts the mean.
+    """
     if config.norm == "layernorm":
-        sum_LBTD -= sum_LBTD.mean(-1, keepdims=True)
-        writes_LBTND -= writes_LBTND.mean(-1, keepdims=True)
-    inverse_LBT1 = jax.lax.rsqrt(jnp.square(sum_LBTD).mean(-1, keepdims=True) + config.norm_epsilon)
-    scale_LD = parameter("attention_output_norm", "scale")
-    return writes_LBTND * inverse_LBT1[..., None] * scale_LD[:, None, None, None]
+        x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
+        writes_BTND = writes_BTND - writes_BTND.mean(-1, keepdims=True)
+    inverse_BT1 = jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + config.norm_epsilon)
+    scale_D = params["scale"].astype(x_BTD.dtype)
+    return writes_BTND * inverse_BT1[..., None] * scale_D[None, None, None]

@@ -1,4 +1,4 @@
-"""What kinds of heads a model has: how far each head's attention follows some simple rule."""
+"""Scores for kinds of heads: how much of its attention a head gives to the keys of a simple rule."""
 
 import jax
 import jax.numpy as jnp
@@ -8,29 +8,28 @@ from flax_decoder.nn.precision import accumulation_dtype
 
 
 def head_scores(weights_LBNTS: jax.Array, tokens_BT: jax.Array) -> dict[str, jax.Array]:
-    """How much of its attention each head gives to where a simple rule points, from 0 (none) to 1 (all of it).
+    """How much of its attention each head gives to the keys of simple rules, from 0 to 1.
 
-    A rule points each query at some keys. The score is the sum of the weights on those, averaged over all queries that
-    the rule points anywhere, of all rows. It is NaN where there is no such query: a text in which no token comes twice
-    says nothing of induction.
+    A rule selects some keys for each query. The score is the sum of the weights on those, averaged over the queries for
+    which it selects any, of all rows; NaN if there are none: without a repeated token there is no induction.
 
         previous_token  the token just before the query
-        first_token     the first token, of all queries but itself: where heads look that find nothing
-        same_token      all earlier tokens that are the same as the query's (not itself)
-        induction       all tokens, up to the query's own, that follow an earlier one which is the same as the query's:
-                        what came next the last times (Olsson et al. 2022, "In-context Learning and Induction Heads")
+        first_token     the first token, for all queries after it: a common resting place of heads
+        same_token      all earlier copies of the query's token
+        induction       all tokens, up to the query's own, that follow an earlier copy of the query's token
+                        (Olsson et al. 2022, "In-context Learning and Induction Heads")
 
-    Chance gives some of that, too: beside these, look at what a head of equal weights would have.
+    Uniform attention has scores above zero, too: compare with those.
 
     Args:
-        weights_LBNTS: attention weights of whole texts, as `capture` gives them; T = S.
-        tokens_BT: the tokens they belong to.
+        weights_LBNTS: attention weights of full texts, from `capture`; T = S.
+        tokens_BT: their tokens.
 
     Returns:
-        An array (L, N) for each of these names, at least float32.
+        An array (L, N) for each of these names, in at least float32.
 
     Raises:
-        UserError: the weights are not those of all these tokens.
+        UserError: the shapes do not match.
     """
     B, T = tokens_BT.shape
     if weights_LBNTS.shape[1] != B or weights_LBNTS.shape[3:] != (T, T):
@@ -41,7 +40,7 @@ def head_scores(weights_LBNTS: jax.Array, tokens_BT: jax.Array) -> dict[str, jax
     position_T1, position_1S = jnp.arange(T)[:, None], jnp.arange(T)[None]
     is_earlier_1TS = (position_1S < position_T1)[None]
     same_BTS = tokens_BT[:, :, None] == tokens_BT[:, None]
-    # A key is pointed at by the token before it, which the first one does not have.
+    # Whether the token before the key is the query's; the first key has none before it.
     follows_same_BTS = jnp.pad(same_BTS[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
     everywhere_BTS = jnp.ones_like(same_BTS)
     rules = {
@@ -50,26 +49,26 @@ def head_scores(weights_LBNTS: jax.Array, tokens_BT: jax.Array) -> dict[str, jax
         "same_token": same_BTS & is_earlier_1TS,
         "induction": follows_same_BTS & (position_1S <= position_T1)[None],
     }
-    return {name: mean_weight(weights_LBNTS, points_at_BTS) for name, points_at_BTS in rules.items()}
+    return {name: mean_weight(weights_LBNTS, selected_BTS) for name, selected_BTS in rules.items()}
 
 
-def mean_weight(weights_LBNTS: jax.Array, points_at_BTS: jax.Array) -> jax.Array:
-    """(L, N): the weight on the keys a query is pointed at, averaged over those queries that are; NaN without any."""
+def mean_weight(weights_LBNTS: jax.Array, selected_BTS: jax.Array) -> jax.Array:
+    """(L, N): the total weight on the selected keys, averaged over the queries that have any; NaN if none has."""
     dtype = accumulation_dtype(weights_LBNTS.dtype)
-    total_LN = jnp.einsum("LBNTS,BTS->LN", weights_LBNTS.astype(dtype), points_at_BTS.astype(dtype))
-    return total_LN / points_at_BTS.any(-1).sum().astype(dtype)
+    total_LN = jnp.einsum("LBNTS,BTS->LN", weights_LBNTS.astype(dtype), selected_BTS.astype(dtype))
+    return total_LN / selected_BTS.any(-1).sum().astype(dtype)
 
 
 def repeated_tokens(rng: jax.Array, vocab_size: int, length: int, batch_size: int = 1) -> jax.Array:
-    """Random tokens said twice: the probe for induction heads.
+    """Random tokens, repeated once: the probe for induction heads.
 
-    Nothing in them can be foreseen but the second half, from the first: a model that does better there copies, and the
-    heads that find where to copy from have high "induction" scores.
+    Only the second half can be predicted, by copying from the first; heads that find what to copy have high "induction"
+    scores.
 
     Args:
-        rng: of `jax.random.key`.
-        vocab_size: V; tokens are drawn from all of them, each as likely.
-        length: tokens said, before they are said again.
+        rng: from `jax.random.key`.
+        vocab_size: V; tokens are drawn uniformly.
+        length: number of tokens before the repetition.
         batch_size: B.
 
     Returns:

@@ -1,7 +1,7 @@
-"""The lens page: what a model did with a text, as one HTML page that needs nothing else.
+"""The lens page: the activations of a model for one text, as a single HTML file.
 
-Its parts stand in `page_parts/`: the frame, the style, and plain JavaScript that draws. All numbers are in the page, in
-packed arrays (see `packing`); no server, no network, no library.
+`page_parts/` has the HTML, the style and plain JavaScript. The numbers are embedded as packed arrays (see `packing`);
+the page needs no server, network or library.
 """
 
 import json
@@ -22,8 +22,8 @@ from flax_decoder.nn.decoder import Decoder, check_tokens
 if TYPE_CHECKING:
     from flax_decoder.lens.history import History
 
-MAX_TOKENS = 256  # of a prompt: the scores and contributions grow with its square
-# In the order in which they build on each other.
+MAX_TOKENS = 256  # the size of scores and contributions grows with the square of it
+# Each script uses those before it.
 SCRIPTS = ("numbers", "unpack", "lens", "shapes", "prompt", "heads", "pattern", "story", "why", "learning", "main")
 
 
@@ -35,28 +35,29 @@ def write_lens_page(
     tokens_T: ArrayLike,
     history: "History | None" = None,
 ) -> None:
-    """Writes a page on which one can read what every head did with a text, and why the model would go on as it would.
+    """Writes an interactive HTML page of what every head computes for a text, and why the model predicts what it does.
 
-    It shows, for each token, layer and head: the query, the keys it meets, scores, weights, values, and what was
-    written; a map of all heads; the logits as sums of their parts; the guesses after each layer; and with a history,
-    how the heads came to be. The numbers on it are the model's own, in float32, rounded to the digits shown.
+    For each token, layer and head it shows query, keys, scores, weights, values and the head's write; a map of all
+    heads; the logits as sums of contributions; the predictions after each layer; and, with a history, the heads over
+    training. The numbers are computed in float32 and rounded to the digits shown.
 
     Args:
-        path: the file, in a folder that exists; what is there is replaced.
+        path: the file, in an existing folder; an existing file is replaced.
         model: the model.
         params: its parameters.
-        tokenizer: what the tokens mean; None shows their ids.
-        tokens_T: the text, up to 256 tokens.
-        history: what a run has kept while it learned; see `read_history`.
+        tokenizer: gives the text of tokens; None shows their ids.
+        tokens_T: the tokens, at most 256.
+        history: snapshots of a training run, from `read_history`.
 
     Raises:
         UserError: no tokens, too many for the page or for the model's learned positions, a path that cannot be a file,
             a history of another model, or logits that are not finite.
-        ValueError: token ids outside of the vocabulary.
+        ValueError: token ids outside the vocabulary.
         OSError: the file cannot be written.
     """
     path = Path(path)
-    check_page_path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path}: must name a file in a folder that exists")
     tokens_T = np.asarray(tokens_T)
     if tokens_T.ndim != 1:
         raise UserError(f"the prompt has the shape {tokens_T.shape}: give the tokens of one text, (T,)")
@@ -67,14 +68,8 @@ def write_lens_page(
     write_text(path, render(page_data(model, params, tokenizer, tokens_T.astype(np.int32), history)))
 
 
-def check_page_path(path: Path) -> None:
-    """Raises UserError, before any work is done, where a page cannot be at a path."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path}: must name a file in a folder that exists")
-
-
 def check_page_length(config: ModelConfig, num_tokens: int) -> None:
-    """Raises UserError where a prompt has no tokens, or more than the page or the model can take."""
+    """Raises UserError if a prompt has no tokens, or too many for the page or the model."""
     if num_tokens == 0:
         raise UserError("the prompt has no tokens; give a text of at least one")
     if num_tokens > MAX_TOKENS:
@@ -87,13 +82,13 @@ def check_page_length(config: ModelConfig, num_tokens: int) -> None:
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page, from its parts and what `page_data` gave."""
+    """The HTML of the page; `data` is from `page_data`."""
     parts = resources.files("flax_decoder.lens") / "page_parts"
 
     def part(name: str) -> str:
         return (parts / name).read_text(encoding="utf-8")
 
-    # In a script element, HTML looks for nothing but "<": no token's text can end it.
+    # Without "<" no token's text can end the script element.
     embedded = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     script = "\n".join(part(f"{name}.js") for name in SCRIPTS)
     before_style, rest = part("page.html").split("/*{style}*/")

@@ -1,4 +1,4 @@
-"""What the lens page shows of a model and a text: the arrays, all computed in one compiled program."""
+"""The data of the lens page: arrays from one compiled program, and the texts of tokens."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import UserError
-from flax_decoder.lens.attribution import attribute_seen, normalise
+from flax_decoder.lens.attribution import attribute_activations, normalise
 from flax_decoder.lens.capture import capture
 from flax_decoder.lens.head_scores import head_scores
 from flax_decoder.lens.packing import pack
@@ -23,66 +23,69 @@ from flax_decoder.nn.precision import accumulation_dtype
 if TYPE_CHECKING:
     from flax_decoder.lens.history import History
 
-NUM_GUESSES = 10  # of the next token, after each layer
-NUM_PUSHED = 4  # tokens whose logits a head's write raises most, and as many that it lowers
-# In a vocabulary up to this size all tokens are looked at for that; in a larger one, those that stand on the page.
+NUM_GUESSES = 10  # likeliest next tokens, after each layer
+NUM_PUSHED = 4  # tokens whose logits a head raises most, and as many that it lowers most
+# The tokens considered for that: all of a vocabulary up to this size, those on the page of a larger one.
 SMALL_VOCABULARY = 1024
 SCORES = ("previous_token", "first_token", "induction", "same_token")  # in the order of heads.js
-NO_SCORE = -1.0  # where the text has no place to which a score applies
-# The decimals of the large arrays, and the bits a number may take: 5 MB in all for 12 layers of 12 heads, 64 tokens.
-LARGE = {"q": (4, 11.0), "k": (4, 11.0), "v": (4, 8.5), "scores": (4, 16.0), "part_sources": (4, 6.5)}
-HISTORY_NUMBERS = 4_000_000  # of a history's weights; where there are more, fewer moments are shown
-HISTORY_DECIMALS, HISTORY_BITS = 3, 8.0
+NO_SCORE = -1.0  # in place of NaN, which JSON does not have
+# Decimals, and maximal bits per number, of large arrays: 5 MB in all for 12 layers of 12 heads and 64 tokens.
+LARGE = {
+    "q": (4, 11.0),
+    "k": (4, 11.0),
+    "v": (4, 8.5),
+    "scores": (4, 16.0),
+    "part_sources": (4, 6.5),
+    "history_weights": (3, 8.0),
+}
+HISTORY_NUMBERS = 4_000_000  # attention weights of a history; of more, every few snapshots are shown
 
 
 def page_data(
     model: Decoder, params: Any, tokenizer: Tokenizer | None, tokens_T: np.ndarray, history: "History | None"
 ) -> dict[str, Any]:
-    """All that the page is told, as JSON can hold it; `lens.js` reads it.
+    """The data of the page as JSON values; `lens.js` reads it.
 
-    Computed in float32 also where the model's dtype is bfloat16.
+    Computed in float32 even if the model's dtype is bfloat16.
 
     Raises:
         UserError: some of the model's numbers are not finite.
     """
     dtype = accumulation_dtype(model.config.dtype)
-    # A loop over the layers compiles in the same time however many there are. The parameters are the same.
+    # Scanned layers compile in the same time however many there are. The parameters are the same.
     settings: dict[str, Any] = {"dtype": dtype.name, "attention": "reference", "remat": "none", "scan_layers": True}
     config = dataclasses.replace(model.config, **settings)
     tokens_BT = jnp.asarray(tokens_T)[None]
     # By default, TPUs and GPUs round the factors of float32 products.
     with jax.default_matmul_precision("highest"):
-        arrays = {name: np.asarray(array) for name, array in _compiled_look()(config, params, tokens_BT).items()}
+        arrays = {name: np.asarray(array) for name, array in _compiled()(config, params, tokens_BT).items()}
     if not all(np.isfinite(array).all() for name, array in arrays.items() if name != "head_scores"):
         raise UserError("the model's numbers for this prompt are not finite: there is nothing to show")
     num_candidates = int(arrays.pop("num_candidates"))
     arrays["head_scores"] = np.nan_to_num(arrays["head_scores"], nan=NO_SCORE)
-    shown = None
-    if history is not None:
-        arrays |= _history_arrays(history)
-        shown = {"steps": _thinned(history).steps_M.tolist(), "tokens": history.tokens_T.tolist()}
     ids = [tokens_T, *(arrays[name] for name in ("targets", "guess_tokens", "push_tokens"))]
-    ids += [] if history is None else [history.tokens_T]
+    history_facts = None
+    if history is not None:
+        history = _thinned(history)
+        arrays |= _history_arrays(history)
+        history_facts = {"steps": history.steps_M.tolist(), "tokens": history.tokens_T.tolist()}
+        ids.append(history.tokens_T)
     packed = {name: _pack(name, array) for name, array in arrays.items()}
     return {
         "model": _facts(config, params, packed) | {"num_candidates": num_candidates},
         "tokens": tokens_T.tolist(),
         "texts": token_texts(tokenizer, np.unique(np.concatenate([part.ravel() for part in ids])), tokens_T),
-        "history": shown,
+        "history": history_facts,
         "arrays": packed,
     }
 
 
 def _pack(name: str, array: np.ndarray) -> dict[str, Any]:
-    if array.dtype.kind in "iu":
-        return pack(array, 0)
-    if name == "history_weights":
-        return pack(array, HISTORY_DECIMALS, HISTORY_BITS)
-    return pack(array, *LARGE.get(name, (5,)))
+    return pack(array, 0) if array.dtype.kind in "iu" else pack(array, *LARGE.get(name, (5,)))
 
 
 def _facts(config: ModelConfig, params: Any, packed: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of the model, and needs to know of it."""
+    """The properties of the model that the page shows or computes with."""
     names = ("num_layers", "num_heads", "embed_dim", "vocab_size", "positions", "qk_norm", "logit_soft_cap")
     return {name: getattr(config, name) for name in names} | {
         "num_kv_heads": config.kv_heads,
@@ -100,52 +103,60 @@ def _facts(config: ModelConfig, params: Any, packed: dict[str, Any]) -> dict[str
 
 
 def token_texts(tokenizer: Tokenizer | None, ids: np.ndarray, tokens_T: np.ndarray) -> dict[int, str]:
-    """The text of each token id, as it is within a text: some tokenizers leave out a space at a text's beginning."""
+    """The text of each token id.
+
+    A token is decoded after one of the prompt, because some tokenizers strip a space from the beginning of a text.
+    """
     if tokenizer is None:
         return {token: f"#{token}" for token in ids.tolist()}
-    anchor = int(tokens_T[-1])
-    before = tokenizer.decode([anchor])
+    size = tokenizer.vocab_size  # the model's may be larger
+    anchor = [token for token in tokens_T.tolist() if token < size][-1:]
+    before = tokenizer.decode(anchor)
     texts = {}
     for token in ids.tolist():
-        # A model may have more logits than its tokenizer has tokens.
-        text = tokenizer.decode([anchor, token]) if token < tokenizer.vocab_size else f"{before}#{token}"
-        is_behind = text.startswith(before) and "\N{REPLACEMENT CHARACTER}" not in before
-        texts[token] = text[len(before) :] if is_behind else tokenizer.decode([token])
+        if token >= size:
+            texts[token] = f"<id {token}>"
+            continue
+        text = tokenizer.decode([*anchor, token])
+        # Half a character before it, as in byte-level vocabularies, would change how the token is decoded.
+        is_appended = text.startswith(before) and "\N{REPLACEMENT CHARACTER}" not in before
+        texts[token] = text[len(before) :] if is_appended else tokenizer.decode([token])
     return texts
 
 
 @functools.cache
-def _compiled_look() -> Any:
-    """`_look`, compiled; on CPU with little effort: it runs once, and compiling it takes longer than running it."""
+def _compiled() -> Any:
+    """`_arrays`, compiled; on CPU without optimization: it runs once, and compiling takes longer than running."""
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(_look, static_argnums=0, compiler_options=quick)
+    return jax.jit(_arrays, static_argnums=0, compiler_options=quick)
 
 
-def _look(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> dict[str, jax.Array]:
-    """The arrays of the page for one text, those of T x S as triangles."""
+def _arrays(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> dict[str, jax.Array]:
+    """The arrays of the page for one text; of T x S, only the lower triangle."""
     model = Decoder(config)
-    seen = capture(model, params, tokens_BT)
+    activations = capture(model, params, tokens_BT)
     T = tokens_BT.shape[1]
     rows, columns = np.tril_indices(T)
-    streams_MTD = jnp.concatenate([seen["embeddings"], seen["residual"][:, 0]])
-    likeliest = jax.lax.top_k(seen["logits"], min(2, config.vocab_size or 0))[1]
+    streams_MTD = jnp.concatenate([activations["embeddings"], activations["residual"][:, 0]])
+    likeliest = jax.lax.top_k(activations["logits"], min(2, config.vocab_size or 0))[1]
     first_BT, second_BT = likeliest[..., 0], likeliest[..., -1]
-    # The last position has no next token; where the likeliest is the next one, it has the runner-up to be held against.
+    # The second target is the next token; if there is none, or it is the likeliest one, the second likeliest.
     next_BT = jnp.concatenate([tokens_BT[:, 1:], second_BT[:, -1:]], axis=1)
     second_BT = jnp.where(next_BT == first_BT, second_BT, next_BT)
     targets = jnp.stack([first_BT, second_BT])
-    both = jax.vmap(lambda targets_BT: attribute_seen(config, params, seen, tokens_BT, targets_BT))(targets)
-    # The mask makes some scores minus infinity; the page knows which.
-    scores_LBNTS = jnp.where(jnp.isneginf(seen["scores"]), 0.0, seen["scores"])
-    found = head_scores(seen["weights"], tokens_BT)
+    both = jax.vmap(lambda targets_BT: attribute_activations(config, params, activations, tokens_BT, targets_BT))(
+        targets
+    )
+    # The page derives from the windows which scores are masked.
+    scores_LBNTS = jnp.where(jnp.isneginf(activations["scores"]), 0.0, activations["scores"])
     guess_tokens, guess_shares = _guesses(model, params, streams_MTD)
     candidates_BC = _candidates(config, jnp.concatenate([guess_tokens[-1].ravel(), second_BT[0], tokens_BT[0]]))
     num_pushed = min(NUM_PUSHED, config.vocab_size or 0)
-    places, push_values = pushes(config, params, seen, candidates_BC, num_pushed)
+    push_indices, push_values = pushes(config, params, activations, candidates_BC, num_pushed)
     return {
-        "q": seen["q_rotated"][:, 0].swapaxes(1, 2),
-        "k": seen["k_rotated"][:, 0].swapaxes(1, 2),
-        "v": seen["v"][:, 0].swapaxes(1, 2),
+        "q": activations["q_rotated"][:, 0].swapaxes(1, 2),
+        "k": activations["k_rotated"][:, 0].swapaxes(1, 2),
+        "v": activations["v"][:, 0].swapaxes(1, 2),
         "scores": scores_LBNTS[:, 0][..., rows, columns],
         "targets": targets[:, 0],
         "part_token": both.token_BT[:, 0],
@@ -156,17 +167,17 @@ def _look(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> dict[str, j
         "part_bias": both.bias_BT[:, 0],
         "part_soft_cap": both.soft_cap_BT[:, 0],
         "part_logit": both.logit_BT[:, 0],
-        "head_scores": jnp.stack([found[name] for name in SCORES]),
+        "head_scores": _head_scores(activations["weights"], tokens_BT),
         "guess_tokens": guess_tokens,
         "guess_shares": guess_shares,
-        "push_tokens": candidates_BC[0][places],
+        "push_tokens": candidates_BC[0][push_indices],
         "push_values": push_values,
         "num_candidates": (candidates_BC >= 0).sum(),
     }
 
 
 def _candidates(config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """The tokens that a head may be found to push, (1, C): all, or in a large vocabulary these; -1 fills it up."""
+    """The candidates for `pushes`, (1, C): the whole vocabulary, or if it is large these tokens, padded with -1."""
     V = config.vocab_size or 0
     if V <= SMALL_VOCABULARY:
         return jnp.arange(V, dtype=jnp.int32)[None]
@@ -174,7 +185,7 @@ def _candidates(config: ModelConfig, tokens: jax.Array) -> jax.Array:
 
 
 def _guesses(model: Decoder, params: Any, streams_MTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The likeliest next tokens and their probabilities, (M, T, NUM_GUESSES), if the model ended after each layer."""
+    """The logit lens: the likeliest next tokens after each layer and their probabilities, (M, T, NUM_GUESSES)."""
 
     def guess(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
         normed_BTD = normalise(model.config, params["final_norm"], x_TD[None])
@@ -187,29 +198,26 @@ def _guesses(model: Decoder, params: Any, streams_MTD: jax.Array) -> tuple[jax.A
 
 
 def _thinned(history: "History") -> "History":
-    """A history of as many moments as fit the page, evenly chosen, with the first and the last."""
+    """The snapshots of a history that fit the page, evenly spaced, with the first and the last."""
     M, L, N, T, _ = history.weights_MLNTS.shape
-    most = max(HISTORY_NUMBERS // (L * N * T * (T + 1) // 2), 2)
-    kept = np.unique(np.linspace(0, M - 1, min(M, most)).round().astype(int))
+    count = min(M, max(HISTORY_NUMBERS // (L * N * T * (T + 1) // 2), 2))
+    kept = np.unique(np.linspace(0, M - 1, count).round().astype(int))
     names = ("steps_M", "q_MLTNH", "k_MLTKH", "weights_MLNTS")
     return dataclasses.replace(history, **{name: getattr(history, name)[kept] for name in names})
 
 
 def _history_arrays(history: "History") -> dict[str, np.ndarray]:
-    """The weights of each moment, as triangles, and the head scores."""
-    history = _thinned(history)
+    """The attention weights of each snapshot, as triangles, and the head scores."""
     weights_MLNTS = history.weights_MLNTS.astype(np.float32)
-    rows, columns = np.tril_indices(len(history.tokens_T))
-    tokens_BT = jnp.asarray(history.tokens_T)[None]
-    # The moments stand as so many layers.
-    found = _scores_of(jnp.asarray(weights_MLNTS.reshape(-1, 1, *weights_MLNTS.shape[2:])), tokens_BT)
-    M, L, N, _, _ = weights_MLNTS.shape
+    M, L, N, T, _ = weights_MLNTS.shape
+    rows, columns = np.tril_indices(T)
+    # The layers of all snapshots as one batch of M * L layers.
+    found = jax.jit(_head_scores)(weights_MLNTS.reshape(M * L, 1, N, T, T), jnp.asarray(history.tokens_T)[None])
     scores = np.nan_to_num(np.asarray(found), nan=NO_SCORE).reshape(len(SCORES), M, L, N)
     return {"history_weights": weights_MLNTS[..., rows, columns], "history_scores": scores.swapaxes(0, 1)}
 
 
-@jax.jit
-def _scores_of(weights_LBNTS: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """`head_scores` in the order of SCORES."""
+def _head_scores(weights_LBNTS: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """`head_scores`, stacked in the order of SCORES."""
     found = head_scores(weights_LBNTS, tokens_BT)
     return jnp.stack([found[name] for name in SCORES])

@@ -1,9 +1,8 @@
-"""Pictures for papers: attention as PNG or SVG, by the ending of the file's name."""
+"""Attention weights as PNG or SVG pictures."""
 
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,42 +13,40 @@ from flax_decoder.errors import UserError
 from flax_decoder.io.files import replacing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What each kind of picture is saved with. No date, version or random name is in it: the same numbers, the same file.
-_PNG = {"dpi": 160, "metadata": {"Software": None}}
-_SVG = {"dpi": 160, "metadata": {"Date": None, "Creator": None}}
-FORMATS: dict[str, dict[str, Any]] = {".png": _PNG, ".svg": _SVG}
-# Text stays text in an SVG, to be searched and edited.
+# Metadata by format: without dates and versions, the same numbers give the same file.
+FORMATS: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+# Ids in an SVG are hashes, not random; its text stays text, which can be searched and edited.
 _STYLE: Any = {"svg.hashsalt": "flax_decoder", "svg.fonttype": "none"}
 
-# One hue from white to dark: it reads the same in grey and to colour-blind eyes.
+# One hue from white to dark reads the same in grey and to colour-blind eyes.
 COLOURS = "Blues"
+MASKED_COLOUR = "0.92"
 MAX_PANELS = 400
 MAX_SQUARES = 4_000_000
-# Up to so many squares are drawn as shapes, which stay sharp in an SVG; more become an image in it, to keep it small.
+# Shapes stay sharp in an SVG; more squares than this become an image, to keep the file small.
 MAX_SHAPES = 5_000
-_BEHIND_THE_MASK = "0.92"
-_LONGEST_LABEL = 16
-# In inches, and in points of which an inch has 72.
-_SQUARE, _SMALLEST_PANEL, _LARGEST_PANEL, _LARGEST_GRID = 0.2, 1.1, 8.0, 16.0
-_SMALLEST_LETTERS, _LARGEST_LETTERS = 3.5, 9.0
+_MAX_LABEL_CHARACTERS = 16
+# In inches.
+_SQUARE, _MIN_PANEL, _MAX_PANEL, _MAX_GRID = 0.2, 1.1, 8.0, 16.0
+# In points, 72 per inch.
+_MIN_FONT, _MAX_FONT = 3.5, 9.0
 
 
 def plot_attention(weights: ArrayLike, labels: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """Draws what each query position gave each key position, as a PNG or an SVG.
+    """Draws attention weights, one panel per head, as a PNG or an SVG.
 
-    All panels share one scale of colour, from 0 to 1. A label shows a space as ␣ and what cannot be printed as Python
-    writes it, such as \\n; so it does with characters that Matplotlib's font lacks, which its `font.family` can change.
+    All panels share one colour scale from 0 to 1. In a label a space shows as ␣; characters that are not printable, or
+    not in Matplotlib's `font.family`, show as Python escapes them, such as \\n.
 
     Args:
         weights: of one head (T, S); of several (N, T, S), as a grid; or of several layers (L, N, T, S), a row each.
-        labels: the S tokens as text. Where there are fewer queries than keys, these are the last T.
-        path: of the picture, which ends in .png or .svg; what is there is replaced.
+        labels: the S tokens as text. If there are fewer queries than keys, the queries are the last T.
+        path: the picture, ending in .png or .svg; an existing file is replaced.
 
     Raises:
-        UserError: another ending, a folder that is not there, or weights that are none or do not go with the labels.
+        UserError: another file ending, a missing folder, or invalid weights or labels.
     """
     weights_LNTS, num_columns = _as_panels(weights)
     L, N, T, S = weights_LNTS.shape
@@ -60,25 +57,39 @@ def plot_attention(weights: ArrayLike, labels: Sequence[str], path: str | os.Pat
     if weights_LNTS.size > MAX_SQUARES:
         raise UserError(f"weights: {weights_LNTS.size:,} are more than {MAX_SQUARES:,} in one picture; give a part")
     path = picture_path(path)
+    import matplotlib
     from matplotlib.figure import Figure
 
     num_rows = -(-L * N // num_columns)
-    width = min(max(_SQUARE * S, _SMALLEST_PANEL), _LARGEST_PANEL, max(_LARGEST_GRID / num_columns, _SMALLEST_PANEL))
+    width = min(max(_SQUARE * S, _MIN_PANEL), _MAX_PANEL, max(_MAX_GRID / num_columns, _MIN_PANEL))
     height = max(width * T / S, 0.2)
-    positions = _positions(labels, 72 * width / S)
-    margin = max(map(len, positions.names)) * 0.65 * positions.letters / 72
+    ticks, names, text = _ticks(labels, 72 * width / S)
+    margin = max(map(len, names)) * 0.65 * text["fontsize"] / 72
     size = num_columns * (width + 0.1) + margin + 1.6, max(num_rows * (height + 0.25) + margin + 0.6, 2.2)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(num_rows, num_columns, squeeze=False)
+    # Only masked weights are exactly 0.
+    colours = matplotlib.colormaps[COLOURS].with_extremes(bad=MASKED_COLOUR)
+    style: dict[str, Any] = {"rasterized": True}
+    if weights_LNTS.size <= MAX_SHAPES:
+        style = {"edgecolors": "face", "linewidth": 0.4}  # closes the gaps that SVG viewers leave between shapes
     for panel, axes in enumerate(panels.reshape(-1)):
         if panel >= L * N:
             axes.set_axis_off()
             continue
         layer, head = divmod(panel, N)
-        squares = _draw(axes, weights_LNTS[layer, head], as_shapes=weights_LNTS.size <= MAX_SHAPES)
+        axes.set(aspect="equal", xlim=(0, S), ylim=(T, 0))
+        shown = np.ma.masked_equal(weights_LNTS[layer, head], 0.0)
+        squares = axes.pcolormesh(shown, cmap=colours, vmin=0, vmax=1, **style)
         if L * N > 1:
             axes.set_title(f"layer {layer}, head {head}" if L > 1 else f"head {head}", fontsize=8)
-        positions.mark(axes, T, keys=panel + num_columns >= L * N, queries=panel % num_columns == 0)
+        # Names at the outer edges of the grid only.
+        is_lowest, is_leftmost = panel + num_columns >= L * N, panel % num_columns == 0
+        axes.tick_params(length=1.5, width=0.5)
+        axes.set_xticks(ticks + 0.5, names if is_lowest else [], rotation=0 if ticks.size < S else 90, **text)
+        of_query = ticks >= S - T
+        query_names = [name for name, is_query in zip(names, of_query, strict=True) if is_query]
+        axes.set_yticks(ticks[of_query] - (S - T) + 0.5, query_names if is_leftmost else [], **text)
     figure.supxlabel("key position", fontsize=10)
     figure.supylabel("query position", fontsize=10)
     bar = figure.colorbar(squares, ax=panels, shrink=min(1.0, 3.5 / size[1]), aspect=18, pad=0.02)
@@ -88,7 +99,7 @@ def plot_attention(weights: ArrayLike, labels: Sequence[str], path: str | os.Pat
 
 
 def picture_path(path: str | os.PathLike[str]) -> Path:
-    """The path of a picture to be; UserError where it ends in no kind of picture, or its folder is not there."""
+    """The path of a new picture; UserError if its ending is no picture format, or its folder does not exist."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path}: the name of a picture must end in {' or '.join(FORMATS)}")
@@ -98,31 +109,31 @@ def picture_path(path: str | os.PathLike[str]) -> Path:
 
 
 def save_picture(figure: "Figure", path: Path) -> None:
-    """Writes a figure to a path from `picture_path`, whole or not at all; the same figure gives the same bytes."""
+    """Writes a figure to a path from `picture_path`, atomically; the same figure gives the same bytes."""
     import matplotlib
 
     kind = path.suffix.lower()
     with matplotlib.rc_context(_STYLE), replacing(path) as file:
-        figure.savefig(file, format=kind.removeprefix("."), **FORMATS[kind])
+        figure.savefig(file, format=kind.removeprefix("."), dpi=160, metadata=FORMATS[kind])
 
 
 def visible(text: str) -> str:
-    """A token as a label: all of it can be seen, and it is not long."""
+    """A token as a label: no invisible characters, and shortened if it is long."""
     from matplotlib import rcParams
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     fonts = [get_font(findfont(FontProperties(family=[family]))) for family in rcParams["font.family"]]
 
-    def shown(character: str) -> str:
-        drawn = character.isprintable() and any(font.get_char_index(ord(character)) for font in fonts)
-        return character if drawn else character.encode("unicode_escape").decode()
+    def drawn(character: str) -> str:
+        has_glyph = character.isprintable() and any(font.get_char_index(ord(character)) for font in fonts)
+        return character if has_glyph else character.encode("unicode_escape").decode()
 
-    text = "".join(map(shown, text[: _LONGEST_LABEL + 1].replace(" ", "␣")))
-    return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
+    text = "".join(map(drawn, text[: _MAX_LABEL_CHARACTERS + 1].replace(" ", "␣")))
+    return text if len(text) <= _MAX_LABEL_CHARACTERS else text[: _MAX_LABEL_CHARACTERS - 1] + "…"
 
 
 def _as_panels(weights: ArrayLike) -> tuple[np.ndarray, int]:
-    """Weights as (L, N, T, S), and how many of them stand side by side."""
+    """Weights as (L, N, T, S), and the number of columns of panels."""
     array = np.asarray(weights)
     if array.ndim not in (2, 3, 4) or 0 in array.shape:
         raise UserError(f"weights: has the shape {array.shape}; give (T, S), (N, T, S) or (L, N, T, S), none of them 0")
@@ -130,7 +141,7 @@ def _as_panels(weights: ArrayLike) -> tuple[np.ndarray, int]:
         array = array.astype(np.float32)
     except (TypeError, ValueError):
         raise UserError(f"weights: has the dtype {array.dtype}; give numbers") from None
-    # A sum of rounded weights may be over 1 by a little, and so may one weight of a narrow dtype.
+    # A weight, or the sum of several, may be rounded to slightly more than 1.
     outside = ~((array >= 0) & (array <= 1.01))
     if outside.any():
         raise UserError(f"weights: has {array[outside][0]}, but attention weights are from 0 to 1; are these scores?")
@@ -141,53 +152,15 @@ def _as_panels(weights: ArrayLike) -> tuple[np.ndarray, int]:
     return array.reshape((1,) * (4 - array.ndim) + array.shape), num_columns
 
 
-def _draw(axes: "Axes", weights_TS: np.ndarray, *, as_shapes: bool) -> Any:
-    """One head as a panel, of shapes or as an image; grey is what is behind the mask, as nothing else is quite 0."""
-    import matplotlib
+def _ticks(labels: Sequence[str], square: float) -> tuple[np.ndarray, list[str], dict[str, Any]]:
+    """The key positions that are named, their names, and how to write them, for squares of this width in points.
 
-    T, S = weights_TS.shape
-    colours = matplotlib.colormaps[COLOURS].with_extremes(bad=_BEHIND_THE_MASK)
-    shown = np.ma.masked_equal(weights_TS, 0.0)
-    axes.set(aspect="equal", xlim=(0, S), ylim=(T, 0))
-    # Edges of their own colour close the gaps that viewers of SVG leave between shapes.
-    edges: dict[str, Any] = {"edgecolors": "face", "linewidth": 0.4} if as_shapes else {}
-    return axes.pcolormesh(shown, cmap=colours, vmin=0, vmax=1, rasterized=not as_shapes, **edges)
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """How the positions of all panels are named: each by its token, or where there is no room some by their number.
-
-    Attributes:
-        places: the key positions that have a name.
-        names: these.
-        letters: their size, in points.
-        rotation: of the names of keys, in degrees.
+    Every position is named by its token; if there is no room for that, about four are named by their number.
     """
-
-    places: np.ndarray
-    names: list[str]
-    letters: float
-    rotation: int
-
-    def mark(self, axes: "Axes", T: int, *, keys: bool, queries: bool) -> None:
-        """Names the positions along the edges of a panel that no other panel is in the way of."""
-        S = round(axes.get_xlim()[1])
-        # A dollar sign is one, and no beginning of a formula.
-        plain: dict[str, Any] = {"parse_math": False, "usetex": False, "fontsize": self.letters}
-        axes.tick_params(length=1.5, width=0.5)
-        names = [name if keys else "" for name in self.names]
-        axes.set_xticks(self.places + 0.5, names, rotation=self.rotation, **plain)
-        own = [i for i, place in enumerate(self.places) if place >= S - T]
-        names = [self.names[i] if queries else "" for i in own]
-        axes.set_yticks(self.places[own] - (S - T) + 0.5, names, **plain)
-
-
-def _positions(labels: Sequence[str], square: float) -> _Positions:
-    """How to name positions where a square is so many points wide."""
     S = len(labels)
-    letters = min(0.75 * square, _LARGEST_LETTERS)
-    if letters < _SMALLEST_LETTERS:
-        places = np.arange(0, S, max(S // 4, 1))
-        return _Positions(places, [str(place) for place in places], 6.0, rotation=0)
-    return _Positions(np.arange(S), [visible(label) for label in labels], letters, rotation=90)
+    # A dollar sign begins no formula.
+    text: dict[str, Any] = {"parse_math": False, "usetex": False, "fontsize": min(0.75 * square, _MAX_FONT)}
+    if text["fontsize"] >= _MIN_FONT:
+        return np.arange(S), [visible(label) for label in labels], text
+    ticks = np.arange(0, S, max(S // 4, 1))
+    return ticks, [str(tick) for tick in ticks], text | {"fontsize": 6.0}

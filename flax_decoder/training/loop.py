@@ -172,7 +172,7 @@ def run_steps(
     stops = step >= training.num_steps  # a run that was killed after its last step has only its results to write
     step_seconds: list[float] = []  # of the steps since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
-        watch.look(step, state.params)
+        watch.record(step, state.params)
         batch = place_batch(corpus.train_tokens, config, mesh, step)
         while not stops:
             start = time.perf_counter()
@@ -183,7 +183,7 @@ def run_steps(
             step_seconds.append(time.perf_counter() - start)
             limit_kept_memory()
             checkpoints.check()
-            watch.look(step, state.params)
+            watch.record(step, state.params)
             if not metrics["applied"]:
                 skipped += 1
                 print(skip_batch(training, state, batch, metrics, skipped))

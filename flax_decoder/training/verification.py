@@ -86,4 +86,4 @@ def _metrics(path: Path) -> str:
 
 def _history(path: Path) -> str:
     history = read_history(path.parent)
-    return "no moment yet" if history is None else f"attention at {len(history.steps_M)} moments of training"
+    return "no snapshot yet" if history is None else f"attention at {len(history.steps_M)} snapshots of training"

@@ -51,13 +51,13 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def assert_ended_alike(folder: Path, expected: Path) -> None:
-    """That a run has the losses, parameters, moments and sample of one that was never stopped, and left nothing."""
+    """That a run has the losses, parameters, snapshots and sample of one that was never stopped, and left nothing."""
     assert losses(folder) == losses(expected)
     assert (folder / "sample.txt").read_bytes() == (expected / "sample.txt").read_bytes()
-    moments, expected_moments = (
+    snapshots, expected_snapshots = (
         {p.name: p.read_bytes() for p in (run / "lens").iterdir()} for run in (folder, expected)
     )
-    assert moments == expected_moments
+    assert snapshots == expected_snapshots
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     ours, theirs = (fd.load(path)[1] for path in (folder, expected))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)

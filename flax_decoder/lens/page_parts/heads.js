@@ -2,12 +2,12 @@
 
 const MEANINGS = {
   previous_token: ["previous token", "The share of attention that goes to the token just before."],
-  first_token: ["first token", "The share of attention that goes to the first token: often where a head looks that has nothing to do."],
-  induction: ["induction", "The share of attention that goes to the token behind an earlier copy of this one. Such a head says: last time this was followed by that."],
+  first_token: ["first token", "The share of attention that goes to the first token: a common resting place of heads."],
+  induction: ["induction", "The share of attention that goes to the token after an earlier copy of this one: what came next the last time."],
   same_token: ["same token", "The share of attention that goes to earlier copies of this token."],
 };
 
-/** A grid with a cell a head; draw(state, numberOf) fills it. */
+/** A grid with a cell per head; draw(state, numberOf) fills it. */
 function makeHeadGrid(box, lens, choose, label) {
   const { num_layers: L, num_heads: N } = lens.model;
   const grid = make("div", { class: "heads", role: "grid", "aria-label": label, style: `--columns:${N}` });
@@ -21,14 +21,11 @@ function makeHeadGrid(box, lens, choose, label) {
     cells.push(row);
     line(make("span", { class: "axis", role: "rowheader" }, `layer ${layer}`), ...row);
   }
-  grid.addEventListener("keydown", (event) => {
-    const moves = {
-      ArrowLeft: { head: -1 }, ArrowRight: { head: 1 }, ArrowUp: { layer: -1 }, ArrowDown: { layer: 1 },
-      Home: { head: -N }, End: { head: N },
-    };
-    const move = moves[event.key];
-    if (!move || event.altKey || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
+  const moves = {
+    ArrowLeft: { head: -1 }, ArrowRight: { head: 1 }, ArrowUp: { layer: -1 }, ArrowDown: { layer: 1 },
+    Home: { head: -N }, End: { head: N },
+  };
+  onKeys(grid, moves, (move) => {
     choose((state) => ({ layer: clamp(state.layer + (move.layer ?? 0), 0, L - 1), head: clamp(state.head + (move.head ?? 0), 0, N - 1) }));
     grid.querySelector('[aria-selected="true"]').focus();
   });

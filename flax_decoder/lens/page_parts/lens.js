@@ -1,6 +1,6 @@
-// ---- lens.js: what the model did, read from the arrays.
+// ---- lens.js: the activations, by layer, head and position.
 
-/** Where the row of query t starts, in an array that keeps the sources s <= t only. */
+/** Where the row of query t starts, in a lower triangle. */
 function triangle(t) {
   return (t * (t + 1)) / 2;
 }
@@ -20,7 +20,7 @@ class Lens {
     return this.texts[this.tokens[t]];
   }
 
-  /** The first source that query t sees in a layer: those before it lie outside of the window. */
+  /** The first source in the window of query t. */
   firstSeen(layer, t) {
     const window = this.model.windows[layer];
     return window === null ? 0 : Math.max(0, t - window + 1);
@@ -42,7 +42,7 @@ class Lens {
     return this.arrays.v.row(layer, this.keyHead(head), s);
   }
 
-  /** Of one head and query: the sources it sees, and all that happens to their scores. */
+  /** The sources that a query of a head sees, with their scores and softmax. */
   look(layer, head, t) {
     const first = this.firstSeen(layer, t);
     const sources = Array.from({ length: t - first + 1 }, (_, i) => first + i);
@@ -50,14 +50,14 @@ class Lens {
     return { first, sources, scores, ...softmax(scores) };
   }
 
-  /** How a score comes about: q · k times the scale, the soft cap, and the distance's part. */
+  /** The parts of a score: q · k times the scale, the soft cap, and the position bias. */
   scoreParts(layer, head, t, s, score) {
     const { scale, soft_cap: cap, slopes } = this.model;
     const q = this.query(layer, head, t);
     const k = this.key(layer, head, s);
     const bias = slopes === null ? 0 : -slopes[head] * (t - s);
     const products = Array.from(q, (number, h) => number * k[h] * scale);
-    // Without a cap the score itself says what q . k is, to more digits than the vectors do.
+    // Without a cap q . k follows from the score, which has more digits than the vectors.
     const match = cap === null ? score - bias : products.reduce((a, b) => a + b, 0);
     return { q, k, products, match, capped: score - bias, bias };
   }
@@ -71,23 +71,23 @@ class Lens {
     return output;
   }
 
-  /** The share of attention of each source at query t; null behind the mask. */
+  /** The attention weight of each source at query t; null if masked. */
   weightsRow(layer, head, t) {
     const look = this.look(layer, head, t);
     return Array.from({ length: this.numTokens }, (_, s) => (s < look.first || s > t ? null : look.weights[s - look.first]));
   }
 
-  /** The two tokens whose logits are split: the likeliest, and another to hold it against. */
+  /** The two tokens whose logits are split: the likeliest, and one to compare it with. */
   targets(t) {
     return [this.arrays.targets.at(0, t), this.arrays.targets.at(1, t)];
   }
 
-  /** Takes one of the two targets' numbers, or their difference, by a function of the target's number. */
+  /** The number of the first or second target, or their difference. */
   ofTarget(which, numberOf) {
     return which === "difference" ? numberOf(0) - numberOf(1) : numberOf(which === "first" ? 0 : 1);
   }
 
-  /** All parts of a logit at position t: what each is called, its share, and of heads the layer and head. */
+  /** The contributions to a logit at position t: label, value, and for heads layer and head. */
   logitParts(which, t) {
     const { num_layers: L, num_heads: N } = this.model;
     const arrays = this.arrays;
@@ -107,7 +107,7 @@ class Lens {
     return parts;
   }
 
-  /** What a head brought from each source it sees to a logit at position t. */
+  /** The contribution of a head to a logit at position t, by source. */
   sourceParts(which, layer, head, t) {
     const first = this.firstSeen(layer, t);
     return Array.from({ length: t - first + 1 }, (_, i) => ({

@@ -1,6 +1,6 @@
-// ---- main.js: what is chosen, and everything that follows from it.
+// ---- main.js: the state of the page, and the functions that draw it.
 
-/** The head that does most of something, as a place to start. */
+/** The head with the highest score, to begin with. */
 function bestHead(lens, index) {
   const scores = lens.arrays.head_scores.row(index);
   const best = ranked(Array.from(scores))[0];
@@ -8,7 +8,7 @@ function bestHead(lens, index) {
   return { layer: Math.floor(best / N), head: best % N };
 }
 
-/** A change keeps the state possible: the source must be one that the query sees. */
+/** Applies a change; the source stays one that the query sees. */
 function settled(lens, before, change) {
   const state = { ...before, ...change };
   const first = lens.firstSeen(state.layer, state.query);
@@ -24,11 +24,11 @@ function describe(lens) {
   const { num_layers: L, num_heads: N, num_kv_heads: K, head_dim: H, embed_dim: D, vocab_size: V, positions, num_params: P } = lens.model;
   const grouped = K < N ? ` (${K} of keys and values)` : "";
   const count = (number) => number.toLocaleString("en");
-  document.getElementById("facts").textContent = `A decoder-only transformer: ${L} layers of ${N} heads${grouped}, ${H} numbers a head, ${D} a token; ${positions === "none" ? "no" : positions} positions; `
-    + `${count(V)} tokens to choose from; ${count(P)} parameters.`;
+  document.getElementById("facts").textContent = `A decoder-only transformer: ${L} layers of ${N} heads${grouped}, head width ${H}, model width ${D}; ${positions === "none" ? "no" : positions} positions; `
+    + `a vocabulary of ${count(V)} tokens; ${count(P)} parameters.`;
 }
 
-/** Light or dark, as the system has it until the button is pressed. */
+/** Light or dark: as the system, until the button is pressed. */
 function makeTheme(redraw) {
   const button = document.getElementById("theme");
   const system = matchMedia("(prefers-color-scheme: dark)");
@@ -49,7 +49,7 @@ function makeTheme(redraw) {
   show();
 }
 
-/** Keys that work anywhere, where nobody is typing. */
+/** Keys that work anywhere on the page. */
 function makeKeys(lens, choose) {
   const counts = { query: lens.numTokens, layer: lens.model.num_layers, head: lens.model.num_heads };
   const keys = { t: ["query", 1], T: ["query", -1], h: ["head", 1], H: ["head", -1], l: ["layer", 1], L: ["layer", -1] };
@@ -64,7 +64,7 @@ async function start() {
   const data = JSON.parse(document.getElementById("data").textContent);
   const lens = new Lens(data, await unpackAll(data.arrays));
   let draw = [];
-  let state = { query: 0, layer: -1, head: -1, source: 0, score: "previous_token", target: "first", opened: null, showsAll: false, moment: lens.history ? lens.history.steps.length - 1 : 0 };
+  let state = { query: 0, layer: -1, head: -1, source: 0, score: "previous_token", target: "first", opened: null, showsAll: false, snapshot: lens.history ? lens.history.steps.length - 1 : 0 };
 
   const redraw = () => {
     const look = lens.look(state.layer, state.head, state.query);

@@ -1,4 +1,4 @@
-// ---- numbers.js: from numbers to text, and the little arithmetic that the page does itself.
+// ---- numbers.js: numbers as text, and arithmetic.
 
 const MINUS = "\u2212";
 
@@ -8,21 +8,15 @@ function fixed(number, digits) {
   return Number(text) === 0 ? text.replace("-", "") : text.replace("-", MINUS);
 }
 
-/** "+1.25" or "−1.25": the sign is said, so that no colour has to. */
+/** "+1.25" or "−1.25": signs do not depend on colour. */
 function signed(number, digits) {
   const text = fixed(number, digits);
   return text.startsWith(MINUS) || Number(text) === 0 ? text : "+" + text;
 }
 
-/** A share of one as "34.1 %". */
+/** A share of 1 as "34.1 %". */
 function percent(share) {
   return fixed(share * 100, 1) + "\u00a0%";
-}
-
-function dot(a, b) {
-  let sum = 0;
-  for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
-  return sum;
 }
 
 /** The steps of a softmax over scores: its maximum, the exponentials, their sum, the weights. */
@@ -33,7 +27,7 @@ function softmax(scores) {
   return { max, exps, sum, weights: exps.map((exp) => exp / sum) };
 }
 
-/** The places of the numbers, largest first. */
+/** The indices of the numbers, largest first. */
 function ranked(numbers, sizeOf = (number) => number) {
   return [...numbers.keys()].sort((a, b) => sizeOf(numbers[b]) - sizeOf(numbers[a]) || a - b);
 }

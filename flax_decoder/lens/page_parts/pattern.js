@@ -1,8 +1,8 @@
-// ---- pattern.js: the attention of a head as a picture, a cell for each query and source.
+// ---- pattern.js: the attention weights of a head as a picture, a cell per query and source.
 
 /**
- * A pattern of T x T shares. Its pixels are the cells; the hatching of the masked ones shines through.
- * draw(weightOf, place) fills it; onMove(place) hears of clicks and keys.
+ * A picture of T x T weights, a pixel per cell; masked cells are transparent and show the hatched background.
+ * draw(weightOf, place) fills it; onMove(place) is called for clicks and keys.
  */
 function makePattern(box, numTokens, labelOf, onMove) {
   const canvas = make("canvas", { width: numTokens, height: numTokens, class: "pattern-cells", "aria-hidden": "true" });
@@ -24,17 +24,12 @@ function makePattern(box, numTokens, labelOf, onMove) {
     const cell = cellOf(event);
     plot.title = labelOf(cell.query, cell.source);
   });
-  plot.addEventListener("keydown", (event) => {
-    const { query, source } = place;
-    const moves = {
-      ArrowLeft: { query, source: source - 1 }, ArrowRight: { query, source: source + 1 },
-      ArrowUp: { query: query - 1, source }, ArrowDown: { query: query + 1, source },
-      Home: { query, source: 0 }, End: { query, source: query },
-    };
-    if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
-    onMove(moves[event.key]);
-  });
+  const moves = {
+    ArrowLeft: ({ source }) => ({ source: source - 1 }), ArrowRight: ({ source }) => ({ source: source + 1 }),
+    ArrowUp: ({ query }) => ({ query: query - 1 }), ArrowDown: ({ query }) => ({ query: query + 1 }),
+    Home: () => ({ source: 0 }), End: ({ query }) => ({ source: query }),
+  };
+  onKeys(plot, moves, (move) => onMove({ ...place, ...move(place) }));
 
   return (weightOf, now) => {
     place = now;

@@ -1,9 +1,9 @@
-// ---- prompt.js: the chooser on top, the prompt as tokens, and the three answers.
+// ---- prompt.js: the steppers, the prompt as tokens, and the three answers.
 
-// From this share on, the ramp is so far from the paper that text on it takes the other colour.
+// From this share on, the background is so dark (on a dark page: bright) that text on it changes its colour.
 const STRONG = 0.62;
 
-/** Token, layer and head, always in sight. */
+/** Steppers for token, layer and head. */
 function makeChooser(box, lens, choose) {
   const { num_layers: L, num_heads: N } = lens.model;
   const stepper = (name, label, count) => {
@@ -33,11 +33,9 @@ function makePrompt(box, lens, choose) {
     box.append(chip);
     if (lens.text(t).endsWith("\n")) box.append(make("span", { class: "line-break", "aria-hidden": "true" }));
   });
-  box.addEventListener("keydown", (event) => {
-    const moves = { ArrowLeft: (t) => t - 1, ArrowRight: (t) => t + 1, Home: () => 0, End: () => lens.numTokens - 1 };
-    if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
-    choose((state) => ({ query: clamp(moves[event.key](state.query), 0, lens.numTokens - 1) }));
+  const moves = { ArrowLeft: (t) => t - 1, ArrowRight: (t) => t + 1, Home: () => 0, End: () => lens.numTokens - 1 };
+  onKeys(box, moves, (move) => {
+    choose((state) => ({ query: clamp(move(state.query), 0, lens.numTokens - 1) }));
     box.querySelector('[aria-selected="true"]').focus({ preventScroll: false });
   });
   return (state) => {
@@ -58,7 +56,7 @@ function makePrompt(box, lens, choose) {
   };
 }
 
-/** Sentences as a list of texts and elements. */
+/** A token with its position. */
 function tokenAt(lens, t) {
   return make("span", { class: "at" }, tokenText(lens.text(t)), make("sub", {}, `${t}`));
 }
@@ -126,7 +124,7 @@ function answerWritten(lens, state, look) {
   return sentence;
 }
 
-/** The tokens whose logits the head's write moves most, from the most raised to the most lowered. */
+/** The tokens whose logits the head's write changes most, from the most raised to the most lowered. */
 function pushesOf(lens, state) {
   const at = [state.layer, state.head, state.query];
   const values = lens.arrays.push_values.row(...at);

@@ -1,11 +1,11 @@
-// ---- shapes.js: elements, and the few pictures that the page is made of. Text gets in as text, never as markup.
+// ---- shapes.js: elements and small charts. Token text is inserted as text, never as markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name.startsWith("aria-")) element.setAttribute(name, value); // "false" says something there
+    else if (name.startsWith("aria-")) element.setAttribute(name, value); // "false" is a value there
     else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...children);
@@ -21,11 +21,11 @@ function makeSvg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
-// What would not be seen, or would change how its neighbours are seen: controls, directions, joiners, odd spaces.
+// Characters that are invisible or change their neighbours: controls, directions, joiners, unusual spaces.
 const UNSEEN = /[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}|^\p{M}/u;
 const NAMES = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d" };
 
-/** The text of a token as pieces to show: characters that cannot be seen get a name, in a piece of their own. */
+/** The text of a token as pieces to show; every invisible character is a piece with its name. */
 function visiblePieces(text) {
   const pieces = [];
   for (const character of text) {
@@ -41,7 +41,7 @@ function codeName(character) {
   return "U+" + character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
 }
 
-/** A token's text where it stands alone. */
+/** A token's text by itself. */
 function tokenText(text) {
   return make("bdi", { class: "token" }, ...visiblePieces(text).map((piece) =>
     piece.isName ? make("span", { class: "unseen" }, piece.text) : piece.text));
@@ -52,13 +52,13 @@ function tokenWord(text) {
   return make("span", { class: "word" }, tokenText(text));
 }
 
-/** The same as plain text, for labels that a screen reader reads. */
+/** The same as plain text, for screen readers. */
 function spoken(text) {
   const words = { " ": "space", "\n": "newline", "\t": "tab", "\r": "carriage return" };
   return words[text] ?? visiblePieces(text).map((piece) => piece.text).join("");
 }
 
-/** A vector as bars: up is positive, down is negative; `most` is the height of a full bar. */
+/** A vector as bars: up is positive, down is negative; `most` is the number that a full bar shows. */
 function strip(vector, most, label) {
   const height = 12;
   const width = vector.length;
@@ -73,7 +73,7 @@ function strip(vector, most, label) {
     makeSvg("path", { class: "negative", d: paths.negative }));
 }
 
-/** All numbers of a vector, closed at first. */
+/** All numbers of a vector, collapsed. */
 function allNumbers(vector, digits) {
   const list = () => make("code", { class: "numbers" }, "[" + Array.from(vector, (number) => fixed(number, digits)).join(", ") + "]");
   const details = make("details", { class: "all-numbers" }, make("summary", {}, `all ${vector.length} numbers`));
@@ -81,7 +81,7 @@ function allNumbers(vector, digits) {
   return details;
 }
 
-/** A bar from `from` to `to` on a line that goes from `low` to `high`; the negative one is hatched. */
+/** A bar from `from` to `to` on an axis from `low` to `high`; hatched if negative. */
 function spanBar(from, to, low, high) {
   const scale = 100 / (high - low || 1);
   const zero = clamp((0 - low) * scale, 0, 100);
@@ -91,21 +91,30 @@ function spanBar(from, to, low, high) {
     make("span", { class: to < from ? "bar negative" : "bar positive", style: `left:${left.toFixed(2)}%;width:${(Math.abs(to - from) * scale).toFixed(2)}%` }));
 }
 
-/** Builds the content of a box anew; the focus stays on the element of the same data-key. */
+/** Replaces the content of a box; the focus stays on the element of the same data-key. */
 function rebuild(box, ...children) {
   const key = box.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
   box.replaceChildren(...children);
   if (key !== undefined) box.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
 }
 
-/** A row of choices, of which one holds: radio buttons that look like one piece. */
+/** Calls act(move) for the keys of `moves`, unless a modifier is pressed. */
+function onKeys(element, moves, act) {
+  element.addEventListener("keydown", (event) => {
+    if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    act(moves[event.key]);
+  });
+}
+
+/** A row of radio buttons. */
 function choices(box, name, options, chosen, onChoose) {
   rebuild(box, ...options.map(([value, ...label]) => make("label", { class: value === chosen ? "chosen" : "" },
     make("input", { type: "radio", name, value, checked: value === chosen, "data-key": value, onchange: () => onChoose(value) }),
     make("span", {}, ...label))));
 }
 
-/** The colours of shares from 0 to 1 under the theme of now, 256 times red, green, blue and opacity. */
+/** The colours of shares from 0 to 1 in the current theme: 256 times red, green, blue and opacity. */
 function rampColours() {
   const style = getComputedStyle(document.documentElement);
   const context = Object.assign(document.createElement("canvas"), { width: 256, height: 1 }).getContext("2d");

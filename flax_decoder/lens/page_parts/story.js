@@ -1,4 +1,4 @@
-// ---- story.js: one query of one head, line by line, each formula beside its numbers.
+// ---- story.js: one query of one head, step by step, formulas beside numbers.
 
 const FIRST_ROWS = 8;
 const NAMED_DIMENSIONS = 8;
@@ -7,7 +7,7 @@ function largest(vectors) {
   return vectors.reduce((most, vector) => vector.reduce((most, number) => Math.max(most, Math.abs(number)), most), 0);
 }
 
-/** A numbered step: what happens in words, the formula, and the numbers. */
+/** A numbered step: title, formula and numbers. */
 function storyStep(title, formula, ...content) {
   return make("li", {}, make("div", { class: "step-head" }, make("h3", {}, title), make("code", { class: "formula" }, formula)), ...content);
 }
@@ -32,7 +32,7 @@ function scoreFormula(model) {
   return model.slopes === null ? formula : `${formula} + bias`;
 }
 
-/** The table of all tokens that the query meets. */
+/** The table of all sources of the query. */
 function meetingTable(lens, state, look, choose) {
   const { layer, head, query } = state;
   const isCapped = lens.model.soft_cap !== null;

@@ -1,6 +1,6 @@
-// ---- unpack.js: the arrays, out of their packed form; lens/packing.py packs them.
+// ---- unpack.js: unpacks the arrays; the inverse of lens/packing.py.
 
-/** An array of numbers with a shape; `row(...)` is the part behind its first indices, `at(...)` a number. */
+/** An array of numbers with a shape; `row(...)` is a sub-array by its first indices, `at(...)` one number. */
 class NumberArray {
   constructor(shape, values) {
     this.shape = shape;
@@ -28,10 +28,7 @@ async function inflate(base64) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-/**
- * Each number was multiplied by a power of ten and rounded, so that what is shown are its true decimals. Its sign went
- * to the lowest bit; then all lowest bytes were put first, all second ones behind them, and so on.
- */
+/** Bytes by significance -> integers with the sign in the lowest bit -> decimals. */
 async function unpackArray(packed) {
   const bytes = await inflate(packed.data);
   const size = packed.shape.reduce((a, b) => a * b, 1);

@@ -1,10 +1,10 @@
-// ---- why.js: a logit as the sum of its parts, and the guess layer by layer.
+// ---- why.js: a logit as the sum of contributions, and the predictions after each layer.
 
 const NAMED_PARTS = 10;
 const NAMED_SOURCES = 5;
 const SHOWN_GUESSES = 5;
 
-/** The largest parts by themselves, all others as one. */
+/** The largest parts, and one for all others. */
 function gathered(parts, count, nameOfRest) {
   const order = ranked(parts.map((part) => part.value), Math.abs);
   const named = order.slice(0, count).map((i) => parts[i]);
@@ -17,7 +17,7 @@ function waterfallRow(part, from, range, attributes, ...name) {
   return make("li", { class: "part", ...attributes }, make("span", { class: "part-name" }, ...name), spanBar(from, from + part.value, ...range), make("span", { class: "number" }, signed(part.value, 3)));
 }
 
-/** The rows of a head that is opened: what it brought from each token. */
+/** The rows of an expanded head: its contribution by source. */
 function sourceRows(lens, state, part, from, range) {
   const sources = lens.sourceParts(state.target, part.layer, part.head, state.query).map((source) => ({ ...source, label: source.source }));
   let running = from;
