@@ -3,7 +3,8 @@ import json
 import pytest
 
 from flax_decoder.cli import main
-from flax_decoder.training import hardware, speed
+from flax_decoder.planning import speed
+from flax_decoder.training import hardware
 
 SIZES = "--model.vocab-size=12 --model.context-length=8 --model.num-layers=1 --model.embed-dim=8 --model.num-heads=2"
 MESH = "--mesh.fsdp=2 --mesh.context=2 --mesh.tensor=2"
