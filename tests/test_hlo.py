@@ -66,7 +66,7 @@ def test_a_counter_is_followed_where_the_compiler_does_not_say():
 )
 def test_a_loop_that_does_not_count_up_is_not_guessed(written, instead):
     assert written in COUNTED
-    with pytest.raises(ValueError, match="number of turns"):
+    with pytest.raises(ValueError, match="number of iterations"):
         turns(COUNTED.replace(written, instead))
 
 

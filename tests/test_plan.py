@@ -63,7 +63,7 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--topology", "v9:4"], "no such machine"),
+        (["--topology", "v9:4"], "v9:4: unknown"),
         (["--topology", "local", "--mesh.fsdp", "3"], "mesh.fsdp"),
         (["--topology", "local", "--mesh.fsdp", "16"], "16"),
         (["--topology", "local", "--json", "nowhere/plan.json"], "--json nowhere/plan.json"),

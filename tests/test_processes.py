@@ -191,8 +191,8 @@ def test_what_the_first_process_refuses_ends_them_all(text, tmp_path):
     ("settings", "message"),
     [
         ({"coordinator": "node1:1234"}, "give --distributed.num-processes N and --distributed.process-id I"),
-        ({"num_processes": 2, "process_id": 1}, "say nothing of where the others are"),
-        ({"process_id": 1}, "say nothing of where the others are"),
+        ({"num_processes": 2, "process_id": 1}, "do not say where the other processes are"),
+        ({"process_id": 1}, "do not say where the other processes are"),
     ],
 )
 def test_half_a_description_is_refused(settings, message):

@@ -29,8 +29,8 @@ def test_names_of_machines(name, kind, counts):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("v9:4x4", ["no such machine", "v5e:4x4", "v5p:4x4x4", "h100:8", "local"]),
-        ("", ["no such machine"]),
+        ("v9:4x4", ["unknown", "v5e:4x4", "v5p:4x4x4", "h100:8", "local"]),
+        ("", ["unknown"]),
         ("v5e:4x4x4", ["2 dimensions", "v5e:4x4"]),
         ("v5p:4x4", ["3 dimensions", "v5p:4x4x4"]),
         ("v5p", ["3 dimensions"]),
