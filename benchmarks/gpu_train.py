@@ -288,13 +288,6 @@ def changes_of(arguments: list[str]) -> dict[str, str]:
     return dict(zip(names, values, strict=True))
 
 
-def has_gpu() -> bool:
-    """Whether PyTorch sees a GPU."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def main(arguments: list[str]) -> int:
     """Measures each shape and prints a table; returns 2 if there is no GPU or an argument is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -306,9 +299,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--turn", metavar="NAME", help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(arguments)
-    if not options.tiny and options.turn is None and not has_gpu():
-        print("there is no GPU that PyTorch can use; --tiny runs tiny shapes on the CPU", file=sys.stderr)
-        return 2
+    if not options.tiny and options.turn is None:
+        import torch  # here, so that our turn does not load it
+
+        if not torch.cuda.is_available():
+            print("there is no GPU that PyTorch can use; --tiny runs tiny shapes on the CPU", file=sys.stderr)
+            return 2
     shapes = options.shape or list(SHAPES)
     try:
         changes = changes_of(rest) | ({"training.batch_size": options.batch_size} if options.batch_size else {})

@@ -99,11 +99,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Maps tokens and targets, both (B, T), to the mean loss in nats per token."""
         x = F.embedding(tokens, self.embedding).to(self.dtype)
-        waves = None
         if self.positions is not None:
             x = x + self.positions.to(self.dtype)
-        else:
-            waves = (self.cos, self.sin)
+        waves = (self.cos, self.sin) if self.positions is None else None
         for block in self.blocks:
             x = block(x, waves)
         logits = F.linear(self.final_norm(x), self.embedding.to(self.dtype))

@@ -66,11 +66,7 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
-    """Arranges devices as `config.mesh` says; surplus ones are left out.
-
-    Args:
-        config: the run.
-        devices: of this machine, of all processes of a job, or of a described topology.
+    """Arranges devices, present or described, as `config.mesh` says; surplus ones are left out.
 
     Raises:
         UserError: see `mesh_sizes`; or surplus devices in a job of several processes.

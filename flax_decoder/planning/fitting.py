@@ -15,13 +15,7 @@ REMAT = ("none", "attention", "dots", "full")
 
 
 def smallest_change(config: Config, devices: list[Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:
-    """The first of `changes` that makes a step fit, and its plan; None if none of those tried does.
-
-    Args:
-        config: the run.
-        devices: from `devices_of`.
-        plan: of the step that does not fit.
-    """
+    """The first of `changes` with which the step fits, and its plan; None if none of those tried does."""
     for change in itertools.islice(changes(config, plan), MAX_TRIES):
         try:
             tried = make_plan(changed(config, change), devices)

@@ -82,11 +82,7 @@ class Program:
                     yield from self.runs(callee, times)
 
     def trip_count(self, loop: Instruction, caller: str) -> int:
-        """Iterations of a while loop: as the compiler says, else from the start, step and bound of its counter.
-
-        Args:
-            loop: the loop.
-            caller: the computation that contains it.
+        """Iterations of a while loop in computation `caller`: known to the compiler, else derived from its counter.
 
         Raises:
             ValueError: the loop does not count up to a constant.

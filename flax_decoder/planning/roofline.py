@@ -48,10 +48,9 @@ def roofline(chip: Chip, *, flops: float, model_flops: float, memory_bytes: floa
 
 
 def product_flops(jaxpr: core.Jaxpr) -> float:
-    """FLOPs of all matrix products of a traced program, over all devices, including loops and recomputation.
+    """FLOPs of all matrix products of a program such as `jax.jit(f).trace(x).jaxpr.jaxpr`, over all devices.
 
-    Args:
-        jaxpr: the program, such as `jax.jit(f).trace(x).jaxpr.jaxpr`. A while loop counts once.
+    Loops and recomputation are included, but a while loop counts once.
     """
     total = 0.0
     for equation in jaxpr.eqns:
