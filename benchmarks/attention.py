@@ -1,11 +1,11 @@
-"""What each implementation of attention takes: one attention layer, forward and backward, in bfloat16.
+"""Memory and time of each implementation of attention: one attention layer, forward and backward, in bfloat16.
 
     pip install -e . && python benchmarks/attention.py
     pip install -e ".[tpu]" && python benchmarks/attention.py --topology v5p:2x2x1
     pip install -e ".[cuda13]" && python benchmarks/attention.py --topology h100:1
 
-On devices at hand it also times each, and shows its largest difference from the first, in outputs and gradients, over
-the largest number there. For a topology that is not at hand the compiler tells the memory and what is in the program.
+On local devices it also times each, and prints its largest difference from the first, in outputs and gradients, over
+the largest value. For another topology the compiler gives the memory and the program.
 """
 
 import argparse
@@ -20,7 +20,7 @@ NUM_TIMED = 10
 
 
 def main() -> None:
-    """Prints a row of a table for each implementation."""
+    """Prints a table with a row per implementation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default=LOCAL)
     for name, default in {"batch": 1, "length": 2048, "heads": 32, "kv-heads": 8, "head-dim": 128, "window": 0}.items():
@@ -36,8 +36,8 @@ def main() -> None:
 
 
 def measure(name: str, asked: argparse.Namespace, expected: Any) -> tuple[str, Any]:
-    """One row of the table, and the numbers of the first implementation that ran."""
-    # JAX comes after `prepare` has set what it reads at its start.
+    """One row of the table, and the outputs of the first implementation."""
+    # After `prepare`, which sets environment variables that JAX reads when it is imported.
     import jax
     import jax.numpy as jnp
 

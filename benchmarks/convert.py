@@ -1,9 +1,9 @@
-"""How long a model of 135M parameters takes to convert, and how much memory beside its own numbers.
+"""How long converting a model of 135M parameters takes, and how much memory beyond its parameters.
 
     python benchmarks/convert.py [--rounds N]
 
-The shape is that of SmolLM2-135M, the numbers are random. Seconds are those of the whole command, the median of the
-rounds. Memory (Linux only) is the highest level of a process over the one it has after its imports.
+The shape is that of SmolLM2-135M, the weights are random. Seconds are the median time of the command. Memory (Linux
+only) is the peak of a process over its level after the imports.
 """
 
 import argparse
@@ -12,11 +12,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from measuring import timed
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import ByteTokenizer
@@ -45,18 +45,15 @@ import jax
 import orbax.checkpoint
 import flax_decoder as fd
 import flax_decoder.loading
-
-def level(name):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+from measuring import mib_level
 
 jax.numpy.ones(3).block_until_ready()
-before = level("VmRSS")
+before = mib_level("VmRSS")
 if len(sys.argv) == 2:
     loaded = fd.load(sys.argv[1])
 else:
     fd.loading.convert(*sys.argv[1:])
-print(level("VmHWM") - before)
+print(mib_level("VmHWM") - before)
 """
 
 
@@ -71,20 +68,19 @@ def make_model(folder: Path) -> float:
 
 
 def seconds_of(source: Path, destination: Path) -> float:
-    """How long the command takes."""
+    """The time of the command."""
     shutil.rmtree(destination, ignore_errors=True)
-    start = time.perf_counter()
     command = [sys.executable, "-m", "flax_decoder", "convert", str(source), str(destination)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))[0]
 
 
 def mib_of(*folders: Path) -> float:
-    """The peak of loading one folder, or of converting the first one into the second, in MiB."""
+    """The peak of loading a folder, or of converting the first one into the second, in MiB."""
     for destination in folders[1:]:
         shutil.rmtree(destination)
     command = [sys.executable, "-c", MEASURE, *map(str, folders)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    here = Path(__file__).parent  # of measuring.py
+    return float(subprocess.run(command, cwd=here, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:

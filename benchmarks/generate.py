@@ -1,13 +1,13 @@
-"""Tokens a second beside PyTorch's: the same weights, prompts and tokens, in turn, in one process.
+"""Compares tokens per second with PyTorch's: the same weights, prompts and tokens, in turn, in one process.
 
     pip install -e ".[torch]" && python benchmarks/generate.py [--rounds N] [--shape S] [--table] [--json FILE]
         [--plot FILE]
 
 Greedy, in float32 on two threads, a prompt of 32 tokens and 128 new ones, against `transformers`' generate with its
-cache. Each round takes every contestant once, so that a machine that slows down slows all of them; results are medians
-and their ratios. Beside them the bytes of weights that batch 1 reads a second, and those of a matrix-vector product,
-measured in the same rounds; the time to the first token of a prompt of 512; what streaming costs. `--table` measures
-our tokens a second at batch 1, 8 and 32 with a cache of 256 to 4,096 tokens; `--plot` draws them.
+cache. Each round runs every contestant once, so that a machine that slows down slows all of them; results are medians
+and their ratios. Also the bytes of weights that batch 1 reads per second, and those of a matrix-vector product; the
+time to the first token of a prompt of 512; the cost of streaming. `--table` measures our tokens per second at batch 1,
+8 and 32 with a cache of 256 to 4,096 tokens; `--plot` draws them.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 NUM_THREADS = 2
-# Before JAX starts: its thread pool has a thread for each core it may use.
+# Set before JAX starts: its thread pool has a thread per available core.
 os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_THREADS])
@@ -31,6 +31,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from measuring import random_model, timed  # noqa: E402
 
 import flax_decoder as fd  # noqa: E402
 from flax_decoder.generation.generate import as_prompts  # noqa: E402
@@ -52,14 +53,14 @@ GPT2 = {
 # vocabulary, layers, width, heads, context
 SIZES = {"124M": (50257, 12, 768, 12, 1024), "char": (65, 4, 128, 4, 256)}
 BATCHES = {"124M": (1, 8), "char": (1,)}
-# PyTorch's threads go on looking for work for a while: they must not do so in the next one's turn.
+# PyTorch's threads keep spinning for a while, which must not slow the next contestant.
 REST_SECONDS = 0.3
 TABLE_BATCHES, TABLE_CONTEXTS, TABLE_TOKENS = (1, 8, 32), (256, 512, 1024, 2048, 4096), 16
 Run = Callable[[], Any]
 
 
 def make_model(shape: str, **changes: Any) -> tuple[fd.Decoder, Any]:
-    """A model with random weights, its params unstacked as for serving."""
+    """A model with random weights, and its params."""
     vocab_size, num_layers, embed_dim, num_heads, context_length = SIZES[shape]
     sizes = {
         "model.vocab_size": vocab_size,
@@ -68,23 +69,14 @@ def make_model(shape: str, **changes: Any) -> tuple[fd.Decoder, Any]:
         "model.num_heads": num_heads,
         "model.context_length": context_length,
     }
-    model = fd.Decoder(fd.load_config(None, sizes | GPT2 | changes).model)
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    return model, params
+    return random_model(sizes | GPT2 | changes)
 
 
 def torch_model(model: fd.Decoder, params: Any) -> Any:
-    """The same weights in PyTorch, by way of an exported folder."""
+    """The same weights in PyTorch, through an exported folder."""
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), model.config, params, None, FAMILIES["gpt2"])
         return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def seconds_of(run: Run) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def interleaved(contestants: dict[str, Run], num_rounds: int) -> dict[str, list[float]]:
@@ -95,12 +87,12 @@ def interleaved(contestants: dict[str, Run], num_rounds: int) -> dict[str, list[
     for _ in range(num_rounds):
         for name, run in contestants.items():
             time.sleep(REST_SECONDS)
-            seconds[name].append(seconds_of(run))
+            seconds[name].append(timed(run)[0])
     return seconds
 
 
 def bandwidth_run(params: Any) -> tuple[Run, int]:
-    """Matrix-vector products over as many bytes as the weights of a step, in matrices as large as the largest."""
+    """Matrix-vector products over as many bytes as the weights, in matrices as large as the largest weight."""
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     rows = 3072
     matrices = [jnp.ones((rows, 768)) for _ in range(max(num_bytes // (rows * 768 * 4), 1))]
@@ -123,7 +115,7 @@ def compare(shape: str, num_rounds: int) -> dict[str, float]:
     contestants["bandwidth"], product_bytes = bandwidth_run(params)
     medians = {name: statistics.median(times) for name, times in interleaved(contestants, num_rounds).items()}
 
-    # Positions are looked up, not read as a whole; the embedding is the head.
+    # Position vectors are looked up, not read in full; the embedding is also the head.
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - params["positions"].nbytes
     result: dict[str, float] = {}
     for B in BATCHES[shape]:
@@ -161,12 +153,12 @@ def continuing(
             return theirs.generate(tokens, pad_token_id=0, use_cache=True, **options).numpy()
 
     if not np.array_equal(ours(), other()):
-        print(f"{name}: the texts differ somewhere; with random weights, logits can be equal up to a rounding")
+        print(f"{name}: the texts differ: with random weights, logits can be equal up to rounding")
     return {f"{name}, flax_decoder": ours, f"{name}, transformers": other, f"{name}, streamed": streamed}
 
 
 def table(shape: str, num_rounds: int) -> dict[str, float]:
-    """Tokens a second of a compiled loop whose cache is that long, whatever of it is filled."""
+    """Tokens per second of the compiled decoding loop, by length of the cache."""
     result = {}
     for S in TABLE_CONTEXTS:
         model, params = make_model(shape, **{"model.context_length": S})
@@ -177,7 +169,7 @@ def table(shape: str, num_rounds: int) -> dict[str, float]:
             seconds = []
             for _ in range(1 + num_rounds):
                 start = time.perf_counter()
-                # It starts from an empty cache each time: no text could be as long as all rounds.
+                # Each round starts from a half-filled cache: all rounds together would not fit.
                 state = state.replace(cache=state.cache.replace(length_B=np.full(B, S // 2, np.int32)))
                 rows_B2 = np.zeros((B, 2), np.uint32)
                 state, _ = jax.block_until_ready(
@@ -193,7 +185,7 @@ def table(shape: str, num_rounds: int) -> dict[str, float]:
 
 
 def plot(result: dict[str, float], shape: str, file: Path) -> None:
-    """Draws a table: tokens a second over the context, a line a batch."""
+    """Draws a table: tokens per second over the context, one line per batch size."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -204,7 +196,7 @@ def plot(result: dict[str, float], shape: str, file: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(TABLE_CONTEXTS, [f"{S:,}" for S in TABLE_CONTEXTS])
     axes.set_xlabel("slots of the cache")
-    axes.set_ylabel("tokens a second, all rows together")
+    axes.set_ylabel("tokens per second, all rows together")
     axes.set_title(f"{shape}: {SIZES[shape][1]} layers, {SIZES[shape][2]} wide, two threads, float32")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -212,16 +204,16 @@ def plot(result: dict[str, float], shape: str, file: Path) -> None:
 
 
 def main() -> None:
-    """Prints what was measured."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shape", choices=SIZES, action="append", help="left out: all")
-    parser.add_argument("--table", action="store_true", help="the throughput table in place of the comparison")
+    parser.add_argument("--shape", choices=SIZES, action="append", help="default: all")
+    parser.add_argument("--table", action="store_true", help="the throughput table instead of the comparison")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="with --table and one --shape: a picture of it")
+    parser.add_argument("--plot", type=Path, help="draw it; needs --table and one --shape")
     options = parser.parse_args()
     if options.plot and not (options.table and len(options.shape or ()) == 1):
-        parser.error("--plot draws a table of one shape: give --table and one --shape, too")
+        parser.error("--plot needs --table and one --shape")
     torch.set_num_threads(NUM_THREADS)
     transformers.logging.set_verbosity_error()
     measure = table if options.table else compare

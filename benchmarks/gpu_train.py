@@ -1,4 +1,4 @@
-"""A training step on a GPU beside PyTorch's: the same shapes, in turn, in bfloat16.
+"""Compares a training step on a GPU with PyTorch's: the same shapes, in turn, in bfloat16.
 
     pip install -e ".[cuda13]" torch && python benchmarks/gpu_train.py [--shape S] [--rounds N] [--json FILE]
         [--batch-size N] [--model.FIELD VALUE] [--training.FIELD VALUE]
@@ -10,25 +10,25 @@ Two shapes, both with a tied head and without dropout:
 * 1B, as Llama 3.2 1B: 16 layers, 2,048 wide, 32 heads of 64 and 8 of keys and values, feed-forward 8,192, vocabulary
   128,256; RMSNorm, SwiGLU, rotary positions; 8 sequences of 2,048 tokens.
 
-A step is forward, backward, clipping to norm 1 and AdamW. Params, gradients and both moments are float32; products take
+A step is forward, backward, clipping to norm 1 and AdamW. Params, gradients and both moments are float32; products are
 bfloat16; norms, softmax and loss are float32. PyTorch's model, in torch_decoder.py, is written for speed: torch.compile
-around model and loss, queries, keys and values in one product, gate and up in another, fused attention (two kinds) and
+around model and loss, query, key and value in one product, gate and up in another, fused attention (two kinds) and
 fused AdamW; its logits are rounded to bfloat16, ours are not. First both take a few steps on the CPU, in float32, at a
-tiny size and from the same weights: where their losses differ nothing is measured.
+tiny size and from the same weights; if their losses differ, nothing is measured.
 
-Each turn is a process of its own, so that a contestant has all of the GPU's memory, and only its own libraries. It
-takes many steps in a row, their batches copied to the GPU with them, as train.py does. A round has a turn of each; the
-result is the ratio of medians over all rounds, the fastest PyTorch over ours. MFU is against the dense bfloat16 peak,
-attention counted in full and, in brackets, halved.
+Each turn is a separate process, so that a contestant has all of the GPU's memory, and only its own libraries. It takes
+many steps in a row, and copies their batches to the GPU, as train.py does. A round has a turn of each; the result is
+the ratio of the medians over all rounds, the fastest PyTorch over ours. MFU is relative to the dense bfloat16 peak,
+with attention counted in full and, in brackets, halved.
 
-`--tiny` runs tiny shapes on the CPU, to see that all works; its times say nothing. Any field of the model or the
-training can be given, to try it: `--model.scan-layers true`, `--model.remat dots`, `--training.loss-chunk-tokens 8192`.
-So can XLA's flags, in the environment variable XLA_FLAGS. Worth trying, one at a time:
+`--tiny` runs tiny shapes on the CPU, as a test; its times mean nothing. Any field of the model or the training can be
+set: `--model.scan-layers true`, `--model.remat dots`, `--training.loss-chunk-tokens 8192`. Flags worth trying, one at a
+time, in the environment variable XLA_FLAGS:
 
-    --xla_gpu_enable_cudnn_layer_norm=true          124M: 2 ms a step less to read and write, as compiled for an H100
+    --xla_gpu_enable_cudnn_layer_norm=true          124M: 2 ms per step less memory traffic, as compiled for an H100
     --xla_gpu_enable_triton_gemm=false              cuBLAS for all products
-    --xla_gpu_exhaustive_tiling_search=true         tries more shapes of tiles; compiles for minutes
-    --xla_gpu_cudnn_gemm_fusion_level=2             lets cuDNN compete, with what can be fused into products
+    --xla_gpu_exhaustive_tiling_search=true         tries more tile shapes; compiles for minutes
+    --xla_gpu_cudnn_gemm_fusion_level=2             lets cuDNN compete for products with fusions
     --xla_gpu_enable_latency_hiding_scheduler=true  for more than one GPU
 """
 
@@ -50,10 +50,10 @@ from flax_decoder.config import Config
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import UserError
 
-STEPS_A_CALL, WARM_UP_CALLS, TIMED_CALLS = 10, 2, 5
-TINY_STEPS_A_CALL = 2
+STEPS_PER_CALL, WARM_UP_CALLS, TIMED_CALLS = 10, 2, 5
+TINY_STEPS_PER_CALL = 2
 OURS = "flax_decoder"
-# Who takes part, and what computes PyTorch's attention. On CPU the first PyTorch is the only one: cuDNN is for GPUs.
+# Contestants, and the backend of PyTorch's attention. On CPU only the first PyTorch runs: cuDNN needs a GPU.
 CONTESTANTS = {
     OURS: "",
     "PyTorch, flash attention": "FLASH_ATTENTION",
@@ -72,7 +72,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model.attention_out_bias": True,
         "model.mlp_bias": True,
         "training.batch_size": 32,
-        # There is memory for all logits at once, and one sum of the head's gradient is faster than several.
+        # All logits fit in memory, and one sum of the head's gradient is faster than several.
         "training.loss_chunk_tokens": 0,
     },
     "1B": {
@@ -100,20 +100,20 @@ TINY_GPT2 = {
     "training.batch_size": 8,
 }
 TINY = {"124M": TINY_GPT2, "1B": TINY_GPT2 | {"model.num_kv_heads": 2, "model.mlp_dim": 96}}
-# Where both take the same steps from the same weights: losses differ by the rounding of float32 alone.
+# Of the check that both take the same steps from the same weights: losses differ only by float32 rounding.
 CHECKED_STEPS, TOLERANCE = 3, 1e-5
 Call = Callable[[], list[float]]
 
 
 def config_of(shape: str, changes: dict[str, Any], tiny: bool = False) -> Config:
-    """The run that a shape stands for, or a tiny one of the same kind, with changes by dotted name."""
+    """The config of a shape, or of a tiny one of the same kind, with changes by dotted name."""
     settings = {"model.dtype": "bfloat16", "optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
     settings |= SHAPES[shape] | changes | (TINY[shape] if tiny else {})
     return load_config(None, settings)
 
 
 def our_call(config: Config, batches: np.ndarray) -> Call:
-    """The same steps of ours, on one device."""
+    """A function that takes our step on each batch, on one device, and returns the losses."""
     import jax
 
     from flax_decoder.nn.decoder import Decoder
@@ -130,7 +130,7 @@ def our_call(config: Config, batches: np.ndarray) -> Call:
         with use_mesh(mesh):
             for tokens in batches:
                 state, metrics = take_step(state, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
-                losses.append(metrics["loss"])  # waited for at the end only, as the other side does
+                losses.append(metrics["loss"])  # not waited for until the end, as on the other side
         return [float(loss) for loss in losses]
 
     return call
@@ -143,7 +143,7 @@ def random_batches(config: Config, num_steps: int) -> np.ndarray:
 
 
 def check_losses(shape: str, changes: dict[str, Any]) -> None:
-    """Exits where both do not have the same losses over the first steps, tiny and in float32, from the same weights."""
+    """Exits if the losses of both over the first steps differ, at a tiny size, in float32, from the same weights."""
     import jax
     import torch_decoder
 
@@ -161,8 +161,8 @@ def check_losses(shape: str, changes: dict[str, Any]) -> None:
 
 
 def turn(name: str, config: Config, tiny: bool, compiled: bool) -> dict[str, Any]:
-    """One contestant alone: seconds a step in each call, and what the memory held at most."""
-    batches = random_batches(config, TINY_STEPS_A_CALL if tiny else STEPS_A_CALL)
+    """One contestant: seconds per step in each call, and the peak memory."""
+    batches = random_batches(config, TINY_STEPS_PER_CALL if tiny else STEPS_PER_CALL)
     if name == OURS:
         import jax
 
@@ -175,7 +175,7 @@ def turn(name: str, config: Config, tiny: bool, compiled: bool) -> dict[str, Any
         import torch_decoder
 
         if tiny:
-            torch.set_num_threads(1)  # more wait for each other longer than they compute
+            torch.set_num_threads(1)  # more threads cost more than they compute
         model = torch_decoder.Decoder(config.model).to("cpu" if tiny else "cuda")
         call = torch_decoder.steps_of(config, model, batches, CONTESTANTS[name], compiled)
         device_kind = "cpu" if tiny else torch.cuda.get_device_name()
@@ -196,9 +196,9 @@ def turn(name: str, config: Config, tiny: bool, compiled: bool) -> dict[str, Any
 
 
 def start(arguments: list[str], folder: str, *, platform: str | None) -> subprocess.CompletedProcess[str]:
-    """Runs a turn or the check in a process of its own; JAX may use one platform only, or all there are."""
+    """Runs a turn or the check in its own process; JAX uses one platform, or all if None."""
     environment = os.environ | {
-        # All rounds share what was compiled in the first.
+        # All rounds share the programs compiled in the first.
         "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
         "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],
@@ -210,12 +210,12 @@ def start(arguments: list[str], folder: str, *, platform: str | None) -> subproc
 
 
 def last_line(text: str) -> str:
-    """What a process had to say in the end."""
-    return (text.strip().splitlines() or ["it said nothing"])[-1]
+    """The last line of the output of a process."""
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def measure(shape: str, arguments: list[str], num_rounds: int, tiny: bool) -> dict[str, list[dict[str, Any]]]:
-    """The turns of each contestant; of a PyTorch that does not run here, none."""
+    """The turns of each contestant; a PyTorch that does not run here is left out."""
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in list(CONTESTANTS)[: 2 if tiny else None]}
     with tempfile.TemporaryDirectory() as folder:
         checked = start([*arguments, "--turn", "check"], folder, platform="cpu")
@@ -237,24 +237,24 @@ def measure(shape: str, arguments: list[str], num_rounds: int, tiny: bool) -> di
 
 
 def summary(config: Config, turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians, what follows from them, and the ratio."""
+    """Medians, derived numbers, and the ratio."""
     import jax
 
     from flax_decoder.nn.decoder import Decoder, abstract_params
     from flax_decoder.training.flops import utilization
 
-    jax.config.update("jax_platforms", "cpu")  # the GPU's memory is for those who take their turns
+    jax.config.update("jax_platforms", "cpu")  # the GPU's memory is for the contestants
     tokens_per_step = config.training.batch_size * config.model.context_length
     device = turns[OURS][0]["device"]
     contestants = {}
-    for name, own in turns.items():
-        seconds = statistics.median(value for one in own for value in one["seconds"])
+    for name, results in turns.items():
+        seconds = statistics.median(value for one in results for value in one["seconds"])
         tokens_per_second = tokens_per_step / seconds
         contestants[name] = {
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_second,
             **utilization(config.model, tokens_per_second, device, num_devices=1),
-            "turns": own,
+            "turns": results,
         }
     fastest = min(result["step_seconds"] for name, result in contestants.items() if name != OURS)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(Decoder(config.model))))
@@ -262,24 +262,24 @@ def summary(config: Config, turns: dict[str, list[dict[str, Any]]]) -> dict[str,
     return {"device": device, "parameters": num_params, "contestants": contestants, "ratio": ratio}
 
 
-def show(shape: str, config: Config, result: dict[str, Any], num_rounds: int) -> None:
+def print_table(shape: str, config: Config, result: dict[str, Any], num_rounds: int) -> None:
     """Prints a table."""
     batch_size, context_length = config.training.batch_size, config.model.context_length
     print(
-        f"{shape}: {result['parameters']:,} parameters, {batch_size} x {context_length:,} tokens a step, on one "
+        f"{shape}: {result['parameters']:,} parameters, {batch_size} x {context_length:,} tokens per step, on one "
         f"{result['device']}; medians of {num_rounds * TIMED_CALLS} calls of several steps"
     )
-    for name, own in result["contestants"].items():
-        mfu = "unknown" if own["mfu"] == "unknown" else f"{own['mfu']:.1%} ({own['mfu_causal']:.1%})"
-        held = own["turns"][0]["peak_bytes"]
+    for name, measured in result["contestants"].items():
+        mfu = "unknown" if measured["mfu"] == "unknown" else f"{measured['mfu']:.1%} ({measured['mfu_causal']:.1%})"
+        held = measured["turns"][0]["peak_bytes"]
         memory = "" if held is None else f"  {held / 2**30:5.1f} GiB"
-        speed = f"{1000 * own['step_seconds']:8.1f} ms  {own['tokens_per_second']:11,.0f} tokens/s"
+        speed = f"{1000 * measured['step_seconds']:8.1f} ms  {measured['tokens_per_second']:11,.0f} tokens/s"
         print(f"  {name:<26}{speed}  MFU {mfu}{memory}")
     print(f"  fastest PyTorch over ours: {result['ratio']:.3f}")
 
 
 def changes_of(arguments: list[str]) -> dict[str, str]:
-    """What --section.field VALUE and --section.field=VALUE say, by dotted name."""
+    """The values of --section.field VALUE and --section.field=VALUE, by dotted name."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
     names, values = words[::2], words[1::2]
     if len(names) != len(values) or any(not name.startswith("--") or "." not in name for name in names):
@@ -288,27 +288,23 @@ def changes_of(arguments: list[str]) -> dict[str, str]:
     return dict(zip(names, values, strict=True))
 
 
-def has_gpu() -> bool:
-    """Whether PyTorch sees a GPU."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def main(arguments: list[str]) -> int:
-    """Measures each shape and prints a table; 2 where there is no GPU or the arguments cannot be used."""
+    """Measures each shape and prints a table; returns 2 if there is no GPU or an argument is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only this one; may be repeated")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", metavar="N", help="sequences a step")
+    parser.add_argument("--batch-size", metavar="N", help="sequences per step")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--eager", action="store_true", help="PyTorch without torch.compile")
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--turn", metavar="NAME", help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(arguments)
-    if not options.tiny and options.turn is None and not has_gpu():
-        print("there is no GPU that PyTorch can use; --tiny runs tiny shapes on the CPU", file=sys.stderr)
-        return 2
+    if not options.tiny and options.turn is None:
+        import torch  # here, so that our turn does not load it
+
+        if not torch.cuda.is_available():
+            print("there is no GPU that PyTorch can use; --tiny runs tiny shapes on the CPU", file=sys.stderr)
+            return 2
     shapes = options.shape or list(SHAPES)
     try:
         changes = changes_of(rest) | ({"training.batch_size": options.batch_size} if options.batch_size else {})
@@ -328,7 +324,7 @@ def main(arguments: list[str]) -> int:
         passed_on += [f"--{flag}" for flag in ("tiny", "eager") if vars(options)[flag]]
         turns = measure(shape, ["--shape", shape, *passed_on], options.rounds, options.tiny)
         results[shape] = summary(config, turns)
-        show(shape, config, results[shape], options.rounds)
+        print_table(shape, config, results[shape], options.rounds)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
     return 0

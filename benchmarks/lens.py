@@ -1,15 +1,16 @@
-"""The lens page: how long it takes to build, how large it is, how fast it answers in a browser; and its pictures.
+"""The lens page: build time, size, response time in a browser; and the pictures of the docs.
 
     pip install -e ".[browser]" && python benchmarks/lens.py [--json FILE]
     python benchmarks/lens.py --pictures docs/images --run runs/default [--prompt TEXT]
 
-Build: the whole command, from the start of Python, for a run of configs/default.toml, with nothing compiled before and
-again; `write_lens_page` for a model of 135 million parameters (30 layers, 9 heads, 3 of keys and values, random
-weights), likewise; and the size of a page of 12 layers, 12 heads and 64 tokens. Answer: from a click or a key to the
-second frame after it, in headless Chromium at 1280 x 900. Chromium is taken from the path or from CHROMIUM.
+Build time: the command, including the start of Python, for a run of configs/default.toml, with an empty and a warm
+compilation cache; `write_lens_page` for a model of 135 million parameters (30 layers, 9 heads, 3 key/value heads,
+random weights), likewise; and the size of a page of 12 layers, 12 heads and 64 tokens. Response time: from a click or a
+key to the second frame after it, in headless Chromium (found on the path or in CHROMIUM) at 1280 x 900.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -17,12 +18,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from measuring import random_model, timed
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import flax_decoder as fd
@@ -50,14 +51,14 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 ROUNDS = 15
-# What is done, and how: each moves to and fro.
+# Each alternates between two states.
 ACTIONS = {
     "click on a head": "document.querySelectorAll('#heads [data-head]')[i % 2 ? 0 : 5].click()",
     "click on a token": "document.querySelector(`[data-token='${i % 2 ? 40 : 50}']`).click()",
     "key for the next head": "document.dispatchEvent(new KeyboardEvent('keydown', {key: i % 2 ? 'h' : 'H'}))",
     "click on a source": "document.querySelectorAll('.meeting .pick')[i % 2 ? 2 : 1].click()",
 }
-# From the action to the second frame after it: what the first one shows has then been painted.
+# Until the second frame after the action: the first one has then been painted.
 MEASURE = """i => new Promise(done => {
     const start = performance.now();
     ACTION;
@@ -66,16 +67,15 @@ MEASURE = """i => new Promise(done => {
 
 
 def command_seconds(folder: Path) -> dict[str, float]:
-    """Wall time of `flax-decoder lens` for a short run of the default config, before and after compiling."""
+    """Wall time of `flax-decoder lens` for a short run of the default config, with a cold and a warm cache."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     steps = ["--training.num-steps", "2", "--training.sample-tokens", "1"]
 
     def run(*arguments: str) -> float:
-        start = time.perf_counter()
         command = [sys.executable, "-m", "flax_decoder", *arguments]
-        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-        return time.perf_counter() - start
+        execute = functools.partial(subprocess.run, command, cwd=folder, env=environment, capture_output=True)
+        return timed(lambda: execute(check=True))[0]
 
     run("train", str(ROOT / "configs" / "default.toml"), *steps)
     prompt = "The value of an expression is what it is when it is evaluated. "[:NUM_TOKENS]
@@ -84,25 +84,18 @@ def command_seconds(folder: Path) -> dict[str, float]:
 
 
 def page_seconds(settings: dict[str, Any], path: Path) -> dict[str, float]:
-    """Time of `write_lens_page` for a model of random weights, with compiling and without."""
-    model = fd.Decoder(fd.load_config(None, settings).model)
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    """Time of `write_lens_page` for a model of random weights, with and without compiling."""
+    model, params = random_model(settings)
     tokens_T = np.random.default_rng(0).integers(0, settings["model.vocab_size"], NUM_TOKENS)
     jax.block_until_ready(params)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        fd.write_lens_page(path, model, params, None, tokens_T)
-        seconds.append(time.perf_counter() - start)
-    return {"first": seconds[0], "again": seconds[1]}
+    write = functools.partial(fd.write_lens_page, path, model, params, None, tokens_T)
+    return {"first": timed(write)[0], "again": timed(write)[0]}
 
 
 def answer_milliseconds(browser: Browser, path: Path) -> dict[str, float]:
-    """Median time from each kind of action to the picture that shows it, and of opening the page."""
+    """Median response time to each kind of action, and the time to open the page."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    start = time.perf_counter()
-    open_page(page, path)
-    results = {"open": 1000 * (time.perf_counter() - start)}
+    results = {"open": 1000 * timed(lambda: open_page(page, path))[0]}
     page.evaluate(MEASURE.replace("ACTION", ""), 0)
     for name, action in ACTIONS.items():
         times = [page.evaluate(MEASURE.replace("ACTION", action), i) for i in range(ROUNDS)]
@@ -113,13 +106,13 @@ def answer_milliseconds(browser: Browser, path: Path) -> dict[str, float]:
 
 
 def open_page(page: Page, path: Path) -> None:
-    """Opens a page, and waits until its numbers are unpacked and shown."""
+    """Opens a page, and waits until its numbers are unpacked and displayed."""
     page.goto(path.absolute().as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
 
 
 def measure(browser: Browser, folder: Path) -> dict[str, Any]:
-    """All of it, by the name of the model."""
+    """All measurements, by name of the model."""
     results: dict[str, Any] = {"default": {"seconds": command_seconds(folder)}}
     for name, settings in SIZES.items():
         results[name] = {"seconds": page_seconds(settings, folder / f"{name}.html")}
@@ -130,7 +123,7 @@ def measure(browser: Browser, folder: Path) -> dict[str, Any]:
 
 
 def take_pictures(browser: Browser, run: Path, prompt: str, folder: Path) -> None:
-    """Writes the pictures of the docs, each of one part of the page of a run."""
+    """Writes the pictures of the docs, each of one part of a run's page."""
     from flax_decoder.lens.history import read_history
 
     model, params, tokenizer = fd.load(run)
@@ -166,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers to a file")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write the pictures of the docs instead")
-    parser.add_argument("--run", type=Path, default=Path("runs/default"), help="the run they are of")
+    parser.add_argument("--run", type=Path, default=Path("runs/default"), help="the run to take pictures of")
     parser.add_argument("--prompt", default="ROMEO: O, she doth teach the torches to burn bright! O, she doth")
     options = parser.parse_args()
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

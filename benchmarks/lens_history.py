@@ -1,10 +1,10 @@
-"""What watching a run costs: whole runs of a config in turn, with `lens.every` as it is and with 0.
+"""What recording attention costs a run: full runs of a config, alternating between its `lens.every` and 0.
 
     python benchmarks/lens_history.py [CONFIG.toml] [--pairs N] [--section.field value ...]
 
-Each is a process of its own with an empty compilation cache, as a first run is: what the lens compiles counts. Its time
-and the processor time that it took (of all threads) are compared within pairs, whose order alternates. Then, in this
-process, what a look alone takes: the first one, which compiles, and the median of those after it.
+Each run is a process with an empty compilation cache, like a user's first run, so compiling counts. Its time and its
+processor time (of all threads) are compared within pairs, whose order alternates. First, in this process, the time of a
+record alone: the first one, which compiles, and the median of the others.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.step import init_state
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
-LOOKS = 100
+NUM_RECORDS = 100
 
 
 def seconds_of(arguments: list[str]) -> tuple[float, float]:
-    """How long a run takes in a new folder, and how much processor time."""
+    """Time and processor time of a run in a new folder."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         command = [sys.executable, TRAIN, *arguments, "--run.folder", f"{folder}/run"]
@@ -40,16 +40,16 @@ def seconds_of(arguments: list[str]) -> tuple[float, float]:
     return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def look_seconds(path: str | None) -> list[tuple[float, float]]:
-    """Time and processor time of looks at a model with a vocabulary of 128, each of which is kept."""
-    config = fd.load_config(path, {"model.vocab_size": 128, "lens.every": 1, "training.num_steps": LOOKS})
+def record_seconds(path: str | None) -> list[tuple[float, float]]:
+    """Time and processor time of each record of a model with a vocabulary of 128."""
+    config = fd.load_config(path, {"model.vocab_size": 128, "lens.every": 1, "training.num_steps": NUM_RECORDS})
     mesh = make_mesh(config, jax.devices())
     state = init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=mesh)
     tokens_T = np.arange(min(config.lens.prompt_tokens, config.model.context_length), dtype=np.int32)
     taken = []
     with tempfile.TemporaryDirectory() as folder, use_mesh(mesh):
         watch = Watch(config, Path(folder), tokens_T, 0, mesh)
-        for step in range(LOOKS):
+        for step in range(NUM_RECORDS):
             start, busy = time.perf_counter(), time.process_time()
             watch.record(step, state.params)
             taken.append((time.perf_counter() - start, time.process_time() - busy))
@@ -63,10 +63,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     options, settings = parser.parse_known_args()
     arguments = ([options.config] if options.config else []) + settings
-    first, *others = look_seconds(options.config)
+    first, *others = record_seconds(options.config)
     usual, usual_busy = (1000 * statistics.median(column) for column in zip(*others, strict=True))
-    print(f"the first look takes {first[0]:.2f} s ({first[1]:.2f} s of processor time), ", end="")
-    print(f"those after it {usual:.1f} ms ({usual_busy:.1f})")
+    print(f"the first record takes {first[0]:.2f} s ({first[1]:.2f} s of processor time), ", end="")
+    print(f"the others {usual:.1f} ms ({usual_busy:.1f})")
     ratios = []
     for pair in range(options.pairs):
         kinds = {"watched": [], "not watched": ["--lens.every", "0"]}

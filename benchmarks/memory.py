@@ -1,10 +1,10 @@
-"""What the memory settings save, and what they cost in time: the tables of docs/memory.md.
+"""Memory saved by the memory settings, and their cost in time: the tables of docs/memory.md.
 
     python benchmarks/memory.py [--json FILE]
 
-Memory is what the compiler sets aside for one training step beside the state and the batch; for that the step is
-compiled, not run, so the shapes may be large. Time is the median of steps that are run, at shapes that a CPU can do. On
-CPU it is processor time, of all cores together, which does not hang on what else the machine is doing.
+Memory is what the compiler allocates for one training step beside the state and the batch; the step is compiled but
+not run, so shapes may be large. Time is the median over steps of a smaller shape. On CPU it is processor time of all
+cores, which does not depend on other work of the machine.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
+from measuring import random_batch
 
 import flax_decoder as fd
 
@@ -25,12 +25,12 @@ LARGE_VOCABULARY = {
     "model.context_length": 1024,
     "model.num_layers": 2,
     "model.embed_dim": 256,
-    # So that little else is kept.
+    # So that little else takes memory.
     "model.scan_layers": True,
     "model.remat": "full",
     "training.batch_size": 8,
 }
-# GPT-2 small but for its vocabulary; scores are held whole, as a GPU without a fused kernel would.
+# GPT-2 small with a small vocabulary; attention stores all scores, as on a GPU without a fused kernel.
 DEEP = {
     "model.vocab_size": 256,
     "model.context_length": 1024,
@@ -54,9 +54,9 @@ POLICIES = ("none", "attention", "dots", "full")
 
 
 def main() -> None:
-    """Prints three tables, and writes them where asked to."""
+    """Prints three tables, and writes them to a file with --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="write the figures to this file, too")
+    parser.add_argument("--json", help="also write the numbers to a file")
     options = parser.parse_args()
     chunk = "training.loss_chunk_tokens"
     figures = {
@@ -85,38 +85,35 @@ def main() -> None:
     for title, rows in figures.items():
         print(f"\n{title}")
         for name, row in rows.items():
-            print(f"{name:>10}  {row['MiB']:10,.0f} MiB  {row['seconds']:7.3f} s a step")
+            print(f"{name:>10}  {row['MiB']:10,.0f} MiB  {row['seconds']:7.3f} s per step")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
 
 
-def make(settings: dict[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
-    """A function that makes the state, and a batch of random tokens."""
+def make(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """A function that makes the state, and a random batch."""
     config = fd.load_config(None, {name: value for name, value in settings.items() if value is not None})
-    shape = (config.training.batch_size, config.model.context_length)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    batch = {"inputs": tokens, "targets": np.roll(tokens, -1, axis=1)}
-    return lambda: fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0)), batch
+    return lambda: fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0)), random_batch(config)
 
 
 def temporaries(settings: dict[str, Any]) -> int:
-    """Bytes that a step needs beside its inputs and outputs."""
+    """Bytes that a step allocates beside its inputs and outputs."""
     make_state, batch = make(settings)
     step = jax.jit(fd.train_step, donate_argnums=0).lower(jax.eval_shape(make_state), batch)
     analysis = step.compile().memory_analysis()
-    assert analysis is not None, "this backend does not say what it sets aside"
+    assert analysis is not None, "this backend has no memory analysis"
     return analysis.temp_size_in_bytes
 
 
 def moments_bytes(settings: dict[str, Any]) -> int:
-    """Bytes of the optimizer's state."""
+    """Bytes of the optimizer state."""
     state = jax.eval_shape(make(settings)[0])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state))
 
 
 def step_seconds(settings: dict[str, Any]) -> float:
-    """Median time of a step after the first, which compiles."""
+    """Median time of a step, without the first one, which compiles."""
     make_state, batch = make(settings)
     state, take_step, seconds = make_state(), jax.jit(fd.train_step, donate_argnums=0), []
     now = time.process_time if jax.default_backend() == "cpu" else time.perf_counter

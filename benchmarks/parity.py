@@ -1,9 +1,9 @@
-"""How far our logits are from those of PyTorch, family by family, in float32 on CPU.
+"""The difference between our logits and PyTorch's for each model family, in float32 on CPU.
 
     pip install -e ".[test,torch]" && python benchmarks/parity.py
 
-The models are those of tests/test_families.py: random weights of a realistic scale, several shapes a family. Prints the
-largest difference of a logit over the largest logit, the worst of each family's shapes.
+The models are those of tests/test_families.py: random weights of a realistic scale, several shapes per family. Prints
+the largest difference of a logit over the largest logit, for the worst shape of each family.
 """
 
 import sys

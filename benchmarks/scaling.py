@@ -1,15 +1,15 @@
-"""How cost grows: training steps, compiling, preparing texts and generating, each over a range of sizes.
+"""How cost grows with size: training steps, compiling, preparing texts and generating.
 
     python benchmarks/scaling.py [--only NAME] [--quick] [--rounds N] [--json FILE] [--plot FILE]
 
-Each point is measured in a process of its own. Seconds are the fastest of the rounds, and so are processor seconds, of
-all cores together, which hang less on what else the machine is doing. Memory (Linux only) is the highest level of the
-process over the one before the work: after the imports, and where a compiled program is run, after compiling it.
+Each point is measured in its own process. Seconds and processor seconds (of all cores, which depend less on other work
+of the machine) are the minimum over the rounds. Memory (Linux only) is the peak of the process over its level before
+the work: after the imports, and after compiling if a compiled program is measured.
 
-Beside each cost stands its work: floating-point operations by `training/flops.py`, bytes by the table of
-docs/memory.md, lines of the program that is compiled, bytes of a text. An exponent is the slope of log cost over log
-size, by least squares over the larger half of the sizes. Where that of a cost is larger than that of its work, the
-cost grows faster than it must.
+Each cost is compared with its work: floating-point operations by `training/flops.py`, bytes by the table of
+docs/memory.md, lines of the program to compile, bytes of a text. An exponent is the slope of log cost over log size, by
+least squares over the larger half of the sizes. If that of a cost is larger than that of its work, the cost grows
+faster than it must.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from process_memory import mib_level
+from measuring import mib_level, random_batch, random_model
 
 import flax_decoder as fd
 from flax_decoder.config import DataConfig
@@ -42,14 +42,13 @@ from flax_decoder.training.loss import LOGITS_BYTES
 from flax_decoder.training.step import state_maker
 
 MB, MIB = 10**6, 2**20
-# A point that has taken so long is not repeated any more.
-MAX_POINT_SECONDS = 20.0
+MAX_POINT_SECONDS = 20.0  # a point that has taken this long is not repeated
 NEW_TOKENS = 64
 LINE_WORDS = 12
 TOKENIZER_TOKENS = 8192
 COSTS = {"seconds": "seconds", "processor_seconds": "processor seconds", "mib": "MiB"}
 Point = dict[str, Any]
-"""`size`, the costs, and in `work` what each cost is held against; `failed` alone says why there are none."""
+"""`size`, the costs, and `work`, what each cost is compared with; or `size` and `failed`, why there are no costs."""
 
 STEP = {
     "model.vocab_size": 256,
@@ -68,10 +67,10 @@ class Series:
 
     Attributes:
         title: what is measured.
-        axis: what the size counts.
-        sizes: from small to large; the largest needs less than 24 GiB.
-        quick_sizes: the same in a few seconds each.
-        measure: takes a size, the most rounds and the folder of texts; gives costs and "work".
+        axis: the meaning of the size.
+        sizes: in increasing order; the largest needs less than 24 GiB.
+        quick_sizes: those that take a few seconds each.
+        measure: from a size, the maximum of rounds and the folder of texts to the costs and "work".
     """
 
     title: str
@@ -82,11 +81,11 @@ class Series:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a table for each series, then the exponents of all."""
+    """Prints a table per series, then the exponents of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SERIES, action="append", help="this series; may be repeated")
+    parser.add_argument("--only", choices=SERIES, action="append", help="only this series; may be repeated")
     parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--rounds", type=int, default=5, help="of each point, and fewer where one takes long")
+    parser.add_argument("--rounds", type=int, default=5, help="per point, fewer for those that take long")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="write a picture of all series to this file")
     parser.add_argument("--point", nargs=3, metavar=("NAME", "SIZE", "FOLDER"), help=argparse.SUPPRESS)
@@ -121,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def start_point(name: str, size: int, rounds: int, folder: Path) -> Point:
-    """Measures a point in a process of its own; where that fails, the point says so and the others go on."""
+    """Measures a point in its own process; a failure is recorded in the point and does not stop the others."""
     command = [sys.executable, __file__, "--rounds", str(rounds), "--point", name, str(size), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
@@ -132,7 +131,7 @@ def start_point(name: str, size: int, rounds: int, folder: Path) -> Point:
 
 def measure_point(name: str, size: int, rounds: int, folder: Path) -> Point:
     """Measures a point in this process."""
-    # A program that lies ready in a cache would cost nothing to compile.
+    # A cached program would cost nothing to compile.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.numpy.ones(3).block_until_ready()
     return {"size": size, **SERIES[name].measure(size, rounds, folder)}
@@ -148,8 +147,9 @@ def row_of(point: Point) -> str:
 
 
 def step_point(setting: str, size: int, rounds: int, folder: Path, **changes: Any) -> Point:
-    """A training step as `jax.jit(fd.train_step, donate_argnums=0)` takes it."""
-    config, batch = settings_and_batch({**STEP, **changes, setting: size})
+    """A training step, `jax.jit(fd.train_step, donate_argnums=0)`."""
+    config = fd.load_config(None, {**STEP, **changes, setting: size})
+    batch = random_batch(config)
     make = state_maker(fd.Decoder(config.model), config)
     rng = jax.random.key(0)
     make_state = jax.jit(make).lower(rng).compile()
@@ -161,21 +161,16 @@ def step_point(setting: str, size: int, rounds: int, folder: Path, **changes: An
         nonlocal state
         state, _ = jax.block_until_ready(step(state, batch))
 
-    take_step()  # settles the memory
-    seconds, processor_seconds = fastest(take_step, rounds)
+    take_step()  # allocates memory
+    costs = costs_of(take_step, rounds, before)
     num_tokens = batch["inputs"].size
     flops = num_tokens * flops_per_token(config.model, "causal")
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return {
-        "seconds": seconds,
-        "processor_seconds": processor_seconds,
-        "mib": mib_over(before),
-        "work": {"seconds": flops, "processor_seconds": flops, "mib": step_bytes(config, num_params)},
-    }
+    return {**costs, "work": {**dict.fromkeys(costs, flops), "mib": step_bytes(config, num_params)}}
 
 
 def step_bytes(config: fd.Config, num_params: int) -> float:
-    """What a training step holds by the table of docs/memory.md, of scores half: those in the past of their query."""
+    """Memory of a training step by the table of docs/memory.md, with half of the scores, as attention is causal."""
     model, B = config.model, config.training.batch_size
     T, L, N, V = model.context_length, model.num_layers, model.num_heads, model.vocab_size or 0
     activations = L * B * T * (12 * model.embed_dim + 3 * model.mlp_width)
@@ -184,8 +179,9 @@ def step_bytes(config: fd.Config, num_params: int) -> float:
 
 
 def compile_point(setting: str, size: int, rounds: int, folder: Path, **changes: Any) -> Point:
-    """Tracing and compiling a training step. Its work is the program that is given to the compiler, in lines."""
-    config, batch = settings_and_batch({**STEP, **changes, setting: size})
+    """Tracing and compiling a training step; the work is the number of lines of the program to compile."""
+    config = fd.load_config(None, {**STEP, **changes, setting: size})
+    batch = random_batch(config)
     state = jax.eval_shape(state_maker(fd.Decoder(config.model), config), jax.random.key(0))
     before = memory_before()
 
@@ -195,27 +191,23 @@ def compile_point(setting: str, size: int, rounds: int, folder: Path, **changes:
         lowered.compile()
         return lowered
 
-    seconds, processor_seconds = fastest(compile_step, rounds)
-    mib = mib_over(before)
+    costs = costs_of(compile_step, rounds, before)
     lines = jax.jit(fd.train_step, donate_argnums=0).lower(state, batch).as_text().count("\n")
-    costs = {"seconds": seconds, "processor_seconds": processor_seconds, "mib": mib}
     return {**costs, "work": dict.fromkeys(costs, lines)}
 
 
 def text_point(tokenizer: str, size: int, rounds: int, folder: Path) -> Point:
-    """From a file to tokens, as `train` does it."""
+    """From a file to tokens, as in `train`."""
     kind = str(folder / "tokenizer.json") if tokenizer == "file" else tokenizer
     data = DataConfig(path=str(text_file(folder, size)), tokenizer=kind)
     if kind not in ("char", "byte"):
-        import tokenizers  # noqa: F401  # what an import takes is none of the text's
-    before = memory_before()
-    seconds, processor_seconds = fastest(lambda: prepare_corpus(data, 64, None), rounds)
-    costs = {"seconds": seconds, "processor_seconds": processor_seconds, "mib": mib_over(before)}
+        import tokenizers  # noqa: F401  # an import is no cost of the text
+    costs = costs_of(lambda: prepare_corpus(data, 64, None), rounds, memory_before())
     return {**costs, "work": dict.fromkeys(costs, size)}
 
 
 def prompt_point(size: int, rounds: int, folder: Path) -> Point:
-    """Reading a prompt of that many tokens and writing one."""
+    """Processing a prompt and generating one token."""
     model, params, prompt_T = model_and_prompt(size)
     config = dataclasses.replace(model.config, context_length=size)
 
@@ -223,20 +215,14 @@ def prompt_point(size: int, rounds: int, folder: Path) -> Point:
         np.asarray(fd.generate(model, params, prompt_T[None], 1, temperature=0.0))
 
     read()  # compiles
-    before = memory_before()
-    seconds, processor_seconds = fastest(read, rounds)
+    costs = costs_of(read, rounds, memory_before())
     flops = size * flops_per_token(config, "causal") / 3  # backward is twice as much as forward
     cache = cache_capacity(model.config, size + 1) * 8 * config.num_layers * config.kv_heads * config.head_width
-    return {
-        "seconds": seconds,
-        "processor_seconds": processor_seconds,
-        "mib": mib_over(before),
-        "work": {"seconds": flops, "processor_seconds": flops, "mib": cache},
-    }
+    return {**costs, "work": {**dict.fromkeys(costs, flops), "mib": cache}}
 
 
 def decode_point(size: int, rounds: int, folder: Path) -> Point:
-    """Writing a token behind that many: what NEW_TOKENS more take, over their number."""
+    """Generating a token after `size` tokens: the cost of NEW_TOKENS more, over their number."""
     model, params, prompt_T = model_and_prompt(size)
     prefix = fd.prefill(model, params, prompt_T)
 
@@ -253,29 +239,20 @@ def decode_point(size: int, rounds: int, folder: Path) -> Point:
     return {**costs, "slots": slots, "work": dict.fromkeys(costs, flops)}
 
 
-def settings_and_batch(settings: dict[str, Any]) -> tuple[fd.Config, dict[str, np.ndarray]]:
-    """A config, and a batch of random tokens for it."""
-    config = fd.load_config(None, settings)
-    shape = (config.training.batch_size, config.model.context_length)
-    tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    return config, {"inputs": tokens_BT, "targets": np.roll(tokens_BT, -1, axis=1)}
-
-
 def model_and_prompt(num_tokens: int) -> tuple[fd.Decoder, Any, np.ndarray]:
     """A model with random weights, unstacked as for serving, and a random prompt."""
-    model = fd.Decoder(fd.load_config(None, DECODE).model)
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    model, params = random_model(DECODE)
     prompt_T = np.random.default_rng(0).integers(0, model.config.vocab_size, num_tokens).astype(np.int32)
     return model, fd.unstack_layers(params), prompt_T
 
 
 def text_file(folder: Path, size: int) -> Path:
-    """Where the text of that many bytes is."""
+    """The path of the text with this many bytes."""
     return folder / f"{size}.txt"
 
 
 def write_texts(folder: Path, sizes: Sequence[int]) -> None:
-    """Texts of so many bytes, drawn from the words of Python's help texts, and a tokenizer.json trained on the first.
+    """Writes texts of random words from Python's help texts, and a tokenizer.json trained on the smallest.
 
     Each text begins with the smaller ones.
     """
@@ -303,7 +280,7 @@ def write_texts(folder: Path, sizes: Sequence[int]) -> None:
 
 
 def fastest(act: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Seconds and processor seconds of a call, of each the least of all rounds."""
+    """Seconds and processor seconds of a call, each the minimum over the rounds."""
     seconds, processor_seconds = [], []
     while not seconds or (len(seconds) < rounds and sum(seconds) < MAX_POINT_SECONDS):
         start, processor_start = time.perf_counter(), time.process_time()
@@ -314,10 +291,10 @@ def fastest(act: Callable[[], Any], rounds: int) -> tuple[float, float]:
 
 
 def memory_before() -> float | None:
-    """The level that a peak is counted from, in MiB; forgets the peaks so far, such as that of compiling."""
+    """The current memory in MiB, from which a peak is counted; resets the peak."""
     gc.collect()
     try:
-        # Memory that was freed and not given back would hide what is taken next.
+        # Freed memory that the process keeps would hide what it allocates next.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
@@ -325,15 +302,17 @@ def memory_before() -> float | None:
     return mib_level("VmRSS")
 
 
-def mib_over(before: float | None) -> float | None:
-    """The highest level since, in MiB over the one before; None where the system does not say it."""
-    return None if before is None else mib_level("VmHWM") - before
+def costs_of(act: Callable[[], Any], rounds: int, before: float | None) -> Point:
+    """Time of a call, see `fastest`, and the peak memory over `before` in MiB, None if unknown."""
+    seconds, processor_seconds = fastest(act, rounds)
+    mib = None if before is None else mib_level("VmHWM") - before
+    return {"seconds": seconds, "processor_seconds": processor_seconds, "mib": mib}
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """The slope of log cost over log size, by least squares over the larger half of the sizes, at least two.
 
-    NaN where there are fewer, or a cost is not over 0, which has no logarithm.
+    NaN if there are fewer, or a cost is not positive.
     """
     larger = sorted(zip(sizes, costs, strict=True))[min(len(sizes) // 2, max(len(sizes) - 2, 0)) :]
     if len(larger) < 2 or min(cost for _, cost in larger) <= 0:
@@ -343,20 +322,20 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def exponents_of(points: Sequence[Point]) -> dict[str, dict[str, float]]:
-    """For each cost its exponent, "measured", and that of its work, "work"."""
+    """The exponent of each cost, "measured", and that of its work, "work"."""
     points = [point for point in points if "failed" not in point]
     result = {}
     for cost in COSTS:
-        own = [point for point in points if point.get(cost) is not None]
-        if own:
-            sizes = [point["size"] for point in own]
-            measured = exponent(sizes, [point[cost] for point in own])
-            result[cost] = {"measured": measured, "work": exponent(sizes, [point["work"][cost] for point in own])}
+        present = [point for point in points if point.get(cost) is not None]
+        if present:
+            sizes = [point["size"] for point in present]
+            measured = exponent(sizes, [point[cost] for point in present])
+            result[cost] = {"measured": measured, "work": exponent(sizes, [point["work"][cost] for point in present])}
     return result
 
 
 def exponents_table(exponents: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A table of Markdown: the measured exponent of each cost, and in brackets that of its work."""
+    """A Markdown table: the exponent of each cost, and in brackets that of its work."""
     rows = ["| | " + " | ".join(COSTS.values()) + " |", "|---" * (1 + len(COSTS)) + "|"]
     for name, own in exponents.items():
         cells = (f"{own[cost]['measured']:.2f} ({own[cost]['work']:.2f})" if cost in own else "" for cost in COSTS)
@@ -367,7 +346,7 @@ def exponents_table(exponents: dict[str, dict[str, dict[str, float]]]) -> str:
 def plot(
     results: dict[str, list[Point]], exponents: dict[str, dict[str, dict[str, float]]], processor: str, file: Path
 ) -> None:
-    """A panel a series: processor seconds on the left axis, memory on the right one, their work as dashed lines."""
+    """A panel per series: processor seconds on the left axis, memory on the right one, their work as dashed lines."""
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
@@ -379,31 +358,35 @@ def plot(
     for panel in panels.flat[len(results) :]:
         panel.set_visible(False)
     for panel, (name, points) in zip(panels.flat, results.items(), strict=False):
-        told = []
+        titles = []
         for cost, color, axes in (("processor_seconds", "tab:blue", panel), ("mib", "tab:orange", None)):
-            own = [point for point in points if point.get(cost)]
-            if not own:
+            present = [point for point in points if point.get(cost)]
+            if not present:
                 continue
             axes = axes or panel.twinx()
-            sizes = [point["size"] for point in own]
-            scale = own[-1][cost] / own[-1]["work"][cost]
-            axes.plot(sizes, [point[cost] for point in own], "o-", color=color, markersize=4)
-            axes.plot(sizes, [scale * point["work"][cost] for point in own], "--", color=color, alpha=0.7)
+            sizes = [point["size"] for point in present]
+            scale = present[-1][cost] / present[-1]["work"][cost]
+            axes.plot(sizes, [point[cost] for point in present], "o-", color=color, markersize=4)
+            axes.plot(sizes, [scale * point["work"][cost] for point in present], "--", color=color, alpha=0.7)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.minorticks_off()
-            some = sizes[:: max((len(sizes) - 1) // 2, 1)]  # all would run into each other
+            some = sizes[:: max((len(sizes) - 1) // 2, 1)]  # all would overlap
             axes.set_xticks(some, [f"{size:,}" for size in some])
-            if own[0][cost] * 10 > own[-1][cost]:  # too narrow for powers of ten
+            if present[0][cost] * 10 > present[-1][cost]:  # too narrow for powers of ten
                 axes.yaxis.set_major_locator(ticker.MaxNLocator(4, min_n_ticks=3))
                 axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.4g}"))
             axes.set_ylabel(COSTS[cost], color=color)
             axes.tick_params(axis="y", labelcolor=color)
-            told.append(f"{COSTS[cost]} {exponents[name][cost]['measured']:.2f} ({exponents[name][cost]['work']:.2f})")
+            titles.append(
+                f"{COSTS[cost]} {exponents[name][cost]['measured']:.2f} ({exponents[name][cost]['work']:.2f})"
+            )
         panel.set_xlabel(SERIES[name].axis)
-        panel.set_title(f"{SERIES[name].title}\n{', '.join(told)}", fontsize=9)
+        panel.set_title(f"{SERIES[name].title}\n{', '.join(titles)}", fontsize=9)
         panel.grid(alpha=0.3)
-    figure.suptitle(f"{processor}\nexponents of the larger half, in brackets and dashed those of the work", fontsize=10)
+    figure.suptitle(
+        f"{processor}\nexponents over the larger half of the sizes; work in brackets and dashed", fontsize=10
+    )
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -411,56 +394,38 @@ def plot(
 CONTEXTS = (64, 128, 256, 512, 1024, 2048, 4096)
 DEPTHS = (2, 4, 8, 16, 32, 48)
 BYTES = tuple(size * MB for size in (1, 2, 5, 10, 20, 50, 100, 200))
-WIDER = {"model.embed_dim": 256, "model.context_length": 128}
+VOCABULARIES = (65, 256, 1024, 4096, 16_384, 32_768, 65_536, 131_072)
+SETTING_OF = {
+    "context length": "model.context_length",
+    "layers": "model.num_layers",
+    "vocabulary": "model.vocab_size",
+    "batch size": "training.batch_size",
+}
+
+
+def over_setting(
+    axis: str, title: str, sizes: tuple[int, ...], num_quick: int, point: Callable[..., Point], **changes: Any
+) -> Series:
+    """A series of `point` over one setting, with `changes` to STEP named section__field."""
+    settings = {name.replace("__", "."): value for name, value in changes.items()}
+    return Series(title, axis, sizes, sizes[:num_quick], functools.partial(point, SETTING_OF[axis], **settings))
+
+
+over_context = functools.partial(over_setting, "context length")
+over_layers = functools.partial(over_setting, "layers")
 SERIES = {
-    "step_context": Series(
-        "training step",
-        "context length",
-        CONTEXTS,
-        CONTEXTS[:3],
-        functools.partial(step_point, "model.context_length", **{"training.batch_size": 2}),
+    "step_context": over_context("training step", CONTEXTS, 3, step_point, training__batch_size=2),
+    "step_window": over_context(
+        "training step, window 128", CONTEXTS, 3, step_point, training__batch_size=2, model__window=128
     ),
-    "step_window": Series(
-        "training step, window 128",
-        "context length",
-        CONTEXTS,
-        CONTEXTS[:3],
-        functools.partial(step_point, "model.context_length", **{"training.batch_size": 2, "model.window": 128}),
+    "step_depth": over_layers("training step", DEPTHS, 2, step_point, model__embed_dim=256, model__context_length=128),
+    "step_vocabulary": over_setting(
+        "vocabulary", "training step", VOCABULARIES, 2, step_point, model__num_layers=2, model__context_length=128
     ),
-    "step_depth": Series(
-        "training step", "layers", DEPTHS, DEPTHS[:2], functools.partial(step_point, "model.num_layers", **WIDER)
-    ),
-    "step_vocabulary": Series(
-        "training step",
-        "vocabulary",
-        (65, 256, 1024, 4096, 16_384, 32_768, 65_536, 131_072),
-        (65, 256),
-        functools.partial(step_point, "model.vocab_size", **{"model.num_layers": 2, "model.context_length": 128}),
-    ),
-    "step_batch": Series(
-        "training step",
-        "batch size",
-        tuple(2**i for i in range(10)),
-        (1, 2),
-        functools.partial(step_point, "training.batch_size"),
-    ),
-    "compile_depth": Series(
-        "compiling, unrolled", "layers", DEPTHS, DEPTHS[:2], functools.partial(compile_point, "model.num_layers")
-    ),
-    "compile_scanned": Series(
-        "compiling, scanned",
-        "layers",
-        DEPTHS,
-        DEPTHS[:2],
-        functools.partial(compile_point, "model.num_layers", **{"model.scan_layers": True}),
-    ),
-    "compile_context": Series(
-        "compiling, 2 layers",
-        "context length",
-        CONTEXTS,
-        CONTEXTS[:2],
-        functools.partial(compile_point, "model.context_length", **{"model.num_layers": 2}),
-    ),
+    "step_batch": over_setting("batch size", "training step", tuple(2**i for i in range(10)), 2, step_point),
+    "compile_depth": over_layers("compiling, unrolled", DEPTHS, 2, compile_point),
+    "compile_scanned": over_layers("compiling, scanned", DEPTHS, 2, compile_point, model__scan_layers=True),
+    "compile_context": over_context("compiling, 2 layers", CONTEXTS, 2, compile_point, model__num_layers=2),
     **{
         f"text_{kind}": Series(
             f"preparing a text, {'a tokenizer.json' if kind == 'file' else kind}",
@@ -471,8 +436,8 @@ SERIES = {
         )
         for kind in ("char", "byte", "bpe", "file")
     },
-    "prompt": Series("reading a prompt", "tokens", (*CONTEXTS, 8192), CONTEXTS[:2], prompt_point),
-    "decode": Series("writing a token", "tokens before it", (*CONTEXTS, 8192), CONTEXTS[:2], decode_point),
+    "prompt": Series("processing a prompt", "tokens", (*CONTEXTS, 8192), CONTEXTS[:2], prompt_point),
+    "decode": Series("generating a token", "tokens before it", (*CONTEXTS, 8192), CONTEXTS[:2], decode_point),
 }
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How long a user waits: for the help, for the first step, and for a deep stack to compile.
+"""How long a user waits: for --help, for the first step, and for many layers to compile.
 
     python benchmarks/start.py [--rounds N]
 
-Whole processes, in turn: `python train.py --help`; the default run up to its first step with a cold compilation cache
-and with a warm one. Then, in this process, the compilation of a training step with 2 and with 48 scanned layers.
+Each is a separate process: `python train.py --help`; the default run up to its first step, with a cold and with a warm
+compilation cache. Then, in this process, compiling a training step with 2 and with 48 scanned layers.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
 
 
 def seconds_of(command: list[str], cache: str) -> float:
-    """How long a process takes, in a new folder and with the given compilation cache."""
+    """Seconds of a process in a new folder, with the given compilation cache."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -33,7 +34,7 @@ def seconds_of(command: list[str], cache: str) -> float:
 
 
 def seconds_to_first_step(cache: str) -> float:
-    """From the start of `python train.py` to the end of its first step: the log's line is waited for."""
+    """From the start of `python train.py` to the end of its first step, when the log has a line."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "runs" / "default" / "metrics.jsonl"
@@ -52,7 +53,7 @@ def seconds_to_first_step(cache: str) -> float:
 
 
 def compile_seconds(num_layers: int) -> float:
-    """Tracing and compiling a training step of the default width with scanned layers, without a cache."""
+    """Seconds to trace and compile a training step of the default width with scanned layers, without a cache."""
     config = fd.load_config(None, {"model.vocab_size": 65, "model.num_layers": num_layers, "model.scan_layers": True})
     model = fd.Decoder(config.model)
     state = jax.eval_shape(lambda rng: fd.init_state(model, config, rng=rng), jax.random.key(0))
@@ -67,18 +68,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     num_rounds = parser.parse_args().rounds
-    names = ("python train.py --help", "first step, cold cache", "first step, warm cache", "2 layers", "48 layers")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as warm:
+    with tempfile.TemporaryDirectory() as warm, tempfile.TemporaryDirectory() as folder:
         seconds_to_first_step(warm)
-        for _ in range(num_rounds):
-            seconds[names[0]].append(seconds_of([TRAIN, "--help"], warm))
-            with tempfile.TemporaryDirectory() as cold:
-                seconds[names[1]].append(seconds_to_first_step(cold))
-            seconds[names[2]].append(seconds_to_first_step(warm))
-            seconds[names[3]].append(compile_seconds(2))
-            seconds[names[4]].append(compile_seconds(48))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        measurements: dict[str, Callable[[], float]] = {
+            "python train.py --help": lambda: seconds_of([TRAIN, "--help"], warm),
+            "first step, cold cache": lambda: seconds_to_first_step(tempfile.mkdtemp(dir=folder)),
+            "first step, warm cache": lambda: seconds_to_first_step(warm),
+            "2 layers": lambda: compile_seconds(2),
+            "48 layers": lambda: compile_seconds(48),
+        }
+        rounds = [{name: measure() for name, measure in measurements.items()} for _ in range(num_rounds)]
+    medians = {name: statistics.median(seconds[name] for seconds in rounds) for name in measurements}
     for name, value in medians.items():
         print(f"{name:<24} {value:6.2f} s")
     print(f"compiling 48 scanned layers over compiling 2: {medians['48 layers'] / medians['2 layers']:.2f}")

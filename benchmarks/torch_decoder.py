@@ -1,7 +1,7 @@
-"""The PyTorch side of gpu_train.py: a decoder and its training step, written for speed, in nothing but torch.
+"""The PyTorch side of the training benchmarks: a decoder and its training step, written for speed in plain PyTorch.
 
-Its params are float32 and its products in the dtype of the config; queries, keys and values are one product, gate and
-up another. It knows what the shapes of the benchmark need: GPT-2's kind and Llama's.
+Params are float32, products are in the dtype of the config; query, key and value are one product, gate and up another.
+It supports the configs of the benchmarks: GPT-2 and Llama.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from flax_decoder.config import Config, ModelConfig
 
 
 class Linear(nn.Linear):
-    """A product in the dtype of its input; the weights stay float32."""
+    """A product in the dtype of its input, with float32 weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (..., in) to (..., out)."""
@@ -69,18 +69,18 @@ class Block(nn.Module):
             gate, h = h.chunk(2, dim=-1)
             h = F.silu(gate) * h
         else:
-            h = F.gelu(h, approximate="tanh")
+            h = F.gelu(h, approximate="tanh" if self.config.feed_forward == "gelu_tanh" else "none")
         return x + self.down(h)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns number i of a head with number i + H/2, in float32; x is (B, N, T, H)."""
+    """Rotates channels i and i + H/2 of each head together, in float32; x is (B, N, T, H)."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 class Decoder(nn.Module):
-    """Tokens and targets to the mean loss: what torch.compile sees at once."""
+    """The model and its loss, so that torch.compile sees both."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -97,13 +97,11 @@ class Decoder(nn.Module):
             self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Maps two times (B, T) to a number, in nats a token."""
+        """Maps tokens and targets, both (B, T), to the mean loss in nats per token."""
         x = F.embedding(tokens, self.embedding).to(self.dtype)
-        waves = None
         if self.positions is not None:
             x = x + self.positions.to(self.dtype)
-        else:
-            waves = (self.cos, self.sin)
+        waves = (self.cos, self.sin) if self.positions is None else None
         for block in self.blocks:
             x = block(x, waves)
         logits = F.linear(self.final_norm(x), self.embedding.to(self.dtype))
@@ -111,7 +109,7 @@ class Decoder(nn.Module):
 
 
 def copy_params(params: Any, model: Decoder) -> None:
-    """Gives a PyTorch model the params of ours."""
+    """Copies the params of a Flax model to the PyTorch model."""
     layers = params["layers"]
     attention, feed_forward = layers["attention"], layers["feed_forward"]
     config = model.config
@@ -148,19 +146,19 @@ def copy_params(params: Any, model: Decoder) -> None:
 def steps_of(
     config: Config, model: Decoder, batches: np.ndarray, attention: str, compiled: bool
 ) -> Callable[[], list[float]]:
-    """Steps on batches (steps, B, T + 1), one after the other, and their losses.
+    """A function that takes a step on each batch of (steps, B, T + 1) and returns the losses.
 
     Args:
         config: optimizer and clipping.
-        model: where its parameters lie the steps are taken.
+        model: on the device that computes.
         batches: on the host.
         attention: the name of an `SDPBackend`.
-        compiled: whether model and loss go through torch.compile.
+        compiled: whether to use torch.compile.
     """
     device = model.embedding.device
     forward = torch.compile(model) if compiled else model
     optimized = config.optimizer
-    # What decays is what has two axes, as in ours: norms and biases do not.
+    # Matrices decay, as in ours; norms and biases do not.
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optimized.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},

@@ -1,16 +1,15 @@
-"""A training step beside PyTorch's: the same shapes, each in a process of its own, in turn.
+"""Compares a training step with PyTorch's: the same shapes, each in a separate process, in turn.
 
     pip install -e ".[torch]" && python benchmarks/train_step.py [--rounds N] [--shape S] [--json FILE]
 
-Ours is the plain step that a user writes, `jax.jit(fd.train_step, donate_argnums=0)`; `train.py` takes the same one.
-Four PyTorch models take part: Hugging Face's GPT2LMHeadModel and a plain one with fused attention, each eager and under
-torch.compile. All have GELU (erf), LayerNorm, learned positions, a tied head, no dropout; a step is forward, backward,
-clipping to norm 1 and AdamW, in float32 on two threads.
+Ours is `jax.jit(fd.train_step, donate_argnums=0)`, the step that users write and that `train.py` takes. Four PyTorch
+contestants: Hugging Face's GPT2LMHeadModel and the decoder in torch_decoder.py, each eager and with torch.compile. All
+have GELU (erf), LayerNorm, learned positions, a tied head and no dropout; a step is forward, backward, clipping to norm
+1 and AdamW, in float32 on two threads.
 
-Each has a process of its own, as what one library does to the C library's memory would change the other's time. Each
-round takes every contestant once, while the others sleep, so that a machine that slows down slows all of them. The
-median over all steps leaves out the first of a turn, which finds caches empty and threads asleep; the result is the
-ratio of medians, the fastest PyTorch over ours.
+Each contestant has its own process, because one library's use of the C library's memory would change the other's time.
+Each round runs every contestant once while the others sleep, so that a machine that slows down slows all of them. The
+result is the ratio of the medians over all steps, the fastest PyTorch over ours.
 """
 
 import argparse
@@ -23,77 +22,65 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from process_memory import mib_level
+from measuring import mib_level, random_batch
 
+from flax_decoder.config import Config
+from flax_decoder.config_file import load_config
 from flax_decoder.training.hardware import describe_cpu
 
 NUM_THREADS = 2
-VOCAB_SIZE = 65
-# layers, width, heads, context, batch; and how many steps a turn takes
+# layers, width, heads, context, batch; and the steps of a turn
 SHAPES = {"4/128/64/12": ((4, 128, 4, 64, 12), 10), "6/384/256/8": ((6, 384, 6, 256, 8), 4)}
 OURS = "flax_decoder, jax.jit(fd.train_step)"
 MODELS = ("fused attention", "GPT2LMHeadModel")
 THEIRS = [f"PyTorch, {model}, {mode}" for model in MODELS for mode in ("eager", "torch.compile")]
 WARM_UP_STEPS = 10
-REST_SECONDS = 0.3  # in which the threads of whoever was last fall asleep
+REST_SECONDS = 0.3  # until the threads of the previous contestant sleep
 Step = Callable[[], None]
 
 
-def random_tokens(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, int32 (B, T)."""
-    *_, context, batch_size = shape
-    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (batch_size, context + 1), np.int32)
-    return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+def config_of(shape: tuple[int, ...]) -> Config:
+    """The run that a shape stands for."""
+    names = ("model.num_layers", "model.embed_dim", "model.num_heads", "model.context_length", "training.batch_size")
+    return load_config(None, {"model.vocab_size": 65, **dict(zip(names, shape, strict=True))})
 
 
-def our_step(shape: tuple[int, ...]) -> Step:
-    """This package's training step."""
+def our_step(config: Config) -> Step:
+    """A training step of this package."""
     import jax
 
     import flax_decoder as fd
 
-    num_layers, width, num_heads, context, batch_size = shape
-    config = fd.load_config(
-        None,
-        {
-            "model.vocab_size": VOCAB_SIZE,
-            "model.num_layers": num_layers,
-            "model.embed_dim": width,
-            "model.num_heads": num_heads,
-            "model.context_length": context,
-            "training.batch_size": batch_size,
-        },
-    )
     state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
     take_step: Any = jax.jit(fd.train_step, donate_argnums=0)
-    inputs, targets = random_tokens(shape)
+    batch = random_batch(config)
 
     def step() -> None:
         nonlocal state
-        state, _ = jax.block_until_ready(take_step(state, {"inputs": inputs, "targets": targets}))
+        state, _ = jax.block_until_ready(take_step(state, batch))
 
     return step
 
 
-def their_step(name: str, shape: tuple[int, ...]) -> Step:
+def their_step(name: str, config: Config) -> Step:
     """A PyTorch training step, with its fused AdamW."""
     import torch
     from torch.nn import functional as F  # noqa: N812
-    from torch_gpt2 import make_model
+    from torch_decoder import Decoder
 
     torch.set_num_threads(NUM_THREADS)
     _, model_name, mode = name.split(", ")
-    model = make_model(model_name, VOCAB_SIZE, shape)
+    model = Decoder(config.model) if model_name == "fused attention" else hugging_face_model(config)
     model.train()
     forward = torch.compile(model) if mode == "torch.compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.99), weight_decay=0.1, fused=True)
-    tokens, wanted = (torch.from_numpy(array).long() for array in random_tokens(shape))
+    tokens, targets = (torch.from_numpy(array).long() for array in random_batch(config).values())
 
     def step() -> None:
-        output = forward(tokens)
-        logits = output if isinstance(output, torch.Tensor) else output.logits
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        if model_name == "fused attention":
+            loss = forward(tokens, targets)
+        else:
+            loss = F.cross_entropy(forward(tokens).logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,11 +90,35 @@ def their_step(name: str, shape: tuple[int, ...]) -> Step:
     return step
 
 
+def hugging_face_model(config: Config) -> Any:
+    """Hugging Face's GPT-2 of the same shape, without dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = config.model
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=model.vocab_size,
+            n_positions=model.context_length,
+            n_embd=model.embed_dim,
+            n_layer=model.num_layers,
+            n_head=model.num_heads,
+            activation_function="gelu",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+        )
+    )
+
+
 def take_turns(name: str, shape_name: str) -> None:
-    """The process of a contestant: for each line of standard input it takes some steps and prints their seconds."""
+    """The process of a contestant: for each line of standard input, takes some steps and prints their seconds."""
     shape, num_steps = SHAPES[shape_name]
-    step = our_step(shape) if name == OURS else their_step(name, shape)
-    for _ in range(WARM_UP_STEPS):  # compiles, and settles the memory
+    config = config_of(shape)
+    step = our_step(config) if name == OURS else their_step(name, config)
+    for _ in range(WARM_UP_STEPS):  # compiles, and allocates memory
         step()
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -120,7 +131,7 @@ def take_turns(name: str, shape_name: str) -> None:
 
 
 def peak_mib() -> float | None:
-    """The most memory that this process has had, where the system says it."""
+    """The peak memory of this process; None if unknown."""
     try:
         return mib_level("VmHWM")
     except OSError:
@@ -128,7 +139,7 @@ def peak_mib() -> float | None:
 
 
 class Contestant:
-    """A contestant's process, asleep between its turns."""
+    """The process of a contestant, which sleeps between its turns."""
 
     def __init__(self, name: str, shape_name: str):
         arguments = [sys.executable, __file__, "--contestant", name, "--shape", shape_name]
@@ -137,7 +148,7 @@ class Contestant:
         self.answer("ready")
 
     def answer(self, expected: str = "") -> str:
-        """The next line the process prints, which may also print others."""
+        """The next line of output that is an answer."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(expected or "{"):
@@ -145,7 +156,7 @@ class Contestant:
         raise SystemExit(f"{self.process.args}: ended with exit code {self.process.wait()}")
 
     def turn(self) -> dict[str, Any]:
-        """The seconds of each step, and the peak of memory so far."""
+        """The seconds of each step, and the peak memory so far."""
         time.sleep(REST_SECONDS)
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
@@ -186,7 +197,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--contestant", choices=(OURS, *THEIRS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    # Before a library starts its threads.
+    # Set before a library starts its threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_THREADS])

@@ -16,46 +16,33 @@ N = 4
 ROWS = 24
 
 
-def exchanges(text):
+def found_in(text):
     return collectives_of(parse_hlo(text))
 
 
-def by_hand(kind):
-    """Passes parts around a ring of N devices, as the kind needs; returns the bytes that one device has sent."""
-    part = ROWS // N * 4
-    if kind == "all-gather":  # each part visits all others
-        return (N - 1) * ROWS * 4
-    if kind == "collective-permute":
-        return ROWS * 4
-    if kind == "all-reduce":  # sums travel round, then come back
-        return 2 * (N - 1) * part
-    return (N - 1) * part  # all-to-all: a part for each other device
-
-
 @pytest.mark.parametrize(
-    ("kind", "exchange"),
+    ("kind", "collective", "sent"),
     [
-        ("all-gather", partial(jax.lax.all_gather, axis_name="x")),
-        ("all-reduce", partial(jax.lax.psum, axis_name="x")),
-        ("collective-permute", partial(jax.lax.ppermute, axis_name="x", perm=[(i, (i + 1) % N) for i in range(N)])),
-        ("all-to-all", partial(jax.lax.all_to_all, axis_name="x", split_axis=0, concat_axis=0, tiled=True)),
+        # Each part passes the other N - 1 devices, sums twice; all-to-all sends a part to each of them.
+        ("all-gather", partial(jax.lax.all_gather, axis_name="x"), 3 * ROWS * 4),
+        ("all-reduce", partial(jax.lax.psum, axis_name="x"), 2 * 3 * ROWS / N * 4),
+        ("collective-permute", partial(jax.lax.ppermute, axis_name="x", perm=[(0, 1), (1, 2), (2, 3)]), ROWS * 4),
+        (
+            "all-to-all",
+            partial(jax.lax.all_to_all, axis_name="x", split_axis=0, concat_axis=0, tiled=True),
+            3 * ROWS / N * 4,
+        ),
     ],
 )
-def test_what_a_compiled_exchange_sends(kind, exchange):
+def test_bytes_of_a_compiled_collective(kind, collective, sent):
     mesh = jax.make_mesh((2, N), ("y", "x"), axis_types=(AxisType.Auto,) * 2)
-    rows = jax.ShapeDtypeStruct((ROWS * N,), jnp.float32)
-
-    def repeated(x):
-        return jax.lax.scan(lambda carry, _: (carry + exchange(x).sum(), None), jnp.zeros(()), length=3)[0][None]
-
-    for function, times in [(lambda x: exchange(x).reshape(-1)[:1], 1), (repeated, 3)]:
-        split = jax.shard_map(
-            function, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"), check_vma=False
-        )
-        compiled = jax.jit(split).lower(rows).compile()
-        sent = {name: count for name, count in bytes_by_kind(exchanges(compiled.as_text())).items() if count}
-        # In a loop the exchange does not change, and the compiler may move it out.
-        assert sent in ({kind: by_hand(kind) * times}, {kind: by_hand(kind)})
+    spec = PartitionSpec("x")
+    split = jax.shard_map(
+        lambda x: collective(x).reshape(-1)[:1], mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    compiled = jax.jit(split).lower(jax.ShapeDtypeStruct((ROWS * N,), jnp.float32)).compile()
+    by_kind = bytes_by_kind(found_in(compiled.as_text()))
+    assert {name: count for name, count in by_kind.items() if count} == {kind: sent}
 
 
 ASYNC = """HloModule step, num_partitions=8
@@ -79,17 +66,17 @@ ENTRY %main (p: bf16[16,2]) -> bf16[4,2] {
 """
 
 
-def test_started_and_done_is_once():
-    assert exchanges(ASYNC) == [
+def test_asynchronous_collectives_count_once():
+    assert found_in(ASYNC) == [
         Collective("reduce-scatter", 64, 4, 1),
         Collective("all-gather", 64, 8, 1),
         Collective("collective-permute", 64, 2, 1),
         Collective("all-reduce", 64, 8, 1),
     ]
-    assert [one.wire_bytes for one in exchanges(ASYNC)] == [48, 448, 64, 112]
+    assert [one.wire_bytes for one in found_in(ASYNC)] == [48, 448, 64, 112]
 
 
-# What a TPU makes of an all-gather beside other work, and of a sum of which each device keeps its part.
+# On TPU: an asynchronous all-gather, and a sum of which each device keeps a part.
 FUSED = """HloModule step, num_partitions=8
 
 %begin (a: bf16[4]) -> (bf16[4], bf16[16]) {
@@ -121,15 +108,17 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {
 """
 
 
-def test_the_fusions_of_a_tpu():
-    assert exchanges(FUSED) == [Collective("all-gather", 8, 4, 1), Collective("reduce-scatter", 32, 4, 1)]
-    whole = FUSED.replace("ROOT %slice = bf16[4]{0} dynamic-slice(%all, %id)", "ROOT %kept = bf16[4]{0} negate(%all)")
-    assert exchanges(whole)[1].kind == "all-reduce"
+def test_fusions_of_a_tpu():
+    assert found_in(FUSED) == [Collective("all-gather", 8, 4, 1), Collective("reduce-scatter", 32, 4, 1)]
+    unsliced = FUSED.replace(
+        "ROOT %slice = bf16[4]{0} dynamic-slice(%all, %id)", "ROOT %kept = bf16[4]{0} negate(%all)"
+    )
+    assert found_in(unsliced)[1].kind == "all-reduce"
 
 
-def test_groups_in_an_unknown_form_are_refused():
+def test_groups_of_an_unknown_form_are_refused():
     with pytest.raises(ValueError, match="unknown form"):
-        exchanges(FUSED.replace("replica_groups=mesh[", "replica_groups=ring["))
+        found_in(FUSED.replace("replica_groups=mesh[", "replica_groups=ring["))
 
 
 SIZES = {
@@ -146,42 +135,42 @@ SIZES = {
 }
 
 
-def step_exchanges(changes):
-    """What the compiled step sends, and what it should on paper, on 8 simulated devices."""
+def step_bytes(changes):
+    """Bytes that the compiled step sends on 8 simulated devices, bytes on paper, and the params."""
     config = load_config(None, SIZES | changes)
     mesh = make_mesh(config, jax.devices())
     with use_mesh(mesh):
         state, batch = abstract_arguments(config, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
         compiled = jax.jit(train_step, donate_argnums=0, out_shardings=shardings).lower(state, batch).compile()
-    return bytes_by_kind(exchanges(compiled.as_text())), paper_bytes(config, state.params, mesh.shape), state.params
+    return bytes_by_kind(found_in(compiled.as_text())), paper_bytes(config, state.params, mesh.shape), state.params
 
 
 @pytest.mark.full
-def test_copies_of_parameters_add_up_their_gradients_once():
-    sent, paper, params = step_exchanges({"mesh.data": 8})
+def test_data_all_reduces_gradients_once():
+    sent, paper, params = step_bytes({"mesh.data": 8})
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert paper["all-reduce"] == 2 * 7 / 8 * 4 * num_params == sum(paper.values())
     assert sum(sent.values()) == pytest.approx(paper["all-reduce"], rel=0.05)
 
 
-def test_split_parameters_are_gathered_twice():
-    sent, paper, _ = step_exchanges({"mesh.fsdp": 8})
-    # XLA:CPU has no reduce-scatter: it makes all-reduces of them. Other compilers' counts are in docs/plan.md.
+def test_fsdp_gathers_parameters_twice():
+    sent, paper, _ = step_bytes({"mesh.fsdp": 8})
+    # XLA:CPU has no reduce-scatter, but all-reduces. Results of other compilers are in docs/plan.md.
     assert paper["all-gather"] == 2 * paper["reduce-scatter"]
     assert sent["all-gather"] == pytest.approx(paper["all-gather"], rel=0.2)
 
 
-def test_split_matrices_add_up_activations():
-    sent, paper, _ = step_exchanges({"mesh.tensor": 8})
+def test_tensor_all_reduces_activations():
+    sent, paper, _ = step_bytes({"mesh.tensor": 8})
     activations = 16 * 32 * 32 * 4
     assert paper["all-reduce"] == (4 * 3 + 2) * 2 * 7 / 8 * activations
-    # Full remat computes the sum behind attention once more a layer, and XLA:CPU adds up the gradients that come from
-    # query, key and value one by one; norms and the loss send little.
+    # Full remat repeats the all-reduce after attention in each layer, and XLA:CPU reduces the gradients through query,
+    # key and value one by one; norms and the loss send little.
     assert sent["all-reduce"] == pytest.approx((7 * 3 + 2) * 2 * 7 / 8 * activations, rel=0.05)
 
 
-def test_paper_counts_add_up():
+def test_bytes_on_paper():
     config = load_config(None, SIZES | {"training.accumulation_steps": 4, "model.dtype": "bfloat16"})
     sizes = dict.fromkeys(AXES, 1)
     with use_mesh(make_mesh(config, jax.devices()[:1])) as mesh:

@@ -20,16 +20,20 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def plan():
-    return make_plan(load_config(None, SIZES | {"mesh.data": 8}), jax.devices())
+def config():
+    return load_config(None, SIZES | {"mesh.data": 8})
+
+
+@pytest.fixture(scope="module")
+def plan(config):
+    return make_plan(config, jax.devices())
 
 
 def with_capacity(plan, capacity):
     return dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, capacity=capacity))
 
 
-def test_cheap_changes_come_first(plan):
-    config = load_config(None, SIZES | {"mesh.data": 8})
+def test_cheap_changes_come_first(config, plan):
     first = list(itertools.islice(fitting.changes(config, with_capacity(plan, 1e9)), 6))
     assert first[:3] == [
         {"model.remat": "dots"},
@@ -39,8 +43,7 @@ def test_cheap_changes_come_first(plan):
     assert len({str(change) for change in first}) == len(first)
 
 
-def test_a_state_that_is_too_big_is_split_before_anything_else(plan):
-    config = load_config(None, SIZES | {"mesh.data": 8})
+def test_a_state_that_is_too_big_is_split_first(config, plan):
     state = plan.memory.params + plan.memory.optimizer
     found = list(fitting.changes(config, with_capacity(plan, state / 3)))
     assert found[0] == {"mesh.data": 2, "mesh.fsdp": 4}
@@ -48,14 +51,13 @@ def test_a_state_that_is_too_big_is_split_before_anything_else(plan):
     assert list(fitting.changes(config, with_capacity(plan, state / 100))) == []
 
 
-def test_what_is_in_use_is_not_proposed(plan):
+def test_settings_in_use_are_not_proposed(plan):
     config = load_config(None, SIZES | {"model.remat": "full", "training.accumulation_steps": 32, "mesh.data": 1})
-    alone = dataclasses.replace(with_capacity(plan, 1e9), mesh={"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
-    assert list(fitting.changes(config, alone)) == []
+    one_device = dataclasses.replace(with_capacity(plan, 1e9), mesh={"data": 1, "fsdp": 1, "context": 1, "tensor": 1})
+    assert list(fitting.changes(config, one_device)) == []
 
 
-def test_the_first_that_fits_is_taken(plan, monkeypatch):
-    config = load_config(None, SIZES | {"mesh.data": 8})
+def test_the_first_change_that_fits_is_taken(config, plan, monkeypatch):
     tried = []
 
     def pretend(config, devices):

@@ -4,8 +4,8 @@ import pytest
 
 from flax_decoder.planning.hlo import parse_hlo
 
-# A loop as the TPU compiler writes it: nothing says how often it turns, the counter starts at 1 and goes in steps of 2
-# (two turns in one), and its bound came in from outside.
+# A loop as the TPU compiler writes it: without a trip count. The counter starts at 1 and goes in steps of 2 (unrolled
+# twice), and its bound comes from outside the loop.
 COUNTED = """HloModule step, is_scheduled=true, num_partitions=4
 
 %condition (wide.1: (s32[], f32[8], s32[])) -> pred[] {
@@ -38,20 +38,20 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """
 
 
-def turns(text):
+def trip_counts(text):
     program = parse_hlo(text)
     return {
-        one.name: program.trip_count(one, where)
-        for where, computation in program.computations.items()
+        one.name: program.trip_count(one, caller)
+        for caller, computation in program.computations.items()
         for one in computation.values()
         if one.opcode == "while"
     }
 
 
-def test_a_counter_is_followed_where_the_compiler_does_not_say():
+def test_the_trip_count_of_a_loop_comes_from_its_counter():
     program = parse_hlo(COUNTED)
     assert (program.entry, program.num_partitions) == ("main", 4)
-    assert turns(COUNTED) == {"while.0": 4}  # 1, 3, 5, 7
+    assert trip_counts(COUNTED) == {"while.0": 4}  # 1, 3, 5, 7
     times = {instruction.name: times for _, instruction, times in program.runs()}
     assert (times["add.2"], times["while.0"]) == (4, 1)
 
@@ -64,13 +64,13 @@ def test_a_counter_is_followed_where_the_compiler_does_not_say():
         ("constant(1)", "parameter(1)"),
     ],
 )
-def test_a_loop_that_does_not_count_up_is_not_guessed(written, instead):
+def test_other_loops_are_refused(written, instead):
     assert written in COUNTED
-    with pytest.raises(ValueError, match="number of turns"):
-        turns(COUNTED.replace(written, instead))
+    with pytest.raises(ValueError, match="number of iterations"):
+        trip_counts(COUNTED.replace(written, instead))
 
 
-def test_loops_in_loops_multiply():
+def test_nested_loops_multiply():
     def inner(x, _):
         return jnp.sin(x) @ x, None
 
@@ -96,7 +96,7 @@ def test_loops_in_loops_multiply():
         ("token[]", 0),
     ],
 )
-def test_shapes_take_as_many_bytes_as_they_say(shape, num_bytes):
+def test_the_size_of_shapes(shape, num_bytes):
     program = parse_hlo(f"ENTRY %main (p: f32[1]) -> f32[1] {{\n  ROOT %x.1 = {shape} custom-call(%p), a=1\n}}")
     instruction = program.computations["main"]["x.1"]
     assert (instruction.num_bytes, instruction.operands, instruction.is_root) == (num_bytes, ("p",), True)

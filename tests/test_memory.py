@@ -1,4 +1,4 @@
-"""What the memory settings save, by what the compiler sets aside for gradients beside inputs and outputs."""
+"""Memory saved by the memory settings: what the compiler allocates for gradients beside inputs and outputs."""
 
 import itertools
 
@@ -22,27 +22,27 @@ SIZES = {
 
 
 def temporaries(**changes):
-    """Bytes; of a step that is compiled and never run."""
+    """Bytes of a step that is compiled but not run."""
     config = fd.load_config(None, SIZES | {name.replace("__", "."): value for name, value in changes.items()})
     state = jax.eval_shape(lambda: fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0)))
     batch = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((B, T), np.int32))
     return jax.jit(mean_gradients).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
-WAYS = ["none", "attention", "dots", "full"]
+POLICIES = ["none", "attention", "dots", "full"]
 
 
-@pytest.mark.parametrize("ways", [["none", "dots"], pytest.param(WAYS, marks=pytest.mark.full)], ids="-".join)
-def test_each_way_to_recompute_keeps_less_than_the_one_before(ways):
-    kept = [temporaries(model__remat=way, model__attention="reference") for way in ways]
+@pytest.mark.parametrize("policies", [["none", "dots"], pytest.param(POLICIES, marks=pytest.mark.full)], ids="-".join)
+def test_each_remat_policy_keeps_less_than_the_previous(policies):
+    kept = [temporaries(model__remat=policy, model__attention="reference") for policy in policies]
     for before, after in itertools.pairwise(kept):
         assert before > 1.3 * after
 
 
-def test_chunks_take_an_eighth_of_what_all_logits_take():
-    """Where little else is kept: here all logits are 64 MiB, and a chunk of them is 1 MiB."""
+def test_chunks_take_an_eighth_of_all_logits():
+    """If little else takes memory: here all logits are 64 MiB, and a chunk of them is 1 MiB."""
     large = {"model__vocab_size": 32_768, "model__embed_dim": 8, "model__remat": "full"}
     plain = temporaries(**large, training__loss_chunk_tokens=0)
     assert plain > B * T * 32_768 * 4
     assert temporaries(**large, training__loss_chunk_tokens=8) <= plain / 8
-    assert temporaries(**large) == plain  # nothing that small is cut unasked
+    assert temporaries(**large) == plain  # the default does not chunk logits this small

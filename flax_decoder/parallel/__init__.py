@@ -1,1 +1,1 @@
-"""Devices: how they are arranged, and what each of them holds."""
+"""Devices in a mesh, and the processes of a job."""

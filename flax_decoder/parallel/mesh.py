@@ -1,7 +1,7 @@
-"""Devices to a mesh, and the one table of what is split over which of its axes.
+"""The device mesh, and the one table that maps logical axes of arrays to axes of the mesh.
 
-The network names the axes of its arrays by what they mean ("batch", "embed", "heads"); the mesh names those of the
-devices by what they are for. `RULES` maps one to the other, and XLA puts in what has to travel between devices.
+The network names the axes of its arrays by meaning ("batch", "embed", "heads"). `RULES` says over which mesh axis each
+is split, and XLA inserts the communication.
 """
 
 import contextlib
@@ -16,16 +16,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flax_decoder.config import Config
 from flax_decoder.errors import UserError
 
-# The last axis has devices that are next to each other: tensor parallelism talks most, in the middle of each layer.
+# Devices along the last axis are neighbors: tensor parallelism communicates most, within each layer.
 AXES = ("data", "fsdp", "context", "tensor")
 
 RULES = (
     ("batch", ("data", "fsdp")),
-    # The same, seen from the parameters: devices that hold copies of the same part.
-    ("copies", "data"),
+    ("copies", "data"),  # devices with copies of the same parameters
     ("length", "context"),
-    # Parameters alone: activations are whole along the residual stream.
-    ("embed", "fsdp"),
+    ("embed", "fsdp"),  # of parameters only: activations are not split along the residual stream
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
@@ -33,8 +31,8 @@ RULES = (
     # "layers" and "head_dim" are never split.
 )
 
-# What the compiler for a platform is asked for beyond its defaults. A TPU then adds up gradients in parts also where
-# a part is as narrow as one register, 128 numbers; else it adds up the whole and throws most of it away.
+# Compiler options by platform. On TPU these let gradients be reduce-scattered also if a part is only one register (128
+# numbers) wide; by default such a gradient is all-reduced in full, and most of the sum is discarded.
 COMPILER_OPTIONS = {
     "tpu": {
         "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
@@ -44,17 +42,10 @@ COMPILER_OPTIONS = {
 
 
 def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
-    """How many devices lie along each axis of the mesh.
-
-    Args:
-        config: the run; its `mesh`, and what is split over it.
-        num_devices: how many there are.
-
-    Returns:
-        The length of each of `AXES`; their product may be under `num_devices`.
+    """The number of devices along each of `AXES`; their product may be less than `num_devices`.
 
     Raises:
-        UserError: there are too few devices, or they do not divide what they are to split.
+        UserError: there are too few devices, or a size of the config is not a multiple of the devices that split it.
     """
     asked = {axis: getattr(config.mesh, axis) for axis in AXES}
     fixed = math.prod(count for count in asked.values() if count not in (None, -1))
@@ -66,23 +57,19 @@ def mesh_sizes(config: Config, num_devices: int) -> dict[str, int]:
         raise UserError(f"mesh: {num_devices} devices are not a multiple of {shown} = {fixed}, so -1 has no number")
     sizes = {axis: rest if count == -1 else count for axis, count in asked.items()}
     if sizes["data"] is None:
-        # Nobody asked for a number: what divides the batch is right, and one always does.
+        # The default: as many devices as divide the batch.
         left = 1 if -1 in asked.values() else rest
-        parts = config.training.batch_size // config.training.accumulation_steps
-        sizes["data"] = max(n for n in range(1, left + 1) if parts % (n * sizes["fsdp"]) == 0 or n == 1)
+        rows = config.training.batch_size // config.training.accumulation_steps
+        sizes["data"] = max(n for n in range(1, left + 1) if rows % (n * sizes["fsdp"]) == 0 or n == 1)
     _check_divides(config, sizes)
     return sizes
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
-    """Arranges devices as `config.mesh` says; those that are too many are left out.
-
-    Args:
-        config: the run.
-        devices: of this machine, of all processes of a job, or of a topology that is only described.
+    """Arranges devices, present or described, as `config.mesh` says; surplus ones are left out.
 
     Raises:
-        UserError: see `mesh_sizes`; or devices of some process of a job would be left out.
+        UserError: see `mesh_sizes`; or surplus devices in a job of several processes.
     """
     sizes = mesh_sizes(config, len(devices))
     used = math.prod(sizes.values())
@@ -95,7 +82,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def mesh_of(devices: Sequence[jax.Device], data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of the given lengths, laid on the devices in the order that suits their wires."""
+    """A mesh of the given shape, with devices in an order that suits their interconnect."""
     shape = (data, fsdp, context, tensor)
     if devices[0].platform == "cpu":
         arranged = np.asarray(devices).reshape(shape)
@@ -103,29 +90,29 @@ def mesh_of(devices: Sequence[jax.Device], data: int = 1, fsdp: int = 1, context
         from jax.experimental import mesh_utils
 
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # With Auto axes the compiler decides how each operation is split; the table says it for the arrays that matter.
+    # With Auto axes the compiler decides how each operation is split; RULES constrain only the arrays that matter.
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What to ask of the compiler for a step on a mesh, for `jax.jit`."""
+    """The compiler options of a step on a mesh, for `jax.jit`."""
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Within it, what is compiled is spread over the mesh by `RULES`."""
+    """Within it, programs are compiled for the mesh, with arrays split by `RULES`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
 
 
 def sharding_of(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """Where an array lies, by the logical names of its axes; None is an axis that is not split."""
+    """The sharding of an array, by the logical names of its axes; None is an axis that is not split."""
     return NamedSharding(mesh, nn.logical_to_mesh_axes(axes, RULES) or PartitionSpec())
 
 
 def _check_divides(config: Config, sizes: dict[str, int]) -> None:
-    """Raises UserError where a size is not a multiple of the devices that are to split it."""
+    """Raises UserError if a size is not a multiple of the devices that split it."""
     model, training = config.model, config.training
     rows = training.batch_size // training.accumulation_steps
     of_parts = " / accumulation_steps" if training.accumulation_steps > 1 else ""
@@ -143,9 +130,9 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
             over = " x ".join(f"mesh.{axis}" for axis in axes if sizes[axis] > 1 or len(axes) == 1)
             advice = ""
             if name == "model.vocab_size":
-                advice = f"; set it to {-(-size // parts) * parts}: ids that no token has do no harm"
+                advice = f"; set it to {-(-size // parts) * parts}: unused ids do no harm"
             raise UserError(f"{name} = {size} is not a multiple of {over} = {parts}{advice}")
-    # Each device holds an early and a late part of a sequence, so that all have as much to look back on.
+    # Each device holds an early and a late chunk of a sequence (see zigzag.py).
     if sizes["context"] > 1 and model.context_length % (2 * sizes["context"]) != 0:
         raise UserError(
             f"model.context_length = {model.context_length} is not a multiple of 2 x mesh.context = "

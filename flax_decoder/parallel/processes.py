@@ -1,8 +1,7 @@
-"""A job of several processes: joining it, and agreeing in it.
+"""A job of several processes: joining it, and communicating within it.
 
-All processes run the same program on the same config, each on its own devices. What they compute together, JAX passes
-between them; what only one may do, such as making a folder or printing, the first one does. They share the folder of
-the run, so it must lie on a file system that all of them see.
+All processes run the same program on the same config, each on its own devices; only the first one prints and creates
+files. They share the run folder, so it must be on a shared file system.
 """
 
 import contextlib
@@ -24,29 +23,28 @@ T = TypeVar("T")
 
 
 def join(config: DistributedConfig) -> None:
-    """Joins the job that this process is part of, if it is part of one; before anything is computed.
+    """Joins the job that this process belongs to, if any; call it before anything is computed.
 
     Args:
-        config: where the other processes are found. What is left out, the launcher says: SLURM, Open MPI, Kubernetes,
-            or the machine of a TPU pod.
+        config: where the other processes are; fields that are not set come from the launcher (SLURM, Open MPI,
+            Kubernetes, or a TPU pod).
 
     Raises:
-        UserError: the other processes were not found, or it is not said which of how many this one is.
+        UserError: the other processes were not found, or the number or index of this one is missing.
     """
     count, index = find_job(config, os.environ)
     if config.coordinator is not None and (count is None or index is None):
         raise UserError(
-            "distributed.coordinator is given, but not which of how many processes this is: "
+            "distributed.coordinator is set, but not the number of processes or the index of this one: "
             "give --distributed.num-processes N and --distributed.process-id I"
         )
     found = config.coordinator is not None or in_a_job(os.environ)
     if not found and (config.process_id is not None or (config.num_processes or 1) > 1):
         raise UserError(
-            f"distributed.num_processes = {config.num_processes} and process_id = {config.process_id} say nothing of "
-            "where the others are: give --distributed.coordinator HOST:PORT"
+            f"distributed.num_processes = {config.num_processes} and process_id = {config.process_id} do not say "
+            "where the other processes are: give --distributed.coordinator HOST:PORT"
         )
-    alone = count == 1 or not found
-    if alone or jax.distributed.is_initialized():
+    if count == 1 or not found or jax.distributed.is_initialized():
         return
     if config.coordinator is not None and index != 0:
         wait_for(config.coordinator, config.join_seconds)
@@ -66,10 +64,10 @@ def join(config: DistributedConfig) -> None:
 
 
 def wait_for(coordinator: str, seconds: float) -> None:
-    """Returns when somebody listens at HOST:PORT: where nobody does, JAX would abort with no word on what to do.
+    """Waits until HOST:PORT accepts connections; without that, JAX would abort with an unclear message.
 
     Raises:
-        UserError: nobody has listened for so many seconds.
+        UserError: it did not within the given time.
     """
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + seconds
@@ -86,7 +84,7 @@ def wait_for(coordinator: str, seconds: float) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes for all."""
+    """Whether this is the process that prints and writes for all processes."""
     return jax.process_index() == 0
 
 
@@ -101,10 +99,10 @@ def printing_once() -> Iterator[None]:
 
 
 def first_alone(act: Callable[[], T]) -> T:
-    """Lets the first process act, and when it is done the others, which find what it has made.
+    """Calls `act` in the first process, then in the others, which find the files that it made.
 
     Raises:
-        FaultError: in the others, where the first one failed; it says why.
+        FaultError: in the others, if the first one failed.
     """
     if jax.process_count() == 1:
         return act()
@@ -122,7 +120,7 @@ def first_alone(act: Callable[[], T]) -> T:
 
 
 def broadcast(value: T) -> T:
-    """The value that the first process has: a number, a truth value, or an array of numbers."""
+    """The value of the first process: a number, a bool, or an array."""
     if jax.process_count() == 1:
         return value
     result: T = multihost_utils.broadcast_one_to_all(np.asarray(value)).tolist()
@@ -130,10 +128,10 @@ def broadcast(value: T) -> T:
 
 
 def all_gather(arrays: Any) -> Any:
-    """Arrays that processes hold parts of, whole in the memory of each; others as they are."""
+    """Arrays split over processes, in full on each process."""
     return arrays if jax.process_count() == 1 else multihost_utils.process_allgather(arrays, tiled=True)
 
 
-def largest(value: int) -> int:
-    """The largest of the values that the processes have."""
+def max_over_processes(value: int) -> int:
+    """The largest value of any process."""
     return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(value)).max())

@@ -1,20 +1,19 @@
-"""The order in which a sequence is dealt out to devices so that each has the same number of tokens to look back on."""
+"""A token order for context parallelism in which every device has the same number of keys to attend to."""
 
 import numpy as np
 
 
 def zigzag(length: int, num_parts: int) -> np.ndarray:
-    """Positions in the order in which the devices hold them, part after part.
+    """Positions in the order in which devices hold them.
 
-    A late token looks back on more than an early one. Of 2 C chunks device i therefore holds chunk i and chunk
-    2 C - 1 - i: one as early as the other is late.
+    Later queries attend to more keys, so of 2 C chunks device i holds an early and a late one: i and 2 C - 1 - i.
 
     Args:
-        length: T, tokens of a sequence.
-        num_parts: C, devices that share it.
+        length: T, tokens per sequence.
+        num_parts: C, devices that share a sequence.
 
     Returns:
-        order_T, so that `sequence[order_T]` is what devices 0, 1, ... hold, one after the other.
+        order_T, such that `sequence[order_T]` lists the tokens of device 0, then those of device 1, and so on.
 
     Raises:
         ValueError: the length is not a multiple of 2 C.

@@ -1,1 +1,1 @@
-"""Does a run fit, what does it move, how fast can it be, and is all in order for it."""
+"""Planning a run: does it fit, what do devices send, how fast can it be, and is the machine ready for it."""

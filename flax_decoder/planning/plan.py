@@ -1,4 +1,4 @@
-"""Compiles the training step for devices, here or not, and tells what it takes of them before a run begins."""
+"""Plans a run: compiles its training step for devices, present or described, and reports memory, FLOPs and traffic."""
 
 import dataclasses
 import math
@@ -26,75 +26,52 @@ from flax_decoder.training.step import TrainState, jit_step, state_maker, state_
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip.
-
-    Attributes:
-        params: the parameters.
-        optimizer: what the optimizer remembers.
-        batch: tokens.
-        temporaries: all that lives only during a step: activations, gradients, gathered weights.
-        program: the compiled program itself, where it lies in the same memory.
-        capacity: what the chip has; None where that is not known.
-    """
+    """Bytes per chip."""
 
     params: int
     optimizer: int
     batch: int
-    temporaries: int
-    program: int
-    capacity: float | None
+    temporaries: int  # what lives only during a step: activations, gradients, gathered weights
+    program: int  # the compiled program, if it lies in the same memory
+    capacity: float | None  # memory of the chip; None if unknown
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.params + self.optimizer + self.batch + self.temporaries + self.program
 
     @property
     def fits(self) -> bool | None:
-        """Whether the chip has as much; None where that is not known."""
+        """Whether the chip has room for the total; None if its memory is unknown."""
         return None if self.capacity is None else self.total <= self.capacity
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one training step takes, for each chip.
+    """The cost of one training step."""
 
-    Attributes:
-        device: what JAX calls the chip.
-        mesh: devices along each axis.
-        tokens: in a step, over all chips.
-        parameters: how many numbers are learned.
-        memory: what lies on a chip.
-        flops: matrix products, with activations that are computed twice.
-        model_flops: those that the model itself asks for.
-        sent_bytes: by kind of exchange; None where the step was too big to be compiled.
-        paper_bytes: what the layout needs, by kind.
-        roofline: bounds of the time; None for a chip that is in no table, or a step that was not compiled.
-        compile_seconds: how long it took to compile.
-    """
-
-    device: str
-    mesh: dict[str, int]
-    tokens: int
-    parameters: int
+    device: str  # JAX's name of the chip
+    mesh: dict[str, int]  # devices along each axis
+    tokens: int  # per step, over all chips
+    parameters: int  # of the model
     memory: Memory
-    flops: float
-    model_flops: float
-    sent_bytes: dict[str, float] | None
-    paper_bytes: dict[str, float]
-    roofline: Roofline | None
+    flops: float  # of matrix products per chip, with recomputation
+    model_flops: float  # the same without recomputation
+    sent_bytes: dict[str, float] | None  # per chip, by kind of collective; None if the step was too big to compile
+    paper_bytes: dict[str, float]  # the same as expected for the layout
+    roofline: Roofline | None  # None for an unknown chip, or a step that was not compiled
     compile_seconds: float
 
     def __str__(self) -> str:
         """The tables that the command prints."""
-        layout = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "alone"
+        layout = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "not split"
         lines = [
             f"{math.prod(self.mesh.values())} x {self.device}: {layout}; compiled in {self.compile_seconds:.0f} s",
-            f"{self.parameters:,} parameters, {self.tokens:,} tokens a step",
+            f"{self.parameters:,} parameters, {self.tokens:,} tokens per step",
             "",
             *self._memory_lines(),
             "",
-            *self._exchange_lines(),
+            *self._traffic_lines(),
             "",
             *self._time_lines(),
         ]
@@ -102,7 +79,7 @@ class Plan:
 
     def _memory_lines(self) -> Iterator[str]:
         memory = self.memory
-        yield f"{'memory of a chip':<28}{'GB':>10}"
+        yield f"{'memory per chip':<28}{'GB':>10}"
         for name in ("params", "optimizer", "batch", "temporaries", "program"):
             yield f"  {name:<26}{getattr(memory, name) / 1e9:>10.3f}"
         verdict = ""
@@ -111,37 +88,36 @@ class Plan:
             verdict = f"  of {memory.capacity / 1e9:.1f}: {answer}, {memory.total / memory.capacity:.0%}"
         yield f"  {'total':<26}{memory.total / 1e9:>10.3f}{verdict}"
 
-    def _exchange_lines(self) -> Iterator[str]:
-        yield f"{'sent by a chip in a step':<28}{'GB':>10}{'on paper':>10}"
-        for kind, paper in self.paper_bytes.items():
-            sent = None if self.sent_bytes is None else self.sent_bytes[kind]
-            if sent or paper:
-                yield f"  {kind:<26}{_giga(sent):>10}{_giga(paper):>10}"
-        paper = sum(self.paper_bytes.values())
-        total = None if self.sent_bytes is None else sum(self.sent_bytes.values())
-        ratio = f"  {total / paper:.2f} times" if total is not None and paper else ""
-        yield f"  {'total':<26}{_giga(total):>10}{_giga(paper):>10}{ratio}"
+    def _traffic_lines(self) -> Iterator[str]:
+        sent, paper = self.sent_bytes or {}, self.paper_bytes
+        yield f"{'sent per chip and step':<28}{'GB':>10}{'on paper':>10}"
+        for kind in paper:
+            if sent.get(kind) or paper[kind]:
+                yield f"  {kind:<26}{_giga(sent.get(kind)):>10}{_giga(paper[kind]):>10}"
+        total, paper_total = sum(sent.values()) if sent else None, sum(paper.values())
+        ratio = f"  {total / paper_total:.2f} times" if total is not None and paper_total else ""
+        yield f"  {'total':<26}{_giga(total):>10}{_giga(paper_total):>10}{ratio}"
 
     def _time_lines(self) -> Iterator[str]:
         yield (
-            f"a chip computes {self.flops / 1e12:,.4g} TFLOP of matrix products a step, "
-            f"{self.model_flops / 1e12:,.4g} of them the model's own"
+            f"each chip computes {self.flops / 1e12:,.4g} TFLOP of matrix products per step, "
+            f"{self.model_flops / 1e12:,.4g} without recomputation"
         )
         bounds = self.roofline
         if bounds is None:
-            yield "how long that takes is not known for this device" if self.sent_bytes is not None else ""
+            yield "the peak rates of this device are unknown" if self.sent_bytes is not None else ""
             return
         yield (
-            f"at its peak: computing {bounds.compute_seconds:.4g} s, memory {bounds.memory_seconds:.4g} s, "
+            f"at peak rates: compute {bounds.compute_seconds:.4g} s, memory {bounds.memory_seconds:.4g} s, "
             f"network {bounds.network_seconds:.4g} s"
         )
         yield (
             f"a step takes at least {bounds.overlapped_seconds:.4g} s, MFU at most {bounds.mfu_bound:.1%}; "
-            f"{bounds.serial_seconds:.4g} s where nothing overlaps"
+            f"{bounds.serial_seconds:.4g} s if nothing overlaps"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it by name, for JSON."""
+        """All fields by name, for JSON."""
         memory = dataclasses.asdict(self.memory) | {"total": self.memory.total, "fits": self.memory.fits}
         return dataclasses.asdict(self) | {"memory": memory}
 
@@ -151,14 +127,10 @@ def _giga(count: float | None) -> str:
 
 
 def make_plan(config: Config, devices: list[Any]) -> Plan:
-    """Compiles the training step of a run for some devices, without memory for any array.
-
-    Args:
-        config: the run.
-        devices: from `devices_of`.
+    """Compiles the training step of a run for `devices` (see `devices_of`), without allocating any array.
 
     Raises:
-        UserError: the settings do not fit the devices.
+        UserError: the config does not fit the devices.
     """
     config = dataclasses.replace(config, model=config.model.with_vocab_size(_vocab_size(config)))
     mesh = make_mesh(config, devices)
@@ -174,7 +146,6 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
             compiled, refusal = None, error
         compile_seconds = time.perf_counter() - start
 
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = config.training.batch_size * config.model.context_length
     flops = product_flops(traced.jaxpr.jaxpr) / mesh.size
     model_flops = flops_per_token(config.model, "causal") * tokens / mesh.size
@@ -194,7 +165,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
         device=kind,
         mesh=dict(mesh.shape),
         tokens=tokens,
-        parameters=num_params,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         memory=_memory(state, batch, compiled or refusal, _capacity(mesh)),
         flops=flops,
         model_flops=model_flops,
@@ -206,10 +177,10 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
 
 
 def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """Shapes of the state and of a batch, and where their parts would lie on a mesh."""
+    """Shapes and shardings of the state and of a batch."""
     make = state_maker(Decoder(config.model), config)
     state = jax.eval_shape(lambda: make(jax.random.key(0)))
-    state = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, state_shardings(mesh, state))
+    state = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, state_shardings(mesh, state))
     shape = config.training.batch_size, config.model.context_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding_of(mesh, "batch", "length"))
     names = ("inputs", "targets", "positions") if mesh.shape["context"] > 1 else ("inputs", "targets")
@@ -217,7 +188,7 @@ def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str
 
 
 def _vocab_size(config: Config) -> int:
-    """The vocabulary, without reading the text: where the text would say it, that of the byte tokenizer."""
+    """The vocabulary size, without reading the text: for a tokenizer that depends on it, a typical size."""
     match config.data.tokenizer:
         case _ if config.model.vocab_size is not None:
             return config.model.vocab_size
@@ -229,37 +200,37 @@ def _vocab_size(config: Config) -> int:
 
 
 def _capacity(mesh: Mesh) -> float | None:
-    """The memory of a chip: what a device that is here says, else what the table does."""
+    """The memory of a chip: from the device if it is present, else from the table."""
     device = mesh.devices.flat[0]
     try:
         stats = device.memory_stats() or {}
-    except (jax.errors.JaxRuntimeError, NotImplementedError):  # it is only described
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # a described device
         stats = {}
     chip = chip_of(device.device_kind)
     return stats.get("bytes_limit", None if chip is None else chip.memory_bytes)
 
 
 def _memory(state: Any, batch: Any, outcome: Any, capacity: float | None) -> Memory:
-    """What lies on a chip; `outcome` is the compiled step, or the error that the compiler raised instead."""
+    """The memory of a step per chip; `outcome` is the compiled step, or the error that the compiler raised."""
     parts = {"params": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}
-    sizes = {name: sum(map(_bytes_a_device, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    sizes = {name: sum(map(_bytes_per_device, jax.tree.leaves(tree))) for name, tree in parts.items()}
     if isinstance(outcome, Exception):
         temporaries, program = _refused_temporaries(outcome, sum(sizes.values())), 0
     else:
         stats = outcome.memory_analysis()
-        # A donated array makes room for the one that takes its place: only other results need their own.
+        # The next state takes the memory of the donated one; only other outputs need their own.
         temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         program = stats.generated_code_size_in_bytes
     return Memory(**sizes, temporaries=temporaries, program=program, capacity=capacity)
 
 
-def _bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:
+def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _refused_temporaries(error: Exception, state_bytes: int) -> int:
-    """How much a step needs beside its state, from the compiler's refusal; any other error is raised again."""
+    """The temporaries of a step, from the compiler's out-of-memory error; raises any other error again."""
     size = r"([\d.]+)([KMGT]?)"
     if found := re.search(rf"HLO temporaries \({size}\)", str(error)):
         state_bytes = 0

@@ -1,4 +1,4 @@
-"""How long a step must take at least: what it computes, reads and sends, over what the chip can do of each."""
+"""A lower bound on the time of a step: what it computes, reads and sends, over the peak rates of the chip."""
 
 import dataclasses
 import math
@@ -9,78 +9,69 @@ from jax.extend import core
 from flax_decoder.planning.hlo import Instruction, Program
 from flax_decoder.training.hardware import Chip
 
-# These move nothing: they name, pair or steer what others made. What is started is counted where it is done.
+# Instructions that move no data. An asynchronous one counts where it is done, not where it starts.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Bounds of a step's time on a chip (Williams et al. 2009).
+    """Bounds of a step's time on a chip (Williams et al. 2009)."""
 
-    Attributes:
-        compute_seconds: matrix products at the chip's peak.
-        memory_seconds: reads and writes at its memory's bandwidth.
-        network_seconds: what it sends, at the bandwidth of all its links.
-        mfu_bound: model FLOP/s utilization of a step that takes no longer than the longest of the three.
-    """
-
-    compute_seconds: float
-    memory_seconds: float
-    network_seconds: float
-    mfu_bound: float
+    compute_seconds: float  # matrix products at the chip's peak
+    memory_seconds: float  # reads and writes at its memory bandwidth
+    network_seconds: float  # sent bytes at the bandwidth of all its links
+    mfu_bound: float  # model FLOP/s utilization of a step that takes as long as the longest of the three
 
     @property
     def overlapped_seconds(self) -> float:
-        """The time where computing, reading and sending go on at once."""
+        """The time if computation, memory and network overlap."""
         return max(self.compute_seconds, self.memory_seconds, self.network_seconds)
 
     @property
     def serial_seconds(self) -> float:
-        """The time where each waits for the others."""
+        """The time if nothing overlaps."""
         return self.compute_seconds + self.memory_seconds + self.network_seconds
 
 
 def roofline(chip: Chip, *, flops: float, model_flops: float, memory_bytes: float, wire_bytes: float) -> Roofline:
-    """The bounds for one chip.
+    """The bounds of a step on one chip.
 
     Args:
-        chip: what it can do.
-        flops: what it computes in a step, activations that are computed twice included.
-        model_flops: the part of it that the model itself asks for.
-        memory_bytes: what it reads and writes.
-        wire_bytes: what it sends.
+        chip: its peak rates.
+        flops: it computes per step, with recomputation.
+        model_flops: those of the model itself, without recomputation.
+        memory_bytes: it reads and writes per step.
+        wire_bytes: it sends per step.
     """
     seconds = flops / chip.peak_flops, memory_bytes / chip.memory_bandwidth, wire_bytes / chip.interconnect_bandwidth
     return Roofline(*seconds, mfu_bound=model_flops / chip.peak_flops / max(seconds))
 
 
 def product_flops(jaxpr: core.Jaxpr) -> float:
-    """Operations of all matrix products of a traced program, over all devices, loops and recomputation included.
+    """FLOPs of all matrix products of a program such as `jax.jit(f).trace(x).jaxpr.jaxpr`, over all devices.
 
-    Args:
-        jaxpr: the program, such as `jax.jit(f).trace(x).jaxpr.jaxpr`. A loop whose number of turns is not fixed counts
-            once.
+    Loops and recomputation are included, but a while loop counts once.
     """
     total = 0.0
     for equation in jaxpr.eqns:
-        name, settings = equation.primitive.name, equation.params
-        inner = [product_flops(one) for one in _jaxprs(settings)]
+        name, params = equation.primitive.name, equation.params
+        inner = [product_flops(one) for one in _jaxprs(params)]
         match name:
             case "dot_general":
-                (contracted, _), _ = settings["dimension_numbers"]
+                (contracted, _), _ = params["dimension_numbers"]
                 left, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
                 total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
             case "scan":
-                total += settings["length"] * sum(inner)
+                total += params["length"] * sum(inner)
             case "cond":
                 total += max(inner)
             case "shard_map":
-                # Inside, shapes are those of one device. JAX has changed the name of the setting.
-                axes = next(value for setting, value in settings.items() if setting.endswith("manual_axes"))
-                total += sum(inner) * math.prod(settings["mesh"].shape[axis] for axis in axes)
+                # Shapes inside are per device. JAX has changed the name of this parameter.
+                axes = next(value for param, value in params.items() if param.endswith("manual_axes"))
+                total += sum(inner) * math.prod(params["mesh"].shape[axis] for axis in axes)
             case "pallas_call":
-                # The kernels here are of attention, and skip the blocks that a causal mask leaves empty.
-                grid = math.prod(size for size in settings["grid_mapping"].grid if isinstance(size, int))
+                # These are kernels of attention, which skip the blocks above the diagonal: about half of the grid.
+                grid = math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
                 total += grid * sum(inner) / 2
             case _ if name.startswith("dot_product_attention_"):
                 total += _fused_attention_flops(name, equation)
@@ -90,7 +81,7 @@ def product_flops(jaxpr: core.Jaxpr) -> float:
 
 
 def _fused_attention_flops(name: str, equation: Any) -> float:
-    """cuDNN's causal attention: two products forward and five backward, of which it leaves out the upper half."""
+    """cuDNN's causal attention: half of two products forward, and of five backward."""
     q_shape, (_, num_keys, *_) = map(_shape, equation.invars[:2])
     products = 5 if "_bwd" in name else 2
     return products * 2 * math.prod(q_shape) * num_keys / 2
@@ -101,22 +92,17 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return shape
 
 
-def _jaxprs(settings: dict[str, Any]) -> list[Any]:
-    """The programs among an operation's settings."""
-    found = []
-    for value in settings.values():
-        for one in value if isinstance(value, tuple | list) else [value]:
-            inner = getattr(one, "jaxpr", one)
-            if isinstance(inner, core.Jaxpr):
-                found.append(inner)
-    return found
+def _jaxprs(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs among the parameters of an equation."""
+    values = [one for value in params.values() for one in (value if isinstance(value, tuple | list) else [value])]
+    return [inner for value in values if isinstance(inner := getattr(value, "jaxpr", value), core.Jaxpr)]
 
 
 def memory_bytes(program: Program) -> float:
-    """What a compiled program moves to and from the chip's memory, by a rule that any chip obeys.
+    """A lower bound on the bytes that a compiled program moves to and from the chip's main memory.
 
-    What comes in is read once, and what an instruction leaves in memory is written once and read once. What stays
-    inside of a fusion, or in the fast memory of a TPU core, is not counted; nor is that some results are read often.
+    Parameters are read once; the result of each instruction is written once and read once. Values inside a fusion or in
+    the fast memory of a TPU core are not counted, nor are repeated reads.
     """
     total = sum(one.num_bytes for one in program.computations[program.entry].values() if one.opcode == "parameter")
     for _, instruction, times in program.runs():
@@ -126,7 +112,7 @@ def memory_bytes(program: Program) -> float:
 
 
 def _written_bytes(instruction: Instruction, program: Program) -> int:
-    """The bytes of an instruction's result that were not there before and lie in the chip's main memory."""
+    """Bytes of an instruction's result that are newly written to the chip's main memory."""
     if instruction.opcode == "custom-call" and "AllocateBuffer" in instruction.attributes:
         return 0
     inside, root = {}, instruction
@@ -136,6 +122,6 @@ def _written_bytes(instruction: Instruction, program: Program) -> int:
     while root.opcode == "bitcast":
         root = inside[root.operands[0]]
     if root.opcode == "dynamic-update-slice" and inside:
-        return inside[root.operands[1]].num_bytes  # written into an array that is there already
-    # TPUs number their memories: S(1) is the core's own.
+        return inside[root.operands[1]].num_bytes  # an update in place
+    # On TPU, S(1) is the memory of the core.
     return sum(array.num_bytes for array in instruction.arrays if "S(" not in array.layout)

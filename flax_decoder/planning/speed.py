@@ -1,4 +1,4 @@
-"""How fast a configuration trains and generates on the devices at hand."""
+"""Measures how fast a config trains and generates on the available devices."""
 
 import dataclasses
 import statistics
@@ -15,26 +15,25 @@ from flax_decoder.training.flops import flops_per_token, utilization
 from flax_decoder.training.placement import place_batch
 from flax_decoder.training.step import init_state, jit_step
 
-# Where the text does not say the vocabulary, that of the byte tokenizer.
-DEFAULT_VOCAB_SIZE = 256
+DEFAULT_VOCAB_SIZE = 256  # that of the byte tokenizer, for a config that sets none
 TIMED_STEPS = 20
 DECODED_TOKENS = 128
 
 
 def measure_speed(config: Config) -> dict[str, float | str]:
-    """Trains a few steps on random tokens and generates a few, and times both after they are compiled.
+    """Times training steps on random tokens and greedy decoding, both after compilation.
 
     Args:
-        config: the run; it takes its steps on the devices that its mesh asks for.
+        config: the run; its mesh decides which devices take part.
 
     Returns:
-        Of all devices together and medians: "step_seconds", "tokens_per_second", "decode_tokens_per_second" (one row);
-        "compile_seconds"; "device" and "num_devices"; the count "parameters"; "flops_per_token", and "mfu", the part of
-        the devices' peak that those make, or "unknown"; both again with attention halved, "flops_per_token_causal" and
+        "step_seconds" (median) and "tokens_per_second" of all devices together; "decode_tokens_per_second" (one row);
+        "compile_seconds"; "device" and "num_devices"; "parameters" (count); "flops_per_token" and "mfu", a fraction of
+        the devices' peak or "unknown"; the last two again with attention halved, "flops_per_token_causal" and
         "mfu_causal" (see `flops_per_token`, `utilization`).
 
     Raises:
-        UserError: the devices at hand do not make the mesh.
+        UserError: the available devices do not make the mesh.
     """
     config = dataclasses.replace(config, model=config.model.with_vocab_size(DEFAULT_VOCAB_SIZE))
     model, training = config.model, config.training
@@ -49,7 +48,7 @@ def measure_speed(config: Config) -> dict[str, float | str]:
         take_step = jit_step(state, mesh).lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
         seconds = []
-        for _ in range(3 + TIMED_STEPS):  # the first ones warm up
+        for _ in range(3 + TIMED_STEPS):  # the first three warm up
             start = time.perf_counter()
             state, _ = jax.block_until_ready(take_step(state, batch))
             seconds.append(time.perf_counter() - start)
@@ -73,7 +72,7 @@ def measure_speed(config: Config) -> dict[str, float | str]:
 
 
 def decode_speed(model: Decoder, params: object, prompt_tokens_BT: np.ndarray) -> float:
-    """New tokens a second of a greedy continuation, compilation left out."""
+    """New tokens per second of greedy decoding, without compilation."""
     num_tokens = min(DECODED_TOKENS, model.config.context_length)
     for _ in range(2):
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Names of machines to devices that programs can be compiled for, whether they are here or not.
+"""The devices of a named topology, such as "v5p:4x4x4", to compile programs for without having them.
 
-The compilers of TPUs and of NVIDIA GPUs need no such device: they take a description of one. JAX is imported inside of
-the functions, because some settings must stand before it is.
+The compilers for TPUs and NVIDIA GPUs take a description of the device. JAX is imported inside the functions, because
+`prepare` must set environment variables first.
 """
 
 import importlib.util
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 from flax_decoder.errors import UserError
 
 LOCAL = "local"
-GPUS_A_NODE = 8
+GPUS_PER_NODE = 8
 
 
 class Tpu(NamedTuple):
-    """A generation of TPUs: how many dimensions its torus has, and the chips of the largest slice to be had."""
+    """A generation of TPUs: dimensions of its torus, and chips of the largest slice."""
 
     num_dimensions: int
-    most_chips: int
+    max_chips: int
     example: str
 
 
@@ -31,8 +31,8 @@ TPUS = {
     "tpu7x": Tpu(3, 9216, "tpu7x:4x4x4"),
 }
 
-# What the compiler is to know of a GPU, by the names of its `GpuDeviceInfoProto`: NVIDIA's CUDA programming guide
-# (compute capability 9.0) and data sheets.
+# Fields of the compiler's `GpuDeviceInfoProto`. Sources: NVIDIA's CUDA programming guide (compute capability 9.0) and
+# data sheets.
 _HOPPER = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -61,56 +61,47 @@ KNOWN = ", ".join([*(tpu.example for tpu in TPUS.values()), *(f"{gpu}:8" for gpu
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
-    """Splits a name such as "v5p:4x4x4" or "h100:8" into what it is made of and how much of it there is.
-
-    Args:
-        name: the name.
+    """Splits a name such as "v5p:4x4x4" or "h100:8".
 
     Returns:
-        A key of `TPUS` or `GPUS` and the counts along each dimension; for "local" itself and no counts.
+        A key of `TPUS` or `GPUS` and the counts along each dimension; for "local", itself and no counts.
 
     Raises:
-        UserError: there is no such thing, or not of that shape.
+        UserError: an unknown kind, or a shape that it does not have.
     """
     if name == LOCAL:
         return LOCAL, ()
     kind, _, shape = name.lower().partition(":")
-    if kind not in TPUS and kind not in GPUS:
-        raise UserError(f"--topology {name}: there is no such machine; there are, with other numbers too: {KNOWN}")
     counts = tuple(int(count) for count in shape.split("x")) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else ()
     if kind in GPUS:
-        if len(counts) != 1 or (counts[0] > GPUS_A_NODE and counts[0] % GPUS_A_NODE != 0):
-            raise UserError(
-                f"--topology {name}: {kind} takes a number of GPUs, 1 to {GPUS_A_NODE} or whole nodes of "
-                f"{GPUS_A_NODE}, such as {kind}:8"
-            )
-        return kind, counts
-    tpu = TPUS[kind]
-    if len(counts) != tpu.num_dimensions:
-        raise UserError(
-            f"--topology {name}: {kind} is a torus of {tpu.num_dimensions} dimensions, such as {tpu.example}"
+        valid = len(counts) == 1 and (counts[0] <= GPUS_PER_NODE or counts[0] % GPUS_PER_NODE == 0)
+        rule = f"a number of GPUs, 1 to {GPUS_PER_NODE} or whole nodes of {GPUS_PER_NODE}, such as {kind}:8"
+    elif kind in TPUS:
+        tpu, num_chips = TPUS[kind], math.prod(counts)
+        even = num_chips == 1 or all(count % 2 == 0 for count in counts[:2])  # a host has 2 x 2 chips
+        valid = len(counts) == tpu.num_dimensions and num_chips <= tpu.max_chips and even
+        rule = (
+            f"{tpu.num_dimensions} dimensions, the first two even, at most {tpu.max_chips} chips; such as {tpu.example}"
         )
-    one_chip = math.prod(counts) == 1
-    if math.prod(counts) > tpu.most_chips or not (one_chip or all(count % 2 == 0 for count in counts[:2])):
-        raise UserError(
-            f"--topology {name}: the first two numbers of {kind} must be even, its hosts hold 2 x 2 chips, and their "
-            f"product at most {tpu.most_chips}; such as {tpu.example}"
-        )
+    else:
+        raise UserError(f"--topology {name}: unknown; known are, also with other numbers: {KNOWN}")
+    if not valid:
+        raise UserError(f"--topology {name}: {kind} takes {rule}")
     return kind, counts
 
 
 def prepare(name: str) -> None:
-    """Sets what the compiler for a topology must find in the environment; call it before JAX is imported.
+    """Sets the environment variables for the compiler of a topology; call it before JAX is imported.
 
     Raises:
         UserError: the name is wrong, or the compiler is not installed.
     """
     kind, _ = parse_topology(name)
-    # A program out of the cache can neither be timed nor, on some devices, be looked into.
+    # A cached program cannot be timed, and on some devices its text cannot be read.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if kind in TPUS:
         _require("libtpu", "tpu")
-        # It would ask the cloud's metadata server which TPU this is, and lock a TPU that it does not use.
+        # Else libtpu asks the cloud's metadata server which TPU this is, and locks a TPU that it does not use.
         os.environ |= {
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
             "TPU_SKIP_MDS_QUERY": "1",
@@ -120,7 +111,7 @@ def prepare(name: str) -> None:
     elif kind in GPUS:
         _require("jax_cuda13_plugin", "cuda13")
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        # Autotuning would run its candidates on a GPU.
+        # Autotuning and Triton need a GPU to run on.
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"]
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     if kind != LOCAL:
@@ -128,11 +119,7 @@ def prepare(name: str) -> None:
 
 
 def devices_of(name: str) -> list[Any]:
-    """The devices of a topology; those that are not here can be compiled for, but hold no arrays.
-
-    Args:
-        name: such as "v5p:4x4x4", "h100:8" or "local"; `prepare` must have been called.
-    """
+    """The devices of a topology, which hold no arrays unless it is "local"; call `prepare` first."""
     import jax
     from jax.experimental import topologies
 
@@ -140,15 +127,13 @@ def devices_of(name: str) -> list[Any]:
     if kind == LOCAL:
         return jax.devices()
     if kind in TPUS:
-        # The compiler counts all dimensions of a host, and assumes 2 x 2 chips; one chip has a host of its own.
+        # The compiler assumes hosts of 2 x 2 chips.
         options = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(counts) == 1 else {}
         return topologies.get_topology_desc(f"{kind}:{'x'.join(map(str, counts))}", platform="tpu", **options).devices
-    # One slice, so many nodes, so many GPUs on each.
-    num_local = min(counts[0], GPUS_A_NODE)
-    shape = f"1x{counts[0] // num_local}x{num_local}"
-    return topologies.get_topology_desc(
-        name, platform="cuda", topology=shape, target_config=_gpu_description(kind)
-    ).devices
+    num_local = min(counts[0], GPUS_PER_NODE)
+    shape = f"1x{counts[0] // num_local}x{num_local}"  # slices x nodes x GPUs per node
+    target = _gpu_description(kind)
+    return topologies.get_topology_desc(name, platform="cuda", topology=shape, target_config=target).devices
 
 
 def _gpu_description(kind: str) -> str:

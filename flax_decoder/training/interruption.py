@@ -6,7 +6,7 @@ import threading
 from types import TracebackType
 from typing import Any, Self
 
-from flax_decoder.parallel.processes import largest
+from flax_decoder.parallel.processes import max_over_processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -28,7 +28,7 @@ class Interruption:
 
     def has_come(self) -> bool:
         """Whether a signal has come to this process or, with others in a job, to any: all must stop at one step."""
-        number = largest(self.signal or 0)
+        number = max_over_processes(self.signal or 0)
         self.signal = signal.Signals(number) if number else None
         return number > 0
 
