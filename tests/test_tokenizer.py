@@ -163,9 +163,9 @@ def test_bpe_learns_the_text_and_is_deterministic():
 def test_words_of_no_more_than_the_longest_trained_one_are_learned_whole(word, monkeypatch):
     """Longer ones are cut in training, and nowhere else: the tokenizer is the one that a plain training gives."""
     text = f"{word} cat\n" * 20
-    monkeypatch.setattr(module, "_LONGEST_TRAINED_WORD", 300)
+    monkeypatch.setattr(module, "_MAX_TRAINED_WORD_BYTES", 300)
     whole = make_tokenizer("bpe", text, 400).to_json()
-    monkeypatch.setattr(module, "_LONGEST_TRAINED_WORD", 4)
+    monkeypatch.setattr(module, "_MAX_TRAINED_WORD_BYTES", 4)
     cut = make_tokenizer("bpe", text, 400)
     assert (cut.to_json() == whole) == (" " in word)
     assert json.loads(cut.to_json())["pre_tokenizer"] == json.loads(whole)["pre_tokenizer"] == BYTE_LEVEL

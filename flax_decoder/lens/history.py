@@ -98,7 +98,7 @@ def read_index(folder: Path) -> Index | None:
     """
     path = folder / INDEX
     try:
-        with open_regular(path, follows=False) as file:
+        with open_regular(path, follow_links=False) as file:
             content = file.read(SETTINGS.num_bytes + 1)
         document = parse_object(content, str(path), SETTINGS)
         del document["sha256"]
@@ -140,7 +140,7 @@ def read_moments(folder: Path, index: Index) -> list[np.ndarray]:
     for step in sorted(index.moments):
         path = folder / f"{step}.npy"
         try:
-            with open_regular(path, follows=False) as file:
+            with open_regular(path, follow_links=False) as file:
                 content = file.read(MAX_BYTES // len(index.moments) + _HEADER_BYTES)
             actual = hashlib.sha256(content).hexdigest()
             if actual != index.moments[step]:
