@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -547,7 +548,8 @@ def _add_config_fields(parser: Parser) -> None:
     for section in SECTIONS:
         group = parser.add_argument_group(f"[{section}]")
         for name, field in fields_of(section).items():
-            default = "" if field.default is None else f" ({_shown(field.default)})"
+            shown = field.default if isinstance(field.default, str) else json.dumps(field.default)
+            default = "" if field.default is None else f" ({shown})"
             group.add_argument(
                 f"--{section}.{name}".replace("_", "-"),
                 dest=f"{section}.{name}",
@@ -555,10 +557,6 @@ def _add_config_fields(parser: Parser) -> None:
                 default=argparse.SUPPRESS,
                 help=(field.description + default).replace("%", "%%"),
             )
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
 
 
 def _kind(annotation: Any) -> str:
@@ -572,11 +570,7 @@ def _kind(annotation: Any) -> str:
 
 def _with_hyphens(arguments: Sequence[str]) -> list[str]:
     """Replaces underscores by hyphens in the names of arguments."""
-    result = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        result.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-    return result
+    return [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
 
 
 def _keep_compilations() -> None:

@@ -39,6 +39,8 @@ def every_kind(text: str) -> list[Tokenizer]:
 def test_round_trip_is_exact(text):
     for tokenizer in every_kind(text):
         ids = tokenizer.encode(text)
+        array = tokenizer.encode_array(text)
+        assert (array.tolist(), array.dtype) == (ids, np.int32)
         assert tokenizer.decode(ids) == text
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
 
@@ -80,13 +82,6 @@ def test_char_ids_are_ranks_by_code_point():
 def test_byte_ids_are_byte_values():
     assert ByteTokenizer().encode("é\n") == [0xC3, 0xA9, 0x0A]
     assert ByteTokenizer().vocab_size == 256
-
-
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-def test_encode_array_is_int32(kind):
-    ids = make_tokenizer(kind, "hello", 260).encode_array("hello")
-    assert ids.dtype == np.int32 and ids.ndim == 1
-    assert make_tokenizer(kind, "hello", 260).encode_array("").shape == (0,)
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
@@ -279,19 +274,6 @@ def test_unknown_kind_names_the_choices(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(ByteTokenizer().to_json(), encoding="utf-8")
     assert isinstance(make_tokenizer(str(path), "text", 300), ByteTokenizer)
-
-
-EMPTY_MODEL = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe{", b"[" * 100_000, b"[]", b"3", b'{"model": {}}', EMPTY_MODEL.encode()]
-)
-def test_files_that_are_no_tokenizer_json_are_refused(tmp_path, content):
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json: (is not|is nested|must hold a JSON object)"):
-        load_tokenizer(path)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):

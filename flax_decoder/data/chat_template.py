@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flax_decoder.data.corpus import decode_text
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content
 from flax_decoder.io.strict_json import LISTING, parse_object
@@ -76,10 +77,7 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     source = document.get("chat_template")
     if os.path.lexists(file):
         content = read_content(open_inside(folder, file.name), _MAX_TEMPLATE_BYTES, str(file))
-        try:
-            source = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: is not UTF-8: {error}; get it again") from None
+        source = decode_text(content, str(file), "get it again")
     if isinstance(source, list):  # several named templates
         named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
         source = named[0].get("template") if named else None

@@ -3,6 +3,7 @@
 A file that the library has read and saved is therefore still recognized.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,10 +55,6 @@ def _document(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dic
 
 def byte_characters() -> Iterator[str]:
     """The characters for the bytes 0 to 255 in GPT-2's files: visible Latin-1 itself, the others U+0100, U+0101, ..."""
-    num_invisible = 0
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE:
-            yield chr(byte)
-        else:
-            yield chr(0x100 + num_invisible)
-            num_invisible += 1
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return (chr(byte if byte in visible else next(others)) for byte in range(0x100))

@@ -6,7 +6,7 @@ import io
 import os
 import random
 import signal
-import stat
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ from flax_decoder.cli import main
 from flax_decoder.config import DataConfig
 from flax_decoder.data.corpus import load_corpus, prepare_corpus, save_corpus, split_text
 from flax_decoder.data.tokenizer import load_tokenizer, make_tokenizer
-from flax_decoder.errors import UserError
 from flax_decoder.io.files import open_regular
 
 ROW = "Texts of every kind"
@@ -44,27 +43,6 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
-
-
-def snapshot() -> dict[str, str]:
-    """What lies in the folder, by kind and content; nothing but regular files is opened."""
-    result = {}
-    for path in sorted(Path().rglob("*")):
-        mode = path.lstat().st_mode
-        is_file = stat.S_ISREG(mode) and path.stat().st_size < 2**28
-        result[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else oct(mode)
-    return result
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command is refused with: exit 2, one or two lines, and nothing written."""
-    before = snapshot()
-    capsys.readouterr()
-    assert main(arguments) == 2
-    out, error = capsys.readouterr()
-    assert out == "" and error.startswith("error: ") and len(error.splitlines()) <= 2, error
-    assert snapshot() == before
-    return error.removeprefix("error: ")
 
 
 # Files, and the texts that come back from them: one byte order mark at the start is not part of a text.
@@ -162,14 +140,11 @@ def test_a_vocabulary_is_learned_from_short_words(line: str, monkeypatch: pytest
 
 GOOD_START = "one\ntwo\n" * 1000 + "three "
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-CHINESE = "你好\uff0c世界。" * 50
 # What is no text, and what the refusal says of it.
 BAD = {
     "empty": (b"", "is empty"),
     "a mark of UTF-8 alone": (b"\xef\xbb\xbf", "is empty"),
     "1 byte": (b"a", "has 0 tokens"),
-    "one character": ("é".encode(), "has 0 tokens"),
-    "one emoji": ("😀".encode(), "has 0 tokens"),
     "spaces": (b" " * 5000, "has only white space"),
     "ends of lines": (b"\r\n\t\n" * 5000, "has only white space"),
     "random bytes": (random.Random(1).randbytes(100_000), "line "),
@@ -179,7 +154,6 @@ BAD = {
     "PDF": (b"%PDF-1.7\n%\xe2\xe3", "is not UTF-8 text (byte 0xE2 at offset 10, line 2)"),
     "NUL": (b"hello\n\0 world", "is not UTF-8 text (byte 0x00 at offset 6, line 2)"),
     "NUL at the end": (ENGLISH.encode() + b"\0", f"(byte 0x00 at offset {len(ENGLISH)}, line 41)"),
-    "only NUL": (b"\0" * 5000, "(byte 0x00 at offset 0, line 1)"),
     "Latin-1": (
         b"one\ntwo\ncaf\xe9 au lait",
         "is not UTF-8 text (byte 0xE9 at offset 11, line 3); convert it: iconv -f latin1 -t utf-8 text > ",
@@ -189,16 +163,8 @@ BAD = {
     "NUL in UTF-16": ("\ufeff\U0001f600\n\0".encode("utf-16-be"), "is not UTF-16 text (byte 0x00 at offset 8, line 2)"),
     "UTF-32": (ENGLISH.encode("utf-32"), "is not UTF-16 text (byte 0x00 at offset 2, line 1)"),
     "UTF-32, other order": (b"\0\0\xfe\xff" + ENGLISH.encode("utf-32-be"), "is not UTF-8 text (byte 0x00 at offset 0"),
-    "Chinese in GB 18030": (CHINESE.encode("gb18030"), "(byte 0xC4 at offset 0, line 1)"),
     "overlong slash": (b"a\n\xc0\xaf" * 9, "(byte 0xC0 at offset 2, line 2)"),
-    "overlong NUL": (b"a\n\xc0\x80" * 9, "(byte 0xC0 at offset 2, line 2)"),
-    "overlong in 3 bytes": (b"a\n\xe0\x80\xaf" * 9, "(byte 0xE0 at offset 2, line 2)"),
-    "overlong in 4 bytes": (b"a\n\xf0\x80\x80\xaf" * 9, "(byte 0xF0 at offset 2, line 2)"),
     "surrogate": (b"a surrogate \xed\xa0\x80", "(byte 0xED at offset 12, line 1)"),
-    "pair of surrogates": (b"a pair \xed\xa0\xbd\xed\xb8\x80", "(byte 0xED at offset 7, line 1)"),
-    "beyond Unicode": (b"a\n\n\xf4\x90\x80\x80", "(byte 0xF4 at offset 3, line 3)"),
-    "5 bytes": (b"a\xf8\x88\x80\x80\x80", "(byte 0xF8 at offset 1, line 1)"),
-    "a byte that only follows": (b"\n\x80", "(byte 0x80 at offset 1, line 2)"),
     "cut in a character": ("half of é".encode()[:-1], "(byte 0xC3 at offset 8, line 1)"),
     "a bad byte far in": (GOOD_START.encode() + b"\xff", f"(byte 0xFF at offset {len(GOOD_START)}, line 2001)"),
     "a mark of UTF-8, then a bad byte": (b"\xef\xbb\xbf\xff", "(byte 0xFF at offset 3, line 1)"),
@@ -218,23 +184,23 @@ def large(num_bytes: int) -> dict[str, tuple[bytes, str]]:
 @pytest.mark.fault(ROW)
 @pytest.mark.parametrize("num_bytes", [3_000_000, pytest.param(NUM_LINE_BYTES, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", large(0))
-def test_megabytes_that_are_no_text_are_refused(name: str, num_bytes: int, capsys, count_cases) -> None:
-    assert_is_no_text(*large(num_bytes)[name], capsys, count_cases)
+def test_megabytes_that_are_no_text_are_refused(name: str, num_bytes: int, refused, count_cases) -> None:
+    assert_is_no_text(*large(num_bytes)[name], refused, count_cases)
 
 
 @pytest.mark.fault(ROW)
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_text_is_refused(name: str, capsys: pytest.CaptureFixture[str], count_cases) -> None:
-    assert_is_no_text(*BAD[name], capsys, count_cases)
+def test_what_is_no_text_is_refused(name: str, refused, count_cases) -> None:
+    assert_is_no_text(*BAD[name], refused, count_cases)
 
 
-def assert_is_no_text(content: bytes, reason: str, capsys: pytest.CaptureFixture[str], count_cases) -> None:
+def assert_is_no_text(content: bytes, reason: str, refused, count_cases) -> None:
     Path("text").write_bytes(content)
     train = ["train", "--model.context-length=8"]
-    assert_refused(capsys, [*train, "--data.path=text"], "text", reason)
+    assert_refused(refused, [*train, "--data.path=text"], "text", reason)
     cases = 1
     if "tokens" not in reason:  # to evaluate on, a text may be short
-        assert_refused(capsys, ["eval", "no_run", "text"], "text", reason)
+        assert_refused(refused, ["eval", "no_run", "text"], "text", reason)
         cases += 1
     if len(content) < 1_000_000:  # one bad file among good ones
         Path("folder").mkdir()
@@ -242,19 +208,20 @@ def assert_is_no_text(content: bytes, reason: str, capsys: pytest.CaptureFixture
         Path("folder/b.txt").write_bytes(content)
         reason = reason.replace(" text >", " folder/b.txt >")
         if "tokens" not in reason:
-            assert_refused(capsys, [*train, "--data.path=folder"], "folder/b.txt", reason)
-            assert_refused(capsys, [*train, "--data.path=folder/*"], "folder/b.txt", reason)
+            assert_refused(refused, [*train, "--data.path=folder"], "folder/b.txt", reason)
+            assert_refused(refused, [*train, "--data.path=folder/*"], "folder/b.txt", reason)
             cases += 2
     count_cases(cases)
 
 
-def assert_refused(capsys: pytest.CaptureFixture[str], command: list[str], path: str, reason: str) -> None:
-    error = refusal(capsys, *command)
+def assert_refused(refused, command: list[str], path: str, reason: str) -> None:
+    error = refused(*command)
     assert path in error and reason in error, error
 
 
-def make_fifo(path: str) -> None:
-    os.mkfifo(path)
+def make_socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
 
 
 def make_link(target: str):
@@ -263,8 +230,9 @@ def make_link(target: str):
 
 # What is no file to read, and what the refusal says of it.
 PLACES = {
-    "FIFO": (make_fifo, "is not a regular file"),
+    "FIFO": (os.mkfifo, "is not a regular file"),
     "link to a FIFO": (lambda path: (os.mkfifo("fifo"), os.symlink("fifo", path)), "is not a regular file"),
+    "socket": (make_socket, "is not a regular file"),
     "/dev/zero": (make_link("/dev/zero"), "is not a regular file"),
     "/dev/null": (make_link("/dev/null"), "is not a regular file"),
     "the terminal": (make_link("/dev/tty"), "cannot be read: "),
@@ -277,38 +245,15 @@ PLACES = {
 
 @pytest.mark.fault(ROW)
 @pytest.mark.parametrize("name", PLACES)
-def test_what_is_no_file_is_never_opened(name: str, capsys, monkeypatch, count_cases) -> None:
+def test_what_is_no_file_is_never_opened(name: str, refused, monkeypatch, count_cases) -> None:
     make, reason = PLACES[name]
     make("text")
     opened = []
     really_open = os.open
     monkeypatch.setattr(os, "open", lambda path, *rest, **more: opened.append(path) or really_open(path, *rest, **more))
-    assert_refused(capsys, ["train", "--data.path=text"], "text", reason)
-    assert_refused(capsys, ["eval", "no_run", "text"], "text", reason)
+    assert_refused(refused, ["train", "--data.path=text"], "text", reason)
+    assert_refused(refused, ["eval", "no_run", "text"], "text", reason)
     assert not [path for path in opened if str(path) in ("text", "fifo")]
-    count_cases(2)
-
-
-@pytest.mark.fault(ROW)
-def test_a_socket_and_a_file_that_turns_into_a_fifo_are_refused(capsys, monkeypatch, count_cases) -> None:
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("text")
-    assert_refused(capsys, ["train", "--data.path=text"], "text", "is not a regular file")
-    os.unlink("text")
-    Path("text").write_text(ENGLISH)
-    really_open = os.open
-
-    def swap(path, *rest, **more):
-        if str(path) == "text":
-            os.unlink("text")
-            os.mkfifo("text")
-        return really_open(path, *rest, **more)
-
-    monkeypatch.setattr(os, "open", swap)
-    with pytest.raises(UserError, match="text: cannot be read: is not a regular file"):
-        prepare_corpus(DataConfig(path="text"), 8, None)
     count_cases(2)
 
 
@@ -360,10 +305,7 @@ def test_no_permission_is_refused(closed_places, as_nobody, capsys, count_cases)
 
 # What no config file is, and what the refusal says of it.
 BAD_CONFIGS = {
-    "empty key": (b"[model]\n = 3\n", "is not valid TOML"),
-    "binary": (b"\x7fELF\x02\x01\x01\0", "is not valid TOML"),
     "random bytes": (random.Random(2).randbytes(5000), "is not UTF-8 (byte 0x"),
-    "PNG": (PNG, "is not UTF-8 (byte 0x89 at offset 0, line 1)"),
     "Latin-1": (b"[data]\npath = 'caf\xe9'\n", "is not UTF-8 (byte 0xE9 at offset 18, line 2)"),
     "UTF-16": ("[model]\n".encode("utf-16"), "is not UTF-8 (byte 0xFF at offset 0, line 1)"),
     "NUL": (b"[model]\nnum_layers = 1\0\n", "is not valid TOML"),
@@ -380,19 +322,19 @@ BAD_CONFIGS = {
 @pytest.mark.fault(CONFIGS)
 @pytest.mark.parametrize("command", ["train", "bench"])
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_what_is_no_config_is_refused(name: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_config_is_refused(name: str, command: str, refused) -> None:
     content, reason = BAD_CONFIGS[name]
     Path("mine.toml").write_bytes(content)
-    error = refusal(capsys, command, "mine.toml")
+    error = refused(command, "mine.toml")
     assert error.startswith("mine.toml: ") and reason in error and len(error) < 1000, error
 
 
 @pytest.mark.fault(CONFIGS)
 @pytest.mark.parametrize("name", PLACES)
-def test_a_config_that_is_no_file_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_is_no_file_is_refused(name: str, refused) -> None:
     make, reason = PLACES[name]
     make("mine.toml")
-    error = refusal(capsys, "train", "mine.toml")
+    error = refused("train", "mine.toml")
     reason = {"folder without texts": "is a folder"}.get(name, reason.replace("such file", "such config"))
     assert error.startswith("mine.toml: ") and reason in error, error
 
@@ -405,7 +347,7 @@ def test_a_config_that_is_no_file_is_refused(name: str, capsys: pytest.CaptureFi
         ("data.corpus", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
     ],
 )
-def test_a_gigabyte_that_is_no_text_is_not_read(module, arguments, reason, capsys, monkeypatch) -> None:
+def test_a_gigabyte_that_is_no_text_is_not_read(module, arguments, reason, refused, monkeypatch) -> None:
     with open("large", "wb") as file:
         file.truncate(2**30)
     opened = []
@@ -415,7 +357,7 @@ def test_a_gigabyte_that_is_no_text_is_not_read(module, arguments, reason, capsy
         return file
 
     monkeypatch.setattr(f"flax_decoder.{module}.open_regular", open_and_keep)
-    assert reason in refusal(capsys, *arguments)
+    assert reason in refused(*arguments)
     for file in opened:
         with file:
             assert file.tell() < 1_100_000  # a reader may ask for somewhat more than it gives
@@ -423,9 +365,9 @@ def test_a_gigabyte_that_is_no_text_is_not_read(module, arguments, reason, capsy
 
 
 @pytest.mark.fault(CONFIGS)
-def test_a_config_may_begin_with_a_mark(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_may_begin_with_a_mark(refused) -> None:
     Path("mine.toml").write_bytes(b"\xef\xbb\xbf[data]\npath = 'nowhere.txt'\n")
-    assert refusal(capsys, "train", "mine.toml").startswith("nowhere.txt: there is no such file")
+    assert refused("train", "mine.toml").startswith("nowhere.txt: there is no such file")
 
 
 # Arguments with bytes that are not UTF-8, as Python gives them to a program.
@@ -443,8 +385,8 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
         (f"--model.num-layers={'9' * 5000}", "model.num_layers"),
     ],
 )
-def test_arguments_that_are_no_text_are_refused(argument: str, part: str, capsys) -> None:
-    assert part in refusal(capsys, "train", argument)
+def test_arguments_that_are_no_text_are_refused(argument: str, part: str, refused) -> None:
+    assert part in refused("train", argument)
 
 
 @pytest.mark.fault(PROMPTS)
@@ -457,16 +399,16 @@ def test_arguments_that_are_no_text_are_refused(argument: str, part: str, capsys
         ("é".encode(), "the text has 'é' (U+00E9, at character 0, line 1)"),
     ],
 )
-def test_prompts_that_are_no_text_are_refused(content, reason, run, capsys, monkeypatch, count_cases) -> None:
-    assert reason in refusal(capsys, "generate", run, "--prompt", os.fsdecode(content))
+def test_prompts_that_are_no_text_are_refused(content, reason, run, refused, monkeypatch, count_cases) -> None:
+    assert reason in refused("generate", run, "--prompt", os.fsdecode(content))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert reason in refusal(capsys, "generate", run)
+    assert reason in refused("generate", run)
     count_cases(2)
 
 
 @pytest.mark.fault(PROMPTS)
-def test_half_of_a_pair_is_refused(run, capsys) -> None:
-    error = refusal(capsys, "generate", run, "--prompt", "a\ud800")
+def test_half_of_a_pair_is_refused(run, refused) -> None:
+    error = refused("generate", run, "--prompt", "a\ud800")
     assert error.startswith("--prompt: is not UTF-8 text (byte 0xED at offset 1, line 1)")
 
 
@@ -486,23 +428,23 @@ class Zeros(io.RawIOBase):
 
 
 @pytest.mark.fault(PROMPTS)
-def test_a_prompt_without_end_is_refused(run, capsys, monkeypatch) -> None:
+def test_a_prompt_without_end_is_refused(run, refused, monkeypatch) -> None:
     zeros = Zeros()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(zeros)))
-    assert "standard input: has over 16,000,000 bytes" in refusal(capsys, "generate", run)
+    assert "standard input: has over 16,000,000 bytes" in refused("generate", run)
     assert zeros.num_read < 17_000_000  # a reader may ask for somewhat more than it gives
 
 
 @pytest.mark.fault(PROMPTS)
-def test_no_standard_input_is_an_empty_prompt(run, capsys, monkeypatch) -> None:
+def test_no_standard_input_is_an_empty_prompt(run, refused, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    assert "prompt is empty" in refusal(capsys, "generate", run)
+    assert "prompt is empty" in refused("generate", run)
 
 
 @pytest.mark.fault(ROW)
-def test_a_text_with_a_character_that_the_model_lacks_is_refused(run, capsys) -> None:
+def test_a_text_with_a_character_that_the_model_lacks_is_refused(run, refused) -> None:
     Path("mine.txt").write_text("To be\nor é")
-    error = refusal(capsys, "eval", run, "mine.txt")
+    error = refused("eval", run, "mine.txt")
     assert error.startswith("mine.txt: the text has 'é' (U+00E9, at character 9, line 2)")
 
 
