@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # Limit of a prompt from standard input, which may be endless: more than any model reads.
 MAX_PROMPT_BYTES = 16_000_000
-DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
+DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text and generate from it."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -410,14 +410,14 @@ def _prompt_of(options: argparse.Namespace) -> str:
 
 
 def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
-    """How a command line wants tokens to be guessed."""
+    """The drafting method of --draft or --prompt-lookup."""
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.loading import load
 
     if options.draft is None:
         return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
     if options.prompt_lookup != 0:
-        raise UserError("--draft and --prompt-lookup are two ways to guess tokens; give one of them")
+        raise UserError("--draft and --prompt-lookup are two ways to draft tokens; give one of them")
     model, params, _ = load(options.draft, allow_nan=options.allow_nan)
     return Draft(model, params)
 
@@ -455,7 +455,9 @@ def build_parser() -> Parser:
     """The command line of `flax-decoder`."""
     parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    config, model, loading, sampling, allow_nan = (Parser(add_help=False) for _ in range(5))
+    config, model, prompt, sampling, allow_nan = (Parser(add_help=False) for _ in range(5))
+    allow_nan.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")
+    loading = Parser(add_help=False, parents=[allow_nan])
 
     def add(name: str, command: Callable[[argparse.Namespace], int], *shared: Parser) -> Callable[..., argparse.Action]:
         made: Parser = commands.add_parser(
@@ -468,7 +470,7 @@ def build_parser() -> Parser:
     config.add_argument("config", metavar="CONFIG.toml", nargs="?", help="default: the embedded config")
     _add_config_fields(config)
     model.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
-    allow_nan.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")
+    prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
     loading.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
     )
@@ -486,8 +488,7 @@ def build_parser() -> Parser:
 
     add("train", train, config)
 
-    argument = add("generate", generate, model, sampling, allow_nan, loading)
-    argument("--prompt", metavar="TEXT", help="the text to continue; default: standard input")
+    argument = add("generate", generate, model, prompt, sampling, loading)
     argument("--max-new-tokens", metavar="N", type=int, default=500)
     argument("--num-samples", metavar="N", type=int, default=1, help="number of texts, generated at once")
     argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
@@ -495,17 +496,16 @@ def build_parser() -> Parser:
     argument("--prompt-lookup", metavar="N", type=int, default=0, help="draft N tokens from the text: faster")
     argument("--draft", metavar="PATH", help="draft tokens with this smaller model: faster")
 
-    argument = add("chat", chat, sampling, allow_nan, loading)
+    argument = add("chat", chat, sampling, loading)
     argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
     argument("--system", metavar="TEXT", help="the system message")
     argument("--max-new-tokens", metavar="N", type=int, default=1000, help="per answer")
 
-    argument = add("eval", evaluate, model, allow_nan, loading)
+    argument = add("eval", evaluate, model, loading)
     argument("file", metavar="FILE", help="a text")
     argument("--json", action="store_true", help="print one JSON object")
 
-    argument = add("lens", lens, model, allow_nan, loading)
-    argument("--prompt", metavar="TEXT", help="the text; default: standard input")
+    argument = add("lens", lens, model, prompt, loading)
     argument("--out", metavar="FILE.html", type=Path, required=True, help="the page; an existing file is replaced")
     argument("--max-new-tokens", metavar="N", type=int, default=0, help="first append N greedy tokens to the text")
 

@@ -262,7 +262,9 @@ def _read_built_in() -> str:
 
 def _read_file(path: Path) -> str:
     converted = path.with_suffix(".utf8" + path.suffix)
-    advice = f"convert it: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
+    advice = (
+        f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
+    )
     try:
         with open_regular(path) as file:
             beginning = file.peek()
