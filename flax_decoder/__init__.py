@@ -4,6 +4,8 @@ model, params, tokenizer = flax_decoder.load("runs/default")
 logits_BTV = model.apply({"params": params}, tokens_BT)
 """
 
+# ruff: noqa: F401 (ruff does not see what a computed __all__ exports)
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from flax_decoder.config import Config
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test compares the two
     from flax_decoder.generation.generate import complete, generate, prefill
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.lens.attribution import Attribution, attribute
@@ -27,73 +29,34 @@ if TYPE_CHECKING:
     from flax_decoder.training.metrics import plot_losses
     from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
 
-# Here, as it must come before JAX computes anything.
+# Before JAX computes anything: its threads keep the settings that they start with.
 keep_freed_memory()
 
-# Names whose modules import JAX come when first used: a wrong setting is refused, and help shown, without that wait.
-_HOMES = {
-    "Attribution": "lens.attribution",
-    "Decoder": "nn.decoder",
-    "Draft": "generation.speculative",
-    "History": "lens.history",
-    "KVCache": "nn.cache",
-    "PromptLookup": "generation.speculative",
-    "TrainState": "training.step",
-    "attribute": "lens.attribution",
-    "capture": "lens.capture",
-    "compare": "loading",
-    "empty_cache": "nn.cache",
-    "complete": "generation.generate",
-    "eval_step": "training.step",
-    "generate": "generation.generate",
-    "head_scores": "lens.head_scores",
-    "init_state": "training.step",
-    "load": "loading",
-    "plot_attention": "lens.pictures",
-    "plot_losses": "training.metrics",
-    "prefill": "generation.generate",
-    "read_history": "lens.history",
-    "train_step": "training.step",
-    "unstack_layers": "nn.decoder",
-    "write_lens_page": "lens.page",
+# These modules import JAX, so they are imported when a name is first used: `--help` and bad input do not wait for JAX.
+_LAZY = {
+    "generation.generate": ("complete", "generate", "prefill"),
+    "generation.speculative": ("Draft", "PromptLookup"),
+    "lens.attribution": ("Attribution", "attribute"),
+    "lens.capture": ("capture",),
+    "lens.head_scores": ("head_scores",),
+    "lens.history": ("History", "read_history"),
+    "lens.page": ("write_lens_page",),
+    "lens.pictures": ("plot_attention",),
+    "loading": ("compare", "load"),
+    "nn.cache": ("KVCache", "empty_cache"),
+    "nn.decoder": ("Decoder", "unstack_layers"),
+    "training.metrics": ("plot_losses",),
+    "training.step": ("TrainState", "eval_step", "init_state", "train_step"),
 }
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
-__all__ = [
-    "Attribution",
-    "Config",
-    "Decoder",
-    "Draft",
-    "FaultError",
-    "History",
-    "KVCache",
-    "PromptLookup",
-    "TrainState",
-    "UserError",
-    "attribute",
-    "capture",
-    "compare",
-    "complete",
-    "empty_cache",
-    "eval_step",
-    "generate",
-    "head_scores",
-    "init_state",
-    "load",
-    "load_config",
-    "plot_attention",
-    "plot_losses",
-    "prefill",
-    "read_history",
-    "train_step",
-    "unstack_layers",
-    "write_lens_page",
-]
+__all__ = ["Config", "FaultError", "UserError", "load_config", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

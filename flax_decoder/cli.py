@@ -1,18 +1,21 @@
-"""The commands, one short function each. JAX is imported inside of them: help and refusals do not wait for it."""
+"""The commands, one function each. They import JAX themselves: help and bad input do not wait for it."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
 import functools
+import itertools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
+from flax_decoder.io.files import write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.launchers import find_job, in_a_job
@@ -27,20 +31,22 @@ from flax_decoder.parallel.launchers import find_job, in_a_job
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
+    from flax_decoder.data.tokenizer import Tokenizer
     from flax_decoder.generation.sampling import Sampling
     from flax_decoder.generation.speculative import Draft, PromptLookup
+    from flax_decoder.nn.decoder import Decoder
 
-# A prompt from standard input may have this many bytes: more than any model reads, and an end to what has none.
+# Limit of a prompt from standard input, which may be endless: more than any model reads.
 MAX_PROMPT_BYTES = 16_000_000
-DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text, and let it write."
+DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text and generate from it."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0 done, 1 a fault, 2 the user's input, 73 in use, over 128 a signal."""
-    # Both unwind what is under way; training takes over when it has something to save.
-    before = {number: signal.signal(number, _leave) for number in _LEAVING}
+    # Training replaces these handlers once it has something to save.
+    before = {number: signal.signal(number, _raise_for_signal) for number in _EXCEPTION_OF}
     hook_before = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_send_again, hook_before)
+    sys.unraisablehook = functools.partial(_resend_dropped_signal, hook_before)
     try:
         options, unknown = build_parser().parse_known_args(
             _with_hyphens(sys.argv[1:] if arguments is None else arguments)
@@ -50,23 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = options.command
         _keep_compilations()
         return command(options)
-    except UserError as error:
+    except (UserError, InUseError) as error:
         print_escaped(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 73
     except FaultError as error:
         print_escaped(f"fault: {error}", file=sys.stderr)
         return 1
-    except InUseError as error:
-        print_escaped(f"error: {error}", file=sys.stderr)
-        return 73
     except BrokenPipeError:
-        # The reader has gone, as `head` does; Python must not try to flush to it at exit.
+        # The reader has closed the pipe, as `head` does; Python must not flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:  # those that say more than the system does have been turned into one of the above
-        print_escaped(
-            f"fault: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr
-        )
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print_escaped(f"fault: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -80,42 +82,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Terminated(BaseException):
-    """SIGTERM has come: as KeyboardInterrupt, it passes through all that only looks after errors."""
+    """Raised on SIGTERM. Like KeyboardInterrupt, it is not an Exception, so `except Exception` lets it pass."""
 
 
-# What each signal raises.
-_LEAVING = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+_EXCEPTION_OF = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends what is under way by an exception; but at once during an import, before there is anything to end.
+def _raise_for_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Raises the exception of a signal; during an import, exits at once.
 
-    A module in C that is being imported makes an ImportError of the exception, or crashes, as those of JAX do.
+    A C extension that is being imported turns the exception into an ImportError or crashes, as those of JAX do; and
+    there is nothing to clean up yet.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os._exit(128 + number)
         frame = frame.f_back
-    raise _LEAVING[signal.Signals(number)]
+    raise _EXCEPTION_OF[signal.Signals(number)]
 
 
-def _send_again(otherwise: Callable[["UnraisableHookArgs"], Any], dropped: "UnraisableHookArgs") -> None:
-    """Sends a signal once more whose exception Python has dropped, as it does in callbacks of its garbage collector.
+def _resend_dropped_signal(hook: Callable[["UnraisableHookArgs"], Any], dropped: "UnraisableHookArgs") -> None:
+    """Sends a signal again if Python has dropped its exception, as it does in garbage collector callbacks.
 
-    JAX has such a callback. It is sent a little later, so that it does not come in this function.
+    JAX has such a callback. The delay lets this function return first. Other dropped exceptions go to `hook`.
     """
-    numbers = {raised: number for number, raised in _LEAVING.items()}
+    numbers = {raised: number for number, raised in _EXCEPTION_OF.items()}
     if dropped.exc_type in numbers:
         threading.Timer(0.01, os.kill, (os.getpid(), numbers[dropped.exc_type])).start()
     else:
-        otherwise(dropped)
+        hook(dropped)
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains on a text, then writes new text."""
+    """Trains on a text, then generates a sample."""
     config = _config_of(options)
     folder = Path(config.run.folder or ".")
-    # Said again, and for good, when the folder is taken; but that has waited for JAX. Processes of a job share it.
+    # The lock is taken later; this refuses before JAX is imported. The processes of a job share the folder.
     if config.distributed.coordinator is None and not in_a_job(os.environ):
         refuse_if_in_use(folder)
     from flax_decoder.training import loop
@@ -125,7 +127,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Streams text that continues a prompt."""
+    """Streams a continuation of a prompt."""
     from flax_decoder.generation.stream import stream
     from flax_decoder.generation.text import decode_streams
 
@@ -136,9 +138,7 @@ def generate(options: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from flax_decoder.loading import load_with_tokenizer
-
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    model, params, tokenizer = _load(options)
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
@@ -156,21 +156,18 @@ def generate(options: argparse.Namespace) -> int:
     pieces = decode_streams(tokenizer, (part.tokens_BC for part in written), options.num_samples, options.stop)
     if options.no_stream:
         pieces = iter(list(pieces))
-    shown = 0
-    print_escaped(prompt, end="", flush=True)
-    for row, piece in pieces:
-        for _ in range(shown, row):
-            print_escaped(f"\n\n{prompt}", end="")
-        shown = row
+    num_prompts = 0
+    for row, piece in itertools.chain([(0, "")], pieces, [(options.num_samples - 1, "")]):
+        while num_prompts <= row:  # a sample may have no pieces
+            print_escaped(f"\n\n{prompt}" if num_prompts else prompt, end="")
+            num_prompts += 1
         print_escaped(piece, end="", flush=True)
-    for _ in range(shown + 1, options.num_samples):
-        print_escaped(f"\n\n{prompt}", end="")
     print()
     return 0
 
 
 def chat(options: argparse.Namespace) -> int:
-    """Talks with a model whose tokenizer brings a chat template; Ctrl-C ends an answer, a second one leaves."""
+    """Chats with a model that has a chat template; Ctrl-C stops an answer, a second one exits."""
     sampling = _sampling_of(options)
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
@@ -182,9 +179,8 @@ def chat(options: argparse.Namespace) -> int:
     import jax
 
     from flax_decoder.generation.chat import Chat
-    from flax_decoder.loading import load_with_tokenizer
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    model, params, tokenizer = _load(options)
     talk = Chat(
         model,
         params,
@@ -208,7 +204,7 @@ def chat(options: argparse.Namespace) -> int:
             for piece in pieces:
                 print_escaped(piece, end="", flush=True)
         except KeyboardInterrupt:
-            pieces.close()  # the part that was shown stays in the conversation
+            pieces.close()  # the conversation keeps the part that was printed
         print(flush=True)
 
 
@@ -217,31 +213,30 @@ def evaluate(options: argparse.Namespace) -> int:
     from flax_decoder.data.corpus import read_text
 
     text = read_text(options.file).text
-    from flax_decoder.loading import load_with_tokenizer
     from flax_decoder.training import evaluation
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    model, params, tokenizer = _load(options)
     try:
         tokens = tokenizer.encode_array(text)
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from None
     if len(tokens) < 2:
         raise UserError(f"{options.file}: is a single token; there is nothing to predict")
-    # As many tokens at once as keep two cores busy without taking much memory.
+    # 4096 tokens keep two cores busy without taking much memory.
     batch_size = max(4096 // model.config.context_length, 1)
     result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size)
     if options.json:
         print(json.dumps(result))
     else:
         print_escaped(
-            f"{options.file}: loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.3f}, "
+            f"{options.file}: loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
             f"{result['bits_per_byte']:.4f} bits per byte, over {result['num_tokens']:,} tokens"
         )
     return 0
 
 
 def lens(options: argparse.Namespace) -> int:
-    """Writes a page on which one can read what each attention head did with a text, and why."""
+    """Writes a page that shows the queries, keys, values and weights of each attention head on a text."""
     _check_file("--out", options.out)
     prompt = _prompt_of(options)
     if prompt == "" or options.max_new_tokens < 0:
@@ -250,9 +245,8 @@ def lens(options: argparse.Namespace) -> int:
 
     from flax_decoder.lens.history import read_history
     from flax_decoder.lens.page import check_page_length, write_lens_page
-    from flax_decoder.loading import load_with_tokenizer
 
-    model, params, tokenizer = load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    model, params, tokenizer = _load(options)
     tokens = tokenizer.encode_prompt(prompt)
     check_page_length(model.config, len(tokens) + options.max_new_tokens)
     if options.max_new_tokens > 0:
@@ -263,16 +257,14 @@ def lens(options: argparse.Namespace) -> int:
         )
         tokens += written.tokens.tolist()
     history = read_history(options.path)
-    try:
+    with _writing(options.out):
         write_lens_page(options.out, model, params, tokenizer, np.asarray(tokens), history)
-    except OSError as error:
-        raise FaultError(f"{options.out}: cannot be written: {error}") from error
     print_escaped(f"{options.out}: written")
     return 0
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Makes a Hugging Face folder out of a run folder, or a run folder out of a Hugging Face folder."""
+    """Converts a run folder to a Hugging Face folder, or a Hugging Face folder to a run folder."""
     from flax_decoder.loading import convert
 
     convert(options.source, options.destination, model_type=options.model_type, allow_nan=options.allow_nan)
@@ -283,22 +275,19 @@ def convert(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace) -> int:
     """Compares a model with PyTorch, tensor by tensor."""
     _check_file("--json", options.json)
-    from flax_decoder.io.files import write_text
     from flax_decoder.loading import compare
 
     names = ("steps", "batch_size", "length", "seed", "allow_nan")
     ledger = compare(options.path, **{name: getattr(options, name) for name in names})
     print_escaped(ledger)
     if options.json is not None:
-        try:
+        with _writing(options.json):
             write_text(options.json, ledger.to_json())
-        except OSError as error:
-            raise FaultError(f"{options.json}: cannot be written: {error}") from error
     return 0 if ledger.holds else 1
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Checks every checkpoint of a run, and what they hang on, against their manifests."""
+    """Checks every checkpoint of a run, and the files it needs, against its manifest."""
     folder = Path(options.path)
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: is not a run folder: it has no config.toml")
@@ -326,7 +315,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Checks all that a run needs, from the versions to the model itself, in under a minute."""
+    """Checks everything that a run needs, from versions to the model itself, in under a minute."""
     config = _config_of(options)
     from flax_decoder.planning.doctor import examine
 
@@ -339,13 +328,12 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Compiles a training step for chips that need not be here: does it fit, what does it move, how long at least."""
+    """Compiles a training step for other chips: whether it fits, the bytes it moves, the least time it takes."""
     config = _config_of(options)
     _check_file("--json", options.json)
     from flax_decoder.planning.topology import devices_of, prepare
 
     prepare(options.topology)  # before JAX is imported
-    from flax_decoder.io.files import write_text
     from flax_decoder.planning.fitting import smallest_change
     from flax_decoder.planning.plan import make_plan
 
@@ -356,34 +344,47 @@ def plan(options: argparse.Namespace) -> int:
     if made.memory.fits is False:
         found = smallest_change(config, devices, made)
         if found is None:
-            print("\nnone of the changes tried (remat, accumulation, fsdp) makes it fit: it takes more or larger chips")
+            print("\nnone of the changes tried (remat, accumulation, fsdp) makes it fit: use more or larger chips")
         else:
             change, smaller = found
             arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
             print(f"\nit fits with {arguments}:\n\n{smaller}")
             result |= {"change": change, "changed": smaller.to_dict()}
     if options.json is not None:
-        try:
+        with _writing(options.json):
             write_text(options.json, json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise FaultError(f"{options.json}: cannot be written: {error}") from error
     return 1 if made.memory.fits is False else 0
 
 
 def _keep_threads_quiet() -> None:
-    """What goes wrong in the threads of Orbax is raised, too, and told in one line: they need not log pages of it."""
+    """Silences the threads of Orbax: their errors are also raised, and reported in one line."""
     for library in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def _check_file(name: str, path: Path | None) -> None:
-    """Raises UserError, before any work is done, where a file cannot be at the path that an argument gives."""
+    """Raises UserError, before any work is done, if the path of an argument cannot be a file."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"{name} {path}: must name a file in a folder that exists")
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Names the file in the error, which that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise FaultError(f"{path}: cannot be written: {error}") from error
+
+
+def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokenizer]":
+    from flax_decoder.loading import load_with_tokenizer
+
+    return load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+
+
 def _sampling_of(options: argparse.Namespace) -> "Sampling":
-    """The settings of `Sampling` that a command line asks for, which go by the same names."""
+    """The arguments with the names of the fields of `Sampling`."""
     from flax_decoder.generation.sampling import Sampling
 
     given = vars(options)
@@ -391,59 +392,59 @@ def _sampling_of(options: argparse.Namespace) -> "Sampling":
 
 
 def _prompt_of(options: argparse.Namespace) -> str:
-    """The prompt, which is text; UserError where its bytes are not, or do not end."""
+    """The prompt of --prompt or standard input; UserError if it is not text, or too long."""
     from flax_decoder.data.corpus import decode_text
 
     if options.prompt is not None:
         name = "--prompt"
-        try:  # bytes of an argument that are not UTF-8 come as half surrogates, one each
+        try:  # Python decodes each byte of an argument that is not UTF-8 as half a surrogate pair
             content = options.prompt.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:  # other halves, which only Windows gives
+        except UnicodeEncodeError:  # other halves, possible on Windows
             content = options.prompt.encode("utf-8", "surrogatepass")
     else:
         content = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         name = "standard input"
         if len(content) > MAX_PROMPT_BYTES:
-            raise UserError(f"{name}: has over {MAX_PROMPT_BYTES:,} bytes, which is no prompt; give its last part")
+            raise UserError(f"{name}: has over {MAX_PROMPT_BYTES:,} bytes, too many for a prompt; give its last part")
     return decode_text(content, name, "give the prompt in UTF-8")
 
 
 def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
-    """How a command line wants tokens to be guessed."""
+    """The drafting method of --draft or --prompt-lookup."""
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.loading import load
 
     if options.draft is None:
         return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
     if options.prompt_lookup != 0:
-        raise UserError("--draft and --prompt-lookup are two ways to guess tokens; give one of them")
+        raise UserError("--draft and --prompt-lookup are two ways to draft tokens; give one of them")
     model, params, _ = load(options.draft, allow_nan=options.allow_nan)
     return Draft(model, params)
 
 
 def _config_of(options: argparse.Namespace) -> Config:
-    """The config that a command line asks for; the arguments with a dot in their names are its fields.
+    """The config of a command line, whose arguments with a dot in their names are its fields.
 
-    What was changed in it is told in a line, by the first process of a job.
+    Its warnings are printed, by the first process of a job only.
     """
-    with warnings.catch_warnings(record=True) as changes:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
     if find_job(config.distributed, os.environ)[1] in (None, 0):
-        for change in changes:
-            print_escaped(f"warning: {change.message}", file=sys.stderr)
+        for warning in caught:
+            print_escaped(f"warning: {warning.message}", file=sys.stderr)
     return config
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and where help is in a second."""
+    """Reports an error in one line, and how to get help in a second."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError instead of printing all the usage."""
+        """Raises UserError instead of printing the usage."""
         raise UserError(f"{message}\nhelp: {self.prog} --help")
 
     def refuse(self, argument: str) -> NoReturn:
-        """Raises UserError for an argument that this command does not know, with the nearest one that it does."""
+        """Raises UserError for an unknown argument, with the nearest known one."""
         name = argument.partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(name, known, n=1)
@@ -454,112 +455,88 @@ def build_parser() -> Parser:
     """The command line of `flax-decoder`."""
     parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    config, model, prompt, sampling, allow_nan = (Parser(add_help=False) for _ in range(5))
+    allow_nan.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")
+    loading = Parser(add_help=False, parents=[allow_nan])
 
-    def add(name: str, command: Callable[[argparse.Namespace], int]) -> Parser:
-        made: Parser = commands.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False)
+    def add(name: str, command: Callable[[argparse.Namespace], int], *shared: Parser) -> Callable[..., argparse.Action]:
+        made: Parser = commands.add_parser(
+            name, help=command.__doc__, description=command.__doc__, parents=shared, allow_abbrev=False
+        )
         made.set_defaults(command=command, parser=made)
-        return made
+        return made.add_argument
 
-    sub = add("train", train)
-    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
-    _add_config_fields(sub)
-
-    sub = add("generate", generate)
-    sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
-    sub.add_argument("--prompt", metavar="TEXT", help="what to continue; left out, it is read from standard input")
-    sub.add_argument("--max-new-tokens", metavar="N", type=int, default=500)
-    _add_sampling(sub)
-    sub.add_argument("--num-samples", metavar="N", type=int, default=1, help="texts to write, all at once")
-    sub.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
-    )
-    sub.add_argument("--no-stream", action="store_true", help="print when all is written")
-    sub.add_argument("--prompt-lookup", metavar="N", type=int, default=0, help="guess N tokens from the text: faster")
-    sub.add_argument("--draft", metavar="PATH", help="guess tokens with this smaller model: faster")
-    _add_loading(sub)
-
-    sub = add("chat", chat)
-    sub.add_argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
-    sub.add_argument("--system", metavar="TEXT", help="what the model is told before the first message")
-    sub.add_argument("--max-new-tokens", metavar="N", type=int, default=1000, help="the longest answer")
-    _add_sampling(sub)
-    _add_loading(sub)
-
-    sub = add("eval", evaluate)
-    sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
-    sub.add_argument("file", metavar="FILE", help="a text")
-    sub.add_argument("--json", action="store_true", help="one JSON object")
-    _add_loading(sub)
-
-    sub = add("lens", lens)
-    sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
-    sub.add_argument("--prompt", metavar="TEXT", help="the text; left out, it is read from standard input")
-    sub.add_argument("--out", metavar="FILE.html", type=Path, required=True, help="the page; a file there is replaced")
-    sub.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=0, help="first let the model add N tokens, the likeliest"
-    )
-    _add_loading(sub)
-
-    sub = add("convert", convert)
-    sub.add_argument("source", metavar="SRC", help="a run folder, or a Hugging Face folder")
-    sub.add_argument("destination", metavar="DST", help="a folder of the other kind, which must not exist yet")
-    sub.add_argument(
-        "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
-    )
-    _add_allow_nan(sub)
-
-    sub = add("compare", compare)
-    sub.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
-    sub.add_argument("--steps", metavar="N", type=int, default=0, help="also compare N steps of AdamW")
-    sub.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to a file")
-    sub.add_argument("--batch-size", metavar="N", type=int, default=2, help="sequences a batch, an even number")
-    sub.add_argument("--length", metavar="N", type=int, help="tokens a sequence")
-    sub.add_argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
-    _add_allow_nan(sub)
-
-    sub = add("verify", verify)
-    sub.add_argument("path", metavar="PATH", help="a run folder")
-
-    sub = add("plan", plan)
-    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
-    sub.add_argument(
-        "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; by default what is here"
-    )
-    sub.add_argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
-    _add_config_fields(sub)
-
-    sub = add("doctor", doctor)
-    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
-    _add_config_fields(sub)
-
-    sub = add("bench", bench)
-    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="left out: the embedded default")
-    sub.add_argument("--json", action="store_true", help="one JSON object")
-    _add_config_fields(sub)
-    return parser
-
-
-def _add_sampling(parser: Parser) -> None:
-    number = functools.partial(parser.add_argument, metavar="F", type=float)
-    number("--temperature", default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top-k", metavar="N", type=int, default=0, help="draw from the N likeliest tokens only")
-    number("--top-p", default=1.0, help="draw from the likeliest tokens up to F")
-    number("--min-p", default=0.0, help="as likely as F times the likeliest")
-    number("--repetition-penalty", default=1.0, help="over 1: what is in the text already becomes less likely")
-    number("--presence-penalty", default=0.0, help="taken off the logits of what is in the new text")
-    number("--frequency-penalty", default=0.0, help="the same, times how often it is there")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same text")
-
-
-def _add_loading(parser: Parser) -> None:
-    _add_allow_nan(parser)
-    parser.add_argument(
+    # Arguments that several commands share.
+    config.add_argument("config", metavar="CONFIG.toml", nargs="?", help="default: the embedded config")
+    _add_config_fields(config)
+    model.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
+    prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
+    loading.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
     )
+    for name, default, text in (
+        ("--temperature", 0.8, "0 always takes the likeliest token"),
+        ("--top-p", 1.0, "sample from the likeliest tokens with a total probability of F"),
+        ("--min-p", 0.0, "sample from tokens at least F times as likely as the likeliest"),
+        ("--repetition-penalty", 1.0, "over 1: tokens of the text so far become less likely"),
+        ("--presence-penalty", 0.0, "subtracted from the logits of tokens in the new text"),
+        ("--frequency-penalty", 0.0, "the same, times the count of the token"),
+    ):
+        sampling.add_argument(name, metavar="F", type=float, default=default, help=text)
+    sampling.add_argument("--top-k", metavar="N", type=int, default=0, help="sample from the N likeliest tokens only")
+    sampling.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed gives the same text")
 
+    add("train", train, config)
 
-def _add_allow_nan(parser: Parser) -> None:
-    parser.add_argument("--allow-nan", action="store_true", help="read a Hugging Face folder with NaN weights too")
+    argument = add("generate", generate, model, prompt, sampling, loading)
+    argument("--max-new-tokens", metavar="N", type=int, default=500)
+    argument("--num-samples", metavar="N", type=int, default=1, help="number of texts, generated at once")
+    argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
+    argument("--no-stream", action="store_true", help="print when the whole text is generated")
+    argument("--prompt-lookup", metavar="N", type=int, default=0, help="draft N tokens from the text: faster")
+    argument("--draft", metavar="PATH", help="draft tokens with this smaller model: faster")
+
+    argument = add("chat", chat, sampling, loading)
+    argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
+    argument("--system", metavar="TEXT", help="the system message")
+    argument("--max-new-tokens", metavar="N", type=int, default=1000, help="per answer")
+
+    argument = add("eval", evaluate, model, loading)
+    argument("file", metavar="FILE", help="a text")
+    argument("--json", action="store_true", help="print one JSON object")
+
+    argument = add("lens", lens, model, prompt, loading)
+    argument("--out", metavar="FILE.html", type=Path, required=True, help="the page; an existing file is replaced")
+    argument("--max-new-tokens", metavar="N", type=int, default=0, help="first append N greedy tokens to the text")
+
+    argument = add("convert", convert, allow_nan)
+    argument("source", metavar="SRC", help="a run folder, or a Hugging Face folder")
+    argument("destination", metavar="DST", help="a new folder of the other kind")
+    argument(
+        "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
+    )
+
+    argument = add("compare", compare, model, allow_nan)
+    argument("--steps", metavar="N", type=int, default=0, help="also compare N steps of AdamW")
+    argument("--json", metavar="FILE", type=Path, help="also write the rows to a file")
+    argument("--batch-size", metavar="N", type=int, default=2, help="sequences per batch, an even number")
+    argument("--length", metavar="N", type=int, help="tokens per sequence")
+    argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
+
+    argument = add("verify", verify)
+    argument("path", metavar="PATH", help="a run folder")
+
+    argument = add("plan", plan, config)
+    argument(
+        "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; default: this machine"
+    )
+    argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
+
+    add("doctor", doctor, config)
+
+    argument = add("bench", bench, config)
+    argument("--json", action="store_true", help="print one JSON object")
+    return parser
 
 
 def _step(text: str) -> str | int:
@@ -567,11 +544,12 @@ def _step(text: str) -> str | int:
 
 
 def _add_config_fields(parser: Parser) -> None:
-    """An argument for every field of the config; values are written as in TOML, text without quotes."""
+    """Adds an argument for every config field; values are TOML, strings without quotes."""
     for section in SECTIONS:
         group = parser.add_argument_group(f"[{section}]")
         for name, field in fields_of(section).items():
-            default = "" if field.default is None else f" ({_shown(field.default)})"
+            shown = field.default if isinstance(field.default, str) else json.dumps(field.default)
+            default = "" if field.default is None else f" ({shown})"
             group.add_argument(
                 f"--{section}.{name}".replace("_", "-"),
                 dest=f"{section}.{name}",
@@ -581,12 +559,8 @@ def _add_config_fields(parser: Parser) -> None:
             )
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
-
-
 def _kind(annotation: Any) -> str:
-    """What a value looks like in the help, such as INT or pre|post."""
+    """The metavar of a field, such as INT or pre|post."""
     words = getattr(annotation, "__args__", ())
     if words and all(isinstance(word, str) for word in words):
         return "|".join(words)
@@ -595,24 +569,17 @@ def _kind(annotation: Any) -> str:
 
 
 def _with_hyphens(arguments: Sequence[str]) -> list[str]:
-    """Underscores and hyphens are the same in the names of arguments."""
-    result = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        result.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-    return result
+    """Replaces underscores by hyphens in the names of arguments."""
+    return [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
 
 
 def _keep_compilations() -> None:
-    """Keeps compiled programs in the user's cache folder: the next start of the same program need not compile.
-
-    Where there is none, as in many containers, a line says so, and each start compiles anew.
-    """
+    """Makes JAX cache compiled programs in the user's cache folder; without one, prints a warning."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     try:
         if folder is None:
             folder = str(cache_folder() / "flax_decoder")
-        if folder and "://" not in folder:  # empty it is off, and of what is elsewhere JAX knows more
+        if folder and "://" not in folder:  # empty is off; JAX itself checks the URL of a bucket
             os.makedirs(folder, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "may not be written", folder)
@@ -623,21 +590,21 @@ def _keep_compilations() -> None:
             file=sys.stderr,
         )
         folder = ""
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it makes a temporary folder, and would tell the same
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would warn about the same folder
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def cache_folder() -> Path:
-    """Where the user's programs keep what they can make again, by the XDG Base Directory Specification.
+    """The user's cache folder, by the XDG Base Directory Specification.
 
     Raises:
-        OSError: the user has no home; programs that run as nobody, or as a number, have none.
+        OSError: the user has no home folder, as in many containers.
     """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if given.is_absolute():  # the specification says to pass over others
+    if given.is_absolute():  # the specification says to ignore others
         return given
-    # Python takes an empty HOME for the root folder, and ~ stays as it is where nobody knows a home.
+    # For an empty HOME expanduser returns the root folder, for an unknown one "~" itself.
     home = "~" if os.environ.get("HOME") == "" else os.path.expanduser("~")
     if not (os.path.isabs(home) and os.path.isdir(home)):
         raise FileNotFoundError(errno.ENOENT, "there is no such home folder", home)

@@ -1,42 +1,37 @@
-"""Reading a config and writing one.
-
-A run is one TOML file. `load_config` reads it, puts overrides on top, and either returns a `Config` in which every
-setting fits the others, or raises `UserError` with the file, the field and the value.
-"""
+"""Reads and writes the TOML file of a run."""
 
 import dataclasses
 import difflib
 import os
-import reprlib
 import tomllib
-import types
-import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.errors import UserError
 from flax_decoder.io.files import open_regular
+from flax_decoder.io.strict_json import shown
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Reads a run's settings from a TOML file.
+    """Reads a config from a TOML file.
 
     Args:
         path: the file; None is the embedded default.
-        overrides: values that take precedence, by dotted name: `{"model.num_layers": 2}`. Hyphens count as
-            underscores. A string for a field that is no string is read as TOML, as on the command line.
+        overrides: values that take precedence, by dotted name: `{"model.num_layers": 2}`. Hyphens are the same as
+            underscores. A string for a field of another type is parsed as TOML, as on the command line.
 
     Returns:
-        The settings, checked. `run.folder` is filled in; `model.vocab_size` stays None where the tokenizer decides it.
-        A warm-up that is as long as the run is shortened, which a `UserWarning` tells.
+        The checked config. `run.folder` is filled in; `model.vocab_size` stays None if the tokenizer decides it. A
+        warm-up as long as the run is shortened, with a `UserWarning`.
 
     Raises:
-        UserError: an unreadable file, an unknown field, a wrong type, or settings that do not go together.
+        UserError: an unreadable file, an unknown field, a wrong type, or incompatible settings; names file, field and
+            value.
     """
     settings, source = {}, "the default config"
     if path is not None:
@@ -46,23 +41,22 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         section, field = _find_field(name)
         values = settings.setdefault(section, {})
         if isinstance(values, dict):
-            values[field] = _plain_value(section, field, value)
+            values[field] = _parse_override(section, field, value)
     overridden = {override.replace("-", "_") for override in overrides or {}}
     config = config_of(settings, source, overridden)
-    moved = _is_inside_a_run(path) and "run.folder" not in overridden
-    if config.run.folder is None or moved:
+    if config.run.folder is None or (_is_inside_a_run(path) and "run.folder" not in overridden):
         run = dataclasses.replace(config.run, folder=str(_default_folder(path)))
         config = dataclasses.replace(config, run=run)
     return config
 
 
 def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[str] = ()) -> Config:
-    """Checks settings that were read.
+    """Builds a config from parsed TOML or JSON.
 
     Args:
-        settings: values by section and field, as in TOML or JSON.
-        source: where they are from; the message of an error begins with it.
-        overridden: dotted names of those that are from elsewhere.
+        settings: values by section and field.
+        source: start of error messages.
+        overridden: dotted names of the values that are not from `source`.
 
     Raises:
         UserError: as `load_config`.
@@ -75,34 +69,30 @@ def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[s
             raise UserError(f"{source}: {section} must be a table, [{section}]")
         for field, value in values.items():
             name = f"{section}.{field}"
-            _refuse_no_text(value, name, _source_of(name, source, overridden))
+            _check_text(value, name, _source_of(name, source, overridden))
         try:
             parts[section] = SECTIONS[section](**values)
         except ValidationError as error:
-            raise UserError(_first_complaint(error, section, source, overridden)) from None
+            raise UserError(_first_error(error, section, source, overridden)) from None
     try:
         return Config(**parts)
     except ValidationError as error:
-        raise UserError(_first_complaint(error, "", source, overridden)) from None
+        raise UserError(_first_error(error, "", source, overridden)) from None
 
 
 def to_toml(config: Config) -> str:
-    """Writes settings so that `load_config` reads the same ones back. Fields that are None are left out."""
+    """The TOML text from which `load_config` reads the same config. Fields that are None are left out."""
     sections = dataclasses.asdict(config)
     return tomli_w.dumps(
         {
-            section: {name: _as_list(value) for name, value in fields.items() if value is not None}
+            section: {name: value for name, value in fields.items() if value is not None}
             for section, fields in sections.items()
         }
     )
 
 
-# The shipped ones have 1 kB, and one with every field has 5.
+# A config with every field has 5 kB.
 _MAX_CONFIG_BYTES = 1_000_000
-
-# How a value stands in a message: long and deep ones are cut.
-_VALUES = reprlib.Repr()
-_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 100
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -118,7 +108,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if len(content) > _MAX_CONFIG_BYTES:
         raise UserError(f"{path}: has over {_MAX_CONFIG_BYTES:,} bytes, so it is no config; give a TOML file")
     try:
-        return _parse_toml(content.decode("utf-8").removeprefix("\ufeff"))  # some editors begin a file with this mark
+        return _parse_toml(content.decode("utf-8").removeprefix("\ufeff"))  # the byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = content[error.start]
@@ -128,23 +118,19 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    """What TOML says; ValueError, whatever is wrong with it."""
+    """Parses TOML; every error is a ValueError."""
     try:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
 
-def _refuse_no_text(value: Any, name: str, source: str) -> None:
-    """Raises UserError where a text in a setting cannot be written to a file, or be the name of one."""
+def _check_text(value: Any, name: str, source: str) -> None:
+    """Raises UserError if a string cannot be the name of a file, or be written to one."""
     for text in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(text, str) and ("\0" in text or not _is_unicode(text)):
+        # Bytes of the command line that are not UTF-8 are half surrogates, U+D800 to U+DFFF.
+        if isinstance(text, str) and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{source}: {name} = {text!a} has a NUL character or is not UTF-8; rename the file")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: bytes that are not come from the command line as half surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _find_field(name: str) -> tuple[str, str]:
@@ -155,44 +141,35 @@ def _find_field(name: str) -> tuple[str, str]:
     return section, field
 
 
-def _plain_value(section: str, field: str, value: Any) -> Any:
-    """An override as TOML would give it; text for a field that holds text is taken as it stands."""
+def _parse_override(section: str, field: str, value: Any) -> Any:
+    """The value of an override; a string that the field does not accept as it is, is parsed as TOML."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if not isinstance(value, str):
         return value
-    if str in _leaf_types(fields_of(section)[field].annotation) and not value.startswith("["):
-        return value
+    try:
+        if not value.startswith("["):  # a list of paths, not a path
+            return TypeAdapter(fields_of(section)[field].annotation).validate_python(value, strict=True)
+    except ValidationError:
+        pass
     try:
         return _parse_toml(f"value = {value}")["value"]
     except ValueError:
         return value
 
 
-def _leaf_types(annotation: Any) -> set[type]:
-    """The plain types a field may hold; a choice between words counts as text."""
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return {type(word) for word in typing.get_args(annotation)}
-    if origin in (typing.Union, types.UnionType):
-        return set().union(*map(_leaf_types, typing.get_args(annotation)))
-    if origin is Annotated:
-        return _leaf_types(typing.get_args(annotation)[0])
-    return {annotation}
-
-
-def _first_complaint(error: ValidationError, section: str, source: str, overridden: Collection[str]) -> str:
-    complaint, *others = error.errors(include_url=False)
-    fields = [str(part) for part in complaint["loc"][:1]]  # deeper parts name branches of a union
+def _first_error(error: ValidationError, section: str, source: str, overridden: Collection[str]) -> str:
+    first, *others = error.errors(include_url=False)
+    fields = [str(part) for part in first["loc"][:1]]  # deeper parts name branches of a union
     name = ".".join(part for part in (section, *fields) if part)
     source = _source_of(name, source, overridden)
-    if complaint["type"] == "unexpected_keyword_argument":
+    if first["type"] == "unexpected_keyword_argument":
         what = f"there is no setting {name}{_nearest(fields[0], list(fields_of(section)))}"
-    elif complaint["type"] == "value_error":
-        what = f"{name}: {complaint['msg']}".replace("Value error, ", "").removeprefix(": ")
+    elif first["type"] == "value_error":
+        what = f"{name}: {first['msg']}".replace("Value error, ", "").removeprefix(": ")
     else:
-        what = f"{name} = {_VALUES.repr(complaint['input'])}: {complaint['msg'].lower()}"
-    count = len({other["loc"][:1] for other in others} - {complaint["loc"][:1]})
+        what = f"{name} = {shown(first['input'])}: {first['msg'].lower()}"
+    count = len({other["loc"][:1] for other in others} - {first["loc"][:1]})
     return f"{source}: {what}" + (f" (and {count} more)" if count else "")
 
 
@@ -213,9 +190,5 @@ def _default_folder(path: str | os.PathLike[str] | None) -> Path:
 
 
 def _is_inside_a_run(path: str | os.PathLike[str] | None) -> bool:
-    """Whether a config is the one that a run keeps: wherever its folder was moved to, that is the run's folder."""
+    """Whether a config lies in a run folder, which may have been moved: its `run.folder` is where it is now."""
     return path is not None and Path(path).name == "config.toml" and (Path(path).parent / "corpus").is_dir()
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import gc
+import hashlib
 import os
+import stat
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import jax
 import pytest
 from fault_matrix import count_cases, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
+from flax_decoder.cli import main
 from flax_decoder.training.step import TrainState
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -99,3 +102,30 @@ def _forget_programs() -> Iterator[None]:
         with contextlib.suppress(AttributeError):  # a C library that is not glibc
             ctypes.CDLL(None).malloc_trim(0)
         _kept_bytes = resident_bytes()
+
+
+def snapshot() -> dict[str, str]:
+    """Everything in the current folder, by kind and content; only regular files are opened."""
+    result = {}
+    for path in sorted(Path().rglob("*")):
+        mode = path.lstat().st_mode
+        is_file = stat.S_ISREG(mode) and path.stat().st_size < 2**28
+        result[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else oct(mode)
+    return result
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
+    """Runs a command that must be refused: exit code 2, one or two lines, nothing written. Returns the message."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*arguments: str) -> str:
+        before = snapshot()
+        capsys.readouterr()
+        assert main(arguments) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith("error: ") and len(error.splitlines()) <= 2, error
+        assert snapshot() == before
+        return error.removeprefix("error: ")
+
+    return run_command

@@ -33,7 +33,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(flax_decoder.allocator.describe_freed_memory())
 flax_decoder.allocator.limit_kept_memory()
 print(flax_decoder.allocator.describe_freed_memory())
-flax_decoder.allocator.MAX_PART = 0
+flax_decoder.allocator.MAX_FRACTION = 0
 flax_decoder.allocator.limit_kept_memory()
 print(flax_decoder.allocator.describe_freed_memory())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -69,7 +69,7 @@ def test_freed_memory_is_kept_unless_the_user_has_decided_otherwise():
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
-    for name in (*allocator.OWN_SETTINGS, "GLIBC_TUNABLES", allocator.SWITCH):
+    for name in (*allocator.GLIBC_SETTINGS, "GLIBC_TUNABLES", allocator.SWITCH):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(allocator, "_state", "")
     allocator.keep_freed_memory()

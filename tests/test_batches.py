@@ -75,14 +75,6 @@ def test_the_order_stays_what_it_was():
     assert starts == [82, 68, 61, 19, 96, 5, 75, 12, 33, 54, 47, 89, 40, 26, 55, 34, 6]
 
 
-def test_a_text_of_one_window():
-    tokens = np.arange(T + 1)
-    for step in range(5):
-        batch = train_batch(tokens, seed=step, step=step, batch_size=2, context_length=T)
-        np.testing.assert_array_equal(batch["inputs"], [tokens[:-1]] * 2)
-        np.testing.assert_array_equal(batch["targets"], [tokens[1:]] * 2)
-
-
 def test_a_text_shorter_than_a_window_is_refused():
     with pytest.raises(ValueError, match="7 tokens hold no window: context_length = 7 needs at least 8"):
         train_batch(TOKENS[:T], seed=0, step=0, batch_size=1, context_length=T)

@@ -194,7 +194,7 @@ def test_chat_needs_a_template(folder, capsys):
     (folder / "chat_template.jinja").unlink()
     assert main(["chat", str(folder)]) == 2
     error = capsys.readouterr().err
-    assert "brings no chat template" in error and len(error.splitlines()) == 2
+    assert "has no chat template" in error and len(error.splitlines()) == 2
     assert main(["chat", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
 

@@ -1,4 +1,3 @@
-import hashlib
 import io
 import json
 import logging
@@ -42,38 +41,19 @@ def run(tmp_path_factory):
     return str(folder)
 
 
-def snapshot():
-    return {str(path): path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() for path in Path().rglob("*")}
-
-
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Runs a command that must be refused: exit code 2, one or two lines, nothing written. Returns the message."""
-    monkeypatch.chdir(tmp_path)
+def refused(refused):
+    """As in conftest.py, beside a text."""
     Path("hamlet.txt").write_text(TEXT)
-
-    def run_command(*arguments):
-        before = snapshot()
-        assert main(arguments) == 2
-        out, error = capsys.readouterr()
-        assert error.startswith("error: ") and len(error.strip().splitlines()) <= 2 and "Traceback" not in error
-        assert out == ""
-        assert snapshot() == before
-        return error
-
-    return run_command
+    return refused
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["--training.num-stepz", "3"], ["--training.num-stepz", "did you mean --training.num-steps?"]),
-        (["--training.num-steps=many"], ["training.num_steps", "many"]),
-        (["--training.num-steps=0"], ["training.num_steps", "0"]),
         (["--model.embed-dim=10", "--model.num-heads=4"], ["embed_dim = 10", "num_heads = 4"]),
-        (["--model.positions=spiral"], ["model.positions", "spiral", "rotary"]),
         (["--data.path=missing.txt"], ["missing.txt", "no such file"]),
-        (["missing.toml"], ["missing.toml", "no such config file"]),
         (["--data.path=hamlet.txt", "--model.context-length=500"], ["hamlet.txt", "context_length = 500"]),
         (["--data.path=hamlet.txt", "--model.vocab-size=3"], ["model.vocab_size = 3"]),
     ],
@@ -93,39 +73,15 @@ def test_one_process_of_a_job_tells_what_was_changed(capsys, process, count):
 
 
 @pytest.mark.parametrize(
-    ("toml", "parts"),
-    [
-        ("[model]\nnum_layerz = 2\n", ["mine.toml", "model.num_layerz", "did you mean num_layers?"]),
-        ('[model]\nnum_layers = "two"\n', ["mine.toml", "model.num_layers", "two"]),
-        ("[modle]\nnum_layers = 2\n", ["mine.toml", "modle", "model"]),
-        ("[model\n", ["mine.toml", "not valid TOML"]),
-    ],
-)
-def test_train_refuses_a_wrong_config(refused, toml, parts):
-    Path("mine.toml").write_text(toml)
-    error = refused("train", "mine.toml")
-    assert all(part in error for part in parts), error
-
-
-@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--prompt", "To é"], ["é", "U+00E9"]),
-        (["--prompt", ""], ["prompt is empty"]),
         (["--prompt", "To", "--temperature", "-1"], ["temperature = -1"]),
-        (["--prompt", "To", "--temperature", "nan"], ["temperature = nan"]),
-        (["--prompt", "To", "--temperature", "inf"], ["temperature = inf"]),
-        (["--prompt", "To", "--top-p", "0"], ["top_p = 0"]),
-        (["--prompt", "To", "--top-p", "1.1"], ["top_p = 1.1"]),
-        (["--prompt", "To", "--presence-penalty", "nan"], ["presence_penalty = nan"]),
         (["--prompt", "To", "--prompt-lookup", "-1"], ["num_tokens = -1"]),
         (["--prompt", "To", "--prompt-lookup", "2", "--draft", "x"], ["--draft", "--prompt-lookup"]),
         (["--prompt", "To", "--draft", "nowhere"], ["nowhere"]),
         (["--prompt", "To", "--prompt-lookup", "2", "--max-new-tokens", "7"], ["context_length = 8"]),
-        (["--prompt", "To", "--top-k", "-1"], ["top_k = -1"]),
         (["--prompt", "To", "--max-new-tokens", "-1"], ["--max-new-tokens"]),
         (["--prompt", "To", "--num-samples", "0"], ["--num-samples"]),
-        (["--prompt", "To", "--max-new-tokens", "some"], ["--max-new-tokens", "some"]),
         (["--prompt", "To", "--step", "3"], ["step 3", "there are 4"]),
         (["--promt", "To"], ["--promt", "did you mean --prompt?"]),
     ],
@@ -138,8 +94,6 @@ def test_generate_refuses_wrong_input(refused, run, arguments, parts):
 def test_generate_and_eval_refuse_what_is_no_run_or_no_text(refused, run):
     assert "nowhere" in refused("generate", "nowhere", "--prompt", "To")
     assert "missing.txt" in refused("eval", run, "missing.txt")
-    Path("mine.txt").write_text("To be é")
-    assert "é" in refused("eval", run, "mine.txt")
     Path("mine.txt").write_text("T")
     assert "mine.txt" in refused("eval", run, "mine.txt")
 
@@ -190,13 +144,6 @@ def test_generate_writes_several_samples(run, capsys):
     three = generated(capsys, run, "--prompt", "To", *options, "--num-samples", "3")
     assert three.startswith(one + "\n") and three.count("To") >= 3
     assert len(three) == 3 * (2 + 12) + 5  # empty lines between
-
-
-def test_generate_stops_before_a_text(run, capsys):
-    options = ["--prompt", "To", "--max-new-tokens", "60", "--temperature", "2"]
-    text = generated(capsys, run, *options).removeprefix("To").removesuffix("\n")
-    stop = text[20:23]
-    assert generated(capsys, run, *options, "--stop", stop) == "To" + text[: text.index(stop)] + "\n"
 
 
 @pytest.mark.full
@@ -284,7 +231,6 @@ def cache_of(tmp_path, monkeypatch, capsys):
     ("environment", "folder"),
     [
         ({"HOME": "HERE/home"}, "HERE/home/.cache/flax_decoder"),
-        ({"HOME": "HERE/home", "XDG_CACHE_HOME": ""}, "HERE/home/.cache/flax_decoder"),
         ({"HOME": "HERE/home", "XDG_CACHE_HOME": "relative"}, "HERE/home/.cache/flax_decoder"),
         ({"HOME": "HERE/missing", "XDG_CACHE_HOME": "HERE/new"}, "HERE/new/flax_decoder"),
         ({"JAX_COMPILATION_CACHE_DIR": "HERE/mine"}, "HERE/mine"),
@@ -304,9 +250,8 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(cache_of, environm
     ("environment", "part"),
     [
         ({}, "~: there is no such home folder"),
-        ({"HOME": ""}, "~: there is no such home folder"),
         ({"HOME": "home"}, "home: there is no such home folder"),
-        ({"HOME": "HERE/missing"}, "/missing: there is no such home folder"),
+        ({"HOME": "HERE/home"}, "/home/.cache/flax_decoder: may not be written"),
         ({"HOME": "HERE/file"}, "/file: there is no such home folder"),
         ({"HOME": "HERE/home", "XDG_CACHE_HOME": "HERE/file"}, "/file/flax_decoder: Not a directory"),
         ({"HOME": "HERE/home", "JAX_COMPILATION_CACHE_DIR": "HERE/file"}, "/file: File exists"),
@@ -317,17 +262,14 @@ def test_without_a_cache_folder_a_line_says_so(cache_of, monkeypatch, environmen
         raise KeyError(f"getpwuid(): uid not found: {user}")
 
     monkeypatch.setattr("pwd.getpwuid", missing)
+    if "may not be written" in part:  # root may write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        Path("home/.cache/flax_decoder").mkdir(parents=True)
     before = set(Path().rglob("*"))
     folder, (told,) = cache_of(**environment)
     assert folder == "" and told.startswith("warning: compiled programs are not kept") and part in told
     assert told.endswith("; set XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR to a folder of yours")
     assert set(Path().rglob("*")) == before
-
-
-def test_a_cache_folder_that_may_not_be_written_is_told(cache_of, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    folder, (told,) = cache_of(HOME="HERE/home")
-    assert folder == "" and "/home/.cache/flax_decoder: may not be written" in told
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

@@ -1,6 +1,5 @@
 import contextlib
 import dataclasses
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -55,13 +54,6 @@ def test_a_file_says_what_differs(write):
     assert config.model == ModelConfig(num_layers=7, positions="rotary")
     assert config.training == TrainingConfig(num_steps=11)
     assert config.optimizer == OptimizerConfig() and config.data == DataConfig()
-
-
-def test_lists_become_tuples(write):
-    path = write('[model]\nwindow = 3\nwindow_pattern = [true, false]\n[data]\npath = ["a.txt", "b.txt"]\n')
-    assert load_config(path).model.window_pattern == (True, False)
-    assert load_config(path).data.path == ("a.txt", "b.txt")
-    assert load_config(path).model.windows == (3, None, 3, None)
 
 
 def test_overrides_come_first(write):
@@ -169,24 +161,15 @@ def test_settings_survive_toml(tmp_path_factory, model, folder, data_path, weigh
     assert load_config(path) == config
 
 
-def test_what_is_left_out_is_not_written():
-    assert "vocab_size" not in tomllib.loads(to_toml(Config()))["model"]
-    assert "None" not in to_toml(Config())
-
-
 # --- A config is a value ---
 
 
 def test_configs_are_frozen_and_hashable():
-    config = load_config()
+    config = load_config(overrides={"model.window": 3, "model.window_pattern": [True, False]})
     for part in (config, config.model, config.data, config.optimizer, config.training, config.run):
         with pytest.raises(dataclasses.FrozenInstanceError):
             part.seed = 1
         assert {part: 1}[dataclasses.replace(part)] == 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.model.num_layers = 1
-    assert len({ModelConfig(), ModelConfig(), ModelConfig(num_layers=7)}) == 2
-    hash(load_config(overrides={"model.window": 3, "model.window_pattern": [True, False]}))
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -214,11 +197,8 @@ def test_what_is_left_out_follows_from_the_rest():
 RULES = [
     ({"model.embed_dim": 13}, "embed_dim = 13 is not a multiple of num_heads = 4"),
     ({"model.num_kv_heads": 3}, "num_heads = 4 is not a multiple of num_kv_heads = 3"),
-    ({"model.num_kv_heads": 8}, "num_heads = 4 is not a multiple of num_kv_heads = 8"),
     ({"model.positions": "rotary", "model.head_dim": 7}, "head_dim = 7 times rotary_fraction = 1.0 gives 7"),
-    ({"model.positions": "rotary", "model.rotary_fraction": 0.03}, "rotary_fraction = 0.03 gives 0"),
     ({"model.rotary_scaling": "linear"}, 'need positions = "rotary", not "learned"'),
-    ({"model.rotary_fraction": 0.5}, 'need positions = "rotary", not "learned"'),
     ({"model.rotary_low_frequency_factor": 4.0}, "rotary_low_frequency_factor = 4.0 must be under"),
     (
         {"model.positions": "sinusoidal", "model.embed_dim": 13, "model.num_heads": 13},
@@ -242,7 +222,6 @@ RULES = [
         "cannot squash scores, as attention_soft_cap = 9.0 does",
     ),
     ({"model.attention": "cudnn", "model.dtype": "bfloat16", "model.head_dim": 12}, "not head_dim = 12"),
-    ({"model.attention": "cudnn", "model.dtype": "bfloat16", "model.head_dim": 264}, "not head_dim = 264"),
     (
         {"training.batch_size": 2**20, "model.context_length": 2**11},
         f"training.batch_size = {2**20} times model.context_length = {2**11} is {2**31} tokens per step",
@@ -269,70 +248,44 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message, write)
     assert message in in_file and in_file.startswith(f"{path}: ")
 
 
-# Values beyond what a field allows.
-VALUES = [
-    ("model.num_layers", 0),
-    ("model.num_layers", -3),
-    ("model.num_layers", 2.0),
-    ("model.num_layers", True),
-    ("model.num_layers", "many"),
-    ("model.vocab_size", 0),
-    ("model.dropout", 1.0),
-    ("model.dropout", -0.1),
-    ("model.dropout", float("nan")),
-    ("model.embed_dim", 10**9),
-    ("model.num_layers", 10**9),
-    ("model.context_length", 2**31),
-    ("model.init_stddev", 1e30),
-    ("model.norm_epsilon", 1e-40),
-    ("optimizer.learning_rate", 1e30),
-    ("optimizer.epsilon", 1e-40),
-    ("optimizer.beta2", 0.99999999),
-    ("training.batch_size", 10**12),
-    ("training.num_steps", 2**31),
-    ("training.seed", 2**32),
-    ("training.nan", "ignore"),
-    ("training.skip_spikes", 0.5),
-    ("training.skip_spikes", -3.0),
-    ("training.skip_limit", -1),
-    ("model.rotary_base", 1.0),
-    ("model.rotary_fraction", 0.0),
-    ("model.rotary_fraction", 1.5),
-    ("model.rotary_scaling_factor", 0.5),
-    ("model.norm_epsilon", 0.0),
-    ("model.window", 0),
-    ("model.window_pattern", []),
-    ("model.window_pattern", [1]),
-    ("model.positions", "rotatory"),
-    ("model.feed_forward", "GELU"),
-    ("model.attention", "flash"),
-    ("model.dtype", "float16"),
-    ("model.scan_layers", 1),
-    ("model.attention_soft_cap", 0.0),
-    ("data.bpe_vocab_size", 256),
-    ("data.validation_fraction", 0.0),
-    ("data.validation_fraction", 1.0),
-    ("data.path", 3),
-    ("optimizer.name", "adam"),
-    ("optimizer.learning_rate", float("inf")),
-    ("optimizer.learning_rate", float("nan")),
-    ("optimizer.learning_rate", 0.0),
-    ("optimizer.learning_rate", "fast"),
-    ("optimizer.decay_fraction", 0.0),
-    ("optimizer.final_fraction", 1.1),
-    ("optimizer.weight_decay", -0.1),
-    ("training.num_steps", 0),
-    ("training.seed", -1),
-    ("training.eval_batches", -1),
-    ("lens.every", -1),
-    ("lens.prompt", 3),
-    ("lens.prompt_tokens", 0),
-    ("lens.prompt_tokens", 257),
-    ("run.resume", "maybe"),
-]
+# Values beyond the bounds of a field.
+VALUES = {
+    "model.num_layers": [0, 2.0, True, "many", 10**9],
+    "model.context_length": [2**31],
+    "model.dropout": [1.0, -0.1, float("nan")],
+    "model.embed_dim": [10**9],
+    "model.init_stddev": [1e30],
+    "model.norm_epsilon": [0.0, 1e-40],
+    "model.rotary_base": [1.0],
+    "model.rotary_fraction": [0.0, 1.5],
+    "model.rotary_scaling_factor": [0.5],
+    "model.window": [0],
+    "model.window_pattern": [[], [1]],
+    "model.positions": ["rotatory"],
+    "model.dtype": ["float16"],
+    "model.scan_layers": [1],
+    "model.attention_soft_cap": [0.0],
+    "data.bpe_vocab_size": [256],
+    "data.validation_fraction": [0.0, 1.0],
+    "data.path": [3],
+    "optimizer.learning_rate": [0.0, 1e30, float("inf"), float("nan"), "fast"],
+    "optimizer.epsilon": [1e-40],
+    "optimizer.beta2": [0.99999999],
+    "optimizer.decay_fraction": [0.0],
+    "optimizer.final_fraction": [1.1],
+    "optimizer.weight_decay": [-0.1],
+    "training.batch_size": [10**12],
+    "training.num_steps": [0, 2**31],
+    "training.seed": [-1, 2**32],
+    "training.eval_batches": [-1],
+    "training.skip_spikes": [0.5, -3.0],
+    "training.skip_limit": [-1],
+    "lens.every": [-1],
+    "lens.prompt_tokens": [0, 257],
+}
 
 
-@pytest.mark.parametrize(("name", "value"), VALUES)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in VALUES.items() for value in values])
 def test_values_out_of_bounds_are_refused(name, value, write):
     message = refusal(overrides={name: value})
     assert message.startswith("the command line or overrides: ")
@@ -349,10 +302,8 @@ def test_values_out_of_bounds_are_refused(name, value, write):
     ("text", "parts"),
     [
         ("[model]\nnum_layer = 2\n", ["there is no setting model.num_layer", "did you mean num_layers?"]),
-        ("[model]\nxyzzy = 2\n", ["there is no setting model.xyzzy"]),
         ("[run]\nxyzzy = 2\n", ["there is no setting run.xyzzy", "there are: folder, resume"]),
         ("[modle]\nnum_layers = 2\n", ["there is no section [modle]", "did you mean model?"]),
-        ("[qqq]\n", ["there is no section [qqq]", "there are: model, data"]),
         ("num_layers = 2\n", ["there is no section [num_layers]"]),
         ("model = 2\n", ["model must be a table"]),
         ("[model\n", ["is not valid TOML", "line 1"]),
@@ -373,9 +324,6 @@ def test_a_file_that_makes_no_sense_is_refused(text, parts, write):
         ("model.num-layer", ["model.num-layer: there is no such setting", "did you mean model.num_layers?"]),
         ("modle.num_layers", ["did you mean model.num_layers?"]),
         ("num_layers", ["num_layers: there is no such setting", "did you mean model.num_layers?"]),
-        ("model", ["model: there is no such setting"]),
-        ("model.", ["model.: there is no such setting"]),
-        ("", ["there is no such setting"]),
         ("model.num_layers.deep", ["model.num_layers.deep: there is no such setting"]),
     ],
 )
@@ -389,11 +337,3 @@ def test_a_fault_in_the_file_is_not_blamed_on_the_command_line(write):
     path = write("[model]\nnum_layers = 0\n")
     assert refusal(path, {"model.embed_dim": 8}).startswith(f"{path}: ")
     assert refusal(path, {"model.num-layers": -1}).startswith("the command line or overrides: model.num_layers = -1")
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    path = tmp_path / "absent.toml"
-    assert refusal(path) == f"{path}: there is no such config file"
-    assert refusal(tmp_path).startswith(f"{tmp_path}: cannot be read")
-    path.write_text("# " + "é" * 5, encoding="latin-1")
-    assert refusal(path).startswith(f"{path}: is not UTF-8")

@@ -66,12 +66,6 @@ def test_text_is_read_exactly(text):
     assert source.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_newlines_stay_and_one_mark_of_utf8_goes():
-    write("a.txt", b"\xef\xbb\xbf\xef\xbb\xbfone\r\ntwo\rthree")
-    write("b.txt", b"\xef\xbb\xbffour\n")
-    assert read_text(("a.txt", "b.txt")).text == "\ufeffone\r\ntwo\rthree\nfour\n"
-
-
 def test_folder_glob_and_list():
     write("texts/b.txt", "b\n")
     write("texts/a.txt", "a")

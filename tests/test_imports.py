@@ -1,6 +1,7 @@
 """Imports flow down only; and what a command refuses, it refuses without waiting for JAX."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,9 @@ def test_jax_waits_until_it_is_needed(module):
 def test_every_public_name_is_there():
     for name in flax_decoder.__all__:
         assert getattr(flax_decoder, name) is not None
+    (block,) = [node for node in ast.parse(inspect.getsource(flax_decoder)).body if isinstance(node, ast.If)]
+    for_type_checkers = {alias.name: node.module for node in block.body for alias in node.names}
+    assert for_type_checkers == {name: f"flax_decoder.{module}" for name, module in flax_decoder._MODULE_OF.items()}
     assert {"Decoder", "load", "load_config", "generate", "init_state", "train_step"} <= set(dir(flax_decoder))
     with pytest.raises(AttributeError, match="no attribute 'Decodre'"):
         flax_decoder.Decodre  # noqa: B018

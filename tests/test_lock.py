@@ -93,7 +93,3 @@ def test_a_lock_that_cannot_be_opened_is_a_fault(tmp_path):
     (tmp_path / LOCK).mkdir()
     with FolderLock() as lock, pytest.raises(FaultError, match=r"\.lock: cannot be locked: "):
         lock.take(tmp_path)
-
-
-def test_release_without_having_it_is_no_error():
-    FolderLock().release()

@@ -12,7 +12,6 @@ import pytest
 import reference
 from limits import HANGS_SECONDS
 
-from flax_decoder.cli import main
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import CharTokenizer
 from flax_decoder.huggingface.families import FAMILIES
@@ -65,10 +64,6 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def words(arguments):
-    return tuple(map(str, arguments))
-
-
 def on_a_terminal(*commands, typed=b""):
     """The code of each command where both outputs are a terminal, and what it writes, as the terminal gets it."""
     control, terminal = pty.openpty()
@@ -95,20 +90,10 @@ def on_a_terminal(*commands, typed=b""):
     return dict(zip(commands, zip(map(int, parts[1::2]), parts[::2], strict=True), strict=True))
 
 
-def through_a_pipe(capfdbinary, *arguments):
-    """What a command writes where its output is none."""
-    capfdbinary.readouterr()
-    code = main(arguments)
-    output, errors = capfdbinary.readouterr()
-    return code, (output + errors).decode()
-
-
 def has_controls(text):
     return any(character in CONTROLS.replace("\n", "").replace("\t", "") for character in text)
 
 
-GENERATE = ("--prompt", ATTACK, "--max-new-tokens", 200, "--temperature", 2, "--num-samples", 2)
-CHAT = ("--max-new-tokens", 100, "--temperature", 2)
 QUOTING = [
     ("generate", f"/nowhere/{ATTACK}", "--prompt", "a"),
     ("eval", "/nowhere", f"/nowhere/{ATTACK}"),
@@ -118,41 +103,15 @@ QUOTING = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shown(folder):
-    """What each command wrote on a terminal."""
-    return on_a_terminal(words(("generate", folder, *GENERATE)), words(("chat", folder, *CHAT)), *QUOTING, typed=b"a\n")
-
-
-def test_prompts_and_generated_text_are_shown(folder, shown, capfdbinary):
-    command = words(("generate", folder, *GENERATE))
-    code, raw = through_a_pipe(capfdbinary, *command)
-    assert code == 0 and raw.startswith(ATTACK) and has_controls(raw.replace(ATTACK, ""))
-    code, text = shown[command]
-    assert code == 0 and text.startswith(SHOWN) and f"\n\n{SHOWN}" in text and not has_controls(text)
-    for code_point in range(0xA0):
-        if has_controls(chr(code_point)):
-            raw = raw.replace(chr(code_point), f"\\x{code_point:02x}")
-    assert raw == text
-
-
-def test_answers_are_shown(folder, shown, capfdbinary, monkeypatch):
-    command = words(("chat", folder, *CHAT))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
-    code, raw = through_a_pipe(capfdbinary, *command)
-    assert code == 0 and has_controls(raw)
-    code, text = shown[command]
-    assert code == 0 and r"\x1b" in text and not has_controls(text)
-
-
-@pytest.mark.parametrize("arguments", QUOTING)
-def test_messages_that_quote_the_user_are_shown(arguments, shown):
-    code, text = shown[arguments]
-    assert code == 2 and r"\x1b" in text and not has_controls(text)
-
-
-def test_messages_that_quote_a_file_are_shown(tmp_path):
-    (tmp_path / f"{ATTACK}.safetensors").mkdir()
+def test_no_command_prints_a_control_character(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "\\u001b[2J"}')
-    ((code, text),) = on_a_terminal(words(("eval", tmp_path, __file__))).values()
-    assert code == 2 and r"\x1b" in text and not has_controls(text)
+    sampling = ("--max-new-tokens", "200", "--temperature", "2")
+    generate = ("generate", str(folder), "--prompt", ATTACK, *sampling, "--num-samples", "2")
+    chat = ("chat", str(folder), *sampling)
+    quoting = [*QUOTING, ("eval", str(tmp_path), __file__)]
+    printed = on_a_terminal(generate, chat, *quoting, typed=b"a\n")
+    for command, (code, text) in printed.items():
+        assert code == (2 if command in quoting else 0)
+        assert r"\x1b" in text and not has_controls(text), command
+    text = printed[generate][1]
+    assert text.startswith(SHOWN) and f"\n\n{SHOWN}" in text and r"\x1b" in text.replace(SHOWN, "")

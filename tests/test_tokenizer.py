@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flax_decoder.data import tokenizer as module
@@ -35,32 +35,16 @@ def every_kind(text: str) -> list[Tokenizer]:
 
 
 @ROUNDS
-@given(ALL_SCRIPTS)
-def test_round_trip_is_exact(text):
-    for tokenizer in every_kind(text):
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert all(0 <= id < tokenizer.vocab_size for id in ids)
-
-
-@ROUNDS
 @given(ALL_SCRIPTS.filter(bool))
-def test_tokenizers_library_agrees(text):
+@example(ODD_TEXT)
+def test_round_trips_are_exact_here_and_in_the_library(text):
     for tokenizer in every_kind(text):
-        assert_library_agrees(tokenizer, text)
-
-
-def test_tokenizers_library_agrees_on_odd_text():
-    for tokenizer in every_kind(ODD_TEXT):
-        assert_library_agrees(tokenizer, ODD_TEXT)
-
-
-def assert_library_agrees(tokenizer: Tokenizer, text: str) -> None:
-    theirs = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-    ids = theirs.encode(text, add_special_tokens=False).ids
-    assert ids == tokenizer.encode(text) == tokenizer.encode_array(text).tolist()
-    assert theirs.decode(ids, skip_special_tokens=False) == text
-    assert theirs.get_vocab_size() == tokenizer.vocab_size
+        library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+        ids = library.encode(text, add_special_tokens=False).ids
+        array = tokenizer.encode_array(text)
+        assert ids == tokenizer.encode(text) == array.tolist() and array.dtype == np.int32
+        assert library.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids) == text
+        assert library.get_vocab_size() == tokenizer.vocab_size > max(ids)
 
 
 @given(st.lists(st.integers(0, 255), max_size=20))
@@ -83,30 +67,22 @@ def test_byte_ids_are_byte_values():
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-def test_encode_array_is_int32(kind):
-    ids = make_tokenizer(kind, "hello", 260).encode_array("hello")
-    assert ids.dtype == np.int32 and ids.ndim == 1
-    assert make_tokenizer(kind, "hello", 260).encode_array("").shape == (0,)
-
-
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 def test_decode_takes_any_iterable_of_integers(kind):
     tokenizer = make_tokenizer(kind, "hello", 260)
     ids = tokenizer.encode("hello")
     for form in (ids, tuple(ids), iter(ids), np.array(ids, np.uint16), [np.int32(id) for id in ids]):
         assert tokenizer.decode(form) == "hello"
-    assert tokenizer.decode([]) == ""
+    assert tokenizer.decode([]) == "" and tokenizer.encode("") == []
     with pytest.raises(TypeError):
         tokenizer.decode([1.5])
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-@pytest.mark.parametrize("past_the_end", [-1, 0, 7])
-def test_decode_refuses_ids_outside_the_vocabulary(kind, past_the_end):
+def test_decode_refuses_ids_outside_the_vocabulary(kind):
     tokenizer = make_tokenizer(kind, "hello", 260)
-    id = -1 if past_the_end < 0 else tokenizer.vocab_size + past_the_end
-    with pytest.raises(ValueError, match=f"token id {id} is not in the vocabulary"):
-        tokenizer.decode([0, id])
+    for id in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {id} is not in the vocabulary"):
+            tokenizer.decode([0, id])
 
 
 def test_char_names_the_character_it_lacks():
@@ -163,9 +139,9 @@ def test_bpe_learns_the_text_and_is_deterministic():
 def test_words_of_no_more_than_the_longest_trained_one_are_learned_whole(word, monkeypatch):
     """Longer ones are cut in training, and nowhere else: the tokenizer is the one that a plain training gives."""
     text = f"{word} cat\n" * 20
-    monkeypatch.setattr(module, "_LONGEST_TRAINED_WORD", 300)
+    monkeypatch.setattr(module, "_MAX_TRAINED_WORD_BYTES", 300)
     whole = make_tokenizer("bpe", text, 400).to_json()
-    monkeypatch.setattr(module, "_LONGEST_TRAINED_WORD", 4)
+    monkeypatch.setattr(module, "_MAX_TRAINED_WORD_BYTES", 4)
     cut = make_tokenizer("bpe", text, 400)
     assert (cut.to_json() == whole) == (" " in word)
     assert json.loads(cut.to_json())["pre_tokenizer"] == json.loads(whole)["pre_tokenizer"] == BYTE_LEVEL
@@ -279,19 +255,6 @@ def test_unknown_kind_names_the_choices(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(ByteTokenizer().to_json(), encoding="utf-8")
     assert isinstance(make_tokenizer(str(path), "text", 300), ByteTokenizer)
-
-
-EMPTY_MODEL = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe{", b"[" * 100_000, b"[]", b"3", b'{"model": {}}', EMPTY_MODEL.encode()]
-)
-def test_files_that_are_no_tokenizer_json_are_refused(tmp_path, content):
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json: (is not|is nested|must hold a JSON object)"):
-        load_tokenizer(path)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):

@@ -1,1 +1,1 @@
-"""From text files to batches of token ids; NumPy only, so that reading a text does not wait for JAX."""
+"""Text files to batches of token ids, with NumPy alone: reading a text does not wait for JAX."""

@@ -1,7 +1,7 @@
-"""(seed, step) -> batch: a pure function, so there is no iterator state to save or to lose.
+"""(seed, step) -> batch: a pure function, so there is no iterator state to save or lose.
 
-Training visits a text in epochs. In each epoch the tokens are cut into windows of T that do not overlap; every window
-is visited once, in an order that depends on (seed, epoch) only. A batch is the next B windows in that order.
+Training visits a text in epochs. Each epoch splits the tokens into windows of T that do not overlap, and visits every
+window once, in an order that depends only on (seed, epoch). A batch is the next B windows in that order.
 """
 
 import functools
@@ -23,21 +23,21 @@ def train_batch(
 
     Args:
         tokens: the training split, one-dimensional; may be memory-mapped.
-        seed: start of the order.
-        step: number of the step, from 0.
-        batch_size: B, windows a step.
-        context_length: T, tokens a window.
-        rows: read only these windows of the batch.
+        seed: of the order of windows.
+        step: from 0.
+        batch_size: B, windows per step.
+        context_length: T, tokens per window.
+        rows: reads only these windows of the batch.
 
     Returns:
-        `inputs` and `targets`, int32 [B, T], B as many as `rows` has; targets are the inputs moved on by one token.
+        `inputs` and `targets`, int32 [B, T], or fewer rows if `rows` is given; targets are the inputs shifted by one.
 
     Raises:
-        ValueError: the tokens are fewer than T + 1.
+        ValueError: fewer than T + 1 tokens.
     """
     T = context_length
     num_windows, num_offsets = _count_windows(len(tokens), T)
-    first = int(step) * batch_size  # samples are numbered through all epochs, whatever the batch size
+    first = int(step) * batch_size  # windows are numbered across epochs, so the order does not depend on the batch size
     end = first + batch_size
     starts = []
     for epoch in range(first // num_windows, (end - 1) // num_windows + 1):
@@ -51,16 +51,16 @@ def train_batch(
 def validation_batches(
     tokens: np.ndarray, *, batch_size: int, context_length: int, limit: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The validation split in order, each target once, in batches of one shape (so one compilation).
+    """The validation split in order, each target once, in batches of one shape (one compilation).
 
     Args:
         tokens: the validation split, one-dimensional; may be memory-mapped.
-        batch_size: B, windows a batch.
-        context_length: T, tokens a window.
-        limit: give only this many batches, evenly spaced; 0 gives all.
+        batch_size: B, windows per batch.
+        context_length: T, tokens per window.
+        limit: yields at most this many batches, evenly spaced; 0 yields all.
 
     Yields:
-        `inputs` and `targets`, int32 [B, T], and `mask`, float32 [B, T]: 1 where there is a target, 0 in the padding.
+        `inputs` and `targets`, int32 [B, T], and `mask`, float32 [B, T]: 1 for a target, 0 for padding.
 
     Raises:
         ValueError: fewer than two tokens, so no target.
@@ -73,20 +73,20 @@ def validation_batches(
     num_chosen = min(limit, num_batches) if limit > 0 else num_batches
     for choice in range(num_chosen):
         batch = choice * num_batches // num_chosen
-        places_BT = batch * B * T + np.arange(B * T).reshape(B, T)
-        real_BT = places_BT < num_targets
-        places_BT = np.where(real_BT, places_BT, 0)
+        indices_BT = batch * B * T + np.arange(B * T).reshape(B, T)
+        mask_BT = indices_BT < num_targets
+        indices_BT = np.where(mask_BT, indices_BT, 0)
         yield {
-            "inputs": np.where(real_BT, tokens[places_BT], 0).astype(np.int32),
-            "targets": np.where(real_BT, tokens[places_BT + 1], 0).astype(np.int32),
-            "mask": real_BT.astype(np.float32),
+            "inputs": np.where(mask_BT, tokens[indices_BT], 0).astype(np.int32),
+            "targets": np.where(mask_BT, tokens[indices_BT + 1], 0).astype(np.int32),
+            "mask": mask_BT.astype(np.float32),
         }
 
 
 def _count_windows(num_tokens: int, T: int) -> tuple[int, int]:
-    """Windows an epoch, and at how many offsets from the start of the text that many fit.
+    """Windows per epoch, and the number of offsets at which that many windows fit.
 
-    A window reads T + 1 tokens and shares its last one with the next, so n of them need n T + 1.
+    A window reads T + 1 tokens and shares its last one with the next, so n windows need n T + 1 tokens.
     """
     if num_tokens < T + 1:
         raise ValueError(f"{num_tokens} tokens hold no window: context_length = {T} needs at least {T + 1}")
@@ -94,11 +94,11 @@ def _count_windows(num_tokens: int, T: int) -> tuple[int, int]:
     return num_windows, min(num_tokens - num_windows * T, T)
 
 
-@functools.lru_cache(maxsize=4)  # a step needs one epoch's order, or two where it crosses into the next
+@functools.lru_cache(maxsize=4)  # a step needs one epoch's order, or two if it crosses into the next
 def _epoch_order(seed: int, epoch: int, num_windows: int, num_offsets: int) -> tuple[int, np.ndarray]:
-    """Where an epoch's first window starts (each epoch cuts the text elsewhere), and the order of its windows."""
+    """The start of an epoch's first window (each epoch has another offset), and the order of its windows."""
     generator = np.random.default_rng([seed, epoch])
     offset = int(generator.integers(num_offsets))
     order = generator.permutation(num_windows)
-    order.flags.writeable = False  # the cache hands the same array to all
+    order.flags.writeable = False  # the cache returns the same array each time
     return offset, order

@@ -1,7 +1,7 @@
-"""Conversations to text, by the template that a tokenizer brings.
+"""Chat templates: conversations to text.
 
-A template is a Jinja program, by the convention of Hugging Face `transformers`: it sees the messages and writes them
-with the marks that the model was trained on. It runs in a sandbox: it comes with a download, and may touch nothing.
+A template is a Jinja program, by the convention of Hugging Face `transformers`: it formats the messages with the
+special tokens that the model was trained on. It is downloaded code, so it runs in a sandbox.
 """
 
 import datetime
@@ -14,26 +14,27 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flax_decoder.data.corpus import decode_text
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content
 from flax_decoder.io.strict_json import LISTING, parse_object
 
-_LONGEST_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
+_MAX_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
 
 Message = Mapping[str, str]
-"""Has "role" ("system", "user" or "assistant") and "content"."""
+"""{"role": "system", "user" or "assistant", "content": text}."""
 
 
 class ChatTemplate:
-    """Writes a conversation as the text that a model continues with its next answer."""
+    """Formats a conversation as the text that a model continues with its answer."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = "chat template"):
         """Compiles a template.
 
         Args:
             source: the Jinja program.
-            special_tokens: further names that it may use, such as bos_token, with their texts.
-            name: what to call it in messages.
+            special_tokens: its further variables, such as bos_token, with their texts.
+            name: start of error messages.
 
         Raises:
             UserError: the program cannot be compiled.
@@ -47,23 +48,23 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # Jinja writes Python, whose compiler has limits and errors of its own
+        except Exception as error:  # Jinja compiles to Python, whose compiler can fail in other ways
             raise UserError(f"{name}: cannot be used: {error}") from None
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, up to where the next answer begins.
+        """The text of a conversation, up to the start of the next answer.
 
         Raises:
             UserError: the template refuses the messages, for example a system message, or fails.
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except Exception as error:  # a template can fail in any way that a program can
+        except Exception as error:  # a template is a program: anything can fail
             raise UserError(f"{self._name}: refuses these messages: {error}") from None
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:
-    """Reads the template of a model folder: chat_template.jinja, or "chat_template" in tokenizer_config.json.
+    """Reads the chat template of a model folder: chat_template.jinja, or "chat_template" in tokenizer_config.json.
 
     Raises:
         UserError: there is none, or it cannot be used.
@@ -75,17 +76,14 @@ def load_chat_template(folder: Path) -> ChatTemplate:
         document = parse_object(content, str(path), LISTING)
     source = document.get("chat_template")
     if os.path.lexists(file):
-        content = read_content(open_inside(folder, file.name), _LONGEST_TEMPLATE_BYTES, str(file))
-        try:
-            source = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: is not UTF-8: {error}; get it again") from None
-    if isinstance(source, list):  # several, by their names
+        content = read_content(open_inside(folder, file.name), _MAX_TEMPLATE_BYTES, str(file))
+        source = decode_text(content, str(file), "get it again")
+    if isinstance(source, list):  # several named templates
         named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
         source = named[0].get("template") if named else None
     if not isinstance(source, str):
         raise UserError(
-            f"{folder}: brings no chat template: no chat_template.jinja, no chat_template in tokenizer_config.json;\n"
+            f"{folder}: has no chat template: no chat_template.jinja, no chat_template in tokenizer_config.json;\n"
             f"a model that was not trained on conversations can continue a text: flax-decoder generate {folder}"
         )
     special_tokens = {

@@ -1,8 +1,9 @@
-"""The tokenizer.json of char and byte vocabularies, as the `tokenizers` library writes it.
+"""The tokenizer.json of char and byte vocabularies, with all fields that the `tokenizers` library writes.
 
-All its fields are there, so a file that the library has read and saved is still known as one of ours.
+A file that the library has read and saved is therefore still recognized.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from typing import Any
 def char_document(characters: str) -> dict[str, Any]:
     """The tokenizer.json of a char vocabulary.
 
-    Its unknown token is not in the vocabulary, so the library refuses a character that it lacks, as CharTokenizer does.
+    Its unknown token is not in the vocabulary, so the library refuses an unknown character, as CharTokenizer does.
     """
     vocab = {character: rank for rank, character in enumerate(characters)}
     return _document(
@@ -53,11 +54,7 @@ def _document(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dic
 
 
 def byte_characters() -> Iterator[str]:
-    """How GPT-2's files write the bytes 0 to 255: visible Latin-1 as it is, the others as U+0100, U+0101, ..."""
-    num_invisible = 0
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE:
-            yield chr(byte)
-        else:
-            yield chr(0x100 + num_invisible)
-            num_invisible += 1
+    """The characters for the bytes 0 to 255 in GPT-2's files: visible Latin-1 itself, the others U+0100, U+0101, ..."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return (chr(byte if byte in visible else next(others)) for byte in range(0x100))

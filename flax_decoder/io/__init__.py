@@ -1,1 +1,1 @@
-"""Files, locks and text: what is whole or not there, owned by one, read within bounds, safe to print."""
+"""Atomic files, folder locks, bounded reading of untrusted files, and text that is safe to print."""

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and files that are safe to read."""
+"""Atomic writes of files and folders, and files that are safe to read."""
 
 import contextlib
 import errno
@@ -13,25 +13,24 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-# Opening a FIFO waits for a writer, unless told not to. Windows knows no FIFOs, but text files.
+# Without O_NONBLOCK, opening a FIFO waits for a writer. Windows lacks it, and needs O_BINARY.
 _READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-def open_regular(path: str | os.PathLike[str], *, follows: bool = True) -> BufferedReader:
-    """Opens a file to read its bytes, if it is one: a FIFO might never answer, a device never end.
+def open_regular(path: str | os.PathLike[str], *, follow_links: bool = True) -> BufferedReader:
+    """Opens a regular file for reading: a FIFO might block forever, a device never end.
 
     Args:
         path: of the file.
-        follows: also reads the file to which a link leads.
+        follow_links: also opens the target of a symbolic link.
 
     Raises:
-        OSError: there is nothing to read there; its `strerror` says why.
+        OSError: it is not a regular file or cannot be read; `strerror` is the reason.
     """
-    mode = os.stat(path, follow_symlinks=follows).st_mode
-    if stat.S_ISREG(mode):  # else it is not opened: some devices act on that alone
-        descriptor = os.open(path, _READING if follows else _READING | _NO_LINK)
-        mode = os.fstat(descriptor).st_mode  # something else may have taken its name in between
+    mode = os.stat(path, follow_symlinks=follow_links).st_mode
+    if stat.S_ISREG(mode):  # checked before opening, which alone has effects on some devices
+        descriptor = os.open(path, _READING if follow_links else _READING | getattr(os, "O_NOFOLLOW", 0))
+        mode = os.fstat(descriptor).st_mode  # the path may have been replaced in between
         if stat.S_ISREG(mode):
             return os.fdopen(descriptor, "rb")
         os.close(descriptor)
@@ -41,7 +40,7 @@ def open_regular(path: str | os.PathLike[str], *, follows: bool = True) -> Buffe
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when it is complete and on disk, and not before."""
+    """Yields a new file that atomically replaces `path` when the block ends without an error and it is on disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -55,14 +54,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to be filled beside `path`, whose name it gets when all went well; an empty folder there gives way."""
+    """Yields a temporary folder that is renamed to `path` when the block ends without an error.
+
+    An empty folder at `path` is replaced; any other is an OSError.
+    """
     path = path.absolute()
-    # Two processes that make the same folder must not take each other's; the first one to be ready has it.
-    mark = f".{path.name}.new-{socket.gethostname()}-"
-    for left in path.parent.glob(f"{glob.escape(mark)}*"):
-        if not _is_another(left.name.removeprefix(mark)):
-            shutil.rmtree(left, ignore_errors=True)  # what a crash left; another process may be at it too
-    unfinished = path.with_name(f"{mark}{os.getpid()}")
+    # The name has host and process, so that two processes do not share a folder; the first to finish gets the path.
+    prefix = f".{path.name}.new-{socket.gethostname()}-"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+        if not _is_another_process(leftover.name.removeprefix(prefix)):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a crash; another process may be removing it too
+    unfinished = path.with_name(f"{prefix}{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
@@ -73,19 +75,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file, in UTF-8 and with newlines as they are."""
+    """Writes a text file atomically, in UTF-8, with newlines as they are."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def flush(file: BinaryIO) -> None:
-    """Returns when what was written to a file is on disk."""
+    """Waits until the content of a file is on disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_names(folder: Path) -> None:
-    """Returns when the names in a folder are on disk: a file that was flushed may else be there, but not be found."""
+    """Waits until the names in a folder are on disk; without it a crash may lose the name of a flushed file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,14 +101,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_another(process_id: str) -> bool:
-    """Whether this is another process of this machine that runs."""
-    if process_id == str(os.getpid()):  # that of a container often is 1, time after time
+def _is_another_process(process_id: str) -> bool:
+    """Whether another process on this machine has this id."""
+    if process_id == str(os.getpid()):  # left by an earlier process: in a container each start may have the same id
         return False
     try:
         os.kill(int(process_id), 0)
     except (ValueError, OverflowError, ProcessLookupError):
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # it runs as another user
         pass
     return True

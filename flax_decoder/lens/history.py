@@ -117,7 +117,7 @@ def read_files(folder: Path) -> tuple[Index | None, list[np.ndarray]]:
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
-    with open_regular(path, follows=False) as file:
+    with open_regular(path, follow_links=False) as file:
         return file.read(max_bytes + 1)
 
 

@@ -93,14 +93,13 @@ def test_a_corpus_json_with_other_fields_is_refused(count_cases: Callable[[int],
     }
     for name, changed in cases.items():
         path.write_text(json.dumps(changed))
-        assert f"'{name}': missing, unknown or of another kind" in refusal()
+        assert f"'{name}': missing, unknown or of the wrong type" in refusal()
     contents = {
-        "[]": "missing",
-        "3": "missing",
+        "[]": "must hold a JSON object",
         "[" * 100_000: "damaged",
-        json.dumps(facts)[:-1] + ', "source": "b"}': "a name twice",
+        json.dumps(facts)[:-1] + ', "source": "b"}': "has the name 'source' twice",
         json.dumps(facts | {"train_tokens": True}): "'train_tokens'",
-        " " * 1_000_001: "over 1,000,000 bytes",
+        " " * 1_000_001: "over the limit of 1,000,000",
         "\ufeff" + json.dumps(facts): "damaged",
     }
     for content, reason in contents.items():

@@ -6,7 +6,7 @@ import io
 import os
 import random
 import signal
-import stat
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ from flax_decoder.cli import main
 from flax_decoder.config import DataConfig
 from flax_decoder.data.corpus import load_corpus, prepare_corpus, save_corpus, split_text
 from flax_decoder.data.tokenizer import load_tokenizer, make_tokenizer
-from flax_decoder.errors import UserError
 from flax_decoder.io.files import open_regular
 
 ROW = "Texts of every kind"
@@ -46,33 +45,15 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     signal.signal(signal.SIGALRM, before)
 
 
-def snapshot() -> dict[str, str]:
-    """What lies in the folder, by kind and content; nothing but regular files is opened."""
-    result = {}
-    for path in sorted(Path().rglob("*")):
-        mode = path.lstat().st_mode
-        is_file = stat.S_ISREG(mode) and path.stat().st_size < 2**28
-        result[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if is_file else oct(mode)
-    return result
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a command is refused with: exit 2, one or two lines, and nothing written."""
-    before = snapshot()
-    capsys.readouterr()
-    assert main(arguments) == 2
-    out, error = capsys.readouterr()
-    assert out == "" and error.startswith("error: ") and len(error.splitlines()) <= 2, error
-    assert snapshot() == before
-    return error.removeprefix("error: ")
-
-
-# Texts, and what comes back from them: one mark of UTF-8 at the start is no part of a text.
+# Files, and the texts that come back from them: one byte order mark at the start is not part of a text.
+ODD = "é 👩\u200d👧 שלום \u0a0a\r\n日本語\n" * 30
 GOOD = {
     "ASCII": (ENGLISH, ENGLISH),
     "one character many times": ("é" * 900, "é" * 900),
     "mark of UTF-8": ("\ufeff" + ENGLISH, ENGLISH),
     "two marks of UTF-8": ("\ufeff\ufeff" + ENGLISH, "\ufeff" + ENGLISH),
+    "UTF-16": (("\ufeff" + ODD).encode("utf-16-le"), ODD),
+    "UTF-16, other order, two marks": (("\ufeff\ufeff" + ODD).encode("utf-16-be"), "\ufeff" + ODD),
     "CRLF": (ENGLISH.replace("\n", "\r\n"),) * 2,
     "CR": (ENGLISH.replace("\n", "\r"),) * 2,
     "all ends of lines": ("a\nb\r\nc\rd\u2028e\u2029f\x85g\x0bh\x0ci\n\r\n\n\r" * 30,) * 2,
@@ -88,7 +69,7 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_what_is_text_comes_back_bit_by_bit(name: str, kind: str) -> None:
     content, text = GOOD[name]
-    Path("text").write_bytes(content.encode())
+    Path("text").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_comes_back("text", kind, text)
 
 
@@ -157,108 +138,62 @@ def test_a_vocabulary_is_learned_from_short_words(line: str, monkeypatch: pytest
     assert sum(map(len, words)) == len(text) and max(map(len, words)) <= 256
 
 
-GOOD_START = "one\ntwo\n" * 1000 + "three "
+GOOD_START = "one\ntwo\n" * 2000 + "three "  # longer than what is read first
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-CHINESE = "你好\uff0c世界。" * 50
 # What is no text, and what the refusal says of it.
 BAD = {
     "empty": (b"", "is empty"),
     "a mark of UTF-8 alone": (b"\xef\xbb\xbf", "is empty"),
-    "1 byte": (b"a", "has 0 tokens"),
-    "one character": ("é".encode(), "has 0 tokens"),
-    "one emoji": ("😀".encode(), "has 0 tokens"),
     "spaces": (b" " * 5000, "has only white space"),
     "ends of lines": (b"\r\n\t\n" * 5000, "has only white space"),
     "random bytes": (random.Random(1).randbytes(100_000), "line "),
-    "PNG": (PNG, "is a PNG image"),
-    "gzip": (gzip.compress(ENGLISH.encode()), "is gzip-compressed, not text; unpack it with gunzip"),
-    "zip": (b"PK\x03\x04\x14\0", "is a zip archive"),
-    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "is a PDF"),
-    "ELF": (b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x02\0\x3e\0", "NUL bytes (the first at offset 7, line 1)"),
-    "NUL": (b"hello\n\0 world", "NUL bytes (the first at offset 6, line 2)"),
-    "NUL at the end": (ENGLISH.encode() + b"\0", f"NUL bytes (the first at offset {len(ENGLISH)}, line 41)"),
-    "only NUL": (b"\0" * 5000, "NUL bytes (the first at offset 0, line 1)"),
+    "PNG": (PNG, "is not UTF-8 text (byte 0x89 at offset 0, line 1)"),
+    "gzip": (gzip.compress(ENGLISH.encode()), "is not UTF-8 text (byte 0x"),
+    "zip": (b"PK\x03\x04\x14\0", "is not UTF-8 text (byte 0x00 at offset 5, line 1)"),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "is not UTF-8 text (byte 0xE2 at offset 10, line 2)"),
+    "NUL": (b"hello\n\0 world", "is not UTF-8 text (byte 0x00 at offset 6, line 2)"),
+    "NUL at the end": (GOOD_START.encode() + b"\0", f"(byte 0x00 at offset {len(GOOD_START)}, line 4001)"),
     "Latin-1": (
         b"one\ntwo\ncaf\xe9 au lait",
-        "is not UTF-8 (byte 0xE9 at offset 11, line 3);\nif it is Latin-1: iconv",
+        "is not UTF-8 text (byte 0xE9 at offset 11, line 3); convert it, for example: iconv -f latin1 -t utf-8 text > ",
     ),
-    "UTF-16": (ENGLISH.encode("utf-16"), "is UTF-16, not UTF-8; iconv -f UTF-16 -t utf-8 text > "),
-    "UTF-16, other order": (b"\xfe\xff" + ENGLISH.encode("utf-16-be"), "is UTF-16, not UTF-8; iconv -f UTF-16 "),
-    "UTF-32": (ENGLISH.encode("utf-32"), "is UTF-32, not UTF-8; iconv -f UTF-32 "),
-    "UTF-32, other order": (b"\0\0\xfe\xff" + ENGLISH.encode("utf-32-be"), "is UTF-32, not UTF-8; iconv -f UTF-32 "),
-    "UTF-16-LE without mark": (ENGLISH.encode("utf-16-le"), "is UTF-16LE, not UTF-8; iconv -f UTF-16LE "),
-    "UTF-16-BE without mark": (ENGLISH.encode("utf-16-be"), "is UTF-16BE, not UTF-8; iconv -f UTF-16BE "),
-    "UTF-32-LE without mark": (ENGLISH.encode("utf-32-le"), "is UTF-32LE, not UTF-8; iconv -f UTF-32LE "),
-    "UTF-32-BE without mark": (ENGLISH.encode("utf-32-be"), "is UTF-32BE, not UTF-8; iconv -f UTF-32BE "),
-    "UTF-16 cut in a pair": (("x" * 2047 + "😀").encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
-    "Chinese in UTF-16-LE": (CHINESE.encode("utf-16-le"), "at offset "),
-    "Chinese in UTF-16-BE": (CHINESE.encode("utf-16-be"), "at offset "),
-    "Chinese in GB 18030": (CHINESE.encode("gb18030"), "(byte 0xC4 at offset 0, line 1)"),
+    "UTF-16 without mark": (ENGLISH.encode("utf-16-le"), "is not UTF-8 text (byte 0x00 at offset 1, line 1)"),
+    "UTF-16 cut in a character": (b"\xff\xfea\0\n\0b", "is not UTF-16 text (byte 0x62 at offset 6, line 2)"),
+    "NUL in UTF-16": ("\ufeff\U0001f600\n\0".encode("utf-16-be"), "is not UTF-16 text (byte 0x00 at offset 8, line 2)"),
+    "UTF-32": (ENGLISH.encode("utf-32"), "is not UTF-16 text (byte 0x00 at offset 2, line 1)"),
+    "UTF-32, other order": (b"\0\0\xfe\xff" + ENGLISH.encode("utf-32-be"), "is not UTF-8 text (byte 0x00 at offset 0"),
     "overlong slash": (b"a\n\xc0\xaf" * 9, "(byte 0xC0 at offset 2, line 2)"),
-    "overlong NUL": (b"a\n\xc0\x80" * 9, "(byte 0xC0 at offset 2, line 2)"),
-    "overlong in 3 bytes": (b"a\n\xe0\x80\xaf" * 9, "(byte 0xE0 at offset 2, line 2)"),
-    "overlong in 4 bytes": (b"a\n\xf0\x80\x80\xaf" * 9, "(byte 0xF0 at offset 2, line 2)"),
     "surrogate": (b"a surrogate \xed\xa0\x80", "(byte 0xED at offset 12, line 1)"),
-    "pair of surrogates": (b"a pair \xed\xa0\xbd\xed\xb8\x80", "(byte 0xED at offset 7, line 1)"),
-    "beyond Unicode": (b"a\n\n\xf4\x90\x80\x80", "(byte 0xF4 at offset 3, line 3)"),
-    "5 bytes": (b"a\xf8\x88\x80\x80\x80", "(byte 0xF8 at offset 1, line 1)"),
-    "a byte that only follows": (b"\n\x80", "(byte 0x80 at offset 1, line 2)"),
     "cut in a character": ("half of é".encode()[:-1], "(byte 0xC3 at offset 8, line 1)"),
-    "a bad byte far in": (GOOD_START.encode() + b"\xff", f"(byte 0xFF at offset {len(GOOD_START)}, line 2001)"),
+    "a bad byte far in": (GOOD_START.encode() + b"\xff", f"(byte 0xFF at offset {len(GOOD_START)}, line 4001)"),
     "a mark of UTF-8, then a bad byte": (b"\xef\xbb\xbf\xff", "(byte 0xFF at offset 3, line 1)"),
 }
 
 
-def large(num_bytes: int) -> dict[str, tuple[bytes, str]]:
-    """What is found at the very end of a long file."""
-    start = b"ab " * (num_bytes // 3)
-    return {
-        "the last byte bad": (start + b"\xe9", f"(byte 0xE9 at offset {len(start)}, line 1)"),
-        "the last byte NUL": (start + b"\0", f"the first at offset {len(start)}, line 1)"),
-        "spaces": (b" " * num_bytes, "has only white space"),
-    }
-
-
-@pytest.mark.fault(ROW)
-@pytest.mark.parametrize("num_bytes", [3_000_000, pytest.param(NUM_LINE_BYTES, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", large(0))
-def test_megabytes_that_are_no_text_are_refused(name: str, num_bytes: int, capsys, count_cases) -> None:
-    assert_is_no_text(*large(num_bytes)[name], capsys, count_cases)
-
-
 @pytest.mark.fault(ROW)
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_text_is_refused(name: str, capsys: pytest.CaptureFixture[str], count_cases) -> None:
-    assert_is_no_text(*BAD[name], capsys, count_cases)
-
-
-def assert_is_no_text(content: bytes, reason: str, capsys: pytest.CaptureFixture[str], count_cases) -> None:
+def test_what_is_no_text_is_refused(name: str, refused, count_cases) -> None:
+    content, reason = BAD[name]
     Path("text").write_bytes(content)
-    train = ["train", "--model.context-length=8"]
-    assert_refused(capsys, [*train, "--data.path=text"], "text", reason)
-    cases = 1
-    if "tokens" not in reason:  # to evaluate on, a text may be short
-        assert_refused(capsys, ["eval", "no_run", "text"], "text", reason)
-        cases += 1
-    if len(content) < 1_000_000:  # one bad file among good ones
-        Path("folder").mkdir()
-        Path("folder/a.txt").write_text(ENGLISH)
-        Path("folder/b.txt").write_bytes(content)
-        reason = reason.replace(" text >", " folder/b.txt >")
-        if "tokens" not in reason:
-            assert_refused(capsys, [*train, "--data.path=folder"], "folder/b.txt", reason)
-            assert_refused(capsys, [*train, "--data.path=folder/*"], "folder/b.txt", reason)
-            cases += 2
-    count_cases(cases)
+    Path("folder").mkdir()
+    Path("folder/a.txt").write_text(ENGLISH)
+    Path("folder/b.txt").write_bytes(content)  # one bad file among good ones
+    assert_refused(refused, ["train", "--data.path=text"], "text", reason)
+    assert_refused(refused, ["eval", "no_run", "text"], "text", reason)
+    reason = reason.replace(" text >", " folder/b.txt >")
+    for path in ("folder", "folder/*"):
+        assert_refused(refused, ["train", f"--data.path={path}"], "folder/b.txt", reason)
+    count_cases(4)
 
 
-def assert_refused(capsys: pytest.CaptureFixture[str], command: list[str], path: str, reason: str) -> None:
-    error = refusal(capsys, *command)
+def assert_refused(refused, command: list[str], path: str, reason: str) -> None:
+    error = refused(*command)
     assert path in error and reason in error, error
 
 
-def make_fifo(path: str) -> None:
-    os.mkfifo(path)
+def make_socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
 
 
 def make_link(target: str):
@@ -267,8 +202,9 @@ def make_link(target: str):
 
 # What is no file to read, and what the refusal says of it.
 PLACES = {
-    "FIFO": (make_fifo, "is not a regular file"),
+    "FIFO": (os.mkfifo, "is not a regular file"),
     "link to a FIFO": (lambda path: (os.mkfifo("fifo"), os.symlink("fifo", path)), "is not a regular file"),
+    "socket": (make_socket, "is not a regular file"),
     "/dev/zero": (make_link("/dev/zero"), "is not a regular file"),
     "/dev/null": (make_link("/dev/null"), "is not a regular file"),
     "the terminal": (make_link("/dev/tty"), "cannot be read: "),
@@ -281,38 +217,15 @@ PLACES = {
 
 @pytest.mark.fault(ROW)
 @pytest.mark.parametrize("name", PLACES)
-def test_what_is_no_file_is_never_opened(name: str, capsys, monkeypatch, count_cases) -> None:
+def test_what_is_no_file_is_never_opened(name: str, refused, monkeypatch, count_cases) -> None:
     make, reason = PLACES[name]
     make("text")
     opened = []
     really_open = os.open
     monkeypatch.setattr(os, "open", lambda path, *rest, **more: opened.append(path) or really_open(path, *rest, **more))
-    assert_refused(capsys, ["train", "--data.path=text"], "text", reason)
-    assert_refused(capsys, ["eval", "no_run", "text"], "text", reason)
+    assert_refused(refused, ["train", "--data.path=text"], "text", reason)
+    assert_refused(refused, ["eval", "no_run", "text"], "text", reason)
     assert not [path for path in opened if str(path) in ("text", "fifo")]
-    count_cases(2)
-
-
-@pytest.mark.fault(ROW)
-def test_a_socket_and_a_file_that_turns_into_a_fifo_are_refused(capsys, monkeypatch, count_cases) -> None:
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("text")
-    assert_refused(capsys, ["train", "--data.path=text"], "text", "is not a regular file")
-    os.unlink("text")
-    Path("text").write_text(ENGLISH)
-    really_open = os.open
-
-    def swap(path, *rest, **more):
-        if str(path) == "text":
-            os.unlink("text")
-            os.mkfifo("text")
-        return really_open(path, *rest, **more)
-
-    monkeypatch.setattr(os, "open", swap)
-    with pytest.raises(UserError, match="text: cannot be read: is not a regular file"):
-        prepare_corpus(DataConfig(path="text"), 8, None)
     count_cases(2)
 
 
@@ -364,10 +277,7 @@ def test_no_permission_is_refused(closed_places, as_nobody, capsys, count_cases)
 
 # What no config file is, and what the refusal says of it.
 BAD_CONFIGS = {
-    "empty key": (b"[model]\n = 3\n", "is not valid TOML"),
-    "binary": (b"\x7fELF\x02\x01\x01\0", "is not valid TOML"),
     "random bytes": (random.Random(2).randbytes(5000), "is not UTF-8 (byte 0x"),
-    "PNG": (PNG, "is not UTF-8 (byte 0x89 at offset 0, line 1)"),
     "Latin-1": (b"[data]\npath = 'caf\xe9'\n", "is not UTF-8 (byte 0xE9 at offset 18, line 2)"),
     "UTF-16": ("[model]\n".encode("utf-16"), "is not UTF-8 (byte 0xFF at offset 0, line 1)"),
     "NUL": (b"[model]\nnum_layers = 1\0\n", "is not valid TOML"),
@@ -384,26 +294,33 @@ BAD_CONFIGS = {
 @pytest.mark.fault(CONFIGS)
 @pytest.mark.parametrize("command", ["train", "bench"])
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_what_is_no_config_is_refused(name: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_config_is_refused(name: str, command: str, refused) -> None:
     content, reason = BAD_CONFIGS[name]
     Path("mine.toml").write_bytes(content)
-    error = refusal(capsys, command, "mine.toml")
+    error = refused(command, "mine.toml")
     assert error.startswith("mine.toml: ") and reason in error and len(error) < 1000, error
 
 
 @pytest.mark.fault(CONFIGS)
 @pytest.mark.parametrize("name", PLACES)
-def test_a_config_that_is_no_file_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_is_no_file_is_refused(name: str, refused) -> None:
     make, reason = PLACES[name]
     make("mine.toml")
-    error = refusal(capsys, "train", "mine.toml")
+    error = refused("train", "mine.toml")
     reason = {"folder without texts": "is a folder"}.get(name, reason.replace("such file", "such config"))
     assert error.startswith("mine.toml: ") and reason in error, error
 
 
 @pytest.mark.fault(CONFIGS)
-def test_a_config_of_a_gigabyte_is_not_read(capsys, monkeypatch) -> None:
-    with open("mine.toml", "wb") as file:
+@pytest.mark.parametrize(
+    ("module", "arguments", "reason"),
+    [
+        ("config_file", ["train", "large"], "has over 1,000,000 bytes"),
+        ("data.corpus", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
+    ],
+)
+def test_a_gigabyte_that_is_no_text_is_not_read(module, arguments, reason, refused, monkeypatch) -> None:
+    with open("large", "wb") as file:
         file.truncate(2**30)
     opened = []
 
@@ -411,8 +328,8 @@ def test_a_config_of_a_gigabyte_is_not_read(capsys, monkeypatch) -> None:
         opened.append(os.fdopen(os.dup((file := open_regular(path)).fileno()), "rb"))  # they share a place in the file
         return file
 
-    monkeypatch.setattr("flax_decoder.config.open_regular", open_and_keep)
-    assert "has over 1,000,000 bytes" in refusal(capsys, "train", "mine.toml")
+    monkeypatch.setattr(f"flax_decoder.{module}.open_regular", open_and_keep)
+    assert reason in refused(*arguments)
     for file in opened:
         with file:
             assert file.tell() < 1_100_000  # a reader may ask for somewhat more than it gives
@@ -420,9 +337,9 @@ def test_a_config_of_a_gigabyte_is_not_read(capsys, monkeypatch) -> None:
 
 
 @pytest.mark.fault(CONFIGS)
-def test_a_config_may_begin_with_a_mark(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_may_begin_with_a_mark(refused) -> None:
     Path("mine.toml").write_bytes(b"\xef\xbb\xbf[data]\npath = 'nowhere.txt'\n")
-    assert refusal(capsys, "train", "mine.toml").startswith("nowhere.txt: there is no such file")
+    assert refused("train", "mine.toml").startswith("nowhere.txt: there is no such file")
 
 
 # Arguments with bytes that are not UTF-8, as Python gives them to a program.
@@ -440,34 +357,31 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
         (f"--model.num-layers={'9' * 5000}", "model.num_layers"),
     ],
 )
-def test_arguments_that_are_no_text_are_refused(argument: str, part: str, capsys) -> None:
-    assert part in refusal(capsys, "train", argument)
+def test_arguments_that_are_no_text_are_refused(argument: str, part: str, refused) -> None:
+    assert part in refused("train", argument)
 
 
 @pytest.mark.fault(PROMPTS)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"caf\xe9", "is not UTF-8 (byte 0xE9 at offset 3, line 1)"),
-        (b"one\n\xed\xa0\x80", "is not UTF-8 (byte 0xED at offset 4, line 2)"),
-        (b"\xc0\xaf", "is not UTF-8 (byte 0xC0 at offset 0, line 1)"),
-        ("To be".encode("utf-16"), "has NUL bytes"),
-        (b"a\0b", "has NUL bytes (the first at offset 1, line 1)"),
+        (b"one\n\xed\xa0\x80", "is not UTF-8 text (byte 0xED at offset 4, line 2)"),
+        (b"a\0b", "is not UTF-8 text (byte 0x00 at offset 1, line 1)"),
         (b"", "prompt is empty"),
         ("é".encode(), "the text has 'é' (U+00E9, at character 0, line 1)"),
     ],
 )
-def test_prompts_that_are_no_text_are_refused(content, reason, run, capsys, monkeypatch, count_cases) -> None:
-    assert reason in refusal(capsys, "generate", run, "--prompt", os.fsdecode(content))
+def test_prompts_that_are_no_text_are_refused(content, reason, run, refused, monkeypatch, count_cases) -> None:
+    assert reason in refused("generate", run, "--prompt", os.fsdecode(content))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert reason in refusal(capsys, "generate", run)
+    assert reason in refused("generate", run)
     count_cases(2)
 
 
 @pytest.mark.fault(PROMPTS)
-def test_half_of_a_pair_is_refused(run, capsys) -> None:
-    error = refusal(capsys, "generate", run, "--prompt", "a\ud800")
-    assert error.startswith("--prompt: is not UTF-8 (byte 0xED at offset 1, line 1)")
+def test_half_of_a_pair_is_refused(run, refused) -> None:
+    error = refused("generate", run, "--prompt", "a\ud800")
+    assert error.startswith("--prompt: is not UTF-8 text (byte 0xED at offset 1, line 1)")
 
 
 class Zeros(io.RawIOBase):
@@ -486,23 +400,23 @@ class Zeros(io.RawIOBase):
 
 
 @pytest.mark.fault(PROMPTS)
-def test_a_prompt_without_end_is_refused(run, capsys, monkeypatch) -> None:
+def test_a_prompt_without_end_is_refused(run, refused, monkeypatch) -> None:
     zeros = Zeros()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(zeros)))
-    assert "standard input: has over 16,000,000 bytes" in refusal(capsys, "generate", run)
+    assert "standard input: has over 16,000,000 bytes" in refused("generate", run)
     assert zeros.num_read < 17_000_000  # a reader may ask for somewhat more than it gives
 
 
 @pytest.mark.fault(PROMPTS)
-def test_no_standard_input_is_an_empty_prompt(run, capsys, monkeypatch) -> None:
+def test_no_standard_input_is_an_empty_prompt(run, refused, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    assert "prompt is empty" in refusal(capsys, "generate", run)
+    assert "prompt is empty" in refused("generate", run)
 
 
 @pytest.mark.fault(ROW)
-def test_a_text_with_a_character_that_the_model_lacks_is_refused(run, capsys) -> None:
+def test_a_text_with_a_character_that_the_model_lacks_is_refused(run, refused) -> None:
     Path("mine.txt").write_text("To be\nor é")
-    error = refusal(capsys, "eval", run, "mine.txt")
+    error = refused("eval", run, "mine.txt")
     assert error.startswith("mine.txt: the text has 'é' (U+00E9, at character 9, line 2)")
 
 
@@ -525,9 +439,17 @@ def test_what_is_no_text_is_refused_by_the_command_itself(tmp_path: Path, count_
     os.mkfifo("fifo")
     cases = [
         ([*command, "train", "--data.path=fifo"], b"", b"fifo: cannot be read: is not a regular file"),
-        ([*command, "generate", "no_run", b"--prompt=caf\xe9"], b"", b"--prompt: is not UTF-8 (byte 0xE9 at offset 3"),
+        (
+            [*command, "generate", "no_run", b"--prompt=caf\xe9"],
+            b"",
+            b"--prompt: is not UTF-8 text (byte 0xE9 at offset 3",
+        ),
         ([*command, "train", b"--caf\xe9=3"], b"", rb"unknown argument --caf\udce9"),
-        ([*command, "generate", "no_run"], b"a\n\xff", b"standard input: is not UTF-8 (byte 0xFF at offset 2, line 2)"),
+        (
+            [*command, "generate", "no_run"],
+            b"a\n\xff",
+            b"standard input: is not UTF-8 text (byte 0xFF at offset 2, line 2)",
+        ),
     ]
     for arguments, given, reason in cases:
         result = subprocess.run(arguments, input=given, capture_output=True, timeout=HANGS_SECONDS)
