@@ -125,13 +125,13 @@ def test_an_answer_continues_the_rendered_conversation():
 
 def test_no_message_is_read_twice(monkeypatch):
     steps = sys.modules["flax_decoder.generation.steps"]
-    counts, read = [], steps.read
+    counts, read = [], steps.prefill_chunk
 
     def recorded(model, params, cache, logits_BV, tokens_BT, num_tokens_B):
         counts.append(int(num_tokens_B.sum()))
         return read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
 
-    monkeypatch.setattr(steps, "read", recorded)
+    monkeypatch.setattr(steps, "prefill_chunk", recorded)
     talk = make_chat(system="s" * 50)
     list(talk.answer("hello"))
     before = sum(counts)

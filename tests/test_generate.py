@@ -12,8 +12,14 @@ import pytest
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
 from flax_decoder.generation.sampling import Sampling
-from flax_decoder.generation.steps import READ_TOKENS, SHORT_READ_TOKENS, WRITE_TOKENS, batch_capacity, cache_capacity
-from flax_decoder.generation.stream import rolls, stream
+from flax_decoder.generation.steps import (
+    DECODE_TOKENS,
+    PREFILL_TOKENS,
+    SHORT_PREFILL_TOKENS,
+    batch_capacity,
+    cache_capacity,
+)
+from flax_decoder.generation.stream import stream, supports_rolling_context
 
 stream_module = importlib.import_module("flax_decoder.generation.stream")
 steps = importlib.import_module("flax_decoder.generation.steps")
@@ -87,7 +93,7 @@ def plain_greedy(model, params, prompt_BT, max_new_tokens, penalty=1.0):
     context, it starts again at the last half of it.
     """
     context = model.config.context_length
-    longest = prompt_BT.shape[1] + max_new_tokens if rolls(model.config) else context
+    longest = prompt_BT.shape[1] + max_new_tokens if supports_rolling_context(model.config) else context
     text_BT, start = prompt_BT, 0
     for _ in range(max_new_tokens):
         if text_BT.shape[1] - start > longest:
@@ -131,13 +137,13 @@ def test_past_the_context(kind, num_prompt_tokens):
 @pytest.mark.short("learned")
 @pytest.mark.parametrize("kind", ["learned", "rotary grouped", "alibi window"])
 def test_ten_times_the_context_in_constant_memory(kind, monkeypatch):
-    sizes, read = set(), steps.write
+    sizes, decode = set(), steps.decode_chunk
 
-    def recorded(model, params, texts, *args, **options):
-        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(texts)))
-        return read(model, params, texts, *args, **options)
+    def recorded(model, params, state, **options):
+        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        return decode(model, params, state=state, **options)
 
-    monkeypatch.setattr(stream_module, "write", recorded)
+    monkeypatch.setattr(stream_module, "decode_chunk", recorded)
     model, params = make(kind)
     tokens_BT = fd.generate(model, params, prompts(2, 3), max_new_tokens=110, temperature=0.0)
     np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompts(2, 3), 110))
@@ -150,11 +156,11 @@ def two_hundred_prompts(context):
     edges = [
         1,
         2,
-        SHORT_READ_TOKENS,
-        SHORT_READ_TOKENS + 1,
-        READ_TOKENS - 1,
-        READ_TOKENS,
-        READ_TOKENS + 1,
+        SHORT_PREFILL_TOKENS,
+        SHORT_PREFILL_TOKENS + 1,
+        PREFILL_TOKENS - 1,
+        PREFILL_TOKENS,
+        PREFILL_TOKENS + 1,
         context - 3,
         context - 1,
         context,
@@ -175,10 +181,10 @@ def test_two_hundred_ragged_prompts_equal_the_model_without_a_cache(kind):
     assert isinstance(ours, list) and all(len(row) == len(text) + 5 for row, text in zip(ours, texts, strict=True))
     longest = 2 * 71 + 5
     for _ in range(5):
-        if not rolls(model.config):
+        if not supports_rolling_context(model.config):
             starts = np.array([s if len(t) - s <= 71 else len(t) - 71 // 2 for t, s in zip(texts, starts, strict=True)])
         windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
-        width = longest if rolls(model.config) else 71
+        width = longest if supports_rolling_context(model.config) else 71
         with rolling(model.config):
             padded_BT = np.stack([np.pad(w, (0, width - len(w))) for w in windows])
             logits_BTV = np.asarray(forward_of(model)(params, padded_BT))
@@ -205,11 +211,11 @@ def test_a_context_of_one_token():
 
 def test_the_text_does_not_depend_on_how_much_of_it_is_asked_for():
     """Pieces end in different places for each length."""
-    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
+    model, params = make("rotary grouped", context_length=3 * DECODE_TOKENS)
     rng, prompt_BT = jax.random.key(5), prompts(2, 3)
-    longest = 2 * WRITE_TOKENS + 3
+    longest = 2 * DECODE_TOKENS + 3
     whole_BT = np.asarray(fd.generate(model, params, prompt_BT, longest, rng))
-    for length in (1, 2, WRITE_TOKENS, WRITE_TOKENS + 1, 2 * WRITE_TOKENS + 1):
+    for length in (1, 2, DECODE_TOKENS, DECODE_TOKENS + 1, 2 * DECODE_TOKENS + 1):
         np.testing.assert_array_equal(fd.generate(model, params, prompt_BT, length, rng), whole_BT[:, : 3 + length])
 
 
@@ -225,7 +231,7 @@ def test_streamed_pieces_take_as_long_as_the_eye_does_not_mind(seconds, sizes, m
     # A clock that goes on by so much at each look; two looks a piece, and one piece is always computed ahead.
     clock = itertools.accumulate(itertools.chain(seconds, itertools.repeat(seconds[-1])))
     monkeypatch.setattr(stream_module.time, "perf_counter", lambda: next(clock))
-    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
+    model, params = make("rotary grouped", context_length=3 * DECODE_TOKENS)
     rng, prompt_BT = jax.random.key(5), prompts(2, 3)
     pieces = [written.tokens_BC for written in stream(model, params, list(prompt_BT), 137, rng, Sampling())]
     assert [piece.shape[1] for piece in pieces] == sizes
@@ -246,11 +252,11 @@ def test_the_seed_makes_the_text():
 
 def test_each_token_is_drawn_anew():
     """So hot that logits do not matter: a random key that came twice would draw the same token twice."""
-    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
-    tokens = fd.generate(model, params, prompts(1, 3), 2 * WRITE_TOKENS, jax.random.key(0), temperature=1e9)[0, 3:]
+    model, params = make("rotary grouped", context_length=3 * DECODE_TOKENS)
+    tokens = fd.generate(model, params, prompts(1, 3), 2 * DECODE_TOKENS, jax.random.key(0), temperature=1e9)[0, 3:]
     # 32 draws of 23 tokens show about 23 (1 - (22/23)^32) = 17 of them.
     assert len(set(tokens.tolist())) > 12
-    assert tokens[:WRITE_TOKENS].tolist() != tokens[WRITE_TOKENS:].tolist()
+    assert tokens[:DECODE_TOKENS].tolist() != tokens[DECODE_TOKENS:].tolist()
 
 
 def test_rows_are_drawn_by_themselves():
@@ -277,11 +283,11 @@ def test_padding_of_a_vocabulary_is_never_written():
 
 
 @pytest.mark.short("None")
-@pytest.mark.parametrize("guess", [None, fd.PromptLookup(3)], ids=str)
-def test_a_bfloat16_model_writes_what_it_would_without_a_cache(guess):
+@pytest.mark.parametrize("draft", [None, fd.PromptLookup(3)], ids=str)
+def test_a_bfloat16_model_writes_what_it_would_without_a_cache(draft):
     model, params = make("rotary grouped", dtype="bfloat16", context_length=64)
     prompt_BT = prompts(3, 5)
-    tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 12, temperature=0.0, guess=guess))
+    tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 12, temperature=0.0, draft=draft))
     logits_BTV = np.asarray(jax.jit(model.apply)({"params": params}, tokens_BT[:, :-1]))[:, 4:]
     chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 5:, None], axis=2)[:, :, 0]
     # Rounded to 8 bits, in other shapes: the chosen token is the likeliest, or nearly.
@@ -334,13 +340,13 @@ def test_the_result_is_the_same_whatever_the_batch():
 
 
 def test_several_samples_read_the_prompt_once(monkeypatch):
-    rows, read = [], steps.read
+    rows, read = [], steps.prefill_chunk
 
     def recorded(model, params, cache, logits_BV, tokens_BT, num_tokens_B):
         rows.append(int((num_tokens_B > 0).sum()))
         return read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
 
-    monkeypatch.setattr(steps, "read", recorded)
+    monkeypatch.setattr(steps, "prefill_chunk", recorded)
     model, params = make("alibi window")
     fd.generate(model, params, prompts(2, 5), 3, jax.random.key(0), num_samples=7)
     assert rows == [2]
@@ -366,7 +372,7 @@ def test_no_more_is_computed_when_all_rows_have_ended():
     first_B = np.asarray(fd.generate(model, params, prompt_BT, 1, temperature=0.0))[:, -1]
     ends = first_B.tolist()
     chunks = list(stream(model, params, list(prompt_BT), 150, None, Sampling(temperature=0), end_ids=ends))
-    assert sum(written.tokens_BC.shape[1] for written in chunks) <= 1 + 2 + WRITE_TOKENS
+    assert sum(written.tokens_BC.shape[1] for written in chunks) <= 1 + 2 + DECODE_TOKENS
     tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 150, temperature=0.0, end_ids=ends))
     assert tokens_BT.shape == (2, 153) and (tokens_BT[:, 3:] == first_B[:, None]).all()
 
@@ -431,13 +437,13 @@ def test_a_prefix_changes_nothing_but_the_time(kind, num_prefix_tokens):
 
 
 def test_a_prefix_is_not_read_again(monkeypatch):
-    counts, read = [], steps.read
+    counts, read = [], steps.prefill_chunk
 
     def recorded(model, params, cache, logits_BV, tokens_BT, num_tokens_B):
         counts.append(int(num_tokens_B.sum()))
         return read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
 
-    monkeypatch.setattr(steps, "read", recorded)
+    monkeypatch.setattr(steps, "prefill_chunk", recorded)
     model, params = make("rotary grouped", context_length=200)
     text = prompts(1, 150)[0]
     prefix = fd.prefill(model, params, text)
@@ -520,11 +526,11 @@ def test_the_decode_loop_copies_no_cache():
 
     def temporary_bytes(capacity):
         model, params = make("rotary grouped", context_length=4096, num_layers=3)
-        cache, logits_BV = steps.nothing_read(model, 8, capacity)
-        texts = steps.Texts(cache, logits_BV, np.zeros(8, np.int32), np.zeros(8, bool), None)
+        cache, logits_BV = steps.empty_prefill(model, 8, capacity)
+        texts = steps.DecodeState(cache, logits_BV, np.zeros(8, np.int32), np.zeros(8, bool), None)
         filters = Sampling(temperature=0).filters(V)
         arguments = (model, fd.unstack_layers(params), texts, filters, None, np.zeros((8, 2), np.uint32), None, 0, 16)
-        return steps.write.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        return steps.decode_chunk.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
     # Scores and weights of one layer at a time: 3 query heads in 8 rows, and what goes with them.
     assert temporary_bytes(4096) - temporary_bytes(1024) < 8 * 3072 * 4 * 3 * 6

@@ -8,7 +8,7 @@ import pytest
 from flax_decoder.errors import UserError
 from flax_decoder.generation.sampling import (
     Sampling,
-    Seen,
+    TokenCounts,
     filtered,
     keep_min_p,
     keep_top_k,
@@ -106,7 +106,7 @@ def test_values_out_of_range_are_refused(name, value):
 def draw(logits_BV, sampling, seed=0, seen_BV=None):
     rngs_B = jax.random.split(jax.random.key(seed), len(logits_BV))
     seen_BV = np.zeros(logits_BV.shape, bool) if seen_BV is None else seen_BV
-    seen = Seen(jnp.asarray(seen_BV), jnp.zeros(logits_BV.shape, jnp.int32))
+    seen = TokenCounts(jnp.asarray(seen_BV), jnp.zeros(logits_BV.shape, jnp.int32))
     tokens_B = sample(jnp.asarray(logits_BV), sampling.filters(logits_BV.shape[1]), seen, rngs_B)
     assert tokens_B.dtype == jnp.int32
     return np.asarray(tokens_B)
@@ -170,7 +170,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_penalties_for_what_the_new_text_has():
-    seen = Seen(jnp.zeros((1, 4), bool), jnp.array([[0, 1, 3, 0]], jnp.int32))
+    seen = TokenCounts(jnp.zeros((1, 4), bool), jnp.array([[0, 1, 3, 0]], jnp.int32))
     filters = Sampling(presence_penalty=0.5, frequency_penalty=0.25, temperature=0).filters(4)
     np.testing.assert_allclose(filtered(jnp.zeros((1, 4)), filters, seen), [[0, -0.75, -1.25, 0]])
 
@@ -178,8 +178,8 @@ def test_penalties_for_what_the_new_text_has():
 def test_bad_and_forced_tokens():
     filters = Sampling(bad_tokens=(2, 5), forced_tokens=(7, 2), temperature=0).filters(V)
     logits_BV = jnp.asarray(LOGITS).at[:, jnp.array([2, 5])].set(99.0)
-    assert not np.isin(sample(logits_BV, filters, number=2), (2, 5)).any()
-    assert [sample(logits_BV, filters, number=n).tolist() for n in (0, 1)] == [[7] * B, [2] * B]
+    assert not np.isin(sample(logits_BV, filters, index=2), (2, 5)).any()
+    assert [sample(logits_BV, filters, index=n).tolist() for n in (0, 1)] == [[7] * B, [2] * B]
     for settings in ({"bad_tokens": (V,)}, {"forced_tokens": (-1,)}, {"bad_tokens": tuple(range(V))}):
         with pytest.raises(UserError, match="_tokens"):
             Sampling(**settings).filters(V)
@@ -214,7 +214,7 @@ def test_filters_equal_those_of_transformers(name, value, processor, argument):
     expected_BV = theirs(torch.tensor(ids_BT), torch.tensor(ROWS)).numpy()
     prompt_BV = np.zeros(ROWS.shape, bool)
     np.put_along_axis(prompt_BV, ids_BT, True, axis=1)
-    seen = Seen(jnp.asarray(prompt_BV), jnp.zeros(ROWS.shape, jnp.int32))
+    seen = TokenCounts(jnp.asarray(prompt_BV), jnp.zeros(ROWS.shape, jnp.int32))
     ours_BV = np.asarray(filtered(jnp.asarray(ROWS), Sampling(**{name: value}).filters(37), seen))
     if name == "top_p":  # which of several equals is the last one in, torch.sort leaves open
         ours_BV, expected_BV = np.sort(ours_BV), np.sort(expected_BV)

@@ -12,13 +12,13 @@ from test_sampling import chi_square
 import flax_decoder as fd
 from flax_decoder.errors import UserError
 from flax_decoder.generation import speculative
-from flax_decoder.generation.speculative import accept, look_up_guesses
+from flax_decoder.generation.speculative import accept, look_up_draft
 
 KINDS = ["learned", "rotary grouped", "alibi window", "window"]
 
 
 @functools.cache
-def draft(num_tokens=3):
+def draft_model(num_tokens=3):
     """A model that agrees now and then: the same weights, and a head that has changed a little."""
     model, params = make("rotary grouped", context_length=97)
     noise = 0.4 * jax.random.normal(jax.random.key(5), params["head"].shape)
@@ -27,25 +27,25 @@ def draft(num_tokens=3):
 
 @pytest.mark.short("PromptLookup(num_tokens=4)-alibi window")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("guess", [fd.PromptLookup(4), fd.PromptLookup(1), "draft"], ids=str)
-def test_greedy_text_is_that_of_plain_decoding(kind, guess):
+@pytest.mark.parametrize("draft", [fd.PromptLookup(4), fd.PromptLookup(1), "draft"], ids=str)
+def test_greedy_text_is_that_of_plain_decoding(kind, draft):
     model, params = make(kind, context_length=97)
     texts = [row[: 1 + number % 19] for number, row in enumerate(prompts(30, 19, seed=2))]
-    guess = draft() if guess == "draft" else guess
+    draft = draft_model() if draft == "draft" else draft
     plain = fd.generate(model, params, texts, 70, temperature=0.0)
-    for ours, row in zip(fd.generate(model, params, texts, 70, temperature=0.0, guess=guess), plain, strict=True):
+    for ours, row in zip(fd.generate(model, params, texts, 70, temperature=0.0, draft=draft), plain, strict=True):
         np.testing.assert_array_equal(ours, row)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["rotary grouped", "alibi window", "window"])
-@pytest.mark.parametrize("guess", [fd.PromptLookup(4), "draft"], ids=str)
-def test_also_past_the_context(kind, guess):
+@pytest.mark.parametrize("draft", [fd.PromptLookup(4), "draft"], ids=str)
+def test_also_past_the_context(kind, draft):
     model, params = make(kind)
-    guess = draft() if guess == "draft" else guess
+    draft = draft_model() if draft == "draft" else draft
     plain_BT = fd.generate(model, params, prompts(3, 14), 50, temperature=0.0)
     np.testing.assert_array_equal(
-        fd.generate(model, params, prompts(3, 14), 50, temperature=0.0, guess=guess), plain_BT
+        fd.generate(model, params, prompts(3, 14), 50, temperature=0.0, draft=draft), plain_BT
     )
 
 
@@ -54,7 +54,7 @@ def test_a_row_ends_at_its_end_token():
     model, params = make("rotary grouped", context_length=97)
     plain_BT = np.asarray(fd.generate(model, params, prompts(3, 5), 40, temperature=0.0))
     ends = [int(plain_BT[0, 14])]
-    for options in ({"guess": fd.PromptLookup(5)}, {"guess": draft()}):
+    for options in ({"draft": fd.PromptLookup(5)}, {"draft": draft_model()}):
         np.testing.assert_array_equal(
             fd.generate(model, params, prompts(3, 5), 40, temperature=0.0, end_ids=ends, **options),
             fd.generate(model, params, prompts(3, 5), 40, temperature=0.0, end_ids=ends),
@@ -62,15 +62,15 @@ def test_a_row_ends_at_its_end_token():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("guess", [fd.PromptLookup(2), "draft"], ids=str)
-def test_samples_have_the_distribution_of_plain_decoding(guess):
+@pytest.mark.parametrize("draft", [fd.PromptLookup(2), "draft"], ids=str)
+def test_samples_have_the_distribution_of_plain_decoding(draft):
     """Pairs of the second and third new token of many samples, against the exact probabilities."""
     model, params = make("rotary grouped", context_length=97)
-    guess = draft(2) if guess == "draft" else guess
+    draft = draft_model(2) if draft == "draft" else draft
     prompt, options = [3, 9, 3, 9, 3], {"temperature": 1.2, "top_k": 3}
     apply = jax.jit(model.apply)
     tokens_BT = np.asarray(
-        fd.generate(model, params, [prompt], 3, jax.random.key(1), num_samples=4000, guess=guess, **options)
+        fd.generate(model, params, [prompt], 3, jax.random.key(1), num_samples=4000, draft=draft, **options)
     )[:, 5:]
 
     def probabilities(text):
@@ -90,50 +90,50 @@ def test_samples_have_the_distribution_of_plain_decoding(guess):
 
 
 def test_the_rule_of_acceptance_keeps_the_distribution():
-    """By itself, over distributions that hardly overlap; the token is the guess, or drawn from what is left."""
+    """By itself, over distributions that hardly overlap; the token is the draft, or drawn from what is left."""
     num_draws, p, q = 30_000, np.array([0.5, 0.3, 0.2, 0.0]), np.array([0.1, 0.2, 0.3, 0.4])
     rngs_B = jax.random.split(jax.random.key(0), num_draws)
-    guesses_B1 = jax.random.choice(jax.random.key(1), 4, (num_draws, 1), p=jnp.asarray(q))
+    draft_B1 = jax.random.choice(jax.random.key(1), 4, (num_draws, 1), p=jnp.asarray(q))
     with np.errstate(divide="ignore"):
         p_logits, q_logits = (np.tile(np.log(x).astype(np.float32), (num_draws, 2, 1)) for x in (p, q))
     num_accepted_B, logits_BV = accept(
         jnp.asarray(p_logits),
-        guesses_B1,
+        draft_B1,
         jnp.asarray(q_logits[:, :1]),
         jnp.ones(num_draws, jnp.int32),
         rngs_B,
         jnp.zeros(num_draws, jnp.int32),
     )
     instead_B = jax.vmap(jax.random.categorical)(jax.random.split(jax.random.key(2), num_draws), logits_BV)
-    tokens_B = np.where(np.asarray(num_accepted_B) == 1, np.asarray(guesses_B1)[:, 0], instead_B)
+    tokens_B = np.where(np.asarray(num_accepted_B) == 1, np.asarray(draft_B1)[:, 0], instead_B)
     # 2 degrees of freedom, once in a thousand
     assert chi_square(np.bincount(tokens_B, minlength=4), p) < 13.8
-    # The chance that a guess stands is the sum of min(p, q): 0.1 + 0.2 + 0.2.
+    # The chance that a draft stands is the sum of min(p, q): 0.1 + 0.2 + 0.2.
     assert abs(np.asarray(num_accepted_B).mean() - 0.5) < 4 * (0.25 / num_draws) ** 0.5
 
 
 def test_lookup_finds_the_longest_match_and_of_equals_the_latest():
     text_BS = jnp.array([[1, 2, 3, 7, 2, 3, 8, 9, 2, 3, 0, 0], [5, 6, 5, 6, 5, 6, 0, 0, 0, 0, 0, 0]])
-    assert look_up_guesses(text_BS, jnp.array([10, 6]), 3).tolist() == [[8, 9, 2], [5, 6, 5]]
+    assert look_up_draft(text_BS, jnp.array([10, 6]), 3).tolist() == [[8, 9, 2], [5, 6, 5]]
     text_BS = jnp.array([[1, 2, 3, 7, 9, 9, 3, 8, 9, 1, 2, 3]])
-    assert look_up_guesses(text_BS, jnp.array([12]), 2).tolist() == [[7, 9]]  # three tokens match, not one
+    assert look_up_draft(text_BS, jnp.array([12]), 2).tolist() == [[7, 9]]  # three tokens match, not one
 
 
 def test_guesses_that_are_right_save_passes(monkeypatch):
     """The model as its own draft is always right: each pass writes all of its guesses and one more."""
     model, params = make("rotary grouped", context_length=97)
-    calls, write = [], speculative.write_guessed
+    calls, write = [], speculative.speculative_chunk
 
     def recorded(*args):
         calls.append(1)
         return write(*args)
 
-    monkeypatch.setattr(stream_module, "write_guessed", recorded)
-    for guess in (fd.Draft(model, params, 4), fd.PromptLookup(4)):
+    monkeypatch.setattr(stream_module, "speculative_chunk", recorded)
+    for draft in (fd.Draft(model, params, 4), fd.PromptLookup(4)):
         calls.clear()
-        num_tokens = speculative.PASSES * 5
-        fd.generate(model, params, prompts(1, 5), num_tokens, temperature=0.0, guess=guess)
-        assert (len(calls) == 1) == isinstance(guess, fd.Draft)
+        num_tokens = speculative.MAX_PASSES * 5
+        fd.generate(model, params, prompts(1, 5), num_tokens, temperature=0.0, draft=draft)
+        assert (len(calls) == 1) == isinstance(draft, fd.Draft)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_guesses_that_are_right_save_passes(monkeypatch):
     [
         ({"repetition_penalty": 1.5}, "penalties"),
         ({"forced_tokens": (1,)}, "forced"),
-        ({"guess": fd.PromptLookup(0)}, "num_tokens = 0"),
+        ({"draft": fd.PromptLookup(0)}, "num_tokens = 0"),
         ({"max_new_tokens": 95}, "context_length = 97"),
     ],
 )
 def test_what_cannot_be_guessed_is_refused(options, message):
     model, params = make("learned", context_length=97)
-    defaults = {"max_new_tokens": 5, "temperature": 0.0, "guess": fd.PromptLookup(2)}
+    defaults = {"max_new_tokens": 5, "temperature": 0.0, "draft": fd.PromptLookup(2)}
     with pytest.raises(UserError, match=message):
         fd.generate(model, params, prompts(2, 5), **defaults | options)
 
@@ -155,4 +155,4 @@ def test_what_cannot_be_guessed_is_refused(options, message):
 def test_another_vocabulary_is_refused():
     model, params = make("rotary grouped", vocab_size=29)
     with pytest.raises(UserError, match="vocab_size = 23"):
-        fd.generate(model, params, [[1]], 3, temperature=0.0, guess=draft())
+        fd.generate(model, params, [[1]], 3, temperature=0.0, draft=draft_model())

@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
-from flax_decoder.generation.text import decode_stream, decode_streams
+from flax_decoder.generation.text import decode_streams
 
 BYTES = ByteTokenizer()
 
 
 def pieces(tokenizer, tokens, size, stop=()):
     tokens = np.asarray(tokens)
-    return list(decode_stream(tokenizer, (tokens[i : i + size] for i in range(0, len(tokens), size)), stop))
+    chunks = (tokens[None, i : i + size] for i in range(0, len(tokens), size))
+    return [piece for _, piece in decode_streams(tokenizer, chunks, 1, stop)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
@@ -65,9 +66,9 @@ def test_no_more_is_asked_for_than_needed():
     def chunks():
         for chunk in np.array(BYTES.encode("ab.cd")):
             asked.append(chunk)
-            yield np.array([chunk])
+            yield np.array([[chunk]])
 
-    assert "".join(decode_stream(BYTES, chunks(), ["."])) == "ab"
+    assert list(decode_streams(BYTES, chunks(), 1, ["."])) == [(0, "a"), (0, "b")]
     assert len(asked) == 3  # generating goes on only while someone asks
 
 
