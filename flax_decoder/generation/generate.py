@@ -82,21 +82,8 @@ def generate(
             `Sampling` out of range.
     """
     prompts = as_prompts(prompt_tokens_BT, model.config)
-    chunks = stream(
-        model,
-        params,
-        prompts,
-        max_new_tokens,
-        rng,
-        Sampling(**sampling),
-        num_samples=num_samples,
-        end_ids=end_ids,
-        prefix=prefix,
-        draft=draft,
-        min_chunk_tokens=DECODE_TOKENS,
-    )
-    nothing_BC = np.zeros((len(prompts) * num_samples, 0), np.int32)
-    new_BC = np.concatenate([nothing_BC, *(chunk.tokens_BC for chunk in chunks)], axis=1)
+    options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "draft": draft}
+    new_BC = _decode_all(model, params, prompts, max_new_tokens, rng, Sampling(**sampling), **options).tokens_BC
     new_BT = np.pad(new_BC, [(0, 0), (0, max_new_tokens - new_BC.shape[1])], mode="edge")  # shorter if all rows ended
     texts = [np.concatenate([prompts[row // num_samples], new_T]) for row, new_T in enumerate(new_BT)]
     return jnp.asarray(np.stack(texts)) if len({len(text) for text in texts}) == 1 else [*map(jnp.asarray, texts)]
@@ -126,29 +113,30 @@ def complete(
     prompts = as_prompts(prompt_tokens_BT, model.config)
     if not 0 <= top_logprobs <= (model.config.vocab_size or 0):
         raise UserError(f"top_logprobs = {top_logprobs} must be from 0 to the vocabulary, {model.config.vocab_size}")
-    chunks = stream(
-        model,
-        params,
-        prompts,
-        max_new_tokens,
-        rng,
-        Sampling(**sampling),
-        num_samples=num_samples,
-        end_ids=end_ids,
-        prefix=prefix,
-        num_top=top_logprobs,
-        min_chunk_tokens=DECODE_TOKENS,
-    )
+    options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "num_top": top_logprobs}
+    new = _decode_all(model, params, prompts, max_new_tokens, rng, Sampling(**sampling), **options)
     B = len(prompts) * num_samples
-    nothing = TokenChunk(
-        np.zeros((B, 0), np.int32),
-        np.zeros((B, 0), np.float32),
-        np.zeros((B, 0, top_logprobs), np.int32),
-        np.zeros((B, 0, top_logprobs), np.float32),
-    )
-    new = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), nothing, *chunks)
     rows = [_completion(jax.tree.map(lambda array, row=row: array[row], new), end_ids) for row in range(B)]
     return [rows[start : start + num_samples] for start in range(0, B, num_samples)]
+
+
+def _decode_all(
+    model: Decoder,
+    params: Any,
+    prompts: list[np.ndarray],
+    max_new_tokens: int,
+    rng: jax.Array | None,
+    sampling: Sampling,
+    **options: Any,
+) -> TokenChunk:
+    """All chunks of `stream` as one."""
+    chunks = stream(model, params, prompts, max_new_tokens, rng, sampling, min_chunk_tokens=DECODE_TOKENS, **options)
+    B, K = len(prompts) * options["num_samples"], options.get("num_top")
+    nothing = TokenChunk(np.zeros((B, 0), np.int32))
+    if K is not None:
+        tops = np.zeros((B, 0, K), np.int32), np.zeros((B, 0, K), np.float32)
+        nothing = TokenChunk(nothing.tokens_BC, np.zeros((B, 0), np.float32), *tops)
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), nothing, *chunks)
 
 
 def _completion(row: TokenChunk, end_ids: Sequence[int]) -> Completion:

@@ -6,7 +6,6 @@ output is that of the model alone: at temperature 0 the same tokens, otherwise t
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -26,19 +25,17 @@ MAX_MATCH_TOKENS = 3
 _FOR_MODEL, _FOR_DRAFT, _FOR_TEST = 0, 1, 2
 
 
-@dataclass(frozen=True)
-class PromptLookup:
+class PromptLookup(struct.PyTreeNode):
     """Drafts what followed the last tokens where they occurred before (Saxena 2023).
 
     Attributes:
         num_tokens: tokens drafted per pass.
     """
 
-    num_tokens: int = 8
+    num_tokens: int = struct.field(pytree_node=False, default=8)
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(struct.PyTreeNode):
     """Drafts with a smaller model of the same vocabulary.
 
     Attributes:
@@ -47,9 +44,9 @@ class Draft:
         num_tokens: tokens drafted per pass.
     """
 
-    model: Decoder
+    model: Decoder = struct.field(pytree_node=False)
     params: Any
-    num_tokens: int = 4
+    num_tokens: int = struct.field(pytree_node=False, default=4)
 
 
 class SpeculativeState(struct.PyTreeNode):
@@ -57,34 +54,33 @@ class SpeculativeState(struct.PyTreeNode):
 
     Attributes:
         cache: keys and values of all tokens so far.
-        draft_cache: the same for the draft model.
+        draft_cache: the same for a draft model; else None.
         logits_BV: filtered logits of the next token.
         text_BS: all tokens; those from `cache.length_B` on are meaningless.
         is_done_B: True for rows that have ended or are long enough.
     """
 
     cache: KVCache
-    draft_cache: KVCache | None
+    draft_cache: Any
     logits_BV: jax.Array
     text_BS: Any
     is_done_B: Any
 
 
-@functools.partial(jax.jit, static_argnames=("model", "draft_model", "num_draft"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def speculative_chunk(
     model: Decoder,
     params: Any,
-    draft_model: Decoder | None,
-    draft_params: Any,
+    draft: PromptLookup | Draft,
     state: SpeculativeState,
     filters: Filters,
     rng: jax.Array | None,
     seeds_B2: jax.Array,
     end_ids: jax.Array,
     max_length_B: jax.Array,
-    num_draft: int,
 ) -> SpeculativeState:
-    """Runs passes, each with `num_draft` drafted tokens, until all rows are done; at most MAX_PASSES."""
+    """Runs passes until all rows are done, at most MAX_PASSES."""
+    num_draft = draft.num_tokens
     rngs_B = None if rng is None else row_rngs(rng, seeds_B2)
 
     def one_pass(carry: tuple[jax.Array, SpeculativeState]) -> tuple[jax.Array, SpeculativeState]:
@@ -92,13 +88,11 @@ def speculative_chunk(
         before_B = state.cache.length_B
         first_B = draw(state.logits_BV, token_rngs(rngs_B, before_B, _FOR_MODEL))
         text_BS = put(state.text_BS, first_B[:, None], before_B)
-        draft_cache, draft_BC, draft_logits_BCV = state.draft_cache, None, None
-        if draft_model is None or draft_cache is None:
-            draft_BC = look_up_draft(text_BS, before_B + 1, num_draft)
+        draft_cache, draft_logits_BCV = state.draft_cache, None
+        if isinstance(draft, Draft):
+            draft_cache, draft_BC, draft_logits_BCV = run_draft_model(draft, draft_cache, first_B, filters, rngs_B)
         else:
-            draft_cache, draft_BC, draft_logits_BCV = run_draft_model(
-                draft_model, draft_params, draft_cache, first_B, filters, rngs_B, num_draft
-            )
+            draft_BC = look_up_draft(text_BS, before_B + 1, num_draft)
 
         tokens_BT = jnp.concatenate([first_B[:, None], draft_BC], axis=1)
         num_tokens_B = jnp.full_like(first_B, num_draft + 1)
@@ -167,8 +161,8 @@ def accept(
     p_of_draft_BC, q_of_draft_BC = (
         jnp.take_along_axis(array, draft_BC[:, :, None], axis=2)[:, :, 0] for array in (p_BTV[:, :-1], q_BCV)
     )
-    position_BC = position_B[:, None] + jnp.arange(num_draft)[None]
-    rngs_BC = jax.vmap(lambda position_B: token_rngs(rngs_B, position_B, _FOR_TEST), in_axes=1, out_axes=1)(position_BC)
+    offsets = jnp.arange(num_draft)
+    rngs_BC = jax.vmap(lambda offset: token_rngs(rngs_B, position_B + offset, _FOR_TEST), out_axes=1)(offsets)
     uniform_BC = jax.vmap(jax.vmap(jax.random.uniform))(rngs_BC)
     is_accepted_BC = counts_BC & (uniform_BC * q_of_draft_BC < p_of_draft_BC)
     num_accepted_B = jnp.cumprod(is_accepted_BC, axis=1).sum(1)
@@ -204,22 +198,16 @@ def look_up_draft(text_BS: jax.Array, length_B: jax.Array, num_draft: int) -> ja
 
 
 def run_draft_model(
-    model: Decoder,
-    params: Any,
-    cache: KVCache,
-    first_B: jax.Array,
-    filters: Filters,
-    rngs_B: jax.Array | None,
-    num_draft: int,
+    draft: Draft, cache: KVCache, first_B: jax.Array, filters: Filters, rngs_B: jax.Array | None
 ) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Drafts `num_draft` tokens after first_B.
+    """Drafts tokens after first_B.
 
     Returns:
         The cache with all of these tokens; draft_BC; the filtered logits that they were drawn from, draft_logits_BCV.
     """
     tokens, logits, token_B = [], [], first_B
-    for _ in range(num_draft + 1):
-        logits_B1V, cache = forward(model, params, token_B[:, None], cache)
+    for _ in range(draft.num_tokens + 1):
+        logits_B1V, cache = forward(draft.model, draft.params, token_B[:, None], cache)
         logits_BV = filtered(logits_B1V[:, 0], filters)
         token_B = draw(logits_BV, token_rngs(rngs_B, cache.length_B, _FOR_DRAFT))
         tokens.append(token_B)
@@ -232,9 +220,8 @@ def token_rngs(rngs_B: jax.Array | None, position_B: jax.Array, purpose: int) ->
     """A random key per row, for the token at a position; None without keys."""
     if rngs_B is None:
         return None
-    return jax.vmap(lambda rng, position: jax.random.fold_in(jax.random.fold_in(rng, position), purpose))(
-        rngs_B, position_B
-    )
+    rngs_B = jax.vmap(jax.random.fold_in)(rngs_B, position_B)
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(rngs_B, purpose)
 
 
 def put(text_BS: jax.Array, tokens_BT: jax.Array, start_B: jax.Array) -> jax.Array:

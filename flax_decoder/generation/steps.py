@@ -123,7 +123,7 @@ def decode_chunk(
         token_rngs_B = None if rngs_B is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(rngs_B, index)
         token_B = sample(state.logits_BV, filters, state.counts, token_rngs_B, index)
         token_B = jnp.where(state.ended_B, state.token_B, token_B)
-        column = TokenChunk(token_B, *logprobs(state.logits_BV, token_B, state.ended_B, num_top))
+        column = with_logprobs(token_B, state.logits_BV, state.ended_B, num_top)
         chunk = jax.tree.map(
             lambda columns, one: jax.lax.dynamic_update_index_in_dim(columns, one, i, axis=1), chunk, column
         )
@@ -136,27 +136,21 @@ def decode_chunk(
         i, state, _ = carry
         return (i < num_tokens) if end_ids is None else (i < num_tokens) & ~state.ended_B.all()
 
-    chunk = TokenChunk(jnp.zeros((B, C), jnp.int32))
-    if num_top is not None:
-        shape_BCK, dtype = (B, C, num_top), state.logits_BV.dtype
-        chunk = TokenChunk(
-            chunk.tokens_BC, jnp.zeros((B, C), dtype), jnp.zeros(shape_BCK, jnp.int32), jnp.zeros(shape_BCK, dtype)
-        )
+    column = jax.eval_shape(lambda: with_logprobs(state.token_B, state.logits_BV, state.ended_B, num_top))
+    chunk = jax.tree.map(lambda one: jnp.zeros((B, C, *one.shape[1:]), one.dtype), column)
     i, state, chunk = jax.lax.while_loop(is_unfinished, next_token, (jnp.int32(0), state, chunk))
     is_decoded_1C = jnp.arange(C)[None] < i
     return state, chunk.replace(tokens_BC=jnp.where(is_decoded_1C, chunk.tokens_BC, state.token_B[:, None]))
 
 
-def logprobs(
-    logits_BV: jax.Array, token_B: jax.Array, ended_B: jax.Array, num_top: int | None
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-    """logprob_B of the tokens, 0 after the end of a row; top_tokens_BK; top_logprobs_BK. All None without `num_top`."""
+def with_logprobs(token_B: jax.Array, logits_BV: jax.Array, ended_B: jax.Array, num_top: int | None) -> TokenChunk:
+    """One token per row and, with `num_top`, its log-probability, 0 after the end, and the likeliest tokens."""
     if num_top is None:
-        return None, None, None
+        return TokenChunk(token_B)
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
     top_logprobs_BK, top_tokens_BK = jax.lax.top_k(logprobs_BV, num_top)
-    return jnp.where(ended_B, 0, logprob_B), top_tokens_BK.astype(jnp.int32), top_logprobs_BK
+    return TokenChunk(token_B, jnp.where(ended_B, 0, logprob_B), top_tokens_BK.astype(jnp.int32), top_logprobs_BK)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "rollback_slots"))
@@ -170,19 +164,16 @@ def copy_rows(
     rollback_slots: int = 0,
 ) -> tuple[KVCache, jax.Array]:
     """A cache of another capacity, with the first `length` tokens of the given rows, and the logits of these rows."""
-    new = cache_shapes(config, len(rows_R), capacity, rollback_slots)
     length_R = jnp.minimum(cache.length_B[rows_R], length)
 
-    def copied(old_BKSH: jax.Array, num_slots: int) -> jax.Array:
+    def copied(new: jax.ShapeDtypeStruct, old_BKSH: jax.Array) -> jax.Array:
         # A new slot takes its position from wherever that position was in the old slots.
-        positions_RC = positions_of_slots(num_slots, length_R)
+        positions_RC = positions_of_slots(new.shape[2], length_R)
         slots_RC = jnp.where(positions_RC < 0, 0, positions_RC % old_BKSH.shape[2])
         return jnp.take_along_axis(old_BKSH[rows_R], slots_RC[:, None, :, None], axis=2)
 
-    layers = tuple(
-        (copied(old[0], like[0].shape[2]), copied(old[1], like[1].shape[2]))
-        for old, like in zip(cache.layers, new.layers, strict=True)
-    )
+    new_layers = cache_shapes(config, len(rows_R), capacity, rollback_slots).layers
+    layers = jax.tree.map(copied, new_layers, cache.layers)
     return KVCache(layers, length_R, rollback_slots), logits_BV[rows_R]
 
 
@@ -191,15 +182,13 @@ def empty_prefill(model: Decoder, num_rows: int, capacity: int, rollback_slots: 
     shapes = cache_shapes(model.config, num_rows, capacity, rollback_slots)
     cache = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     logits_BV = np.zeros((num_rows, model.config.vocab_size or 0), accumulation_dtype(model.config.dtype))
-    on_device: tuple[KVCache, jax.Array] = jax.device_put((cache, logits_BV))
-    return on_device
+    return jax.device_put((cache, logits_BV))
 
 
 @functools.lru_cache(maxsize=32)
 def cache_shapes(config: ModelConfig, num_rows: int, capacity: int, rollback_slots: int) -> KVCache:
     """Shapes and dtypes of an empty cache; kept, since finding them takes as long as decoding some tokens."""
-    shapes: KVCache = jax.eval_shape(lambda: empty_cache(config, num_rows, capacity, rollback_slots))
-    return shapes
+    return jax.eval_shape(lambda: empty_cache(config, num_rows, capacity, rollback_slots))
 
 
 def prefill_rows(
@@ -245,15 +234,14 @@ def row_seeds(prompts: Sequence[np.ndarray], num_samples: int) -> np.ndarray:
     A row's randomness thus does not depend on other rows; but the samples of a repeated prompt are numbered through.
     """
     num_drawn: dict[bytes, int] = {}
-    seeds_B2 = np.zeros((batch_capacity(len(prompts) * num_samples), 2), np.uint32)
-    for index, prompt in enumerate(prompts):
+    rows = []
+    for prompt in prompts:
         content = prompt.astype("<i4").tobytes()
         first = num_drawn.get(content, 0)
+        rows += [(zlib.crc32(content), first + sample) for sample in range(num_samples)]
         num_drawn[content] = first + num_samples
-        rows = slice(index * num_samples, (index + 1) * num_samples)
-        seeds_B2[rows, 0] = zlib.crc32(content)
-        seeds_B2[rows, 1] = np.arange(first, first + num_samples)
-    return seeds_B2
+    rows += [(0, 0)] * (batch_capacity(len(rows)) - len(rows))
+    return np.array(rows, np.uint32)
 
 
 def row_rngs(rng: jax.Array, seeds_B2: jax.Array) -> jax.Array:

@@ -11,20 +11,9 @@ import numpy as np
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
+from flax_decoder.generation import steps
 from flax_decoder.generation.sampling import Filters, Sampling, TokenCounts, filtered
 from flax_decoder.generation.speculative import Draft, PromptLookup, SpeculativeState, speculative_chunk
-from flax_decoder.generation.steps import (
-    DECODE_TOKENS,
-    DecodeState,
-    TokenChunk,
-    batch_capacity,
-    cache_capacity,
-    copy_rows,
-    decode_chunk,
-    empty_prefill,
-    prefill_rows,
-    row_seeds,
-)
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.decoder import Decoder, unstack_layers
 
@@ -61,7 +50,7 @@ def stream(
     draft: PromptLookup | Draft | None = None,
     num_top: int | None = None,
     min_chunk_tokens: int = 1,
-) -> Iterator[TokenChunk]:
+) -> Iterator[steps.TokenChunk]:
     """Like `generate`, but yields the new tokens as they are made. Other arguments: see `generate`.
 
     Args:
@@ -86,6 +75,8 @@ def stream(
         model=model,
         params=params,
         prompts=prompts,
+        texts=[prompt for prompt in prompts for _ in range(num_samples)],
+        max_length=max(map(len, prompts)) + max_new_tokens,
         num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         rng=None if sampling.temperature == 0 else rng,
@@ -106,6 +97,8 @@ class _Request:
     model: Decoder
     params: Any
     prompts: Sequence[np.ndarray]
+    texts: list[np.ndarray]  # the prompt of each row
+    max_length: int  # tokens of the longest prompt and its new text
     num_samples: int
     max_new_tokens: int
     rng: jax.Array | None
@@ -113,48 +106,40 @@ class _Request:
     end_ids: np.ndarray
     prefix: Prefix | None
 
-    @property
-    def texts(self) -> list[np.ndarray]:
-        """The prompt of each row."""
-        return [prompt for prompt in self.prompts for _ in range(self.num_samples)]
 
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest prompt and new text."""
-        return max(map(len, self.prompts)) + self.max_new_tokens
-
-
-def _stream_plain(request: _Request, num_top: int | None, min_chunk_tokens: int) -> Iterator[TokenChunk]:
+def _stream_plain(request: _Request, num_top: int | None, min_chunk_tokens: int) -> Iterator[steps.TokenChunk]:
     """One token per pass; a full context that cannot roll is prefilled again from its last half."""
-    model, config, texts = request.model, request.model.config, request.texts
-    params = unstack_layers(request.params)
-    num_rows, B = len(texts), batch_capacity(len(texts))
-    capacity = cache_capacity(config, request.max_length)
+    model, params, texts = request.model, unstack_layers(request.params), request.texts
+    config, context = model.config, model.config.context_length
+    num_rows, B = len(texts), steps.batch_capacity(len(texts))
+    capacity = steps.cache_capacity(config, request.max_length)
     starts, has_ended, num_done = [0] * num_rows, np.zeros(num_rows, bool), 0
     decode = functools.partial(
-        decode_chunk,
+        steps.decode_chunk,
         model,
         params,
         filters=request.filters,
         rng=request.rng,
-        seeds_B2=row_seeds(request.prompts, request.num_samples),
+        seeds_B2=steps.row_seeds(request.prompts, request.num_samples),
         end_ids=request.end_ids if len(request.end_ids) else None,
         num_top=num_top,
     )
     while num_done < request.max_new_tokens and not has_ended.all():
         num_tokens = request.max_new_tokens - num_done
         if not supports_rolling_context(config):
-            starts = [_start(*pair, config.context_length) for pair in zip(starts, map(len, texts), strict=True)]
+            starts = [
+                start if len(text) - start <= context else len(text) - max(context // 2, 1)
+                for text, start in zip(texts, starts, strict=True)
+            ]
             # A full context still gives the logits of one more token, which cannot be appended.
             longest = max(len(text) - start for text, start in zip(texts, starts, strict=True))
-            num_tokens = min(num_tokens, config.context_length + 1 - longest)
+            num_tokens = min(num_tokens, context + 1 - longest)
         windows = [text[start:] for start, text in zip(starts, texts, strict=True)]
-        if num_done == 0:
-            prefix, distinct = None if any(starts) else request.prefix, windows[:: request.num_samples]
-            prefilled = prefill_prompts(model, params, distinct, capacity, prefix, request.num_samples)
-        else:
-            prefilled = prefill_prompts(model, params, windows, capacity)
-        state = DecodeState(
+        # At first the samples of a prompt are equal, so one of them is prefilled.
+        num_samples = request.num_samples if num_done == 0 else 1
+        prefix = request.prefix if num_done == 0 and not any(starts) else None
+        prefilled = prefill_prompts(model, params, windows[::num_samples], capacity, prefix, num_samples)
+        state = steps.DecodeState(
             *prefilled,
             token_B=_padded(np.array([text[-1] for text in texts], np.int32), B),
             ended_B=_padded(has_ended, B, True),
@@ -170,15 +155,15 @@ def _stream_plain(request: _Request, num_top: int | None, min_chunk_tokens: int)
 
 
 def _decode_chunks(
-    decode: Callable[..., tuple[DecodeState, TokenChunk]],
-    state: DecodeState,
+    decode: Callable[..., tuple[steps.DecodeState, steps.TokenChunk]],
+    state: steps.DecodeState,
     first_index: int,
     num_tokens: int,
     num_rows: int,
     min_chunk_tokens: int,
-) -> Iterator[TokenChunk]:
+) -> Iterator[steps.TokenChunk]:
     """Decodes `num_tokens` in chunks; each is computed while the caller uses the one before."""
-    waiting: tuple[TokenChunk, int] | None = None
+    waiting: tuple[steps.TokenChunk, int] | None = None
     index, end, size = first_index, first_index + num_tokens, min_chunk_tokens
     while index < end or waiting is not None:
         ready, waiting = waiting, None
@@ -190,27 +175,28 @@ def _decode_chunks(
         if ready is not None:
             arrays = jax.tree.map(lambda array, length=ready[1]: np.asarray(array)[:num_rows, :length], ready[0])
             wanted = ready[1] * STREAM_SECONDS / (time.perf_counter() - started)
-            size = int(np.clip(wanted, min_chunk_tokens, DECODE_TOKENS))
+            size = int(np.clip(wanted, min_chunk_tokens, steps.DECODE_TOKENS))
             yield arrays
 
 
-def _stream_speculative(request: _Request, draft: PromptLookup | Draft) -> Iterator[TokenChunk]:
+def _stream_speculative(request: _Request, draft: PromptLookup | Draft) -> Iterator[steps.TokenChunk]:
     """Several tokens per pass; yields as many as all rows have."""
     model, params, max_new_tokens = request.model, unstack_layers(request.params), request.max_new_tokens
-    prefill = functools.partial(
-        prefill_prompts, prompts=request.prompts, num_samples=request.num_samples, rollback_slots=draft.num_tokens
-    )
-    max_length = request.max_length
-    cache, logits_BV = prefill(model, params, capacity=cache_capacity(model.config, max_length), prefix=request.prefix)
-    draft_model, draft_cache, draft_params = None, None, None
-    if isinstance(draft, Draft):
-        draft_model, draft_params = draft.model, unstack_layers(draft.params)
-        draft_cache, _ = prefill(draft_model, draft_params, capacity=cache_capacity(draft_model.config, max_length))
+    texts, num_samples = request.texts, request.num_samples
 
-    texts = request.texts
-    lengths, num_rows, B = [*map(len, texts)], len(texts), batch_capacity(len(texts))
+    def prefill(model: Decoder, params: Any, prefix: Prefix | None) -> tuple[KVCache, jax.Array]:
+        capacity = steps.cache_capacity(model.config, request.max_length)
+        return prefill_prompts(model, params, request.prompts, capacity, prefix, num_samples, draft.num_tokens)
+
+    cache, logits_BV = prefill(model, params, request.prefix)
+    draft_cache = None
+    if isinstance(draft, Draft):
+        draft = draft.replace(params=unstack_layers(draft.params))
+        draft_cache, _ = prefill(draft.model, draft.params, None)
+
+    lengths, num_rows, B = [*map(len, texts)], len(texts), steps.batch_capacity(len(texts))
     # A power of two, so that few lengths are ever compiled.
-    text_BS = np.zeros((B, 1 << (max_length + draft.num_tokens).bit_length()), np.int32)
+    text_BS = np.zeros((B, 1 << (request.max_length + draft.num_tokens).bit_length()), np.int32)
     for row, text in enumerate(texts):
         text_BS[row, : len(text)] = text
     state = SpeculativeState(
@@ -221,20 +207,18 @@ def _stream_speculative(request: _Request, draft: PromptLookup | Draft) -> Itera
         is_done_B=np.arange(B) >= num_rows,
     )
     max_length_B = _padded(np.array(lengths, np.int32) + max_new_tokens, B)
-    seeds_B2, num_done, all_done = row_seeds(request.prompts, request.num_samples), 0, False
+    seeds_B2, num_done, all_done = steps.row_seeds(request.prompts, num_samples), 0, False
     while num_done < max_new_tokens and not all_done:
         state = speculative_chunk(
             model,
             params,
-            draft_model,
-            draft_params,
+            draft,
             jax.device_put(state),
             request.filters,
             request.rng,
             seeds_B2,
             request.end_ids,
             max_length_B,
-            draft.num_tokens,
         )
         text_BS, all_done = np.asarray(state.text_BS), bool(np.asarray(state.is_done_B).all())
         rows = []
@@ -246,7 +230,7 @@ def _stream_speculative(request: _Request, draft: PromptLookup | Draft) -> Itera
             rows.append(new_T[:max_new_tokens])
         num_ready = min(map(len, rows))
         if num_ready > num_done:
-            yield TokenChunk(np.stack([new_T[num_done:num_ready] for new_T in rows]))
+            yield steps.TokenChunk(np.stack([new_T[num_done:num_ready] for new_T in rows]))
         num_done = num_ready
 
 
@@ -286,29 +270,29 @@ def prefill_prompts(
 
     What the prompts share with the prefix is copied from it.
     """
-    num_rows = batch_capacity(len(prompts))
+    num_rows = steps.batch_capacity(len(prompts))
     shared = 0 if prefix is None else _shared_length(prefix, prompts)
     if prefix is None or shared == 0:
-        start = empty_prefill(model, num_rows, capacity, rollback_slots)
+        start = steps.empty_prefill(model, num_rows, capacity, rollback_slots)
     else:
         rows = np.zeros(num_rows, np.int32)
-        start = copy_rows(
+        start = steps.copy_rows(
             model.config, prefix.cache, prefix.logits_BV, rows, np.int32(shared), capacity, rollback_slots
         )
-    prefilled = prefill_rows(model, params, *start, [prompt[shared:] for prompt in prompts])
+    prefilled = steps.prefill_rows(model, params, *start, [prompt[shared:] for prompt in prompts])
     if num_samples == 1:
         return prefilled
     rows = np.repeat(np.arange(len(prompts), dtype=np.int32), num_samples)
-    rows = _padded(rows, batch_capacity(len(rows)))
-    return copy_rows(model.config, *prefilled, rows, np.int32(np.iinfo(np.int32).max), capacity, rollback_slots)
+    rows = _padded(rows, steps.batch_capacity(len(rows)))
+    return steps.copy_rows(model.config, *prefilled, rows, np.int32(np.iinfo(np.int32).max), capacity, rollback_slots)
 
 
 def _shared_length(prefix: Prefix, prompts: Sequence[np.ndarray]) -> int:
     """How many tokens of the prefix all prompts begin with and can be copied from it."""
     length = len(prefix.tokens)
     for prompt in prompts:
-        differs = np.flatnonzero(prompt[:length] != prefix.tokens[: len(prompt)])
-        length = min(int(differs[0]) if len(differs) > 0 else len(prompt), length)
+        length = min(length, len(prompt))
+        length = int(np.argmin(np.append(prompt[:length] == prefix.tokens[:length], False)))
     if length == len(prefix.tokens):
         return length
     # Logits are known only after the whole prefix, so at least one token must be prefilled. A cache that has outgrown
@@ -320,11 +304,6 @@ def _shared_length(prefix: Prefix, prompts: Sequence[np.ndarray]) -> int:
 def supports_rolling_context(config: ModelConfig) -> bool:
     """Whether a text can outgrow the context without prefilling again: positions are relative or absent."""
     return config.positions not in ("learned", "sinusoidal")
-
-
-def _start(start: int, length: int, context_length: int) -> int:
-    """Where the part of a text that is in the context starts, given where it started before."""
-    return start if length - start <= context_length else length - max(context_length // 2, 1)
 
 
 def _counts(texts: Sequence[np.ndarray], num_new: int, shape: tuple[int, ...]) -> TokenCounts:
