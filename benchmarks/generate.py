@@ -179,10 +179,10 @@ def table(shape: str, num_rounds: int) -> dict[str, float]:
                 start = time.perf_counter()
                 # It starts from an empty cache each time: no text could be as long as all rounds.
                 state = state.replace(cache=state.cache.replace(length_B=np.full(B, S // 2, np.int32)))
-                rows_B2 = np.zeros((B, 2), np.uint32)
+                seeds_B2 = np.zeros((B, 2), np.uint32)
                 state, _ = jax.block_until_ready(
                     decode_chunk(
-                        model, params, state, filters, None, rows_B2, None, np.int32(0), np.int32(TABLE_TOKENS)
+                        model, params, state, filters, None, seeds_B2, None, np.int32(0), np.int32(TABLE_TOKENS)
                     )
                 )
                 seconds.append(time.perf_counter() - start)

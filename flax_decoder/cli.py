@@ -409,14 +409,14 @@ def _prompt_of(options: argparse.Namespace) -> str:
 
 
 def _draft_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
-    """How a command line wants tokens to be guessed."""
+    """How a command line wants tokens to be drafted."""
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.loading import load
 
     if options.draft is None:
         return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
     if options.prompt_lookup != 0:
-        raise UserError("--draft and --prompt-lookup are two ways to guess tokens; give one of them")
+        raise UserError("--draft and --prompt-lookup are two ways to draft tokens; give one of them")
     model, params, _ = load(options.draft, allow_nan=options.allow_nan)
     return Draft(model, params)
 
@@ -474,8 +474,8 @@ def build_parser() -> Parser:
         "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated"
     )
     sub.add_argument("--no-stream", action="store_true", help="print when all is written")
-    sub.add_argument("--prompt-lookup", metavar="N", type=int, default=0, help="guess N tokens from the text: faster")
-    sub.add_argument("--draft", metavar="PATH", help="guess tokens with this smaller model: faster")
+    sub.add_argument("--prompt-lookup", metavar="N", type=int, default=0, help="draft N tokens from the text: faster")
+    sub.add_argument("--draft", metavar="PATH", help="draft tokens with this smaller model: faster")
     _add_loading(sub)
 
     sub = add("chat", chat)

@@ -201,7 +201,7 @@ def test_generate_stops_before_a_text(run, capsys):
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", ["--prompt-lookup", "--draft"])
-def test_generate_can_guess(run, capsys, how):
+def test_generate_can_draft(run, capsys, how):
     options = ["--prompt", "To", "--max-new-tokens", "6", "--temperature", "0"]
     text = generated(capsys, run, *options)
     assert generated(capsys, run, *options, how, "3" if how == "--prompt-lookup" else run) == text

@@ -4,7 +4,6 @@ import importlib
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -135,7 +134,7 @@ def test_greedy_text_equals_a_plain_loop_past_the_context(kind, num_prompt_token
     model, params = make(kind)
     prompt_BT = prompts(2, num_prompt_tokens)
     tokens_BT = fd.generate(model, params, prompt_BT, max_new_tokens=26, temperature=0.0)
-    assert tokens_BT.dtype == jnp.int32
+    assert tokens_BT.dtype == np.int32
     assert_equal_rows(tokens_BT, plain_greedy(model, params, prompt_BT, 26))
     assert len(np.unique(tokens_BT[:, num_prompt_tokens:])) > 3  # not one token over and over, which would hide much
 
@@ -182,7 +181,7 @@ def test_a_context_of_one_token():
 
 
 def test_the_text_does_not_depend_on_how_much_of_it_is_asked_for():
-    """Pieces end in different places for each length."""
+    """Chunks end at different positions for each length."""
     model, params = make("rotary grouped", context_length=3 * DECODE_TOKENS)
     rng, prompt_BT = jax.random.key(5), prompts(2, 3)
     longest = 2 * DECODE_TOKENS + 3
@@ -196,11 +195,11 @@ def test_the_text_does_not_depend_on_how_much_of_it_is_asked_for():
     [
         ([0.0095], [1, 1, 3, 3, 9, 9, 28, 28, 55]),  # 0.03 seconds are 3.2 times as much
         ([0.04], [1] * 137),
-        ([0.0001] * 5 + [0.96], [1, 1, 64, 64, 2, 2, 1, 1, 1]),  # who was held up himself takes a smaller one again
+        ([0.0001] * 5 + [0.96], [1, 1, 64, 64, 2, 2, 1, 1, 1]),  # a slow chunk is followed by a smaller one
     ],
 )
-def test_streamed_pieces_take_as_long_as_the_eye_does_not_mind(seconds, sizes, monkeypatch):
-    # A clock that goes on by so much at each look; two looks a piece, and one piece is always computed ahead.
+def test_streamed_chunks_take_as_long_as_the_eye_does_not_notice(seconds, sizes, monkeypatch):
+    # A clock that advances at each call: two calls per chunk, and one chunk is always computed ahead.
     clock = itertools.accumulate(itertools.chain(seconds, itertools.repeat(seconds[-1])))
     monkeypatch.setattr(stream_module.time, "perf_counter", lambda: next(clock))
     model, params = make("rotary grouped", context_length=3 * DECODE_TOKENS)
@@ -244,7 +243,7 @@ def test_penalties_count_the_prompt_and_the_new_text(penalties):
 
 @pytest.mark.short("None")
 @pytest.mark.parametrize("draft", [None, fd.PromptLookup(3)], ids=str)
-def test_a_bfloat16_model_writes_what_it_would_without_a_cache(draft):
+def test_a_bfloat16_model_generates_what_it_would_without_a_cache(draft):
     model, params = make("rotary grouped", dtype="bfloat16", context_length=64)
     prompt_BT = prompts(3, 5)
     tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 12, temperature=0.0, draft=draft))
@@ -261,7 +260,7 @@ def test_a_bfloat16_model_writes_what_it_would_without_a_cache(draft):
         (np.zeros((2, 0), np.int32), {}, "at least one"),
         (np.zeros((0, 2), np.int32), {}, "at least one"),
         (np.zeros(3, np.int32), {}, r"\(B, T\)"),
-        ([[1, 2], []], {}, "at least one a row"),
+        ([[1, 2], []], {}, "at least one per row"),
         ([[1]], {"num_samples": 0}, "num_samples = 0"),
         ([[1]], {"bad_tokens": (V,)}, f"bad_tokens: token id {V}"),
         ([[0, V]], {}, f"token id {V} is not in the vocabulary: 0 to 22"),

@@ -175,7 +175,7 @@ def as_prompts(prompts: Prompts, config: ModelConfig) -> list[np.ndarray]:
     """Prompts as int32 rows. Raises ValueError if they are not tokens of the model's vocabulary."""
     rows = [np.asarray(row) for row in prompts] if isinstance(prompts, Sequence) else list(np.asarray(prompts))
     if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
-        raise UserError("the prompt must be tokens (B, T), or rows of different lengths, with at least one a row")
+        raise UserError("the prompt must be tokens (B, T), or rows of different lengths, with at least one per row")
     for row in rows:
         check_tokens(row[None], config.vocab_size or 0)
     return [row.astype(np.int32) for row in rows]
