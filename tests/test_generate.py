@@ -132,7 +132,7 @@ def record_prefill(monkeypatch):
 @pytest.mark.parametrize("num_prompt_tokens", [1, 11, 12, 30])
 def test_greedy_text_equals_a_plain_loop_past_the_context(kind, num_prompt_tokens):
     model, params = make(kind)
-    prompt_BT = prompts(2, num_prompt_tokens)
+    prompt_BT = prompts(6, num_prompt_tokens)
     tokens_BT = fd.generate(model, params, prompt_BT, max_new_tokens=26, temperature=0.0)
     assert tokens_BT.dtype == np.int32
     assert_equal_rows(tokens_BT, plain_greedy(model, params, prompt_BT, 26))
