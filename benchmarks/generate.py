@@ -36,7 +36,7 @@ from measuring import random_model, timed  # noqa: E402
 import flax_decoder as fd  # noqa: E402
 from flax_decoder.generation.generate import as_prompts  # noqa: E402
 from flax_decoder.generation.sampling import Sampling  # noqa: E402
-from flax_decoder.generation.steps import Texts, nothing_read, write  # noqa: E402
+from flax_decoder.generation.steps import DecodeState, decode_chunk, empty_prefill  # noqa: E402
 from flax_decoder.generation.stream import stream  # noqa: E402
 from flax_decoder.huggingface.families import FAMILIES  # noqa: E402
 from flax_decoder.huggingface.folder import write_folder  # noqa: E402
@@ -164,16 +164,18 @@ def table(shape: str, num_rounds: int) -> dict[str, float]:
         model, params = make_model(shape, **{"model.context_length": S})
         params = fd.unstack_layers(params)
         for B in TABLE_BATCHES:
-            state = Texts(*nothing_read(model, B, S), np.zeros(B, np.int32), np.zeros(B, bool), None)
+            state = DecodeState(*empty_prefill(model, B, S), np.zeros(B, np.int32), np.zeros(B, bool), None)
             filters = Sampling(temperature=0).filters(model.config.vocab_size or 0)
             seconds = []
             for _ in range(1 + num_rounds):
                 start = time.perf_counter()
                 # Each round starts from a half-filled cache: all rounds together would not fit.
                 state = state.replace(cache=state.cache.replace(length_B=np.full(B, S // 2, np.int32)))
-                rows_B2 = np.zeros((B, 2), np.uint32)
+                seeds_B2 = np.zeros((B, 2), np.uint32)
                 state, _ = jax.block_until_ready(
-                    write(model, params, state, filters, None, rows_B2, None, np.int32(0), np.int32(TABLE_TOKENS))
+                    decode_chunk(
+                        model, params, state, filters, None, seeds_B2, None, np.int32(0), np.int32(TABLE_TOKENS)
+                    )
                 )
                 seconds.append(time.perf_counter() - start)
             result[f"batch {B}, context {S}: tokens/s"] = B * TABLE_TOKENS / statistics.median(seconds[1:])

@@ -151,7 +151,7 @@ def generate(options: argparse.Namespace) -> int:
         dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size),
         num_samples=options.num_samples,
         end_ids=tokenizer.end_ids,
-        guess=_guess_of(options),
+        draft=_draft_of(options),
     )
     pieces = decode_streams(tokenizer, (part.tokens_BC for part in written), options.num_samples, options.stop)
     if options.no_stream:
@@ -409,7 +409,7 @@ def _prompt_of(options: argparse.Namespace) -> str:
     return decode_text(content, name, "give the prompt in UTF-8")
 
 
-def _guess_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
+def _draft_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
     """The drafting method of --draft or --prompt-lookup."""
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.loading import load

@@ -1,4 +1,4 @@
-"""Conversations: templates as `transformers` renders them, a history, and no message read twice."""
+"""Conversations: templates as `transformers` renders them, a history, and no message prefilled twice."""
 
 import functools
 import json
@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 import reference
 from limits import HANGS_SECONDS
+from test_generate import record_prefill
 
 from flax_decoder.cli import main
 from flax_decoder.config import ModelConfig
@@ -123,22 +125,14 @@ def test_an_answer_continues_the_rendered_conversation():
     assert first != second
 
 
-def test_no_message_is_read_twice(monkeypatch):
-    steps = sys.modules["flax_decoder.generation.steps"]
-    counts, read = [], steps.read
-
-    def recorded(model, params, cache, logits_BV, tokens_BT, num_tokens_B):
-        counts.append(int(num_tokens_B.sum()))
-        return read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
-
-    monkeypatch.setattr(steps, "read", recorded)
-    talk = make_chat(system="s" * 50)
+def test_no_message_is_prefilled_twice(monkeypatch):
+    talk, counts = make_chat(system="s" * 50), record_prefill(monkeypatch)
     list(talk.answer("hello"))
-    before = sum(counts)
+    before = np.sum(counts)
     counts.clear()
     list(talk.answer("and now"))
     total = len(TOKENIZER.encode(ChatTemplate(CHATML, {}).render(talk.messages[:-1])))
-    assert sum(counts) <= total - before + 1
+    assert np.sum(counts) <= total - before + 1
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_was_shown():

@@ -148,7 +148,7 @@ def test_generate_writes_several_samples(run, capsys):
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", ["--prompt-lookup", "--draft"])
-def test_generate_can_guess(run, capsys, how):
+def test_generate_can_draft(run, capsys, how):
     options = ["--prompt", "To", "--max-new-tokens", "6", "--temperature", "0"]
     text = generated(capsys, run, *options)
     assert generated(capsys, run, *options, how, "3" if how == "--prompt-lookup" else run) == text

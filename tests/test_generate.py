@@ -1,19 +1,23 @@
 import contextlib
-import dataclasses
 import functools
 import importlib
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
 from flax_decoder.generation.sampling import Sampling
-from flax_decoder.generation.steps import READ_TOKENS, SHORT_READ_TOKENS, WRITE_TOKENS, batch_capacity, cache_capacity
-from flax_decoder.generation.stream import rolls, stream
+from flax_decoder.generation.steps import (
+    DECODE_TOKENS,
+    PREFILL_TOKENS,
+    SHORT_PREFILL_TOKENS,
+    batch_capacity,
+    cache_capacity,
+)
+from flax_decoder.generation.stream import stream, supports_rolling_context
 
 stream_module = importlib.import_module("flax_decoder.generation.stream")
 steps = importlib.import_module("flax_decoder.generation.steps")
@@ -60,13 +64,10 @@ def prompts(B, T, seed=0):
 @contextlib.contextmanager
 def rolling(config):
     """Every layer has a window, at most as long as the context: the rule for texts that outgrow it."""
-    windows, own = tuple(min(window or config.context_length, config.context_length) for window in config.windows), None
-    own = ModelConfig.windows
-    ModelConfig.windows = property(lambda self: windows)
-    try:
+    windows = tuple(min(window or config.context_length, config.context_length) for window in config.windows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelConfig, "windows", property(lambda self: windows))
         yield
-    finally:
-        ModelConfig.windows = own
 
 
 @functools.cache
@@ -80,88 +81,86 @@ def forward_of(model):
     return lambda params, tokens_BT: forward(model.config.windows, params, tokens_BT)
 
 
-def plain_greedy(model, params, prompt_BT, max_new_tokens, penalty=1.0):
-    """Reads the whole text again for each token, without a cache: the rule in its plainest form.
+def plain_greedy(model, params, texts, max_new_tokens, repetition_penalty=1, presence_penalty=0, frequency_penalty=0):
+    """Computes the whole text again for each token, without a cache, each row by itself: the rule in its plainest form.
 
     Relative positions let the context roll over the text. Others end with it: where the text would outgrow the
     context, it starts again at the last half of it.
     """
-    context = model.config.context_length
-    longest = prompt_BT.shape[1] + max_new_tokens if rolls(model.config) else context
-    text_BT, start = prompt_BT, 0
+    context, texts, starts = model.config.context_length, list(texts), np.zeros(len(texts), int)
+    num_prompt_tokens = list(map(len, texts))
+    width = max(num_prompt_tokens) + max_new_tokens if supports_rolling_context(model.config) else context
     for _ in range(max_new_tokens):
-        if text_BT.shape[1] - start > longest:
-            start = text_BT.shape[1] - max(context // 2, 1)
-        window_BT = text_BT[:, start:]
-        # Padded to one length, so that one program is compiled; what stands behind is not seen.
-        padded_BT = np.pad(window_BT, ((0, 0), (0, longest - window_BT.shape[1])))
+        starts = [
+            start if len(text) - start <= width else len(text) - max(context // 2, 1)
+            for text, start in zip(texts, starts, strict=True)
+        ]
+        windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
+        # Padded to one length, so that one program is compiled; padding is not seen.
+        padded_BT = np.stack([np.pad(window, (0, width - len(window))) for window in windows])
         with rolling(model.config):
-            logits_BV = np.array(forward_of(model)(params, padded_BT))[:, window_BT.shape[1] - 1]
-        for row, logits_V in zip(text_BT, logits_BV, strict=True):
-            for token in set(row.tolist()):
-                logits_V[token] *= penalty if logits_V[token] < 0 else 1 / penalty
-        token_B = logits_BV.argmax(-1)
-        text_BT = np.concatenate([text_BT, token_B[:, None].astype(np.int32)], axis=1)
-    return text_BT
+            logits_BTV = np.array(forward_of(model)(params, padded_BT))
+        for row, window in enumerate(windows):
+            logits_V = logits_BTV[row, len(window) - 1]
+            for token in set(texts[row].tolist()):
+                logits_V[token] *= repetition_penalty if logits_V[token] < 0 else 1 / repetition_penalty
+            count_V = np.bincount(texts[row][num_prompt_tokens[row] :], minlength=V)
+            logits_V -= presence_penalty * (count_V > 0) + frequency_penalty * count_V
+            texts[row] = np.append(texts[row], np.int32(logits_V.argmax()))
+    return texts
 
 
-@pytest.mark.short("learned")
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_within_the_context_equals_a_plain_loop(kind):
-    model, params = make(kind)
-    prompt_BT = prompts(6, 4)
-    tokens_BT = fd.generate(model, params, prompt_BT, max_new_tokens=7, temperature=0.0)
-    assert tokens_BT.shape == (6, 11) and tokens_BT.dtype == jnp.int32
-    np.testing.assert_array_equal(tokens_BT[:, :4], prompt_BT)
-    expected_BT = plain_greedy(model, params, prompt_BT, 7)
-    np.testing.assert_array_equal(tokens_BT, expected_BT)
-    assert len(np.unique(expected_BT[:, 4:])) > 4  # not one token over and over, which would hide much
+def assert_equal_rows(ours, expected):
+    """The same, for rows of different lengths."""
+    assert [row.tolist() for row in map(np.asarray, ours)] == [row.tolist() for row in map(np.asarray, expected)]
+
+
+def record_prefill(monkeypatch):
+    """A list that will have, for each chunk that is prefilled, the number of tokens of each row."""
+    counts, prefill_chunk = [], steps.prefill_chunk
+
+    def recorded(*args):
+        counts.append(args[-1].tolist())
+        return prefill_chunk(*args)
+
+    monkeypatch.setattr(steps, "prefill_chunk", recorded)
+    return counts
 
 
 @pytest.mark.short("12-learned", "30-rotary grouped", "12-alibi window", "30-window", "12-sinusoidal", "12-none")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_prompt_tokens", [1, 11, 12, 30])
-def test_past_the_context(kind, num_prompt_tokens):
+def test_greedy_text_equals_a_plain_loop_past_the_context(kind, num_prompt_tokens):
     model, params = make(kind)
-    prompt_BT = prompts(2, num_prompt_tokens)
+    prompt_BT = prompts(6, num_prompt_tokens)
     tokens_BT = fd.generate(model, params, prompt_BT, max_new_tokens=26, temperature=0.0)
-    np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompt_BT, 26))
+    assert tokens_BT.dtype == np.int32
+    assert_equal_rows(tokens_BT, plain_greedy(model, params, prompt_BT, 26))
+    assert len(np.unique(tokens_BT[:, num_prompt_tokens:])) > 3  # not one token over and over, which would hide much
 
 
 @pytest.mark.short("learned")
 @pytest.mark.parametrize("kind", ["learned", "rotary grouped", "alibi window"])
 def test_ten_times_the_context_in_constant_memory(kind, monkeypatch):
-    sizes, read = set(), steps.write
+    sizes, decode = set(), steps.decode_chunk
 
-    def recorded(model, params, texts, *args, **options):
-        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(texts)))
-        return read(model, params, texts, *args, **options)
+    def recorded(model, params, state, **options):
+        sizes.add(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        return decode(model, params, state=state, **options)
 
-    monkeypatch.setattr(stream_module, "write", recorded)
+    monkeypatch.setattr(steps, "decode_chunk", recorded)
     model, params = make(kind)
     tokens_BT = fd.generate(model, params, prompts(2, 3), max_new_tokens=110, temperature=0.0)
-    np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompts(2, 3), 110))
+    assert_equal_rows(tokens_BT, plain_greedy(model, params, prompts(2, 3), 110))
     assert len(sizes) == 1
 
 
 @functools.cache
 def two_hundred_prompts(context):
-    """Lengths at, below and above the ends of the pieces that prompts are read in and of the context."""
-    edges = [
-        1,
-        2,
-        SHORT_READ_TOKENS,
-        SHORT_READ_TOKENS + 1,
-        READ_TOKENS - 1,
-        READ_TOKENS,
-        READ_TOKENS + 1,
-        context - 3,
-        context - 1,
-        context,
-        context + 1,
-    ]
+    """Lengths at, below and above the ends of chunks and of the context."""
+    edges = [end + offset for end in (SHORT_PREFILL_TOKENS, PREFILL_TOKENS, context) for offset in (-3, -1, 0, 1)]
     rng = np.random.default_rng(7)
-    lengths = [*edges, *rng.integers(1, 2 * context, 200 - len(edges))]
+    lengths = [1, 2, *edges, *rng.integers(1, 2 * context, 198 - len(edges))]
     return [rng.integers(0, V, length).astype(np.int32) for length in lengths]
 
 
@@ -170,46 +169,24 @@ def two_hundred_prompts(context):
 def test_two_hundred_ragged_prompts_equal_the_model_without_a_cache(kind):
     """A row's tokens depend on neither its neighbours nor padding: the reference knows each row alone."""
     model, params = make(kind, context_length=71)
-    texts, starts = two_hundred_prompts(71), np.zeros(200, int)
-    ours = fd.generate(model, params, texts, 5, temperature=0.0)
-    assert isinstance(ours, list) and all(len(row) == len(text) + 5 for row, text in zip(ours, texts, strict=True))
-    longest = 2 * 71 + 5
-    for _ in range(5):
-        if not rolls(model.config):
-            starts = np.array([s if len(t) - s <= 71 else len(t) - 71 // 2 for t, s in zip(texts, starts, strict=True)])
-        windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
-        width = longest if rolls(model.config) else 71
-        with rolling(model.config):
-            padded_BT = np.stack([np.pad(w, (0, width - len(w))) for w in windows])
-            logits_BTV = np.asarray(forward_of(model)(params, padded_BT))
-        tokens = [logits_TV[len(w) - 1].argmax() for logits_TV, w in zip(logits_BTV, windows, strict=True)]
-        texts = [np.append(text, token) for text, token in zip(texts, tokens, strict=True)]
-    for row, text in zip(ours, texts, strict=True):
-        np.testing.assert_array_equal(row, text)
-
-
-def test_ragged_rows_equal_the_same_rows_alone():
-    model, params = make("rotary grouped")
-    rng, texts = jax.random.key(3), two_hundred_prompts(29)[:6]
-    together = fd.generate(model, params, texts, 9, rng, temperature=2.0)
-    for text, row in zip(texts, together, strict=True):
-        np.testing.assert_array_equal(fd.generate(model, params, text[None], 9, rng, temperature=2.0)[0], row)
-        np.testing.assert_array_equal(row[: len(text)], text)
+    ours = fd.generate(model, params, two_hundred_prompts(71), 5, temperature=0.0)
+    assert isinstance(ours, list)
+    assert_equal_rows(ours, plain_greedy(model, params, two_hundred_prompts(71), 5))
 
 
 def test_a_context_of_one_token():
     model, params = make("none", context_length=1)
     tokens_BT = fd.generate(model, params, prompts(2, 3), max_new_tokens=4, temperature=0.0)
-    np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompts(2, 3), 4))
+    assert_equal_rows(tokens_BT, plain_greedy(model, params, prompts(2, 3), 4))
 
 
 def test_the_text_does_not_depend_on_how_much_of_it_is_asked_for():
-    """Pieces end in different places for each length."""
-    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
+    """Chunks end at different positions for each length."""
+    model, params = make("rotary grouped", context_length=3 * DECODE_TOKENS)
     rng, prompt_BT = jax.random.key(5), prompts(2, 3)
-    longest = 2 * WRITE_TOKENS + 3
+    longest = 2 * DECODE_TOKENS + 3
     whole_BT = np.asarray(fd.generate(model, params, prompt_BT, longest, rng))
-    for length in (1, 2, WRITE_TOKENS, WRITE_TOKENS + 1, 2 * WRITE_TOKENS + 1):
+    for length in (0, 1, 2, DECODE_TOKENS, DECODE_TOKENS + 1, 2 * DECODE_TOKENS + 1):
         np.testing.assert_array_equal(fd.generate(model, params, prompt_BT, length, rng), whole_BT[:, : 3 + length])
 
 
@@ -218,16 +195,16 @@ def test_the_text_does_not_depend_on_how_much_of_it_is_asked_for():
     [
         ([0.0095], [1, 1, 3, 3, 9, 9, 28, 28, 55]),  # 0.03 seconds are 3.2 times as much
         ([0.04], [1] * 137),
-        ([0.0001] * 5 + [0.96], [1, 1, 64, 64, 2, 2, 1, 1, 1]),  # who was held up himself takes a smaller one again
+        ([0.0001] * 5 + [0.96], [1, 1, 64, 64, 2, 2, 1, 1, 1]),  # a slow chunk is followed by a smaller one
     ],
 )
-def test_streamed_pieces_take_as_long_as_the_eye_does_not_mind(seconds, sizes, monkeypatch):
-    # A clock that goes on by so much at each look; two looks a piece, and one piece is always computed ahead.
+def test_streamed_chunks_take_as_long_as_the_eye_does_not_notice(seconds, sizes, monkeypatch):
+    # A clock that advances at each call: two calls per chunk, and one chunk is always computed ahead.
     clock = itertools.accumulate(itertools.chain(seconds, itertools.repeat(seconds[-1])))
     monkeypatch.setattr(stream_module.time, "perf_counter", lambda: next(clock))
-    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
+    model, params = make("rotary grouped", context_length=3 * DECODE_TOKENS)
     rng, prompt_BT = jax.random.key(5), prompts(2, 3)
-    pieces = [written.tokens_BC for written in stream(model, params, list(prompt_BT), 137, rng, Sampling())]
+    pieces = [chunk.tokens_BC for chunk in stream(model, params, list(prompt_BT), 137, rng, Sampling())]
     assert [piece.shape[1] for piece in pieces] == sizes
     expected_BT = fd.generate(model, params, prompt_BT, 137, rng)
     np.testing.assert_array_equal(np.concatenate([prompt_BT, *pieces], axis=1), expected_BT)
@@ -246,42 +223,30 @@ def test_the_seed_makes_the_text():
 
 def test_each_token_is_drawn_anew():
     """So hot that logits do not matter: a random key that came twice would draw the same token twice."""
-    model, params = make("rotary grouped", context_length=3 * WRITE_TOKENS)
-    tokens = fd.generate(model, params, prompts(1, 3), 2 * WRITE_TOKENS, jax.random.key(0), temperature=1e9)[0, 3:]
+    model, params = make("rotary grouped", context_length=3 * DECODE_TOKENS)
+    tokens = fd.generate(model, params, prompts(1, 3), 2 * DECODE_TOKENS, jax.random.key(0), temperature=1e9)[0, 3:]
     # 32 draws of 23 tokens show about 23 (1 - (22/23)^32) = 17 of them.
     assert len(set(tokens.tolist())) > 12
-    assert tokens[:WRITE_TOKENS].tolist() != tokens[WRITE_TOKENS:].tolist()
+    assert tokens[:DECODE_TOKENS].tolist() != tokens[DECODE_TOKENS:].tolist()
 
 
-def test_rows_are_drawn_by_themselves():
-    model, params = make()
-    rng, same_BT = jax.random.key(0), np.repeat(prompts(1, 3), 3, axis=0)
-    tokens_BT = np.asarray(fd.generate(model, params, same_BT, 20, rng, temperature=3.0))
-    assert len({tuple(row) for row in tokens_BT.tolist()}) == 3
-    other_BT = np.concatenate([same_BT[:1], prompts(2, 3, seed=9)])
-    np.testing.assert_array_equal(fd.generate(model, params, other_BT, 20, rng, temperature=3.0)[0], tokens_BT[0])
-
-
-def test_the_repetition_penalty_knows_the_prompt_and_what_was_written():
+@pytest.mark.parametrize(
+    "penalties", [{"repetition_penalty": 2.0}, {"presence_penalty": 0.7, "frequency_penalty": 0.4}], ids=str
+)
+def test_penalties_count_the_prompt_and_the_new_text(penalties):
     model, params = make()
     prompt_BT = prompts(2, 4)
-    tokens_BT = fd.generate(model, params, prompt_BT, 20, temperature=0.0, repetition_penalty=2.0)
-    np.testing.assert_array_equal(tokens_BT, plain_greedy(model, params, prompt_BT, 20, penalty=2.0))
+    tokens_BT = fd.generate(model, params, prompt_BT, 20, temperature=0.0, **penalties)
+    assert_equal_rows(tokens_BT, plain_greedy(model, params, prompt_BT, 20, **penalties))
     assert not np.array_equal(tokens_BT, plain_greedy(model, params, prompt_BT, 20))
 
 
-def test_padding_of_a_vocabulary_is_never_written():
-    model, params = make()
-    tokens_BT = fd.generate(model, params, prompts(2, 3) % 5, 40, jax.random.key(0), temperature=9.0, vocab_size=5)
-    assert tokens_BT.max() < 5
-
-
 @pytest.mark.short("None")
-@pytest.mark.parametrize("guess", [None, fd.PromptLookup(3)], ids=str)
-def test_a_bfloat16_model_writes_what_it_would_without_a_cache(guess):
+@pytest.mark.parametrize("draft", [None, fd.PromptLookup(3)], ids=str)
+def test_a_bfloat16_model_generates_what_it_would_without_a_cache(draft):
     model, params = make("rotary grouped", dtype="bfloat16", context_length=64)
     prompt_BT = prompts(3, 5)
-    tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 12, temperature=0.0, guess=guess))
+    tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 12, temperature=0.0, draft=draft))
     logits_BTV = np.asarray(jax.jit(model.apply)({"params": params}, tokens_BT[:, :-1]))[:, 4:]
     chosen_BT = np.take_along_axis(logits_BTV, tokens_BT[:, 5:, None], axis=2)[:, :, 0]
     # Rounded to 8 bits, in other shapes: the chosen token is the likeliest, or nearly.
@@ -289,43 +254,37 @@ def test_a_bfloat16_model_writes_what_it_would_without_a_cache(guess):
     assert len(np.unique(tokens_BT[:, 5:])) > 4
 
 
-def test_no_new_tokens_give_the_prompt():
-    model, params = make()
-    np.testing.assert_array_equal(fd.generate(model, params, prompts(2, 3), 0, temperature=0), prompts(2, 3))
-
-
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        (np.zeros((2, 0), np.int32), {"temperature": 0}, "at least one"),
-        (np.zeros((0, 2), np.int32), {"temperature": 0}, "at least one"),
-        (np.zeros(3, np.int32), {"temperature": 0}, r"\(B, T\)"),
-        ([[1, 2], []], {"temperature": 0}, "at least one a row"),
-        ([[1]], {"temperature": 0, "num_samples": 0}, "num_samples = 0"),
-        ([[1]], {"temperature": 0, "bad_tokens": (V,)}, f"bad_tokens: token id {V}"),
-        ([[0, V]], {"temperature": 0}, f"token id {V} is not in the vocabulary: 0 to 22"),
-        ([[-1, 0]], {"temperature": 0}, "token id -1 is not"),
-        ([[0.5, 1.0]], {"temperature": 0}, "must be integers"),
-        ([[1]], {"temperature": 0, "max_new_tokens": -1}, "max_new_tokens = -1"),
-        ([[1]], {}, "needs rng"),
-        ([[1]], {"temperature": -1}, "temperature = -1"),
+        (np.zeros((2, 0), np.int32), {}, "at least one"),
+        (np.zeros((0, 2), np.int32), {}, "at least one"),
+        (np.zeros(3, np.int32), {}, r"\(B, T\)"),
+        ([[1, 2], []], {}, "at least one per row"),
+        ([[1]], {"num_samples": 0}, "num_samples = 0"),
+        ([[1]], {"bad_tokens": (V,)}, f"bad_tokens: token id {V}"),
+        ([[0, V]], {}, f"token id {V} is not in the vocabulary: 0 to 22"),
+        ([[-1, 0]], {}, "token id -1 is not"),
+        ([[0.5, 1.0]], {}, "must be integers"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens = -1"),
+        ([[1]], {"temperature": 1}, "needs rng"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(prompt, options, message):
     model, params = make()
     with pytest.raises(ValueError, match=message):
-        fd.generate(model, params, prompt, **{"max_new_tokens": 3} | options)
+        fd.generate(model, params, prompt, **{"max_new_tokens": 3, "temperature": 0} | options)
 
 
 def test_the_result_is_the_same_whatever_the_batch():
-    """The key of a row is made of the prompt and the number of the sample, so neighbours and place do not count."""
+    """The key of a row is made of its prompt and the number of the sample, not of its neighbours or its index."""
     model, params = make("rotary grouped")
     rng = jax.random.key(0)
     one, two, three = prompts(3, 4)
     alone = np.asarray(fd.generate(model, params, two[None], 9, rng, num_samples=3))
     assert len({tuple(row) for row in alone.tolist()}) == 3
-    among = np.asarray(fd.generate(model, params, np.stack([three, two, one, two, two]), 9, rng))
-    np.testing.assert_array_equal(among[[1, 3, 4]], alone)
+    among = fd.generate(model, params, [three, two, one[:2], two, two], 9, rng)
+    np.testing.assert_array_equal([among[1], *among[3:]], alone)
     pairs = np.asarray(fd.generate(model, params, np.stack([one, two]), 9, rng, num_samples=2))
     np.testing.assert_array_equal(pairs[2:], alone[:2])
     # and rows with different prompts do not share their randomness
@@ -333,17 +292,11 @@ def test_the_result_is_the_same_whatever_the_batch():
     assert (hot[0] == hot[1]).mean() < 0.3
 
 
-def test_several_samples_read_the_prompt_once(monkeypatch):
-    rows, read = [], steps.read
-
-    def recorded(model, params, cache, logits_BV, tokens_BT, num_tokens_B):
-        rows.append(int((num_tokens_B > 0).sum()))
-        return read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
-
-    monkeypatch.setattr(steps, "read", recorded)
+def test_samples_of_a_prompt_share_its_prefill(monkeypatch):
+    counts = record_prefill(monkeypatch)
     model, params = make("alibi window")
     fd.generate(model, params, prompts(2, 5), 3, jax.random.key(0), num_samples=7)
-    assert rows == [2]
+    assert counts == [[5, 5] + [0] * 6]
 
 
 def test_an_end_token_ends_its_row():
@@ -366,7 +319,7 @@ def test_no_more_is_computed_when_all_rows_have_ended():
     first_B = np.asarray(fd.generate(model, params, prompt_BT, 1, temperature=0.0))[:, -1]
     ends = first_B.tolist()
     chunks = list(stream(model, params, list(prompt_BT), 150, None, Sampling(temperature=0), end_ids=ends))
-    assert sum(written.tokens_BC.shape[1] for written in chunks) <= 1 + 2 + WRITE_TOKENS
+    assert sum(chunk.tokens_BC.shape[1] for chunk in chunks) <= 1 + 2 + DECODE_TOKENS
     tokens_BT = np.asarray(fd.generate(model, params, prompt_BT, 150, temperature=0.0, end_ids=ends))
     assert tokens_BT.shape == (2, 153) and (tokens_BT[:, 3:] == first_B[:, None]).all()
 
@@ -409,57 +362,26 @@ def test_a_prefix_changes_nothing_but_the_time(kind, num_prefix_tokens):
     model, params = make(kind, context_length=40)
     text = prompts(1, num_prefix_tokens)[0]
     prefix = fd.prefill(model, params, text)
-    begins_alike = [
-        text,
-        np.append(text, 3),
-        np.append(text, prompts(1, 90, seed=4)),
-        text[:-1],
-        text[: len(text) // 2],
-    ]
-    for row in begins_alike:
+    longer = np.append(text, 3), np.append(text, prompts(1, 90, seed=4))
+    for row in (text, *longer, text[:-1], text[: len(text) // 2]):
         if len(row) > 0:
             expected = fd.generate(model, params, row[None], 6, temperature=0.0)
-            np.testing.assert_array_equal(
-                fd.generate(model, params, row[None], 6, temperature=0.0, prefix=prefix), expected
-            )
+            assert_equal_rows(fd.generate(model, params, row[None], 6, temperature=0.0, prefix=prefix), expected)
     batch = [np.append(text, 3), np.append(text, [5, 1, 2])]
     expected = fd.generate(model, params, batch, 6, temperature=0.0)
-    for ours, row in zip(fd.generate(model, params, batch, 6, temperature=0.0, prefix=prefix), expected, strict=True):
-        np.testing.assert_array_equal(ours, row)
+    assert_equal_rows(fd.generate(model, params, batch, 6, temperature=0.0, prefix=prefix), expected)
     longer = fd.prefill(model, params, batch[1], prefix=prefix)
     np.testing.assert_allclose(longer.logits_BV, fd.prefill(model, params, batch[1]).logits_BV, atol=1e-4)
 
 
-def test_a_prefix_is_not_read_again(monkeypatch):
-    counts, read = [], steps.read
-
-    def recorded(model, params, cache, logits_BV, tokens_BT, num_tokens_B):
-        counts.append(int(num_tokens_B.sum()))
-        return read(model, params, cache, logits_BV, tokens_BT, num_tokens_B)
-
-    monkeypatch.setattr(steps, "read", recorded)
+def test_a_prefix_is_not_prefilled_again(monkeypatch):
+    counts = record_prefill(monkeypatch)
     model, params = make("rotary grouped", context_length=200)
     text = prompts(1, 150)[0]
     prefix = fd.prefill(model, params, text)
-    assert counts == [128, 22]
     fd.generate(model, params, np.append(text, [1, 2])[None], 4, temperature=0, prefix=prefix)
     fd.generate(model, params, np.append(text[:100], 1)[None], 4, temperature=0, prefix=prefix)
-    assert counts[2:] == [2, 1]
-
-
-def test_presence_and_frequency_penalties_count_the_new_text():
-    model, params = make("rotary grouped", context_length=64)
-    prompt_BT, text, counts = prompts(1, 4), prompts(1, 4)[0].tolist(), np.zeros(V)
-    for _ in range(25):
-        padded_BT = np.array([text + [0] * (32 - len(text))])
-        logits_V = np.asarray(forward_of(model)(params, padded_BT))[0, len(text) - 1]
-        token = int((logits_V - 0.7 * (counts > 0) - 0.4 * counts).argmax())
-        text.append(token)
-        counts[token] += 1
-    penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4}
-    tokens_BT = fd.generate(model, params, prompt_BT, 25, temperature=0.0, **penalties)
-    assert tokens_BT[0].tolist() == text
-    assert text != np.asarray(fd.generate(model, params, prompt_BT, 25, temperature=0.0))[0].tolist()
+    assert counts == [[128], [22], [2], [1]]
 
 
 def test_bad_tokens_never_come_and_forced_ones_first():
@@ -504,27 +426,16 @@ def test_a_long_context_costs_no_memory_for_a_short_text():
     assert [batch_capacity(n) for n in (1, 2, 8, 9, 32, 33)] == [1, 8, 8, 32, 32, 128]
 
 
-def test_a_cache_stores_key_value_heads_and_windows():
-    """2 L K H S numbers, with K heads of keys and values, not N; in layers with a window no more than the window."""
-    sizes = {"model.num_heads": 12, "model.num_kv_heads": 3, "model.head_dim": 5, "model.num_layers": 7}
-    full = fd.load_config(None, BASE | sizes | {"model.context_length": 30}).model
-    cache = fd.empty_cache(full, 1, 30)
-    assert sum(leaf.size for leaf in jax.tree.leaves(cache.layers)) == 2 * 7 * 3 * 5 * 30
-    windows = dataclasses.replace(full, positions="rotary", head_dim=6, window=4, window_pattern=(True, True, False))
-    cache = fd.empty_cache(windows, 1, 30)
-    assert sum(leaf.size for leaf in jax.tree.leaves(cache.layers)) == 2 * 3 * 6 * (5 * 4 + 2 * 30)
-
-
 def test_the_decode_loop_copies_no_cache():
     """What a step needs beside cache and weights does not grow with the slots."""
 
     def temporary_bytes(capacity):
         model, params = make("rotary grouped", context_length=4096, num_layers=3)
-        cache, logits_BV = steps.nothing_read(model, 8, capacity)
-        texts = steps.Texts(cache, logits_BV, np.zeros(8, np.int32), np.zeros(8, bool), None)
+        cache, logits_BV = steps.empty_prefill(model, 8, capacity)
+        state = steps.DecodeState(cache, logits_BV, np.zeros(8, np.int32), np.zeros(8, bool), None)
         filters = Sampling(temperature=0).filters(V)
-        arguments = (model, fd.unstack_layers(params), texts, filters, None, np.zeros((8, 2), np.uint32), None, 0, 16)
-        return steps.write.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        arguments = (model, fd.unstack_layers(params), state, filters, None, np.zeros((8, 2), np.uint32), None, 0, 16)
+        return steps.decode_chunk.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
     # Scores and weights of one layer at a time: 3 query heads in 8 rows, and what goes with them.
     assert temporary_bytes(4096) - temporary_bytes(1024) < 8 * 3072 * 4 * 3 * 6

@@ -142,20 +142,20 @@ def test_names_are_right_with_a_cache_and_a_look_inside(name):
 
 
 @pytest.mark.short("PromptLookup(num_tokens=2)")
-@pytest.mark.parametrize("guess", [None, fd.PromptLookup(2), "draft"], ids=str)
-def test_names_in_generation_are_right(guess):
+@pytest.mark.parametrize("draft", [None, fd.PromptLookup(2), "draft"], ids=str)
+def test_names_in_generation_are_right(draft):
     """Five prompts of different lengths, so that nothing agrees by chance; each program is traced anew."""
     config = ModelConfig(**SIZES | {"context_length": 29}, **CONFIGS["bloom"])
     model = Decoder(config)
     params = reference.random_params(model)
     prompts = [TOKENS_BT[row, : 2 + row] for row in range(5)]
-    guess = fd.Draft(model, params, 3) if guess == "draft" else guess
+    draft = fd.Draft(model, params, 3) if draft == "draft" else draft
     options = {"temperature": 0.9, "top_k": 6, "top_p": 0.9, "min_p": 0.1}
     jax.clear_caches()
     with checked_shape_names() as functions:
-        fd.generate(model, params, prompts, 4, jax.random.key(0), num_samples=2, guess=guess, **options)
-        if guess is None:
+        fd.generate(model, params, prompts, 4, jax.random.key(0), num_samples=2, draft=draft, **options)
+        if draft is None:
             options |= {"repetition_penalty": 1.2, "bad_tokens": (3,)}
             prefix = fd.prefill(model, params, prompts[0][:1])
             fd.complete(model, params, prompts, 4, jax.random.key(0), prefix=prefix, top_logprobs=2, **options)
-    assert functions >= {"steps.py:read", "cache.py:write", "sampling.py:filtered", "sampling.py:keep_top_p"}
+    assert functions >= {"steps.py:prefill_chunk", "cache.py:write", "sampling.py:filtered", "sampling.py:keep_top_p"}

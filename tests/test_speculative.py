@@ -1,76 +1,69 @@
-"""Guessing changes the time, not the text."""
+"""Speculative decoding changes the time, not the text."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_generate import V, make, prompts, stream_module
+from test_generate import V, assert_equal_rows, make, prompts, stream_module
 from test_sampling import chi_square
 
 import flax_decoder as fd
 from flax_decoder.errors import UserError
 from flax_decoder.generation import speculative
-from flax_decoder.generation.speculative import accept, look_up_guesses
+from flax_decoder.generation.speculative import accept, look_up_draft
 
-KINDS = ["learned", "rotary grouped", "alibi window", "window"]
+ROLLING = ["rotary grouped", "alibi window", "window"]
 
 
 @functools.cache
-def draft(num_tokens=3):
-    """A model that agrees now and then: the same weights, and a head that has changed a little."""
+def draft_model():
+    """A draft that agrees now and then: the same weights, but for small changes of the head."""
     model, params = make("rotary grouped", context_length=97)
     noise = 0.4 * jax.random.normal(jax.random.key(5), params["head"].shape)
-    return fd.Draft(model, params | {"head": params["head"] + noise}, num_tokens)
+    return fd.Draft(model, params | {"head": params["head"] + noise}, 3)
 
 
-@pytest.mark.short("PromptLookup(num_tokens=4)-alibi window")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("guess", [fd.PromptLookup(4), fd.PromptLookup(1), "draft"], ids=str)
-def test_greedy_text_is_that_of_plain_decoding(kind, guess):
-    model, params = make(kind, context_length=97)
+@pytest.fixture
+def draft(request):
+    return draft_model() if request.param == "model" else request.param
+
+
+def drafts(*cases):
+    return pytest.mark.parametrize("draft", [*cases, "model"], indirect=True, ids=str)
+
+
+@pytest.mark.short("PromptLookup(num_tokens=4)-alibi window-97")
+@pytest.mark.parametrize(("kind", "context_length"), [("learned", 97), *itertools.product(ROLLING, [97, 11])])
+@drafts(fd.PromptLookup(4), fd.PromptLookup(1))
+def test_greedy_text_is_that_of_plain_decoding(kind, draft, context_length):
+    model, params = make(kind, context_length=context_length)
     texts = [row[: 1 + number % 19] for number, row in enumerate(prompts(30, 19, seed=2))]
-    guess = draft() if guess == "draft" else guess
     plain = fd.generate(model, params, texts, 70, temperature=0.0)
-    for ours, row in zip(fd.generate(model, params, texts, 70, temperature=0.0, guess=guess), plain, strict=True):
-        np.testing.assert_array_equal(ours, row)
+    assert_equal_rows(fd.generate(model, params, texts, 70, temperature=0.0, draft=draft), plain)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["rotary grouped", "alibi window", "window"])
-@pytest.mark.parametrize("guess", [fd.PromptLookup(4), "draft"], ids=str)
-def test_also_past_the_context(kind, guess):
-    model, params = make(kind)
-    guess = draft() if guess == "draft" else guess
-    plain_BT = fd.generate(model, params, prompts(3, 14), 50, temperature=0.0)
-    np.testing.assert_array_equal(
-        fd.generate(model, params, prompts(3, 14), 50, temperature=0.0, guess=guess), plain_BT
-    )
-
-
-@pytest.mark.full
-def test_a_row_ends_at_its_end_token():
+@drafts(fd.PromptLookup(5))
+def test_a_row_ends_at_its_end_token(draft):
     model, params = make("rotary grouped", context_length=97)
     plain_BT = np.asarray(fd.generate(model, params, prompts(3, 5), 40, temperature=0.0))
-    ends = [int(plain_BT[0, 14])]
-    for options in ({"guess": fd.PromptLookup(5)}, {"guess": draft()}):
-        np.testing.assert_array_equal(
-            fd.generate(model, params, prompts(3, 5), 40, temperature=0.0, end_ids=ends, **options),
-            fd.generate(model, params, prompts(3, 5), 40, temperature=0.0, end_ids=ends),
-        )
+    options = {"temperature": 0.0, "end_ids": [int(plain_BT[0, 14])]}
+    ended_BT = fd.generate(model, params, prompts(3, 5), 40, **options)
+    np.testing.assert_array_equal(fd.generate(model, params, prompts(3, 5), 40, draft=draft, **options), ended_BT)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("guess", [fd.PromptLookup(2), "draft"], ids=str)
-def test_samples_have_the_distribution_of_plain_decoding(guess):
+@drafts(fd.PromptLookup(2))
+def test_samples_have_the_distribution_of_plain_decoding(draft):
     """Pairs of the second and third new token of many samples, against the exact probabilities."""
     model, params = make("rotary grouped", context_length=97)
-    guess = draft(2) if guess == "draft" else guess
     prompt, options = [3, 9, 3, 9, 3], {"temperature": 1.2, "top_k": 3}
     apply = jax.jit(model.apply)
     tokens_BT = np.asarray(
-        fd.generate(model, params, [prompt], 3, jax.random.key(1), num_samples=4000, guess=guess, **options)
+        fd.generate(model, params, [prompt], 3, jax.random.key(1), num_samples=4000, draft=draft, **options)
     )[:, 5:]
 
     def probabilities(text):
@@ -89,51 +82,51 @@ def test_samples_have_the_distribution_of_plain_decoding(guess):
     assert chi_square(counts, expected.ravel()) < 54.1
 
 
-def test_the_rule_of_acceptance_keeps_the_distribution():
-    """By itself, over distributions that hardly overlap; the token is the guess, or drawn from what is left."""
+def test_acceptance_keeps_the_distribution():
+    """For distributions that hardly overlap; the token is the draft, or drawn from what is left."""
     num_draws, p, q = 30_000, np.array([0.5, 0.3, 0.2, 0.0]), np.array([0.1, 0.2, 0.3, 0.4])
     rngs_B = jax.random.split(jax.random.key(0), num_draws)
-    guesses_B1 = jax.random.choice(jax.random.key(1), 4, (num_draws, 1), p=jnp.asarray(q))
+    draft_B1 = jax.random.choice(jax.random.key(1), 4, (num_draws, 1), p=jnp.asarray(q))
     with np.errstate(divide="ignore"):
         p_logits, q_logits = (np.tile(np.log(x).astype(np.float32), (num_draws, 2, 1)) for x in (p, q))
     num_accepted_B, logits_BV = accept(
         jnp.asarray(p_logits),
-        guesses_B1,
+        draft_B1,
         jnp.asarray(q_logits[:, :1]),
         jnp.ones(num_draws, jnp.int32),
         rngs_B,
         jnp.zeros(num_draws, jnp.int32),
     )
     instead_B = jax.vmap(jax.random.categorical)(jax.random.split(jax.random.key(2), num_draws), logits_BV)
-    tokens_B = np.where(np.asarray(num_accepted_B) == 1, np.asarray(guesses_B1)[:, 0], instead_B)
+    tokens_B = np.where(np.asarray(num_accepted_B) == 1, np.asarray(draft_B1)[:, 0], instead_B)
     # 2 degrees of freedom, once in a thousand
     assert chi_square(np.bincount(tokens_B, minlength=4), p) < 13.8
-    # The chance that a guess stands is the sum of min(p, q): 0.1 + 0.2 + 0.2.
+    # The probability of acceptance is the sum of min(p, q): 0.1 + 0.2 + 0.2.
     assert abs(np.asarray(num_accepted_B).mean() - 0.5) < 4 * (0.25 / num_draws) ** 0.5
 
 
 def test_lookup_finds_the_longest_match_and_of_equals_the_latest():
     text_BS = jnp.array([[1, 2, 3, 7, 2, 3, 8, 9, 2, 3, 0, 0], [5, 6, 5, 6, 5, 6, 0, 0, 0, 0, 0, 0]])
-    assert look_up_guesses(text_BS, jnp.array([10, 6]), 3).tolist() == [[8, 9, 2], [5, 6, 5]]
+    assert look_up_draft(text_BS, jnp.array([10, 6]), 3).tolist() == [[8, 9, 2], [5, 6, 5]]
     text_BS = jnp.array([[1, 2, 3, 7, 9, 9, 3, 8, 9, 1, 2, 3]])
-    assert look_up_guesses(text_BS, jnp.array([12]), 2).tolist() == [[7, 9]]  # three tokens match, not one
+    assert look_up_draft(text_BS, jnp.array([12]), 2).tolist() == [[7, 9]]  # three tokens match, not one
 
 
-def test_guesses_that_are_right_save_passes(monkeypatch):
-    """The model as its own draft is always right: each pass writes all of its guesses and one more."""
+def test_accepted_drafts_save_passes(monkeypatch):
+    """A model as its own draft is always right: each pass adds all drafted tokens and one more."""
     model, params = make("rotary grouped", context_length=97)
-    calls, write = [], speculative.write_guessed
+    calls, speculative_chunk = [], speculative.speculative_chunk
 
     def recorded(*args):
         calls.append(1)
-        return write(*args)
+        return speculative_chunk(*args)
 
-    monkeypatch.setattr(stream_module, "write_guessed", recorded)
-    for guess in (fd.Draft(model, params, 4), fd.PromptLookup(4)):
+    monkeypatch.setattr(stream_module, "speculative_chunk", recorded)
+    for draft in (fd.Draft(model, params, 4), fd.PromptLookup(4)):
         calls.clear()
-        num_tokens = speculative.PASSES * 5
-        fd.generate(model, params, prompts(1, 5), num_tokens, temperature=0.0, guess=guess)
-        assert (len(calls) == 1) == isinstance(guess, fd.Draft)
+        num_tokens = speculative.MAX_PASSES * 5
+        fd.generate(model, params, prompts(1, 5), num_tokens, temperature=0.0, draft=draft)
+        assert (len(calls) == 1) == isinstance(draft, fd.Draft)
 
 
 @pytest.mark.parametrize(
@@ -141,18 +134,14 @@ def test_guesses_that_are_right_save_passes(monkeypatch):
     [
         ({"repetition_penalty": 1.5}, "penalties"),
         ({"forced_tokens": (1,)}, "forced"),
-        ({"guess": fd.PromptLookup(0)}, "num_tokens = 0"),
+        ({"draft": fd.PromptLookup(0)}, "num_tokens = 0"),
         ({"max_new_tokens": 95}, "context_length = 97"),
     ],
 )
-def test_what_cannot_be_guessed_is_refused(options, message):
+def test_wrong_combinations_are_refused(options, message):
     model, params = make("learned", context_length=97)
-    defaults = {"max_new_tokens": 5, "temperature": 0.0, "guess": fd.PromptLookup(2)}
+    defaults = {"max_new_tokens": 5, "temperature": 0.0, "draft": fd.PromptLookup(2)}
     with pytest.raises(UserError, match=message):
         fd.generate(model, params, prompts(2, 5), **defaults | options)
-
-
-def test_another_vocabulary_is_refused():
-    model, params = make("rotary grouped", vocab_size=29)
-    with pytest.raises(UserError, match="vocab_size = 23"):
-        fd.generate(model, params, [[1]], 3, temperature=0.0, guess=draft())
+    with pytest.raises(UserError, match="vocab_size = 29"):
+        fd.generate(model, params, [[1]], **defaults | {"draft": fd.Draft(*make(vocab_size=29))})

@@ -1,6 +1,7 @@
-"""Talking to a model: messages in, an answer out, and no message read twice."""
+"""Conversations with a model: messages in, streamed answers out. Earlier messages stay in the key/value cache."""
 
 from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,86 +12,80 @@ from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.generation.generate import prefill
 from flax_decoder.generation.sampling import Sampling
-from flax_decoder.generation.stream import Prefix, rolls, stream
-from flax_decoder.generation.text import decode_stream
+from flax_decoder.generation.stream import Prefix, stream, supports_rolling_context
+from flax_decoder.generation.text import decode_streams
 from flax_decoder.nn.decoder import Decoder, unstack_layers
 
 
+@dataclass(eq=False)
 class Chat:
     """A conversation.
 
     Attributes:
-        messages: what was said, each with "role" and "content".
+        model: the network.
+        params: its parameters.
+        tokenizer: encodes messages and decodes answers; its end tokens end an answer.
+        template: renders messages as text.
+        rng: random key.
+        sampling: how tokens are chosen.
+        system: system message; it is never dropped.
+        max_new_tokens: maximum length of an answer.
+        messages: the conversation so far, each message with "role" and "content".
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        params: Any,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        rng: jax.Array,
-        sampling: Sampling,
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 1000,
-    ):
-        """Begins a conversation.
+    model: Decoder
+    params: Any
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    rng: jax.Array
+    sampling: Sampling
+    system: str | None = field(default=None, kw_only=True)
+    max_new_tokens: int = field(default=1000, kw_only=True)
+    messages: list[dict[str, str]] = field(init=False)
 
-        Args:
-            model: the network.
-            params: its parameters.
-            tokenizer: what its tokens mean; its end tokens end an answer.
-            template: how messages become text.
-            rng: random key.
-            sampling: how tokens are chosen.
-            system: what the model is told before the first message.
-            max_new_tokens: the most that an answer can have.
-        """
-        self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self._num_kept = len(self.messages)
-        self._model, self._params = model, unstack_layers(params)
-        self._tokenizer, self._template = tokenizer, template
-        self._rng, self._sampling, self._max_new_tokens = rng, sampling, max_new_tokens
+    def __post_init__(self) -> None:
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.params = unstack_layers(self.params)
         self._prefix: Prefix | None = None
 
     def answer(self, message: str) -> Generator[str, None, None]:
-        """Says something, and yields the answer piece by piece.
+        """Adds a user message and yields the answer piece by piece.
 
-        What was yielded is part of the conversation, also where the rest is not waited for.
+        The pieces yielded so far are added to `messages` even if the generator is closed early.
 
         Raises:
-            UserError: the template refuses the message, or it is longer than a context that has an end.
+            UserError: the template refuses the message, or it is longer than a context that cannot roll.
         """
         self.messages.append({"role": "user", "content": message})
         tokens = self._tokens()
         pieces: list[str] = []
         try:
-            self._prefix = prefill(self._model, self._params, tokens, prefix=self._prefix)
-            written = stream(
-                self._model,
-                self._params,
+            self._prefix = prefill(self.model, self.params, tokens, prefix=self._prefix)
+            chunks = stream(
+                self.model,
+                self.params,
                 [tokens],
-                self._max_new_tokens,
-                self._rng,
-                self._sampling,
-                end_ids=self._tokenizer.end_ids,
+                self.max_new_tokens,
+                self.rng,
+                self.sampling,
+                end_ids=self.tokenizer.end_ids,
                 prefix=self._prefix,
             )
-            for piece in decode_stream(self._tokenizer, (part.tokens_BC[0] for part in written)):
+            for _, piece in decode_streams(self.tokenizer, (chunk.tokens_BC for chunk in chunks), num_rows=1):
                 pieces.append(piece)
                 yield piece
         finally:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _tokens(self) -> np.ndarray:
-        """The conversation; where the context ends, without the oldest messages that do not fit."""
-        config = self._model.config
+        """The conversation as tokens; drops the oldest messages if a context that cannot roll is full."""
+        config = self.model.config
         while True:
-            tokens = np.asarray(self._tokenizer.encode(self._template.render(self.messages)), np.int32)
-            if rolls(config) or len(tokens) < config.context_length:
+            tokens = np.asarray(self.tokenizer.encode(self.template.render(self.messages)), np.int32)
+            if supports_rolling_context(config) or len(tokens) < config.context_length:
                 return tokens
-            if len(self.messages) <= self._num_kept + 1:
+            oldest = 0 if self.system is None else 1
+            if len(self.messages) <= oldest + 1:
                 self.messages.pop()
                 raise UserError(f"the message has {len(tokens)} tokens, the context only {config.context_length}")
-            del self.messages[self._num_kept : self._num_kept + 2]
+            del self.messages[oldest : oldest + 2]

@@ -1,4 +1,4 @@
-"""Tokens to text as they come."""
+"""Token ids to text, as they are generated."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -6,53 +6,32 @@ import numpy as np
 
 from flax_decoder.data.tokenizer import Tokenizer
 
-# What a decoder shows in place of bytes that are no character, or not one yet.
+# What a tokenizer gives for bytes that are not a character, or not yet.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes, so at most three can wait for their last one.
-LONGEST_UNFINISHED = 3
-
-
-def decode_stream(tokenizer: Tokenizer, chunks: Iterable[np.ndarray], stop: Sequence[str] = ()) -> Iterator[str]:
-    """Decodes tokens piece by piece; the pieces joined are the text of all tokens. See `TextDecoder`.
-
-    Args:
-        tokenizer: what the tokens mean.
-        chunks: arrays of token ids, one-dimensional.
-        stop: texts that end the text; they are not part of it.
-
-    Yields:
-        Text that no later token can change.
-    """
-    decoder = TextDecoder(tokenizer, stop)
-    for chunk in chunks:
-        piece = decoder.add(chunk)
-        if piece:
-            yield piece
-        if decoder.has_ended:
-            return
-    yield decoder.rest()
+# A UTF-8 character has at most four bytes, so at most three wait for the last one.
+MAX_UNFINISHED = 3
 
 
 def decode_streams(
     tokenizer: Tokenizer, chunks: Iterable[np.ndarray], num_rows: int, stop: Sequence[str] = ()
 ) -> Iterator[tuple[int, str]]:
-    """The same for rows of tokens that are made at once, to be read one after the other.
+    """Decodes rows of tokens that are generated together, to be printed one after the other.
 
     Args:
-        tokenizer: what the tokens mean.
-        chunks: arrays of token ids, (num_rows, some).
-        num_rows: how many rows there are.
-        stop: texts that end a row; no more chunks are asked for when all rows have ended.
+        tokenizer: decodes the tokens; its end tokens end a row.
+        chunks: token ids, each (num_rows, C) with any C. Not read further when all rows have ended.
+        num_rows: number of rows.
+        stop: texts that end a row; they are not part of it.
 
     Yields:
-        The number of a row and a piece of its text; all pieces of a row come before those of the next. The first row
-        that has not ended comes piece by piece, and those behind it as soon as it has.
+        The index of a row, and the next piece of its text, which no later token can change. All pieces of a row come
+        before those of the next: the first unfinished row is streamed, later rows wait for it.
     """
     decoders = [TextDecoder(tokenizer, stop) for _ in range(num_rows)]
     waiting, current = [""] * num_rows, 0
     for chunk in chunks:
         for row, decoder in enumerate(decoders):
-            waiting[row] += "" if decoder.has_ended else decoder.add(chunk[row])
+            waiting[row] += decoder.add(chunk[row])
         while current < num_rows:
             if waiting[current]:
                 yield current, waiting[current]
@@ -63,45 +42,46 @@ def decode_streams(
         if current == num_rows:
             return
     for row in range(current, num_rows):
-        text = waiting[row] + ("" if decoders[row].has_ended else decoders[row].rest())
+        text = waiting[row] + decoders[row].rest()
         if text:
             yield row, text
 
 
 class TextDecoder:
-    """Tokens to text, piece by piece.
+    """Decodes one row of tokens piece by piece.
 
-    No character of several bytes is cut in two. The text ends before the first of the stop strings, also where one
-    comes in several tokens, or at one of the tokenizer's end tokens.
+    Multi-byte characters are never split. The text ends at an end token of the tokenizer, or before the first stop
+    text, even if that spans several tokens.
 
     Attributes:
-        has_ended: whether a stop string or an end token has come.
+        has_ended: whether an end token or a stop text was reached.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self.has_ended = False
         self._tokenizer, self._stop = tokenizer, stop
         self._tokens: list[int] = []
-        self._shown = 0
+        self._num_returned = 0  # characters
 
     def add(self, tokens: np.ndarray) -> str:
-        """Takes the next tokens, and gives the text that no later token can change and was not given yet."""
-        tokenizer, stop = self._tokenizer, self._stop
+        """Adds tokens; returns the text that is new and that no later token can change."""
+        if self.has_ended:
+            return ""
         new = tokens.tolist()
-        ends = [place for place, token in enumerate(new) if token in tokenizer.end_ids]
+        ends = [index for index, token in enumerate(new) if token in self._tokenizer.end_ids]
         self._tokens.extend(new[: min(ends, default=len(new))])
-        text = tokenizer.decode(self._tokens)
-        places = [place for place in (text.find(end) for end in stop) if place >= 0]
-        if places or ends:
+        text = self._tokenizer.decode(self._tokens)
+        stops = [index for index in map(text.find, self._stop) if index >= 0]
+        if stops or ends:
             self.has_ended = True
-            return text[self._shown : min(places, default=len(text))]
-        # The last characters may become part of a stop string, or change when their last bytes come.
-        settled = len(text) - (max((len(end) for end in stop), default=1) - 1)
-        unfinished = len(text) - len(text.rstrip(REPLACEMENT))
-        settled = max(min(settled, len(text) - min(unfinished, LONGEST_UNFINISHED)), self._shown)
-        piece, self._shown = text[self._shown : settled], settled
+            return text[self._num_returned : min(stops, default=len(text))]
+        # The last characters may begin a stop text, or change when their last bytes come.
+        num_held_by_stop = max(map(len, self._stop), default=1) - 1
+        num_unfinished = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_UNFINISHED)
+        settled = max(len(text) - max(num_held_by_stop, num_unfinished), self._num_returned)
+        piece, self._num_returned = text[self._num_returned : settled], settled
         return piece
 
     def rest(self) -> str:
-        """What is left when no more tokens come."""
-        return self._tokenizer.decode(self._tokens)[self._shown :]
+        """The remaining text if no more tokens come."""
+        return "" if self.has_ended else self._tokenizer.decode(self._tokens)[self._num_returned :]
