@@ -7,60 +7,51 @@ from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Windows
 from flax_decoder.io.strict_json import shown
 
-_LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
+_LAYER_TYPES = ["full_attention", "sliding_attention"]  # without a window, with one
 
 
 def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source: str) -> dict[str, Any]:
-    """The window settings; takes what it reads out of `rest`. Raises UserError where they make no sense."""
+    """Reads the window settings, and removes them from `rest`. Raises UserError if one is invalid."""
     size = rest.pop("sliding_window", windows.default)
+    has_window = [True] * num_layers
     if windows.layers == "late":
-        # transformers has these two, and ignores the window unless it is told to use it.
-        switched_on = rest.pop("use_sliding_window", False)
-        first = rest.pop("max_window_layers", 28)
-        if type(switched_on) is not bool or type(first) is not int:
-            raise UserError(
-                f"{source}: use_sliding_window = {shown(switched_on)} must be true or false, and max_window_layers = "
-                f"{shown(first)} a whole number"
-            )
-        size = size if switched_on else None
+        # The defaults of transformers: the window is off, and would begin at layer 28.
+        is_on, first = rest.pop("use_sliding_window", False), rest.pop("max_window_layers", 28)
+        if type(is_on) is not bool:
+            raise UserError(f"{source}: use_sliding_window = {shown(is_on)} must be true or false")
+        if type(first) is not int:
+            raise UserError(f"{source}: max_window_layers = {shown(first)} must be a whole number")
+        size = size if is_on else None
         has_window = [layer >= first for layer in range(num_layers)]
     elif windows.layers == "periodic":
-        # Version 5 of transformers writes the first name with an underscore.
+        # transformers 5 writes the second name.
         periods = [rest.pop(name, None) for name in ("sliding_window_pattern", "_sliding_window_pattern")]
         period = next((period for period in periods if period is not None), windows.period)
         if type(period) is not int or period < 1:
             raise UserError(f"{source}: sliding_window_pattern = {shown(period)} must be a positive whole number")
         has_window = [(layer + 1) % period != 0 for layer in range(num_layers)]
-    else:
-        has_window = [True] * num_layers
     layer_types = None if windows.layers == "all" else rest.pop("layer_types", None)
     if layer_types is not None:
-        has_window = _read_layer_types(layer_types, num_layers, source)
+        is_list = isinstance(layer_types, list) and all(kind in _LAYER_TYPES for kind in layer_types)
+        if not is_list or len(layer_types) != num_layers:
+            raise UserError(
+                f"{source}: layer_types = {shown(layer_types)} must be a list of {' and '.join(_LAYER_TYPES)}, one "
+                f"for each of the {num_layers} layers"
+            )
+        has_window = [kind == "sliding_attention" for kind in layer_types]
     if size is None or True not in has_window:
         return {"window": None}
-    # The shortest pattern that repeats into this one reads best.
+    # The shortest pattern that repeats into this one is the most readable.
     length = next(n for n in range(1, num_layers + 1) if has_window == [has_window[i % n] for i in range(num_layers)])
     return {"window": size, "window_pattern": tuple(has_window[:length])}
 
 
-def _read_layer_types(layer_types: Any, num_layers: int, source: str) -> list[bool]:
-    known = isinstance(layer_types, list) and all(
-        isinstance(kind, str) and kind in _LAYER_TYPES for kind in layer_types
-    )
-    if not known or len(layer_types) != num_layers:
-        raise UserError(
-            f"{source}: layer_types = {shown(layer_types)} must be a list of {' and '.join(_LAYER_TYPES)}, one for "
-            f"each of {num_layers} layers"
-        )
-    return [_LAYER_TYPES[kind] for kind in layer_types]
-
-
 def write_windows(config: ModelConfig, windows: Windows) -> dict[str, Any]:
-    """The fields that `read_windows` reads back."""
+    """The fields that `read_windows` reads."""
     if windows.layers == "all":
         return {"sliding_window": config.window}
     has_window = [window is not None for window in config.windows]
-    layer_types = ["sliding_attention" if windowed else "full_attention" for windowed in has_window]
+    layer_types = [_LAYER_TYPES[windowed] for windowed in has_window]
     if windows.layers == "periodic":
         return {"sliding_window": config.window or config.context_length, "layer_types": layer_types}
     return {
