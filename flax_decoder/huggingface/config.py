@@ -9,8 +9,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.family import REQUIRED, Family, Setting
-from flax_decoder.huggingface.rope import read_rotary, write_rotary
-from flax_decoder.huggingface.windows import read_windows, write_windows
+from flax_decoder.huggingface.positions import read_rotary, read_windows, write_rotary, write_windows
 from flax_decoder.io.strict_json import shown
 
 # Fields that do not affect the logits.
