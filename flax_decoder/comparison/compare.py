@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import optax
+from flax.traverse_util import unflatten_dict
 
 from flax_decoder.comparison.causes import IMPRECISE, explain
 from flax_decoder.comparison.jax_side import JaxSide
@@ -14,7 +15,7 @@ from flax_decoder.comparison.torch_side import PyTorchSide
 from flax_decoder.config import OptimizerConfig
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Family
-from flax_decoder.huggingface.weights import flatten, unflatten
+from flax_decoder.huggingface.weights import flatten
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.optimizer import make_optimizer
 
@@ -98,10 +99,10 @@ def compare_models(
 def unrounded(params: Any, theirs: PyTorchSide) -> Any:
     """Our parameters in float64, with the digits that adding an offset to PyTorch's in float32 rounded away."""
     leaves = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
-    for path in {path for rule in theirs.family.all_rules if rule.offset != 0 for path in rule.ours} & leaves.keys():
+    for path in {path for rule in theirs.family.all_rules if rule.offset != 0 for path in rule.paths} & leaves.keys():
         exact = theirs.array("params", path)
         leaves[path] = np.where(exact.astype(np.float32) == leaves[path], exact, leaves[path])
-    return unflatten(leaves)
+    return unflatten_dict(leaves, sep="/")
 
 
 def default_optimizer(num_steps: int) -> OptimizerConfig:

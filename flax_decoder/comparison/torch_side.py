@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask
 from flax_decoder.comparison.schedule import learning_rate
 from flax_decoder.config import ModelConfig, OptimizerConfig
 from flax_decoder.huggingface.family import Family, Rule
-from flax_decoder.huggingface.weights import Place, Shape, places, split
+from flax_decoder.huggingface.weights import Shape, TensorSpec, split, tensor_specs
 
 # Under this name transformers calls `_attention`, which only looks on.
 _ATTENTION = "flax_decoder_ledger"
@@ -86,7 +86,7 @@ class PyTorchSide:
             self.model = _in_float64(model) if exact else copy.deepcopy(model)
             self.model.set_attn_implementation(_ATTENTION)
         self.model.eval()  # without dropout, which no two libraries draw alike
-        self.places = places(family, shapes)
+        self.places = tensor_specs(family, shapes)
         # In memory the head can have another name than in files.
         named = {**dict(self.model.named_parameters()), family.head: self.model.get_output_embeddings().weight}
         self.model.requires_grad_(False)
@@ -162,10 +162,10 @@ class PyTorchSide:
         """
         parts = []
         for place in self.places:
-            if path in place.rule.ours:
+            if path in place.rule.paths:
                 tensor = self._tensor(kind, self.parameters[place.name]).detach().cpu().numpy()
                 rule = place.rule if kind == "params" else replace(place.rule, offset=0.0)
-                parts.append(split(rule, tensor, place.parts(self.shapes))[place.rule.ours.index(path)])
+                parts.append(split(rule, tensor, place.param_shapes)[place.rule.paths.index(path)])
         return np.stack(parts) if path.startswith("layers/") else parts[0].copy()
 
     def _tensor(self, kind: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -188,16 +188,16 @@ class PyTorchSide:
         """Names of modules, and what to do with their outputs. The family's table says which module is which."""
         for place in self.places:
             module_name, _, kind = place.name.rpartition(".")
-            if kind == "weight" and not place.rule.ours[0].startswith(("embedding", "positions", "head")):
+            if kind == "weight" and not place.rule.paths[0].startswith(("embedding", "positions", "head")):
                 yield module_name, self._output_hook(seen, place)
-        within_layer = next(rule.theirs for rule in self.family.rules if "{}" in rule.theirs)
+        within_layer = next(rule.tensor for rule in self.family.rules if "{}" in rule.tensor)
         layer_name = self.family.prefix + within_layer.split(".{}")[0]
         for layer in range(self.config.num_layers):
             yield f"{layer_name}.{layer}", _layer_hook(seen, layer)
 
-    def _output_hook(self, seen: dict[str, torch.Tensor], place: Place) -> Any:
+    def _output_hook(self, seen: dict[str, torch.Tensor], place: TensorSpec) -> Any:
         rule, prefix = place.rule, "" if place.layer is None else f"layers.{place.layer}."
-        names = [prefix + path.removeprefix("layers/").rpartition("/")[0].replace("/", ".") for path in rule.ours]
+        names = [prefix + path.removeprefix("layers/").rpartition("/")[0].replace("/", ".") for path in rule.paths]
 
         def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             if names[0].endswith("feed_forward.down"):
@@ -209,19 +209,19 @@ class PyTorchSide:
 
     def _split_output(self, rule: Rule, output: torch.Tensor) -> list[torch.Tensor]:
         """What a module gives, as each of the parameters that lie in its tensor would give it."""
-        if rule.ours[0].endswith("_norm/scale") and output.ndim == 4:
+        if rule.paths[0].endswith("_norm/scale") and output.ndim == 4:
             # Norms of single heads: some families have the heads before the positions.
             heads_first = output.shape[1] in (self.config.num_heads, self.config.kv_heads)
             return [output.transpose(1, 2) if heads_first else output]
         B, T = output.shape[:2]
         heads = {"query": self.config.num_heads, "key": self.config.kv_heads, "value": self.config.kv_heads}
         shapes: list[Shape] = []
-        for path in rule.ours:
+        for path in rule.paths:
             name = path.split("/")[-2].removesuffix("_norm")
             if name in heads:
                 shapes.append((B * T, heads[name], self.config.head_width))
             else:
-                shapes.append((B * T, output.shape[-1] // len(rule.ours)))
+                shapes.append((B * T, output.shape[-1] // len(rule.paths)))
         if len(shapes) == 1:
             parts = [output.detach().cpu().numpy().reshape(shapes[0])]
         else:
@@ -330,10 +330,10 @@ def _in_float64(model: Any) -> Any:
 
 
 def _make_optimizer(
-    parameters: Mapping[str, torch.nn.Parameter], wanted: list[Place], config: OptimizerConfig
+    parameters: Mapping[str, torch.nn.Parameter], wanted: list[TensorSpec], config: OptimizerConfig
 ) -> torch.optim.AdamW:
     """AdamW with the usual two groups; biases and the scales of norms do not decay."""
-    without = {place.name for place in wanted if place.rule.ours[0].endswith(("/scale", "/bias"))}
+    without = {place.name for place in wanted if place.rule.paths[0].endswith(("/scale", "/bias"))}
     without = without if config.decay == "matrices" else set()
     groups = [
         {"params": [p for name, p in parameters.items() if name not in without], "weight_decay": config.weight_decay},

@@ -1,46 +1,45 @@
-"""What is said of a model family: how it names its settings and its tensors."""
+"""The types of the tables in `families`: how a model family names its settings and its tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 REQUIRED = object()
-"""Stands in place of a default: the config.json must say it."""
+"""The default of a setting that config.json must give."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of config.json that says one thing, or the same of several.
+    """A field of config.json.
 
     Attributes:
-        theirs: its name in config.json.
-        ours: the fields of `ModelConfig` that it sets.
-        default: what it is where config.json is silent.
-        words: their word -> ours, where the two differ; the first of several is the one written.
-        read: their number -> ours; raises ValueError with what is wrong.
-        write: our number -> theirs.
+        name: the field.
+        fields: the fields of `ModelConfig` that it sets.
+        default: its value if config.json does not give it.
+        values: its value -> ours, if they differ; of several that mean the same, the first is written.
+        read: its number -> ours; raises ValueError with the reason.
+        write: our number -> its.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
+    name: str
+    fields: tuple[str, ...]
     default: Any = REQUIRED
-    words: Mapping[str, str] | None = None
+    values: Mapping[str, str] | None = None
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Any] = lambda value: value
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """How config.json names rotary positions, before transformers 5 moved all of them into `rope_parameters`.
+    """How config.json names rotary settings, before transformers 5 moved them into `rope_parameters`.
 
     Attributes:
         base: name of the base.
-        default_base: the base where config.json is silent.
-        fraction: name of the rotated part of the head width, where it can be other than 1.
-        default_fraction: the part where config.json is silent.
-        types: the kinds of stretching that transformers allows.
-        window_base: name of the base in layers that have a window, where they have their own.
-        default_window_base: that base where config.json is silent.
+        default_base: its default.
+        fraction: name of the rotated fraction of the head width; None if it is always 1.
+        default_fraction: its default.
+        types: values of `rope_type` that transformers supports for the family.
+        window_base: name of the base in layers with a window; None if all layers share one.
     """
 
     base: str = "rope_theta"
@@ -49,7 +48,6 @@ class Rotary:
     default_fraction: float = 1.0
     types: tuple[str, ...] = ("default", "linear", "llama3")
     window_base: str | None = None
-    default_window_base: float = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,10 @@ class Windows:
     """How config.json says which layers have a window.
 
     Attributes:
-        layers: where there is no list `layer_types`: "all" layers have it, the "late" ones from max_window_layers on
-            and only where use_sliding_window is set, or all but each `period`-th.
-        default: the window in tokens where config.json is silent.
-        period: see `layers`.
+        layers: which ones have it if there is no `layer_types`: "all"; the "late" ones, from max_window_layers on, and
+            only if use_sliding_window is true; "periodic" is all but every `period`-th.
+        default: default of `sliding_window`, in tokens.
+        period: default of `sliding_window_pattern`.
     """
 
     layers: Literal["all", "late", "periodic"]
@@ -70,18 +68,18 @@ class Windows:
 
 @dataclass(frozen=True)
 class Rule:
-    """One of their tensors, and which of our parameters are in it.
+    """How parameters are stored in a tensor.
 
     Attributes:
-        theirs: its name; {} is the number of the layer.
-        ours: paths of our parameters, which lie side by side in the tensor.
-        transposed: it is a PyTorch Linear's (out, in), where ours is (in, out).
-        by_head: the parts take turns, one head of each after the other.
-        offset: ours is theirs plus this.
+        tensor: its name without the prefix; {} is the layer.
+        paths: paths of the parameters, which are concatenated along their outputs.
+        transposed: the tensor is (out, in), as in a PyTorch Linear; ours are (in, out).
+        by_head: the parameters are interleaved head by head instead of concatenated.
+        offset: ours is the tensor plus this.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
+    tensor: str
+    paths: tuple[str, ...]
     transposed: bool = False
     by_head: bool = False
     offset: float = 0.0
@@ -93,25 +91,25 @@ class Family:
 
     Attributes:
         model_type: its name in config.json.
-        architecture: the class with a language model's head.
-        always: fields of `ModelConfig` that no config.json of the family can change.
-        settings: fields of config.json with a meaning of their own.
-        rules: the tensors, without the prefix.
-        prefix: what names begin with, except the head's.
-        head: name of the head's tensor.
-        tied: `tie_word_embeddings` where config.json is silent.
-        rotary: names of rotary settings; None where positions are learned.
-        windows: how layers get a window; None where they have none.
-        fixed: fields of config.json for which the network can do nothing else than these values.
-        without_meaning: fields of config.json that change no logit, beyond those of all families.
-        extra_tensors: a regular expression of tensors, such as masks, that hold nothing learned.
-        scales_embedding: token embeddings are multiplied by the root of the width.
-        whole_heads: transformers refuses a width that is no multiple of the number of heads.
+        architecture: its class with a language-model head.
+        constants: fields of `ModelConfig` that are the same in all models of the family.
+        settings: fields of config.json, each read on its own.
+        rules: the tensors, except the head.
+        prefix: prefix of all tensor names except the head's.
+        head: tensor name of the head.
+        tied: default of `tie_word_embeddings`.
+        rotary: names of the rotary settings; None if positions are learned.
+        windows: which layers have a window; None if none has.
+        supported: fields of config.json of which the network supports only these values; the first is the default.
+        ignored: fields of config.json that do not affect the logits, beyond those ignored for all families.
+        ignored_tensors: regular expression of tensors, such as masks, that are not learned.
+        scales_embedding: token embeddings are multiplied by sqrt(embed_dim).
+        divides_width: transformers requires embed_dim to be a multiple of num_heads.
     """
 
     model_type: str
     architecture: str
-    always: Mapping[str, Any]
+    constants: Mapping[str, Any]
     settings: tuple[Setting, ...]
     rules: tuple[Rule, ...]
     prefix: str = "model."
@@ -119,11 +117,11 @@ class Family:
     tied: bool = False
     rotary: Rotary | None = Rotary()
     windows: Windows | None = None
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    without_meaning: frozenset[str] = frozenset()
-    extra_tensors: str = r".*\.rotary_emb\.inv_freq"
+    supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    ignored_tensors: str = r".*\.rotary_emb\.inv_freq"
     scales_embedding: bool = False
-    whole_heads: bool = False
+    divides_width: bool = False
 
     @property
     def all_settings(self) -> tuple[Setting, ...]:

@@ -15,118 +15,117 @@ from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Family, Rule
 from flax_decoder.huggingface.tensor_file import Tensor
 
-_BLOCK_NUMBERS = 100_000  # looked through twice, so they should fit into a cache of the processor
+_BLOCK_NUMBERS = 100_000  # checked at once: fits into the cache of a processor
 
 Shape = tuple[int, ...]
 
 
-class Place(NamedTuple):
-    """One tensor of a model: its name, its shape, the rule for it, and its layer where it belongs to one."""
+class TensorSpec(NamedTuple):
+    """A tensor that a model has.
+
+    Attributes:
+        name: with its prefix.
+        shape: in the file.
+        rule: how parameters are stored in it.
+        layer: None if it does not belong to one.
+        param_shapes: shapes of the parameters in it, without the layer axis.
+    """
 
     name: str
     shape: Shape
     rule: Rule
     layer: int | None
+    param_shapes: list[Shape]
 
-    def parts(self, shapes: Mapping[str, Shape]) -> list[Shape]:
-        """Shapes of our parameters in it, each without its layer axis, out of those of all parameters by path."""
-        return [shapes[path] if self.layer is None else shapes[path][1:] for path in self.rule.ours]
+    @property
+    def float32_bytes(self) -> int:
+        """Its size as it is written."""
+        return 4 * math.prod(self.shape)
 
 
 def flatten(params: Any) -> dict[str, Any]:
     """The leaves of a params tree by path, such as layers/attention/query/kernel."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(part.key for part in path): leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree of which `flatten` gives these leaves."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *branches, name = path.split("/")
-        here = tree
-        for branch in branches:
-            here = here.setdefault(branch, {})
-        here[name] = leaf
-    return tree
-
-
-def places(family: Family, shapes: Mapping[str, Shape]) -> list[Place]:
-    """Every tensor that a model of the family has.
+def tensor_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec]:
+    """All tensors of a model.
 
     Args:
-        family: its table.
+        family: the table of its family.
         shapes: of our parameters, by path; those of layers have a leading layer axis.
     """
-    result = []
+    specs = []
     for rule in family.all_rules:
-        if not all(path in shapes for path in rule.ours):
-            continue  # a bias that this model does not have, or the head of one that shares it with the embedding
-        prefix = "" if rule.theirs == family.head else family.prefix
-        stacked = "{}" in rule.theirs
-        own = [shapes[path][1:] if stacked else shapes[path] for path in rule.ours]
-        shape = _their_shape(rule, own)
-        for layer in range(shapes[rule.ours[0]][0]) if stacked else [None]:
-            result.append(Place(prefix + rule.theirs.format(layer), shape, rule, layer))
-    return result
+        if not all(path in shapes for path in rule.paths):
+            continue  # a bias that this model does not have, or a head that is the embedding
+        prefix = "" if rule.tensor == family.head else family.prefix
+        in_layer = "{}" in rule.tensor
+        param_shapes = [shapes[path][1:] if in_layer else shapes[path] for path in rule.paths]
+        matrices = [_matrix_shape(path, shape) for path, shape in zip(rule.paths, param_shapes, strict=True)]
+        shape = (*matrices[0][:-1], sum(matrix[-1] for matrix in matrices))
+        shape = shape[::-1] if rule.transposed else shape
+        for layer in range(shapes[rule.paths[0]][0]) if in_layer else [None]:
+            specs.append(TensorSpec(prefix + rule.tensor.format(layer), shape, rule, layer, param_shapes))
+    return specs
 
 
-class _Parameter:
-    """A parameter whose tensors are being read: the parts of it that devices of this process will hold."""
+class _HostBuffers:
+    """A parameter that is being read: one buffer per distinct shard of it on the devices of this process."""
 
     def __init__(self, like: jax.ShapeDtypeStruct):
-        """Makes room for the parts; devices that hold the same one share it."""
         self._like = like
-        whole = tuple(slice(size) for size in like.shape)
+        full = tuple(slice(size) for size in like.shape)
         sharding = like.sharding
-        indices = [whole] if sharding is None else sharding.addressable_devices_indices_map(like.shape).values()
-        self._parts = {bounds: self._room(bounds) for bounds in {self._bounds(index) for index in indices}}
+        indices = [full] if sharding is None else sharding.addressable_devices_indices_map(like.shape).values()
+        self._buffers = {bounds: self._aligned(bounds) for bounds in {self._bounds(index) for index in indices}}
 
-    def put(self, layer: int | None, numbers: np.ndarray) -> None:
-        """Takes in the numbers of a layer, or all of them where it belongs to none."""
-        for bounds, part in self._parts.items():
+    def write(self, layer: int | None, numbers: np.ndarray) -> None:
+        """Writes the numbers of a layer, or of the whole parameter."""
+        for bounds, buffer in self._buffers.items():
             if layer is None:
-                part[...] = numbers[tuple(slice(*pair) for pair in bounds)]
+                buffer[...] = numbers[tuple(slice(*pair) for pair in bounds)]
             elif layer in range(*bounds[0]):
-                part[layer - bounds[0][0]] = numbers[tuple(slice(*pair) for pair in bounds[1:])]
+                buffer[layer - bounds[0][0]] = numbers[tuple(slice(*pair) for pair in bounds[1:])]
 
-    def place(self) -> jax.Array:
+    def to_devices(self) -> jax.Array:
         """The parameter, on its devices."""
         like = self._like
         if like.sharding is None:
-            (part,) = self._parts.values()
-            array = jax.device_put(part)
+            (buffer,) = self._buffers.values()
+            array = jax.device_put(buffer)
         else:
             array = jax.make_array_from_callback(
-                like.shape, like.sharding, lambda index: self._parts[self._bounds(index)]
+                like.shape, like.sharding, lambda index: self._buffers[self._bounds(index)]
             )
-        return jax.block_until_ready(array)  # what is still on its way keeps its numbers on the host as well
+        return jax.block_until_ready(array)  # until then the buffers take memory on the host as well
 
     def _bounds(self, index: Any) -> tuple[tuple[int, int], ...]:
-        """Where a part begins and ends along each axis."""
-        return tuple(own.indices(size)[:2] for own, size in zip(index, self._like.shape, strict=True))
+        """Start and stop of a shard along each axis."""
+        return tuple(axis.indices(size)[:2] for axis, size in zip(index, self._like.shape, strict=True))
 
-    def _room(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        """An array that JAX on CPU takes as its own, without a copy: it begins at a multiple of 64 bytes."""
+    def _aligned(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """An array that begins at a multiple of 64 bytes, which JAX on CPU uses without a copy."""
         shape = [stop - start for start, stop in bounds]
         num_bytes = math.prod(shape) * self._like.dtype.itemsize
-        room = np.empty(num_bytes + 64, np.uint8)
-        start = -room.ctypes.data % 64
-        return room[start : start + num_bytes].view(self._like.dtype).reshape(shape)
+        buffer = np.empty(num_bytes + 64, np.uint8)
+        start = -buffer.ctypes.data % 64
+        return buffer[start : start + num_bytes].view(self._like.dtype).reshape(shape)
 
 
-def refuse_too_large(config: ModelConfig, family: Family, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises UserError where the files cannot hold a model, however its matrices lie in them.
+def check_sizes(config: ModelConfig, family: Family, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError if config.json asks for more numbers than the files hold, before any memory is taken.
 
     Args:
         config: the model.
-        family: how config.json names its settings.
-        tensors: all that the files hold.
-        source: the config.json.
+        family: the table of its family.
+        tensors: all tensors in the files.
+        source: path of the config.json.
     """
-    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    num_numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
     D, H, L = config.embed_dim, config.head_width, config.num_layers
-    # One matrix, or one of each layer, for every size.
+    # A lower bound for every size: one matrix, or one per layer.
     needed = {
         ("num_layers",): L,
         ("vocab_size", "embed_dim"): D * (config.vocab_size or 1),
@@ -135,13 +134,13 @@ def refuse_too_large(config: ModelConfig, family: Family, tensors: Mapping[str, 
         ("num_layers", "embed_dim", "mlp_dim"): L * D * config.mlp_width,
         ("context_length", "embed_dim"): D * config.context_length if config.positions == "learned" else 0,
     }
-    theirs = {ours: setting.theirs for setting in family.all_settings for ours in setting.ours}
-    for sizes, count in needed.items():
-        most, what = (len(tensors), "tensors") if sizes == ("num_layers",) else (held, "numbers")
-        if count > most:
-            fields = ", ".join(theirs[ours] for ours in sizes if ours in theirs)
+    names = {field: setting.name for setting in family.all_settings for field in setting.fields}
+    for fields, count in needed.items():
+        available, what = (len(tensors), "tensors") if fields == ("num_layers",) else (num_numbers, "numbers")
+        if count > available:
+            wrong = ", ".join(names[field] for field in fields if field in names)
             raise UserError(
-                f"{source}: {fields} ask for at least {count:,} {what}, but the files hold {most:,}; get the whole "
+                f"{source}: {wrong} ask for at least {count:,} {what}, but the files hold {available:,}; get the whole "
                 "model again"
             )
 
@@ -154,101 +153,95 @@ def read_params(
     *,
     allow_nan: bool = False,
 ) -> dict[str, jax.Array]:
-    """Our parameters from the tensors of a folder, one tensor after the other, each straight to its devices.
+    """Our parameters from the tensors of a folder. One tensor at a time is in memory, besides the parameters.
 
     Args:
         tensors: by name.
-        family: what the names mean.
+        family: the table of the family.
         wanted: shape, dtype and sharding of each parameter, by path; without a sharding it goes to the default device.
-        folder: what the message of an error names.
-        allow_nan: reads tensors that hold NaN or infinities too.
+        folder: named in error messages.
+        allow_nan: also reads tensors that hold NaN or infinities.
 
     Returns:
         The parameters by path.
 
     Raises:
-        UserError: a tensor is missing, not known, not finite, or of another shape or dtype.
+        UserError: a tensor is missing, unknown, not finite, or of another shape or dtype.
     """
-    shapes = {path: like.shape for path, like in wanted.items()}
-    all_places = places(family, shapes)
-    found = _named_with_prefix(tensors, family, folder)
-    _check_names(found, all_places, family, folder, is_tied="head" not in shapes)
+    specs = tensor_specs(family, {path: like.shape for path, like in wanted.items()})
+    found = _with_prefix(tensors, family, folder)
+    _check_names(found, specs, family, folder, is_tied="head" not in wanted)
     params: dict[str, jax.Array] = {}
-    for paths, group in itertools.groupby(all_places, key=lambda place: place.rule.ours):
-        together = [_Parameter(wanted[path]) for path in paths]
-        for place in group:
-            _read_place(place, found[place.name], place.parts(shapes), together, allow_nan)
-        params |= {path: parameter.place() for path, parameter in zip(paths, together, strict=True)}
+    for paths, group in itertools.groupby(specs, key=lambda spec: spec.rule.paths):
+        buffers = [_HostBuffers(wanted[path]) for path in paths]
+        for spec in group:
+            _read_tensor(spec, found[spec.name], buffers, allow_nan)
+        params |= {path: buffer.to_devices() for path, buffer in zip(paths, buffers, strict=True)}
     return params
 
 
-def _read_place(
-    place: Place, tensor: Tensor, shapes: Sequence[Shape], together: Sequence[_Parameter], allow_nan: bool
-) -> None:
-    """Reads a tensor into the parameters that lie in it; it is let go before the next one is read."""
-    if tensor.shape != place.shape:
+def _read_tensor(spec: TensorSpec, tensor: Tensor, buffers: Sequence[_HostBuffers], allow_nan: bool) -> None:
+    """Reads a tensor into the parameters that are stored in it."""
+    if tensor.shape != spec.shape:
         raise UserError(
-            f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for {place.shape}"
+            f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for {spec.shape}"
         )
     numbers = tensor.read()
-    where = None if allow_nan else first_not_finite(numbers)
-    if where is not None:
+    index = None if allow_nan else first_non_finite(numbers)
+    if index is not None:
         raise UserError(
-            f"{tensor.path}: tensor {tensor.name} holds {numbers[where]} at {list(map(int, where))}, so the model is "
-            "broken; get it again, or read it\nall the same: --allow-nan, or allow_nan=True in Python"
+            f"{tensor.path}: tensor {tensor.name} holds {numbers[index]} at {list(index)}; the model is broken: get it "
+            "again, or read it\nanyway with --allow-nan, or allow_nan=True in Python"
         )
-    for parameter, part in zip(together, split(place.rule, numbers, shapes), strict=True):
-        parameter.put(place.layer, part)
+    for buffer, param in zip(buffers, split(spec.rule, numbers, spec.param_shapes), strict=True):
+        buffer.write(spec.layer, param)
 
 
-def first_not_finite(numbers: np.ndarray) -> tuple[int, ...] | None:
-    """Where the first NaN or infinity is; None where all numbers are finite. Takes no memory to speak of.
+def first_non_finite(numbers: np.ndarray) -> tuple[int, ...] | None:
+    """The index of the first NaN or infinity; None if there is none.
 
     Args:
         numbers: floats of 2 or 4 bytes, contiguous.
     """
-    # Bits of a float, taken for an integer, grow with its size, and from infinity on it is no number. So the largest
-    # of them as signed integers tells of positive ones, and as unsigned integers of negative ones.
-    signed, unsigned = (np.dtype(f"{kind}{numbers.itemsize}") for kind in "iu")
-    infinity = np.array(np.inf, numbers.dtype).view(unsigned)
-    negative_infinity = np.array(-np.inf, numbers.dtype).view(unsigned)
-    flat = numbers.reshape(-1)
+    # A float is not finite if all its exponent bits are set; in infinity no others are. For float16 and bfloat16 this
+    # is several times faster than np.isfinite.
+    bits = np.dtype(f"u{numbers.itemsize}")
+    exponent = np.array(np.inf, numbers.dtype).view(bits)
+    flat = numbers.reshape(-1).view(bits)
     for start in range(0, flat.size, _BLOCK_NUMBERS):
-        bits = flat[start : start + _BLOCK_NUMBERS].view(unsigned)
-        if bits.view(signed).max() >= infinity.view(signed) or bits.max() >= negative_infinity:
-            place = start + int(np.isfinite(flat[start : start + _BLOCK_NUMBERS]).argmin())
-            return tuple(int(index) for index in np.unravel_index(place, numbers.shape))
+        is_wrong = flat[start : start + _BLOCK_NUMBERS] & exponent == exponent
+        if is_wrong.any():
+            return tuple(map(int, np.unravel_index(start + is_wrong.argmax(), numbers.shape)))
     return None
 
 
-def write_arrays(wanted: Sequence[Place], params: Mapping[str, Any]) -> Iterator[np.ndarray]:
-    """Their tensors from our parameters, in the order of the places, each made when it is asked for."""
-    for place in wanted:
-        leaves = [params[path] if place.layer is None else params[path][place.layer] for path in place.rule.ours]
-        yield join(place.rule, [np.asarray(leaf, np.float32) for leaf in leaves])
+def export_tensors(specs: Sequence[TensorSpec], params: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    """Yields the tensors made of our parameters."""
+    for spec in specs:
+        leaves = [params[path] if spec.layer is None else params[path][spec.layer] for path in spec.rule.paths]
+        yield join(spec.rule, [np.asarray(leaf, np.float32) for leaf in leaves])
 
 
 def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
-    """Our parameters, of the given shapes, out of one of their tensors."""
+    """The parameters, of the given shapes, that are stored in a tensor."""
     matrix = tensor.T if rule.transposed else tensor
     if rule.offset != 0:
         matrix = matrix + np.float32(rule.offset)
     if rule.by_head:
         heads, width = shapes[0][-2:]
-        apart = matrix.reshape(*matrix.shape[:-1], heads, len(shapes), width)
-        parts = [apart[..., part, :] for part in range(len(shapes))]
+        parts = list(np.moveaxis(matrix.reshape(*matrix.shape[:-1], heads, len(shapes), width), -2, 0))
     else:
-        widths = [_matrix_shape(path, shape)[-1] for path, shape in zip(rule.ours, shapes, strict=True)]
+        widths = [_matrix_shape(path, shape)[-1] for path, shape in zip(rule.paths, shapes, strict=True)]
         parts = np.split(matrix, np.cumsum(widths)[:-1], axis=-1)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """One of their tensors out of our parameters; undoes `split`."""
-    matrices = [array.reshape(_matrix_shape(path, array.shape)) for path, array in zip(rule.ours, arrays, strict=True)]
+    """The tensor in which parameters are stored; inverse of `split`."""
+    matrices = [array.reshape(_matrix_shape(path, array.shape)) for path, array in zip(rule.paths, arrays, strict=True)]
     if rule.by_head:
-        apart = [m.reshape(*m.shape[:-1], *array.shape[-2:]) for m, array in zip(matrices, arrays, strict=True)]
-        matrix = np.stack(apart, axis=-2).reshape(*matrices[0].shape[:-1], -1)
+        by_head = [m.reshape(*m.shape[:-1], *array.shape[-2:]) for m, array in zip(matrices, arrays, strict=True)]
+        matrix = np.stack(by_head, axis=-2).reshape(*matrices[0].shape[:-1], -1)
     else:
         matrix = np.concatenate(matrices, axis=-1)
     if rule.offset != 0:
@@ -264,14 +257,8 @@ def _matrix_shape(path: str, shape: Shape) -> Shape:
     return math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
 
 
-def _their_shape(rule: Rule, shapes: Sequence[Shape]) -> Shape:
-    matrices = [_matrix_shape(path, shape) for path, shape in zip(rule.ours, shapes, strict=True)]
-    shape = (*matrices[0][:-1], sum(matrix[-1] for matrix in matrices))
-    return shape[::-1] if rule.transposed else shape
-
-
-def _named_with_prefix(tensors: Mapping[str, Tensor], family: Family, folder: Path) -> dict[str, Tensor]:
-    """Puts the prefix before names that lack it: files of a model without its head leave it out."""
+def _with_prefix(tensors: Mapping[str, Tensor], family: Family, folder: Path) -> dict[str, Tensor]:
+    """Adds the prefix to names without it: files of a model without a head leave it out."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         full = name if name == family.head else family.prefix + name.removeprefix(family.prefix)
@@ -282,31 +269,24 @@ def _named_with_prefix(tensors: Mapping[str, Tensor], family: Family, folder: Pa
 
 
 def _check_names(
-    found: dict[str, Tensor], wanted: Sequence[Place], family: Family, folder: Path, *, is_tied: bool
+    found: Mapping[str, Tensor], specs: Sequence[TensorSpec], family: Family, folder: Path, *, is_tied: bool
 ) -> None:
-    names = {place.name for place in wanted}
-    missing = [place.name for place in wanted if place.name not in found]
+    names = {spec.name for spec in specs}
+    missing = [spec.name for spec in specs if spec.name not in found]
     if missing:
-        raise UserError(f"{folder}: tensor {missing[0]}{_more(missing)} is missing; get the whole model again")
+        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); get the whole model again")
     if is_tied and family.head in found:
-        embedding = next(place.name for place in wanted if place.rule.ours == ("embedding",))
+        embedding = next(spec.name for spec in specs if spec.rule.paths == ("embedding",))
         if not np.array_equal(found[family.head].read(), found[embedding].read(), equal_nan=True):
             raise UserError(
-                f"{folder}: tensor {family.head} differs from {embedding}, but config.json says that they are one; "
-                "set tie_word_embeddings to false to use both"
+                f"{folder}: tensor {family.head} differs from {embedding}, but config.json says that they are the "
+                "same; set tie_word_embeddings to false to use both"
             )
         names.add(family.head)
-    extra = [
-        name
-        for name in found
-        if name not in names and not re.fullmatch(family.extra_tensors, name.removeprefix(family.prefix))
-    ]
+    is_ignored = re.compile(family.ignored_tensors).fullmatch
+    extra = [name for name in found if name not in names and not is_ignored(name.removeprefix(family.prefix))]
     if extra:
         raise UserError(
-            f"{folder}: tensor {extra[0]}{_more(extra)} is no part of {family.model_type} with these settings, so "
-            "what it would change cannot be told; check config.json"
+            f"{folder}: tensor {extra[0]} ({len(extra)} in all) is not part of {family.model_type} with these "
+            "settings, and may change the numbers; check config.json"
         )
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -54,8 +54,8 @@ def tokenizer(content: bytes) -> None:
 def seed(reader: Callable[[bytes], None]) -> bytes:
     """A valid input to begin with."""
     if reader is settings:
-        always = dict(FAMILIES["llama"].always) | {"feed_forward": "swiglu", "vocab_size": 7}
-        return json.dumps(write_settings(ModelConfig(**always), FAMILIES["llama"])).encode()
+        constants = dict(FAMILIES["llama"].constants) | {"feed_forward": "swiglu", "vocab_size": 7}
+        return json.dumps(write_settings(ModelConfig(**constants), FAMILIES["llama"])).encode()
     if reader is tokenizer:
         return make_tokenizer("bpe", "the cat sat", 260).to_json().encode()
     header = json.dumps({"a": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}).encode()

@@ -20,6 +20,7 @@ from model_folder import (
     tensors_of,
 )
 from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 import flax_decoder as fd
 from flax_decoder.huggingface import weights
@@ -28,16 +29,6 @@ from flax_decoder.huggingface.tensor_file import read_header
 ROW = pytest.mark.fault("safetensors")
 FUZZ = pytest.mark.fault("safetensors, fuzzed")
 QUERY = "model.layers.1.self_attn.q_proj.weight"
-
-
-def float32_file(arrays):
-    """A safetensors file of arrays, written without the package's own writer."""
-    header, numbers = {}, b""
-    for name, array in arrays.items():
-        data = np.ascontiguousarray(array, "<f4").tobytes()
-        header[name] = entry("F32", array.shape, len(numbers), len(numbers) + len(data))
-        numbers += data
-    return safetensors_bytes(header, numbers)
 
 
 FILES = {
@@ -71,8 +62,8 @@ FILES = {
     "half a surrogate pair": (safetensors_bytes(b'{"a":{"dtype":"\\ud800"}}'), "surrogates not allowed"),
     "an escape in a name": (safetensors_bytes({"a\x1b[2J": entry()}, b"1234"), "cannot be printed"),
     "a name of 501": (safetensors_bytes({"a" * 501: entry()}, b"1234"), "is too long"),
-    "a tensor that is a number": (safetensors_bytes({"a": 1}), "tensor a must have just"),
-    "one more field": (safetensors_bytes({"a": entry() | {"x": 1}}, b"1234"), "tensor a must have just"),
+    "a tensor that is a number": (safetensors_bytes({"a": 1}), "tensor a must have exactly"),
+    "one more field": (safetensors_bytes({"a": entry() | {"x": 1}}, b"1234"), "tensor a must have exactly"),
     "unknown dtype": (safetensors_bytes({"a": entry("F33")}, b"1234"), "unknown dtype 'F33'"),
     "long dtype": (safetensors_bytes({"a": entry("F" * 9999)}, b"1234"), "unknown dtype 'FFF"),
     "dtype that is a list": (safetensors_bytes({"a": entry(["F32"])}, b"1234"), "unknown dtype ['F32']"),
@@ -81,23 +72,23 @@ FILES = {
     "axis that is a float": (safetensors_bytes({"a": entry(shape=[1.0])}, b"1234"), "[1.0] must be a list"),
     "nine axes": (safetensors_bytes({"a": entry(shape=[1] * 9)}, b"1234"), "has 9 axes"),
     "a million axes": (lambda: safetensors_bytes({"a": entry(shape=[9] * 1_000_000)}, b"1234"), "has 1000000 axes"),
-    "product over 2^64": (safetensors_bytes({"a": entry(shape=[2**32, 2**32 + 1])}, b"1234"), "more than the file"),
-    "0 times 10^18": (safetensors_bytes({"a": entry(shape=[0, 10**18], end=0)}), "is more than the file holds"),
-    "axis of 4,000 digits": (safetensors_bytes({"a": entry(shape=[10**4000])}, b"1234"), "is more than the file holds"),
+    "product over 2^64": (safetensors_bytes({"a": entry(shape=[2**32, 2**32 + 1])}, b"1234"), "larger than the file"),
+    "0 times 10^18": (safetensors_bytes({"a": entry(shape=[0, 10**18], end=0)}), "larger than the file"),
+    "axis of 4,000 digits": (safetensors_bytes({"a": entry(shape=[10**4000])}, b"1234"), "larger than the file"),
     "shape against offsets": (safetensors_bytes({"a": entry(shape=[2])}, b"1234"), "takes 8 bytes"),
     "offsets against shape": (safetensors_bytes({"a": entry(end=8)}, b"12345678"), "takes 4 bytes"),
-    "one offset": (safetensors_bytes({"a": entry() | {"data_offsets": [0]}}, b"1234"), "a start and an end"),
+    "one offset": (safetensors_bytes({"a": entry() | {"data_offsets": [0]}}, b"1234"), "takes 4 bytes"),
     "offsets the wrong way": (safetensors_bytes({"a": entry(start=4, end=0)}, b"1234"), "takes 4 bytes"),
     "offset of 4,000 digits": (
         safetensors_bytes({"a": entry(start=10**4000, end=10**4000 + 4)}, b"1234"),
-        "there is a hole",
+        "the numbers before it",
     ),
-    "the same bytes twice": (safetensors_bytes({"a": entry(), "b": entry()}, b"1234"), "inside of the tensor before"),
-    "an overlap": (safetensors_bytes({"a": entry(), "b": entry(start=2, end=6)}, b"123456"), "inside of the tensor"),
-    "a hole": (safetensors_bytes({"a": entry(), "b": entry(start=8, end=12)}, b"1" * 12), "there is a hole"),
-    "a hole at the start": (safetensors_bytes({"a": entry(start=4, end=8)}, b"1" * 8), "there is a hole"),
-    "a byte too many": (safetensors_bytes({"a": entry()}, b"12345"), "holds 5 bytes"),
-    "a byte too few": (safetensors_bytes({"a": entry()}, b"123"), "holds 3 bytes"),
+    "the same bytes twice": (safetensors_bytes({"a": entry(), "b": entry()}, b"1234"), "the numbers before it"),
+    "an overlap": (safetensors_bytes({"a": entry(), "b": entry(start=2, end=6)}, b"123456"), "the numbers before it"),
+    "a hole": (safetensors_bytes({"a": entry(), "b": entry(start=8, end=12)}, b"1" * 12), "the numbers before it"),
+    "a hole at the start": (safetensors_bytes({"a": entry(start=4, end=8)}, b"1" * 8), "the numbers before it"),
+    "a byte too many": (safetensors_bytes({"a": entry()}, b"12345"), "its tensors end at byte"),
+    "a byte too few": (safetensors_bytes({"a": entry()}, b"123"), "its tensors end at byte"),
     "metadata that is no text": (safetensors_bytes({"__metadata__": {"format": 1}}), "__metadata__"),
 }
 
@@ -119,10 +110,10 @@ def damaged(kind, arrays):
         return "is missing", QUERY
     if kind == "extra":
         name = QUERY.replace("weight", "bias")
-        arrays[name] = arrays[QUERY][:, 0]
-        return "is no part of llama", name
+        arrays[name] = arrays[QUERY][:, 0].copy()
+        return "is not part of llama", name
     if kind == "shape":
-        arrays[QUERY] = arrays[QUERY].T
+        arrays[QUERY] = arrays[QUERY].T.copy()
         return "config.json asks for (20, 14)", QUERY
     if kind == "twice":
         arrays[QUERY.removeprefix("model.")] = arrays[QUERY]
@@ -139,9 +130,9 @@ NOT_FINITE = ["NaN", "infinity", "minus infinity", "negative NaN"]
 @pytest.mark.parametrize("kind", ["missing", "extra", "shape", "twice", *NOT_FINITE])
 def test_tensors_must_be_those_of_the_model(kind, tmp_path):
     folder = make_folder(tmp_path / "model")
-    arrays = {name: array.copy() for name, array in tensors_of(folder / WEIGHTS).items()}
+    arrays = tensors_of(folder / WEIGHTS)
     part, name = damaged(kind, arrays)
-    (folder / WEIGHTS).write_bytes(float32_file(arrays))
+    (folder / WEIGHTS).write_bytes(save(arrays))
     message = refusal(folder)
     assert part in message and name in message
     if kind in NOT_FINITE:
@@ -163,13 +154,13 @@ def test_another_dtype_is_refused(tmp_path):
 @ROW
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "model")
-    check = weights.refuse_too_large
+    check = weights.check_sizes
 
     def shrink(*arguments):
         check(*arguments)
         os.truncate(folder / WEIGHTS, 5000)
 
-    monkeypatch.setattr("flax_decoder.huggingface.folder.refuse_too_large", shrink)
+    monkeypatch.setattr("flax_decoder.huggingface.folder.check_sizes", shrink)
     assert "became shorter before" in refusal(folder)
 
 
@@ -178,14 +169,14 @@ def test_a_file_that_is_exchanged_while_it_is_read_does_not_matter(tmp_path, mon
     """The file that was checked is the one that is read: it is opened once."""
     folder = make_folder(tmp_path / "model")
     expected = fd.load(folder)[1]["head"]
-    check = weights.refuse_too_large
+    check = weights.check_sizes
 
     def exchange(*arguments):
         check(*arguments)
         (folder / WEIGHTS).unlink()
         (folder / WEIGHTS).write_bytes(b"\0" * 100_000)
 
-    monkeypatch.setattr("flax_decoder.huggingface.folder.refuse_too_large", exchange)
+    monkeypatch.setattr("flax_decoder.huggingface.folder.check_sizes", exchange)
     np.testing.assert_array_equal(fd.load(folder)[1]["head"], expected)
 
 

@@ -1,0 +1,156 @@
+"""What config.json says of positions: rotary settings, as transformers 4 and 5 name them, and windows."""
+
+from typing import Any
+
+from flax_decoder.config import ModelConfig
+from flax_decoder.errors import UserError
+from flax_decoder.huggingface.family import Rotary, Windows
+from flax_decoder.io.strict_json import shown
+
+_FIELDS = {
+    "factor": "rotary_scaling_factor",
+    "low_freq_factor": "rotary_low_frequency_factor",
+    "high_freq_factor": "rotary_high_frequency_factor",
+    "original_max_position_embeddings": "rotary_original_context",
+}
+# rope_type -> the fields that it needs.
+_TYPES = {"default": [], "linear": ["factor"], "llama3": list(_FIELDS)}
+_LAYER_TYPES = ["full_attention", "sliding_attention"]  # without a window, with one
+
+
+def read_rotary(rest: dict[str, Any], rotary: Rotary, context_length: int, source: str) -> dict[str, Any]:
+    """Reads the rotary settings, and removes them from `rest`.
+
+    transformers 4 has rope_theta and rope_scaling; version 5 one table, rope_parameters, or one per type of layer.
+
+    Args:
+        rest: the fields of config.json that are not read yet.
+        rotary: their names.
+        context_length: the default of llama3's original context.
+        source: how error messages begin.
+
+    Raises:
+        UserError: a setting is missing, unknown, or has two values.
+    """
+    window_base = rest.pop(rotary.window_base, None) if rotary.window_base else None
+    old = {"rope_theta": rest.pop(rotary.base, None)}
+    if rotary.fraction is not None:
+        old["partial_rotary_factor"] = rest.pop(rotary.fraction, None)
+    scaling, new = (_table(rest.pop(name, None), name, source) for name in ("rope_scaling", "rope_parameters"))
+    if rotary.window_base and "full_attention" in new:
+        in_window = _table(new.pop("sliding_attention", None), "sliding_attention", source)
+        window_base = in_window.pop("rope_theta", window_base)
+        new = _table(new.pop("full_attention"), "full_attention", source) | new
+        if in_window and in_window != {"rope_type": "default"}:
+            raise UserError(f"{source}: rope_parameters: layers with a window support rope_theta only")
+    rope = _merged([old, scaling, new], source)
+    fraction = rope.pop("partial_rotary_factor", rotary.default_fraction)
+    if rotary.fraction is None and fraction != 1:
+        raise UserError(f"{source}: partial_rotary_factor = {shown(fraction)} is not supported for this type")
+    values = {"rotary_base": rope.pop("rope_theta", rotary.default_base), "rotary_fraction": fraction}
+    if rotary.window_base:
+        values["rotary_window_base"] = 10_000.0 if window_base is None else window_base
+    return values | _read_scaling(rope, rotary.types, context_length, source)
+
+
+def _table(value: Any, name: str, source: str) -> dict[str, Any]:
+    """A copy of a table of rotary settings; its type may have an older name."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {name} = {shown(value)} must be an object")
+    table = dict(value)
+    old_type = table.pop("type", None)
+    return ({} if old_type is None else {"rope_type": old_type}) | table
+
+
+def _merged(tables: list[dict[str, Any]], source: str) -> dict[str, Any]:
+    """All values that are given; tables that give the same name must agree."""
+    merged: dict[str, Any] = {}
+    for name, value in (item for table in tables for item in table.items() if item[1] is not None):
+        if merged.setdefault(name, value) != value:
+            raise UserError(f"{source}: {name} is both {shown(merged[name])} and {shown(value)}; keep the right one")
+    return merged
+
+
+def _read_scaling(rope: dict[str, Any], types: tuple[str, ...], context_length: int, source: str) -> dict[str, Any]:
+    """Reads how wavelengths are stretched from what is left of the rotary settings."""
+    kind = rope.pop("rope_type", "default")
+    if kind not in types:
+        raise UserError(f"{source}: rope_type = {shown(kind)} is not supported for this type, only {', '.join(types)}")
+    if kind == "llama3":
+        rope.setdefault("original_max_position_embeddings", context_length)
+    values: dict[str, Any] = {"rotary_scaling": "none" if kind == "default" else kind}
+    for name in _TYPES[kind]:
+        if name not in rope:
+            raise UserError(f"{source}: {name} is missing; rope_type = {shown(kind)} needs it")
+        values[_FIELDS[name]] = rope.pop(name)
+    if rope:
+        name, value = next(iter(rope.items()))
+        raise UserError(f"{source}: {name} = {shown(value)} is not known for rope_type = {shown(kind)}")
+    return values
+
+
+def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
+    """The fields that `read_rotary` reads, with the names of transformers 4, which version 5 reads too."""
+    document: dict[str, Any] = {rotary.base: config.rotary_base, "rope_scaling": None}
+    if rotary.fraction is not None:
+        document[rotary.fraction] = config.rotary_fraction
+    if rotary.window_base is not None:
+        document[rotary.window_base] = config.rotary_window_base or config.rotary_base
+    kind = config.rotary_scaling
+    if kind in rotary.types:  # "none" is not
+        document["rope_scaling"] = {"rope_type": kind} | {name: getattr(config, _FIELDS[name]) for name in _TYPES[kind]}
+    return document
+
+
+def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source: str) -> dict[str, Any]:
+    """Reads the window settings, and removes them from `rest`. Raises UserError if one is invalid."""
+    size = rest.pop("sliding_window", windows.default)
+    has_window = [True] * num_layers
+    if windows.layers == "late":
+        # The defaults of transformers: the window is off, and would begin at layer 28.
+        is_on, first = rest.pop("use_sliding_window", False), rest.pop("max_window_layers", 28)
+        if type(is_on) is not bool:
+            raise UserError(f"{source}: use_sliding_window = {shown(is_on)} must be true or false")
+        if type(first) is not int:
+            raise UserError(f"{source}: max_window_layers = {shown(first)} must be a whole number")
+        size = size if is_on else None
+        has_window = [layer >= first for layer in range(num_layers)]
+    elif windows.layers == "periodic":
+        # transformers 5 writes the second name.
+        periods = [rest.pop(name, None) for name in ("sliding_window_pattern", "_sliding_window_pattern")]
+        period = next((period for period in periods if period is not None), windows.period)
+        if type(period) is not int or period < 1:
+            raise UserError(f"{source}: sliding_window_pattern = {shown(period)} must be a positive whole number")
+        has_window = [(layer + 1) % period != 0 for layer in range(num_layers)]
+    layer_types = None if windows.layers == "all" else rest.pop("layer_types", None)
+    if layer_types is not None:
+        is_list = isinstance(layer_types, list) and all(kind in _LAYER_TYPES for kind in layer_types)
+        if not is_list or len(layer_types) != num_layers:
+            raise UserError(
+                f"{source}: layer_types = {shown(layer_types)} must be a list of {' and '.join(_LAYER_TYPES)}, one "
+                f"for each of the {num_layers} layers"
+            )
+        has_window = [kind == "sliding_attention" for kind in layer_types]
+    if size is None or True not in has_window:
+        return {"window": None}
+    # The shortest pattern that repeats into this one is the most readable.
+    length = next(n for n in range(1, num_layers + 1) if has_window == [has_window[i % n] for i in range(num_layers)])
+    return {"window": size, "window_pattern": tuple(has_window[:length])}
+
+
+def write_windows(config: ModelConfig, windows: Windows) -> dict[str, Any]:
+    """The fields that `read_windows` reads."""
+    if windows.layers == "all":
+        return {"sliding_window": config.window}
+    has_window = [window is not None for window in config.windows]
+    layer_types = [_LAYER_TYPES[windowed] for windowed in has_window]
+    if windows.layers == "periodic":
+        return {"sliding_window": config.window or config.context_length, "layer_types": layer_types}
+    return {
+        "use_sliding_window": True in has_window,
+        "sliding_window": config.window,
+        "max_window_layers": (*has_window, True).index(True),
+        "layer_types": layer_types,
+    }
