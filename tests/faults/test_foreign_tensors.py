@@ -1,4 +1,4 @@
-"""Safetensors files made to do harm, or damaged: refused by name, at little cost; what is read means one thing."""
+"""Malicious or damaged safetensors files: refused by name, at little cost, or read as the reference reads them."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 def float32_file(arrays):
-    """A safetensors file of arrays, written without the package's own writer."""
+    """A safetensors file, written independently of the package."""
     header, numbers = {}, b""
     for name, array in arrays.items():
         data = np.ascontiguousarray(array, "<f4").tobytes()
@@ -113,7 +113,7 @@ def test_a_file_that_is_not_just_safetensors_is_refused(name, tmp_path):
 
 
 def damaged(kind, arrays):
-    """Arrays of a model with something wrong; what the message says, and of which tensor."""
+    """Damages the arrays of a model; returns a part of the expected message and the tensor's name."""
     if kind == "missing":
         del arrays[QUERY]
         return "is missing", QUERY
@@ -175,7 +175,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
 @ROW
 def test_a_file_that_is_exchanged_while_it_is_read_does_not_matter(tmp_path, monkeypatch):
-    """The file that was checked is the one that is read: it is opened once."""
+    """The file is opened once, so the checked file is the one that is read."""
     folder = make_folder(tmp_path / "model")
     expected = fd.load(folder)[1]["head"]
     check = weights.refuse_too_large
@@ -213,7 +213,7 @@ def test_sizes_that_the_files_cannot_hold_are_refused(field, value, tmp_path):
 
 @ROW
 def test_an_empty_file_of_a_terabyte_is_refused(tmp_path):
-    """A file with a hole takes no room on the disk; its header may say anything that its length allows."""
+    """A sparse file takes no disk space, but its length allows for a huge tensor."""
     folder = make_folder(tmp_path / "model")
     size = 10**12
     header = json.dumps({QUERY: entry("F32", [size // 4], 0, size)}).encode()
@@ -223,7 +223,7 @@ def test_an_empty_file_of_a_terabyte_is_refused(tmp_path):
     assert "num_hidden_layers ask for at least 2 tensors, but the files hold 1" in refusal(folder)
 
 
-# --- Fuzzing: what is read has the meaning that the reference implementation gives it ---
+# --- Fuzzing against the reference implementation ---
 
 ARRAYS = {
     "embed": ("F32", np.arange(12, dtype="<f4").reshape(3, 4)),
@@ -252,12 +252,12 @@ ODD = st.one_of(
 )
 
 
-HOSTILE = ODD.map(copy.deepcopy)  # they are changed further
+HOSTILE = ODD.map(copy.deepcopy)  # examples are mutated
 
 
 @st.composite
 def mutated_bytes(draw):
-    """The valid file after some changes of single bytes and of stretches."""
+    """The valid file after some changes of bytes and ranges."""
     content = bytearray(VALID)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -279,7 +279,7 @@ def mutated_bytes(draw):
 
 @st.composite
 def mutated_structure(draw):
-    """A well-formed file that says something else: other dtypes, shapes, places, names, lengths."""
+    """A well-formed file with other dtypes, shapes, offsets, names or lengths."""
     pairs = [[name, dict(value)] for name, value in HEADER.items()]
     numbers = bytearray(NUMBERS)
     for _ in range(draw(st.integers(1, 3))):

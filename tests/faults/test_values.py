@@ -1,4 +1,4 @@
-"""Settings that no run can have: refused before JAX is even imported, and nothing is written."""
+"""Invalid settings: refused before JAX is imported and before anything is written."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from tiny_run import write_text_file
 
 from flax_decoder.cli import main
 
-# What is asked for, and the words of the refusal that name it.
+# Settings, and a part of the message.
 CASES = [
     (["optimizer.learning_rate=-0.001"], "optimizer.learning_rate = -0.001"),
     (["optimizer.learning_rate=nan"], "optimizer.learning_rate = nan"),
@@ -34,7 +34,7 @@ CASES = [
     (["data.validation_fraction=1.0"], "data.validation_fraction = 1.0"),
     (["training.num_stepz=10"], "training.num-stepz"),
 ]
-# Runs every command line that stands in a line of its input, and says how it ended and whether JAX came in.
+# Runs each line of stdin as a command; prints its exit code and whether JAX or NumPy was imported.
 RUN_ALL = """
 import sys
 from flax_decoder.cli import main
