@@ -98,7 +98,7 @@ def test_a_processor_is_described(cpu, cpuinfo, xla_flags, described):
     assert shown.startswith(described) and (shown == described or "by XLA_FLAGS" in shown)
 
 
-def test_a_processor_is_described_where_the_system_tells_little(cpu, monkeypatch):
+def test_a_processor_is_described_if_the_system_tells_little(cpu, monkeypatch):
     assert cpu(None, cores=[5], machine="arm64") == "arm64, 1 core, NEON, 128 bits"
     assert cpu(None, machine="").startswith("unknown processor, 2 cores")
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
