@@ -83,7 +83,8 @@ def run_by_config(num_steps: int, num_parts: int = 1, **mesh: int) -> tuple[Loss
     take_step, losses = jit_step(state, devices), []
     with use_mesh(devices):
         for step in range(num_steps):
-            state, metrics = take_step(state, place_batch(TOKENS, config, devices, step))
+            batch = place_batch(TOKENS, config.training, config.model.context_length, devices, step)
+            state, metrics = take_step(state, batch)
             losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.params)
 

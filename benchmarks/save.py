@@ -41,7 +41,8 @@ def main() -> None:
 
     def stretch(state: Any) -> Any:
         for _ in range(STEPS_PER_SAVE):
-            batch = place_batch(corpus.train_tokens, config, mesh, int(state.step))
+            length = config.model.context_length
+            batch = place_batch(corpus.train_tokens, config.training, length, mesh, int(state.step))
             state = jax.block_until_ready(take_step(state, batch)[0])
         return state
 

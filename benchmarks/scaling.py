@@ -36,7 +36,7 @@ import flax_decoder as fd
 from flax_decoder.config import DataConfig
 from flax_decoder.data.corpus import prepare_corpus
 from flax_decoder.generation.steps import cache_capacity
-from flax_decoder.training.flops import flops_per_token, keys_met
+from flax_decoder.training.flops import flops_per_token, keys_per_query
 from flax_decoder.training.hardware import describe_cpu
 from flax_decoder.training.loss import LOGITS_BYTES
 from flax_decoder.training.step import state_maker
@@ -174,7 +174,7 @@ def step_bytes(config: fd.Config, num_params: int) -> float:
     model, B = config.model, config.training.batch_size
     T, L, N, V = model.context_length, model.num_layers, model.num_heads, model.vocab_size or 0
     activations = L * B * T * (12 * model.embed_dim + 3 * model.mlp_width)
-    scores = B * N * T * keys_met(model, "causal")
+    scores = B * N * T * keys_per_query(model, "causal")
     return 16 * num_params + 4 * (activations + 3 * scores) + min(8 * B * T * V, 2 * LOGITS_BYTES)
 
 

@@ -296,7 +296,7 @@ def verify(options: argparse.Namespace) -> int:
     holds = True
     for finding in verify_run(folder):
         print_escaped(finding, flush=True)
-        holds = holds and finding.holds is not False
+        holds = holds and finding.passed is not False
     return 0 if holds else 1
 
 

@@ -22,7 +22,7 @@ from flax_decoder.io.files import new_folder, write_text
 from flax_decoder.nn.decoder import Decoder, abstract_params
 from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
-from flax_decoder.training.run_folder import facts_of, refuse_changed_files, refuse_changed_model
+from flax_decoder.training.run_folder import facts_of, require_same_inputs, require_same_model
 
 if TYPE_CHECKING:
     from flax_decoder.comparison.ledger import Ledger
@@ -180,8 +180,8 @@ def _is_run_folder(folder: Path) -> bool:
 def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
     step = choose_step(folder, step)
     config = load_config(folder / "config.toml")
-    refuse_changed_model(folder, config)
-    refuse_changed_files(folder, ["tokenizer.json"])
+    require_same_model(folder, config)
+    require_same_inputs(folder, ["tokenizer.json"])
     model = Decoder(for_these_devices(config.model))
     tokenizer = _required(read_tokenizer(folder), folder)
     return model, restore_params(folder, step, abstract_params(model, shardings)), tokenizer

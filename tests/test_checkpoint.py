@@ -25,7 +25,7 @@ def make_state(**optimizer):
 
 
 def after(state, step):
-    """A state whose every number says which step it is of."""
+    """A state in which every number is the step."""
 
     def mark(leaf):
         return jnp.full(leaf.shape, step, leaf.dtype)
@@ -44,11 +44,8 @@ def saved(tmp_path_factory):
     for step, loss in LOSSES.items():
         checkpoints.save(after(state, step), loss)
     checkpoints.close()
+    assert saved_steps(folder) == KEPT  # the newest and the best
     return folder, state
-
-
-def test_the_newest_and_the_best_are_kept(saved):
-    assert saved_steps(saved[0]) == KEPT
 
 
 @pytest.mark.parametrize("step", KEPT)
@@ -72,7 +69,7 @@ def test_a_state_comes_back_to_the_last_bit(saved, step):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_in_bfloat16_come_back_as_they_were(tmp_path, name):
     state = make_state(name=name, moments_dtype="bfloat16")
-    # Any gradients give moments that are not zero; those of the model would take long to compile.
+    # Any gradients make the moments non-zero; those of the model would compile slowly.
     state = jax.block_until_ready(jax.jit(lambda state: state.apply_gradients(grads=state.params))(state))
     checkpoints = Checkpoints(tmp_path, keep_newest=1)
     checkpoints.save(state, 1.0)
@@ -82,7 +79,7 @@ def test_moments_in_bfloat16_come_back_as_they_were(tmp_path, name):
     assert jnp.dtype("bfloat16") in dtypes
     jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
     assert dtypes == {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
-    # The other dtype is another state, and is not cast without a word.
+    # Another dtype is not cast silently.
     with pytest.raises(FaultError, match="cannot be restored"):
         restore_state(tmp_path, 1, make_state(name=name))
 

@@ -12,10 +12,7 @@ from flax_decoder.training.hardware import CHIPS, chip_of, describe_cpu
     [
         ("TPU v5 lite", 197, 16),
         ("TPU v5", 459, 95),
-        ("TPU v5p", 459, 95),
-        ("TPU v6 lite", 918, 32),
         ("NVIDIA H100 80GB HBM3", 989, 80),
-        ("NVIDIA H100 PCIe", 756, 80),
         ("NVIDIA H200", 989, 141),
         ("NVIDIA H200 NVL", 835, 141),
     ],
@@ -87,13 +84,11 @@ XEON = "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz"
         (INTEL, "--a=1 --xla_cpu_max_isa=AVX2 --b=1", f"{XEON}, 2 cores, AVX2, 256 bits by XLA_FLAGS (it has AVX-512,"),
         (INTEL, "--xla_cpu_max_isa=AVX512 --xla_cpu_max_isa=sse4_2", f"{XEON}, 2 cores, SSE4.2, 128 bits by XLA_FLAGS"),
         (INTEL, "--xla_cpu_max_isa=AMX_FP16", f"{XEON}, 2 cores, AVX-512, 512 bits"),
-        (AMD, "", "AMD EPYC, 2 cores, AVX2, 256 bits"),
         (AMD, "--xla_cpu_max_isa=AVX512", "AMD EPYC, 2 cores, AVX2, 256 bits"),
         (AMD, "--xla_cpu_max_isa=AVX", "AMD EPYC, 2 cores, AVX, 256 bits by XLA_FLAGS (it has AVX2, 256 bits)"),
         (ARM, "", "aarch64, 2 cores, NEON, 128 bits"),
         (ARM.replace("aes", "sve"), "", "aarch64, 2 cores, SVE"),
         (ARM, "--xla_cpu_max_isa=AVX2", "aarch64, 2 cores, NEON, 128 bits"),
-        ("", "", "aarch64, 2 cores, vector unit unknown"),
         ("\0\xff: :\nmodel name\t:\nflags", "", "aarch64, 2 cores, vector unit unknown"),
         (None, "", "aarch64, 2 cores, vector unit unknown"),
     ],
@@ -103,7 +98,7 @@ def test_a_processor_is_described(cpu, cpuinfo, xla_flags, described):
     assert shown.startswith(described) and (shown == described or "by XLA_FLAGS" in shown)
 
 
-def test_a_processor_is_described_where_the_system_tells_little(cpu, monkeypatch):
+def test_a_processor_is_described_if_the_system_tells_little(cpu, monkeypatch):
     assert cpu(None, cores=[5], machine="arm64") == "arm64, 1 core, NEON, 128 bits"
     assert cpu(None, machine="").startswith("unknown processor, 2 cores")
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)

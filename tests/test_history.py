@@ -317,8 +317,8 @@ def refused(folder):
         read_history(folder)
     message = str(caught.value)
     assert message.startswith(str(folder / "lens")) and len(message.splitlines()) == 1, message
-    (finding,) = (finding for finding in verify_run(folder) if finding.path == folder / "lens")
-    assert finding.holds is False
+    (result,) = (result for result in verify_run(folder) if result.path == folder / "lens")
+    assert result.passed is False
     return message
 
 

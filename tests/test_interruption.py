@@ -7,7 +7,7 @@ import pytest
 
 from flax_decoder.training.interruption import SIGNALS, Interruption
 
-# The main thread is at one line for many minutes, which Python does not leave to call a handler.
+# The main thread spends minutes in one C call, during which Python runs no signal handler.
 AT_ONE_LINE = """
 import hashlib
 from flax_decoder.training.interruption import Interruption
@@ -26,10 +26,10 @@ def handlers():
 def test_the_first_signal_is_noted_and_the_handlers_come_back(number, capsys):
     before = handlers()
     with Interruption() as interruption:
-        assert interruption.signal is None and not interruption.has_come()
+        assert interruption.signal is None and not interruption.requested()
         assert handlers() != before
         os.kill(os.getpid(), number)
-        assert interruption.signal is number and interruption.has_come()
+        assert interruption.signal is number and interruption.requested()
     assert handlers() == before
     assert number.name in capsys.readouterr().out
 
@@ -42,7 +42,7 @@ def test_the_second_one_leaves_at_once_whatever_is_under_way(first, second):
         process.stdout.readline()
         assert first.name in process.stdout.readline()
         process.send_signal(second)
-        # By the signal: where the line had come to its end first, it would have said so.
+        # Otherwise the script would have printed its last line.
         assert process.stdout.read() == ""
         assert process.wait() == 128 + second
 

@@ -14,7 +14,7 @@ TARGETS = np.array([[0, 6, 3], [2, 5, 1]], np.int32)
 
 
 def loop(logits_BTV, targets_BT):
-    """log Z and the loss, number by number in float64; sums start at the largest, as exp(800) is no float64."""
+    """log Z and the loss by loops in float64; relative to the largest logit, as exp(800) overflows."""
     log_z_BT, losses_BT = np.zeros((2, *targets_BT.shape))
     for b, t in np.ndindex(targets_BT.shape):
         logits = [float(logit) for logit in logits_BTV[b, t]]
@@ -80,40 +80,17 @@ def in_chunks(head, x_BTD, targets_BT, mask_BT, z_loss=0.25, *, chunk_tokens):
     return chunked_losses(make_logits, head, x_BTD, targets_BT, mask_BT, z_loss, chunk_tokens=chunk_tokens)
 
 
-def strays():
-    """How far two float32 programs may be apart in: both sums, the gradient of the head, and that of x.
-
-    They add the same numbers in other orders and shapes, as each processor has it. A number has gone through sums over
-    tokens, the width and the vocabulary and through a handful of functions; each of these roundings is of at most half
-    an eps of the sizes that were added. They go up and down as they come, so that K of them stray by some sqrt(K)
-    halves of an eps, and two programs by twice that. The sizes: the same sums in float64, of absolute values.
-    """
-    through_tanh_BTV = np.tanh(X.astype(np.float64) @ HEAD["head"])
-    logits_BTV = 2 * through_tanh_BTV
-    log_z_BT, _ = loop(logits_BTV, TARGETS)
-    shares_BTV = np.exp(logits_BTV - log_z_BT[..., None])
-    picked_BTV = np.eye(V)[TARGETS]
-    loss = (MASK * (np.abs(log_z_BT) + np.abs(logits_BTV * picked_BTV).sum(-1))).sum()
-    total = loss + (MASK * 0.25 * log_z_BT**2).sum()
-    slopes_BTV = shares_BTV * (1 + 2 * 0.25 * np.abs(log_z_BT[..., None])) + picked_BTV
-    slopes_BTV *= MASK[..., None] * 2 * (1 + through_tanh_BTV**2)
-    head_DV = np.einsum("BTD,BTV->DV", np.abs(X), slopes_BTV)
-    x_BTD = np.einsum("BTV,DV->BTD", slopes_BTV, np.abs(HEAD["head"]))
-    num_roundings = B * T + D + V + 8
-    return [num_roundings**0.5 * np.finfo(np.float32).eps * size for size in (total, loss, head_DV, x_BTD)]
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 5, 6, 100])  # of 6 tokens: also what does not divide them
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 5, 6, 100])  # of 6 tokens: also sizes that do not divide 6
 def test_chunks_change_neither_loss_nor_gradient(chunk_tokens):
     both = []
     for compute in (at_once, functools.partial(in_chunks, chunk_tokens=chunk_tokens)):
-        # Without a gradient it is another program.
+        # The program without gradients is another one.
         sums = jax.jit(compute)(HEAD, X, TARGETS, MASK)
         sums_too, gradients = jax.jit(jax.value_and_grad(compute, argnums=(0, 1), has_aux=True))(HEAD, X, TARGETS, MASK)
         both.append((sums, sums_too, gradients))
-    total, loss, head_DV, x_BTD = strays()
-    leaves = zip(*map(jax.tree.leaves, both), (total, loss, total, loss, head_DV, x_BTD), strict=True)
-    assert all((np.abs(ours - theirs) <= stray).all() for ours, theirs, stray in leaves)
+    for ours, expected in zip(*map(jax.tree.leaves, both), strict=True):
+        # A few dozen float32 roundings (6e-8), in another order on each processor.
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
     assert both[0][0][0] != both[0][0][1] and np.abs(both[0][2][0]["head"]).min() > 1e-4
 
 
@@ -131,7 +108,7 @@ def test_chunks_pass_on_what_follows_the_sum_and_only_that():
 
 
 def test_chunks_sum_the_gradient_of_a_bfloat16_head_in_float32():
-    """64 chunks of tokens that are alike: bfloat16 would stop growing where an addend is under its last digit."""
+    """64 chunks of equal tokens: a bfloat16 sum would stop growing when addends fall below its last digit."""
     chunks = 64
     x_BTD = jnp.tile(jnp.asarray(X[:1, :1]), (1, 4 * chunks, 1)).astype(jnp.bfloat16)
     targets_BT, mask_BT = np.full((1, 4 * chunks), 3), np.ones((1, 4 * chunks), np.float32)

@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import shutil
 
 import pytest
 
@@ -23,7 +22,7 @@ def step(tmp_path):
 
 
 def rewrite(folder, **changes):
-    """Writes a manifest that says something else, and holds by itself."""
+    """Writes a manifest with other contents and a valid hash."""
     manifest = json.loads((folder / MANIFEST).read_text()) | changes
     del manifest["manifest_sha256"]
     text = json.dumps(manifest, indent=1) + "\n"
@@ -61,15 +60,15 @@ def test_what_is_no_manifest_is_told(step, content):
 
 def test_a_manifest_of_another_time_or_step_is_told(step):
     rewrite(step, format=2)
-    with pytest.raises(BrokenError, match="is of format 2, and this version reads 1"):
+    with pytest.raises(BrokenError, match="has format 2, but this version reads 1"):
         verify(step)
     rewrite(step, format=1, step=8)
-    with pytest.raises(BrokenError, match="is that of step 8, and not of 7"):
+    with pytest.raises(BrokenError, match="belongs to step 8, not to 7"):
         verify(step)
 
 
 def test_nothing_outside_of_the_folder_is_looked_at(step, tmp_path):
-    """A name that leads out of the folder is no file of it, whatever is there."""
+    """A name that leads out of the folder is refused, whatever exists there."""
     (tmp_path / "outside").write_bytes(b"secret")
     facts = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
     for name in ("../outside", str(tmp_path / "outside"), "params/../../outside"):
@@ -85,15 +84,10 @@ def test_nothing_outside_of_the_folder_is_looked_at(step, tmp_path):
 def test_pipes_and_devices_are_not_waited_for(step):
     (step / MANIFEST).unlink()
     os.mkfifo(step / MANIFEST)
-    with pytest.raises(BrokenError, match="is not the file that a save writes"):
+    with pytest.raises(BrokenError, match="is not a file that a save writes"):
         read_manifest(step)
 
 
 def test_what_a_system_leaves_in_folders_harms_nothing(step):
     (step / ".DS_Store").write_bytes(b"x")
     verify(step)
-
-
-def test_a_copy_is_as_good(step, tmp_path):
-    shutil.copytree(step, tmp_path / "elsewhere" / "7")
-    assert verify(tmp_path / "elsewhere" / "7") == verify(step)

@@ -4,14 +4,21 @@ import sys
 import types
 from xml.etree import ElementTree
 
-import matplotlib.image
 import numpy as np
 import pytest
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import UserError
 from flax_decoder.training import metrics
-from flax_decoder.training.metrics import MetricsLog, advice, as_row, bits_per_byte, plot_losses, read_metrics
+from flax_decoder.training.metrics import (
+    MetricsLog,
+    advice,
+    bits_per_byte,
+    log_row,
+    plot_losses,
+    read_metrics,
+    require_reporters,
+)
 
 ROWS = [{"step": step, "train_loss": 3.0 / step, "seconds": 1.5 * step} for step in (2, 4, 6)]
 
@@ -21,16 +28,13 @@ def write_rows(path, rows, tail=""):
 
 
 def test_lines_go_to_disk_as_they_come(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []  # no file has no lines
     log = MetricsLog(RunConfig(), tmp_path, 0)
     assert log.seconds() == 0 and read_metrics(tmp_path / "metrics.jsonl") == []
     for number, row in enumerate(ROWS, 1):
         log.add(row)
         assert read_metrics(tmp_path / "metrics.jsonl") == ROWS[:number] == log.rows
     assert log.seconds() == 9.0
-
-
-def test_no_file_has_no_lines(tmp_path):
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize(
@@ -59,13 +63,10 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path, step, kept):
         (RunConfig(wandb="letters"), "wandb", "wandb"),
     ],
 )
-def test_a_reporter_that_is_not_installed_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, config, module, name):
+def test_a_reporter_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch, config, module, name):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    with pytest.raises(UserError) as refusal:
-        MetricsLog(config, tmp_path, 0)
-    assert f"run.{name}" in str(refusal.value)
-    assert f'pip install "flax-decoder[{name}]"' in str(refusal.value)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=rf'^run\.{name} needs: pip install "flax-decoder\[{name}\]"$'):
+        require_reporters(config)
 
 
 def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
@@ -115,24 +116,20 @@ def validation(*losses):
     return rows
 
 
-def test_advice_for_a_loss_that_still_falls():
-    text = advice(validation(3.0, 2.5, 2.2, 2.0, 1.9))
-    assert "falling" in text and "--training.num-steps 1000" in text
-
-
-def test_advice_for_a_loss_that_rises():
-    text = advice(validation(3.0, 2.0, 2.2, 2.4, 2.6))
-    assert "risen since step 200" in text and "overfitting" in text and "200 steps" in text
-
-
-@pytest.mark.parametrize("losses", [(3.0, 2.0, 1.999, 1.998, 1.997), (2.0, 2.0), (3.0, 2.0, 2.0, 2.0, 2.001)])
-def test_advice_for_a_loss_that_has_settled(losses):
-    assert "settled" in advice(validation(*losses))
-
-
-@pytest.mark.parametrize("losses", [(), (2.0,)])
-def test_advice_where_there_is_no_trend(losses):
-    assert "Only one evaluation" in advice(validation(*losses))
+@pytest.mark.parametrize(
+    ("losses", "parts"),
+    [
+        ((3.0, 2.5, 2.2, 2.0, 1.9), ["falling", "--training.num-steps 1000"]),
+        ((3.0, 2.0, 2.2, 2.4, 2.6), ["risen since step 200", "overfitting", "200 steps"]),
+        ((3.0, 2.0, 1.999, 1.998, 1.997), ["settled"]),
+        ((3.0, 2.0, 2.0, 2.0, 2.001), ["settled"]),
+        ((), ["Only one evaluation"]),
+        ((2.0,), ["Only one evaluation"]),
+    ],
+)
+def test_advice_follows_the_validation_loss(losses, parts):
+    text = advice(validation(*losses))
+    assert all(part in text for part in parts)
 
 
 def rows_to_draw(evaluated):
@@ -144,30 +141,16 @@ def rows_to_draw(evaluated):
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
-def test_the_curves_are_drawn(tmp_path, evaluated):
-    path = tmp_path / "loss.png"
-    plot_losses(rows_to_draw(evaluated), path)
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["loss.png"]
-    colours = np.round(matplotlib.image.imread(path)[..., :3] * 255).astype(int).reshape(-1, 3)
-
-    def count(colour):
-        return int((np.abs(colours - [int(colour[i : i + 2], 16) for i in (1, 3, 5)]) < 60).all(-1).sum())
-
-    assert count(metrics.TRAINING) > 300  # a line across the picture, not only its sample in the legend
-    assert (count(metrics.VALIDATION) > 600) == evaluated
-
-
-@pytest.mark.parametrize("evaluated", [True, False])
 def test_the_curves_as_svg_have_their_text_as_text(tmp_path, evaluated):
     rows = rows_to_draw(evaluated)
     write_rows(tmp_path / "metrics.jsonl", rows)
     plot_losses(tmp_path / "metrics.jsonl", str(tmp_path / "loss.svg"))
     root = ElementTree.parse(tmp_path / "loss.svg").getroot()
     words = {element.text for element in root.iter() if element.tag.endswith("text")}
-    assert {"step", "loss (nats a token)", "training, single batches"} <= words
+    assert {"step", "loss (nats per token)", "training, single batches"} <= words
     assert ({"validation", "1.000"} <= words) == evaluated
     before = (tmp_path / "loss.svg").read_bytes()
+    assert (metrics.TRAINING.encode() in before, metrics.VALIDATION.encode() in before) == (True, evaluated)
     plot_losses(rows, tmp_path / "loss.svg")
     assert (tmp_path / "loss.svg").read_bytes() == before  # the same from lines, and at any time
 
@@ -175,7 +158,7 @@ def test_the_curves_as_svg_have_their_text_as_text(tmp_path, evaluated):
 @pytest.mark.parametrize("rows", [[], [{"step": 1}], [{"step": 1, "train_loss": "unknown"}], "absent.jsonl"])
 def test_without_losses_nothing_is_drawn(tmp_path, monkeypatch, rows):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^(rows|absent\.jsonl): has no losses to draw"):
+    with pytest.raises(UserError, match=r"^(rows|absent\.jsonl): has no losses to plot"):
         plot_losses(rows, "loss.png")
     assert list(tmp_path.iterdir()) == []
 
@@ -192,7 +175,7 @@ def test_bits_per_byte_is_the_loss_in_another_unit():
 
 
 def test_numbers_of_a_device_become_those_of_python():
-    row = as_row(7, tokens=21, train_loss=np.float32(1.5))
+    row = log_row(step=7, tokens=21, train_loss=np.float32(1.5))
     assert row == {"step": 7, "tokens": 21, "train_loss": 1.5}
     assert [type(value) for value in row.values()] == [int, int, float]
     json.dumps(row)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import flax_decoder as fd
-from flax_decoder.training.moments import round_at_random, with_bfloat16_moments
+from flax_decoder.training.moments import round_stochastically, with_bfloat16_moments
 
 MODEL = {"vocab_size": 11, "context_length": 5, "num_layers": 1, "embed_dim": 8, "num_heads": 2}
 NUM_STEPS = 15
@@ -15,7 +15,7 @@ NUM_STEPS = 15
 
 @pytest.fixture(autouse=True)
 def optax_may_promote():
-    """Optax itself computes `float ** int32`, which strict promotion refuses."""
+    """Optax computes `float ** int32`, which strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -23,7 +23,7 @@ def optax_may_promote():
 def test_rounding_takes_a_neighbour_and_is_right_on_average():
     x = jnp.asarray(np.random.default_rng(0).normal(size=7) * np.geomspace(1e-20, 1e20, 7), jnp.float32)
     rngs = jax.random.split(jax.random.key(0), 20_000)
-    rounded = np.asarray(jax.jit(jax.vmap(round_at_random, (None, 0)))(x, rngs), np.float64)
+    rounded = np.asarray(jax.jit(jax.vmap(round_stochastically, (None, 0)))(x, rngs), np.float64)
     x = np.asarray(x, np.float64)
     gap = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)  # between bfloat16 numbers there: they have 8 bits
     assert (np.abs(rounded - x) < gap).all()
@@ -34,11 +34,11 @@ def test_rounding_takes_a_neighbour_and_is_right_on_average():
 
 def test_rounding_keeps_what_bfloat16_has():
     kept = [0.0, -0.0, 1.0, -3.5, 2.0**-126, np.inf, -np.inf, np.nan]
-    # As a GPU writes a NaN: adding anything to its bits would carry into the sign, and make it a zero.
+    # The NaN of a GPU: adding anything to its bits would carry into the sign and make it zero.
     full_nan = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
     x = jnp.concatenate([jnp.asarray(kept, jnp.float32), jnp.asarray(full_nan)])
     for seed in range(5):
-        rounded = jax.jit(round_at_random)(x, jax.random.key(seed))
+        rounded = jax.jit(round_stochastically)(x, jax.random.key(seed))
         assert rounded.dtype == jnp.bfloat16
         np.testing.assert_array_equal(rounded.astype(jnp.float32), x)
 
@@ -65,7 +65,7 @@ def second_moment(round_to_bfloat16, num_steps, beta2):
 
 
 def test_the_second_moment_fades_as_it_should():
-    """The reason for all this: rounded to the nearest, it stays where it is for ever."""
+    """The reason for stochastic rounding: rounded to the nearest, the moment never decays."""
     exact = 0.001 * 0.999**999
     assert second_moment("no", 1000, 0.999) == pytest.approx(exact, rel=1e-3)
     # 500 walks of 1000 random steps, each of at most 2**-8 of the value: the mean strays by about a hundredth.
@@ -105,7 +105,7 @@ NAMES = pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_take_half_the_memory_and_nothing_else_is_rounded(name):
     sizes = {"float32": {}, "bfloat16": {}}
     for moments_dtype, by_dtype in sizes.items():
-        # After a step too, whose dtypes and shapes JAX knows without taking it.
+        # Also after a step, evaluated abstractly.
         start = jax.eval_shape(functools.partial(new_state, name, moments_dtype))
         state, _ = jax.eval_shape(fd.train_step, start, BATCH)
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
@@ -121,22 +121,14 @@ def test_moments_take_half_the_memory_and_nothing_else_is_rounded(name):
 @NAMES
 def test_training_goes_as_with_float32_moments(name):
     exact, rounded = (trained(name, moments_dtype)[0] for moments_dtype in ("float32", "bfloat16"))
-    # The first update is the same: it is made before anything is rounded.
+    # The first update is the same: it precedes the first rounding.
     assert rounded[:2] == pytest.approx(exact[:2], rel=1e-6) and rounded != pytest.approx(exact, rel=1e-6)
     assert rounded == pytest.approx(exact, rel=0.02)
     assert exact[-1] < 0.9 * exact[0]
 
 
-def test_equal_states_take_equal_steps():
-    """Copies of a state on several devices, or before and after a crash, must not drift apart."""
-    states = [make_state("adamw", "bfloat16")] * 2
-    for _ in range(3):
-        states = [take_step(state, BATCH)[0] for state in states]
-    jax.tree.map(np.testing.assert_array_equal, states[0].opt_state, states[1].opt_state)
-
-
-def test_each_moment_is_rounded_by_numbers_of_its_own():
-    """Shared ones would make parameters that have the same gradients stray together, not cancel out."""
+def test_each_moment_is_rounded_with_different_random_numbers():
+    """With shared random numbers, errors of parameters with equal gradients would not cancel out."""
     optimizer = with_bfloat16_moments(optax.scale_by_adam())
     gradients = {"a": jnp.full(100, 0.3), "b": jnp.full(100, 0.3)}
     first = optimizer.update(gradients, optimizer.init(gradients))[1]

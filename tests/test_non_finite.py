@@ -11,7 +11,7 @@ from flax_decoder.errors import FaultError
 from flax_decoder.parallel.mesh import mesh_of
 from flax_decoder.training.loop import train
 from flax_decoder.training.metrics import read_metrics
-from flax_decoder.training.non_finite import check_finite, explain, first_bad, skip_batch
+from flax_decoder.training.non_finite import check_finite, explain, first_non_finite, skip_batch
 
 RULES = {
     "model.vocab_size": 40,
@@ -34,7 +34,7 @@ def make_state(mesh=None, **changes):
 
 
 def with_number(tree, name, number):
-    """The tree with a number in the last place of a leaf."""
+    """The tree with the last element of one leaf replaced."""
 
     def change(path, leaf):
         words = [str(getattr(part, "name", getattr(part, "key", ""))) for part in path]
@@ -47,27 +47,27 @@ def with_number(tree, name, number):
 
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_the_first_bad_tensor_is_named(bad, spread):
+def test_the_first_non_finite_tensor_is_named(bad, spread):
     state, _ = make_state(mesh_of(jax.devices(), fsdp=4, tensor=2) if spread else None)
-    assert first_bad(state) is None
+    assert first_non_finite(state) is None
     name = "layers.attention.key.kernel"
     params = with_number(with_number(state.params, name, bad), "positions", bad)
-    assert first_bad(state.replace(params=params)) == f"the parameter {name}"
+    assert first_non_finite(state.replace(params=params)) == f"the parameter {name}"
     optimizer = with_number(state.opt_state, f"nu.{name}", bad)
-    assert first_bad(state.replace(opt_state=optimizer)) == f"the optimizer's nu.{name}"
+    assert first_non_finite(state.replace(opt_state=optimizer)) == f"the optimizer's nu.{name}"
     with pytest.raises(FaultError, match=r"the optimizer's nu\.layers.*not finite after step 0.*not saved"):
         check_finite(state.replace(opt_state=optimizer))
 
 
 def test_a_state_that_knows_no_loss_yet_is_not_bad():
-    assert first_bad(make_state(training__skip_spikes=2.0)[0]) is None
+    assert first_non_finite(make_state(training__skip_spikes=2.0)[0]) is None
 
 
 def test_large_numbers_are_not_bad():
     """Their sum is infinite."""
     state, _ = make_state()
     large = state.replace(params=jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), state.params))
-    assert first_bad(large) is None
+    assert first_non_finite(large) is None
     check_finite(large)
 
 
@@ -79,7 +79,7 @@ def make_batch():
 def test_a_fault_that_does_not_come_again_is_told_as_such():
     state, _ = make_state()
     state = state.replace(step=state.step + 1)
-    assert "computed again they are" in explain(state, make_batch())
+    assert "but are when computed again" in explain(state, make_batch())
 
 
 @pytest.mark.parametrize(("nan", "skipped", "stops"), [("stop", 1, True), ("skip", 3, False), ("skip", 4, True)])
@@ -92,16 +92,16 @@ def test_when_a_run_stops(nan, skipped, stops):
         with pytest.raises(FaultError, match=r"^step 7: the loss is nan") as error:
             skip_batch(training, state, batch, metrics, skipped)
         assert ("--training.nan skip" in str(error.value)) == (nan == "stop")
-        assert ("4 batches were passed over, more than training.skip_limit = 3" in str(error.value)) == (nan == "skip")
+        assert ("4 batches were skipped, more than training.skip_limit = 3" in str(error.value)) == (nan == "skip")
     else:
         told = skip_batch(training, state, batch, metrics, skipped)
-        assert told == "step 7: the loss is nan: its batch is passed over (3 so far, at most 3)"
-    # A spike is no fault, but counts.
+        assert told == "step 7: the loss is nan: its batch is skipped (3 so far, at most 3)"
+    # A spike is not a fault, but counts toward the limit.
     spike = {"loss": np.float32(93), "gradient_norm": np.float32(1)}
     assert skip_batch(training, state, batch, spike, 3).startswith("step 7: the loss of 93 is a spike")
-    with pytest.raises(FaultError, match="4 batches were passed over"):
+    with pytest.raises(FaultError, match="4 batches were skipped"):
         skip_batch(training, state, batch, spike, 4)
-    # No step leads out of a bad state, whatever is allowed.
+    # A non-finite state is a fault, whatever is allowed.
     broken = state.replace(params=with_number(state.params, "embedding", np.nan))
     with pytest.raises(FaultError, match="the parameter embedding is not finite after step 7"):
         skip_batch(training, broken, batch, metrics, 1)
@@ -121,7 +121,7 @@ def rows_of(folder):
 
 @pytest.mark.full
 def test_spikes_are_the_same_ones_in_a_run_that_was_continued(tmp_path, capsys):
-    """Factors so near to 1 that ordinary batches are spikes: which ones, the usual loss says, to its last bit."""
+    """The factor is so close to 1 that ordinary batches are spikes, depending on the last bits of the running mean."""
     settings = {"training__skip_spikes": 1.0005, "training__num_steps": 20, "optimizer__learning_rate": 1e-7}
     settings |= {"optimizer__warmup_steps": 0, "optimizer__schedule": "linear"}
     assert run(tmp_path / "whole", **settings) == 0
@@ -129,10 +129,10 @@ def test_spikes_are_the_same_ones_in_a_run_that_was_continued(tmp_path, capsys):
     steps = [int(step) for step in re.findall(r"step (\d+): the loss of \S+ is a spike", capsys.readouterr().out)]
     assert rows[-1]["skipped_steps"] == len(steps) > 1 and steps[-1] > 6
     assert [row["step"] for row in rows if row["train_loss"] == "unknown"] == steps
-    # The schedule counts updates: after as many, the rate is the same, however many steps were passed over.
+    # The schedule counts applied updates, not steps.
     rates = [row["learning_rate"] for row in rows]
     assert all((rates[step - 1] == rates[step - 2]) == (step in steps) for step in range(2, 21))
-    with pytest.raises(FaultError, match=r"passed over, more than training.skip_limit = 1"):
+    with pytest.raises(FaultError, match=r"skipped, more than training.skip_limit = 1"):
         run(tmp_path / "cut", **settings, training__skip_limit=1)
     assert run(tmp_path / "cut", **settings) == 0
     assert "continuing" in capsys.readouterr().out

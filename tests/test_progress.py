@@ -16,9 +16,9 @@ def shown(monkeypatch, terminal, *rows):
     monkeypatch.setattr(
         progress, "Console", lambda **settings: Console(file=output, force_terminal=terminal, width=100, **settings)
     )
-    with Progress(num_steps=400, step=0, tokens_per_step=10) as shower:
+    with Progress(num_steps=400, step=0, tokens_per_step=10) as shown_progress:
         for one in rows:
-            shower.show(one)
+            shown_progress.update(one)
     return output.getvalue()
 
 

@@ -41,7 +41,7 @@ def measure_speed(config: Config) -> dict[str, float | str]:
     state = init_state(Decoder(model), config, rng=jax.random.key(training.seed), mesh=mesh)
     num_tokens = training.batch_size * (model.context_length + 1)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, num_tokens, np.int32)
-    batch = place_batch(tokens, config, mesh, 0)
+    batch = place_batch(tokens, training, model.context_length, mesh, 0)
 
     with use_mesh(mesh):
         start = time.perf_counter()

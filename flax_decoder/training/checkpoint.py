@@ -1,8 +1,8 @@
-"""Save and restore: in the background, whole or not at all, the newest few and the best one kept.
+"""Checkpoints: saved atomically in the background; the newest few and the best one are kept.
 
-Orbax writes the arrays into a folder beside. When they are there, the manifest of all files follows, all is flushed to
-disk, and only then the folder gets the name of its step. What has such a name is a checkpoint; whether it still is
-what was saved, the manifest tells.
+Orbax writes the arrays into a temporary folder. The manifest of all files is added, everything is flushed to disk, and
+only then is the folder renamed to the number of its step. A folder with such a name is a checkpoint; its manifest shows
+whether its files are still those that were saved.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import jax
@@ -30,73 +29,65 @@ from flax_decoder.training.manifest import Manifest, read_manifest, verify, writ
 from flax_decoder.training.step import TrainState
 
 PARAMS, OPTIMIZER = "params", "optimizer"
-# Folders on their way in and out: no name of a step, so never taken for one.
+# Prefixes of folders that are being written or deleted: not the name of a step, so never taken for a checkpoint.
 _NEW, _OLD = ".new-", ".old-"
-# What a manifest says of a run of which nothing is known.
+# Manifest entries of a run about which nothing is known.
 NO_FACTS: Mapping[str, Any] = {"seed": None, "config": None, "inputs": {}}
 _PACKAGES = ("flax-decoder", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, each named by the number of steps that were done.
+    """Writes the checkpoints of a run, each named by its number of completed steps.
 
-    Parameters and optimizer state are separate items, so that generation reads the parameters alone.
+    Parameters and optimizer state are separate items, so that generation reads only the parameters.
     """
 
     def __init__(self, folder: Path, keep_newest: int, facts: Mapping[str, Any] = NO_FACTS):
-        """Opens the checkpoints of a run; the newest few are kept, and the one with the lowest validation loss.
+        """Keeps the newest `keep_newest` checkpoints of a run folder, and the one with the lowest validation loss.
 
-        Args:
-            folder: of the run.
-            keep_newest: how many.
-            facts: what each manifest is to say of the run, in JSON.
+        `facts` about the run, JSON values, become part of each manifest.
         """
-        self._folder = steps_folder(folder).absolute()
+        self._folder = folder.absolute()
         self._keep_newest = keep_newest
         self._facts = facts
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(PARAMS, OPTIMIZER))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._unfinished: Future[None] | None = None
-        # Orbax asks for these numbers at every save, to report them. Each time tensorstore (0.1.86) loses some lists,
-        # which made a process grow by 53 KB a save.
+        # Orbax collects these metrics at every save, and tensorstore (0.1.86) leaks 53 KB each time.
         self._collect = tensorstore.experimental_collect_matching_metrics
-        tensorstore.experimental_collect_matching_metrics = _no_metrics
+        tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
     def save(self, state: TrainState, val_loss: float | None) -> None:
-        """Copies the state and writes it in the background; without a loss it cannot become the best one.
+        """Copies the state and writes it in the background; without `val_loss` it cannot become the best checkpoint.
 
         Raises:
-            FaultError: this save, or the one before it, could not be written.
+            FaultError: this save or the previous one failed.
         """
         self.wait()
         step = int(state.step)
         arrays = {PARAMS: state.params, OPTIMIZER: state.opt_state}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         facts = {"step": step, "val_loss": val_loss, **self._facts, **_describe(arrays)}
-        new = self._folder / f"{_NEW}{step}"
-        with as_fault_error(self._folder):
+        new = steps_folder(self._folder) / f"{_NEW}{step}"
+        with as_fault_error(new.parent):
             if is_first():
-                self._folder.mkdir(exist_ok=True)
+                new.parent.mkdir(exist_ok=True)
             self._writer.save(new, args=ocp.args.Composite(**items))
         self._unfinished = self._thread.submit(self._finish, new, facts)
 
     def check(self) -> None:
-        """Raises FaultError if a save in the background has failed; does not wait for one."""
+        """Raises FaultError if a background save has failed; does not wait for one that is running."""
         if self._unfinished is not None and self._unfinished.done():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when all saves are committed. Raises FaultError if one has failed."""
+        """Waits until all saves are committed. Raises FaultError if one has failed."""
         unfinished, self._unfinished = self._unfinished, None
         if unfinished is not None:
             unfinished.result()
 
     def close(self) -> None:
-        """Waits until all is written, and lets go of the threads that write.
-
-        Raises:
-            FaultError: the last save could not be written.
-        """
+        """Waits for the last save and stops the writing threads. Raises FaultError if it has failed."""
         try:
             self.wait()
         finally:
@@ -107,29 +98,27 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # An error on its way out is the one to be told, even where the last save has failed as well.
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        # An error that is already being raised matters more than a failed last save.
         with contextlib.nullcontext() if error is None else contextlib.suppress(FaultError):
             self.close()
 
     def _finish(self, new: Path, facts: Mapping[str, Any]) -> None:
-        """Makes a checkpoint of what is written; runs in a thread of its own."""
-        with as_fault_error(self._folder):
+        """Commits a save when its arrays are written; runs in the background thread."""
+        with as_fault_error(new.parent):
             try:
                 self._writer.wait_until_finished()
                 if is_first():
                     commit(new, facts)
                     prune(self._folder, self._keep_newest)
             except BaseException:
-                for left in self._folder.glob(f"{new.name}*"):  # a full disk is the less full
-                    shutil.rmtree(left, ignore_errors=True)
+                for leftover in new.parent.glob(f"{new.name}*"):  # the disk may be full
+                    shutil.rmtree(leftover, ignore_errors=True)
                 raise
 
 
 def commit(new: Path, facts: Mapping[str, Any]) -> None:
-    """Gives a folder with the arrays of a step its manifest and then the name of the step."""
+    """Adds the manifest to a folder with the arrays of a step, and renames the folder to the step."""
     write_manifest(new, facts)
     final = new.with_name(str(facts["step"]))
     quarantine(final)
@@ -138,24 +127,19 @@ def commit(new: Path, facts: Mapping[str, Any]) -> None:
 
 
 def prune(folder: Path, keep_newest: int) -> None:
-    """Deletes all checkpoints but the newest and the best one: renamed first, so that no half of one has its name."""
+    """Deletes all checkpoints but the newest and the best; renamed first, so that a step's folder is never partial."""
     losses = _losses(folder)
     newest = sorted(losses)[-keep_newest:]
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
     best = min(evaluated, key=lambda step: evaluated[step], default=newest[-1])
-    for step in losses:
-        if step not in (*newest, best):
-            old = folder / f"{_OLD}{step}"
-            os.rename(folder / str(step), old)
-            shutil.rmtree(old)
+    for step in sorted(losses.keys() - {*newest, best}):
+        old = steps_folder(folder) / f"{_OLD}{step}"
+        os.rename(old.with_name(str(step)), old)
+        shutil.rmtree(old)
 
 
 def save_params(folder: Path, step: int, params: Any, facts: Mapping[str, Any] = NO_FACTS) -> None:
-    """Writes a checkpoint of parameters alone: a run folder with it can do all but go on training.
-
-    Raises:
-        FaultError: it cannot be written.
-    """
+    """Writes a checkpoint without optimizer state: enough for everything but resuming. Raises FaultError."""
     new = steps_folder(folder).absolute() / f"{_NEW}{step}"
     handler = ocp.StandardCheckpointHandler(save_concurrent_gb=_limit_gb(params))
     with as_fault_error(new.parent):
@@ -165,17 +149,24 @@ def save_params(folder: Path, step: int, params: Any, facts: Mapping[str, Any] =
 
 
 def steps_folder(folder: Path) -> Path:
-    """Where the checkpoints of a run folder lie, one folder a step."""
+    """The folder of a run's checkpoints, one folder per step."""
     return folder / "checkpoints"
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a run folder, oldest first; not all of them need hold."""
-    return _steps_in(steps_folder(folder))
+    """The steps of the checkpoints in a run folder, oldest first; they are not verified.
+
+    Other names, such as 007, are ignored, and so are links, whose targets may be anywhere.
+    """
+    try:
+        names = [entry.name for entry in os.scandir(steps_folder(folder)) if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def newest_manifest(folder: Path) -> Manifest | None:
-    """The newest manifest in a run folder that can be read; the files of that checkpoint are not looked at."""
+    """The newest readable manifest in a run folder; the other files of that checkpoint are not verified."""
     for step in reversed(saved_steps(folder)):
         with contextlib.suppress(BrokenError):
             return read_manifest(steps_folder(folder) / str(step))
@@ -183,43 +174,39 @@ def newest_manifest(folder: Path) -> Manifest | None:
 
 
 def remove_unfinished(folder: Path, step: int) -> None:
-    """Prepares a run folder for going on from a step, as the one who has the folder.
+    """Prepares a run folder for continuing from a step; the caller holds its lock.
 
-    What killed saves have left is deleted. What has the name of a later step did not hold, else it would have been the
-    one to go on from: it is set aside, as it may still be worth something to its owner.
+    Leftovers of killed saves are deleted. Later checkpoints were found to be damaged, or the run would continue from
+    them: they are renamed, not deleted, in case their owner can still use them.
     """
     with as_fault_error(steps_folder(folder)):
-        for left in [*steps_folder(folder).glob(f"{_NEW}*"), *steps_folder(folder).glob(f"{_OLD}*")]:
-            shutil.rmtree(left)
-        for left in folder.glob(".*.tmp"):  # of files that were being replaced
-            left.unlink()
+        for leftover in [*steps_folder(folder).glob(f"{_NEW}*"), *steps_folder(folder).glob(f"{_OLD}*")]:
+            shutil.rmtree(leftover)
+        for leftover in folder.glob(".*.tmp"):  # of files that were being replaced
+            leftover.unlink()
         for later in steps_folder(folder).glob("[0-9]*"):
             if later.name.isdecimal() and int(later.name) > step:
                 quarantine(later)
 
 
 def quarantine(path: Path) -> None:
-    """Renames what stands where a checkpoint is to be."""
+    """Renames whatever has the name of a checkpoint but is not a valid one."""
     if not os.path.lexists(path):
         return
     names = (f"{path.name}.broken{count}" for count in ("", *range(2, 1_000_000)))
     aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     os.rename(path, aside)
-    print(f"{path}: is no checkpoint that holds; it is now {aside.name}")
+    print(f"{path}: not a valid checkpoint; renamed to {aside.name}")
 
 
 def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
-    """The step of a checkpoint that holds: the newest, that of the lowest validation loss, or the one asked for.
+    """The step of a verified checkpoint: the newest, the one with the lowest validation loss, or the given one.
 
-    Where the newest or the best is broken, the next one takes its place, and a warning says so.
-
-    Args:
-        folder: of the run.
-        wanted: which.
+    If the newest or the best is damaged, the next one is used, with a warning.
 
     Raises:
         UserError: there is no such checkpoint.
-        BrokenError: the one asked for, or every one, is broken.
+        BrokenError: the given one, or all of them, are damaged.
     """
     steps = saved_steps(folder)
     if not steps:
@@ -230,47 +217,52 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
         verify(steps_folder(folder) / str(wanted))
         return wanted
     if wanted == "best":
-        losses = _losses(steps_folder(folder))
-        # Those whose manifest cannot be read stand first, as the last ones to be tried; then those without a loss.
-        ranks = {step: -loss if (loss := losses[step]) is not None else -np.inf for step in losses}
-        steps.sort(key=lambda step: (step in losses, ranks.get(step, -np.inf), step))
+        losses = _losses(folder)
+
+        def rank(step: int) -> tuple[bool, float, int]:
+            """Readable manifests above unreadable ones, then by loss, then the newest."""
+            loss = losses.get(step)
+            return step in losses, -np.inf if loss is None else -loss, step
+
+        steps.sort(key=rank)
     for step in reversed(steps):
         try:
             verify(steps_folder(folder) / str(step))
             return step
         except BrokenError as error:
-            if os.path.lexists(steps_folder(folder) / str(step)):  # else a run has just deleted it, as it does
+            if os.path.lexists(steps_folder(folder) / str(step)):  # else a running training has just pruned it
                 print(f"warning: {error}; trying another checkpoint", file=sys.stderr)
     if saved_steps(folder) != sorted(steps):
         return choose_step(folder, wanted)
     raise BrokenError(
-        f"{folder}: none of its checkpoints holds ({', '.join(map(str, sorted(steps)))}); "
-        "put them back from a copy, or start another run with --run.folder"
+        f"{folder}: all its checkpoints are damaged ({', '.join(map(str, sorted(steps)))}); "
+        "restore one from a copy, or start another run with --run.folder"
     )
 
 
 def restore_state(folder: Path, step: int, state: TrainState) -> TrainState:
-    """The state at a checkpoint that `choose_step` has chosen, in the places of the given state.
+    """The state of a checkpoint chosen by `choose_step`, with the shardings of the given state.
 
     Raises:
         FaultError: the checkpoint cannot be read, or its arrays have other names, shapes or dtypes.
     """
-    params = restore_params(folder, step, state.params)
-    opt_state = _restore(folder, step, OPTIMIZER, state.opt_state)
-    step_there = jax.device_put(np.int32(step), jnp.asarray(state.step).sharding)
-    return state.replace(step=step_there, params=params, opt_state=opt_state)
+    return state.replace(
+        step=jax.device_put(np.int32(step), jnp.asarray(state.step).sharding),
+        params=restore_params(folder, step, state.params),
+        opt_state=_restore(folder, step, OPTIMIZER, state.opt_state),
+    )
 
 
 def restore_params(folder: Path, step: int, params: Any) -> Any:
-    """The parameters alone, in the places of the given ones (or of abstract ones); see `restore_state`."""
+    """The parameters of a checkpoint, as in `restore_state`; `params` may be abstract."""
     return _restore(folder, step, PARAMS, params)
 
 
 def require_space(folder: Path, state: TrainState, keep_newest: int, num_saves: int) -> None:
-    """Raises FaultError where a disk has no room for the checkpoints to come, of which there will be `num_saves`."""
-    there = len(saved_steps(folder))
-    # The newest, the best, and one that is being written while all of these are still there.
-    more = min(keep_newest + 2, there + num_saves) - there
+    """Raises FaultError if the disk cannot hold the checkpoints of the next `num_saves` saves."""
+    num_saved = len(saved_steps(folder))
+    # The newest, the best, and the one being written before others are pruned.
+    more = min(keep_newest + 2, num_saved + num_saves) - num_saved
     leaves = jax.tree.leaves((state.params, state.opt_state))
     num_bytes = max(more, 0) * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     free = shutil.disk_usage(folder).free
@@ -283,30 +275,30 @@ def require_space(folder: Path, state: TrainState, keep_newest: int, num_saves: 
 
 def _restore(folder: Path, step: int, part: str, like: Any) -> Any:
     path = steps_folder(folder) / str(step)
-    here = SingleDeviceSharding(jax.local_devices()[0])
+    default = SingleDeviceSharding(jax.local_devices()[0])
 
     def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        # Without a place for each array Orbax puts it where it was saved, on devices that may not be there.
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+        # Without a sharding Orbax restores an array to the devices it was saved on, which may not exist here.
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
 
-    _refuse_other_arrays(read_manifest(path), path, part, like)
+    _require_same_arrays(read_manifest(path), path, part, like)
     abstract = jax.tree.map(target, like)
     reader = ocp.StandardCheckpointer(restore_concurrent_gb=_limit_gb(abstract))
     with as_fault_error(path / part, "cannot be restored"), reader:
         return reader.restore((path / part).absolute(), abstract)
 
 
-def _refuse_other_arrays(manifest: Manifest, path: Path, part: str, like: Any) -> None:
-    """Orbax would cast another dtype without a word."""
-    saved, asked = manifest["arrays"].get(part, {}), _describe({part: like})["arrays"][part]
-    for name in [*saved, *asked]:
-        here, wanted = (" ".join(map(str, of.get(name, ["nothing"]))) for of in (saved, asked))
-        if here != wanted:
-            raise FaultError(f"{path / part}: cannot be restored: {name} is saved as {here}, asked as {wanted}")
+def _require_same_arrays(manifest: Manifest, path: Path, part: str, like: Any) -> None:
+    """Raises FaultError if names, dtypes or shapes differ: Orbax would silently cast to another dtype."""
+    saved, expected = manifest["arrays"].get(part, {}), _describe({part: like})["arrays"][part]
+    for name in [*saved, *expected]:
+        found, wanted = (" ".join(map(str, arrays.get(name, ["nothing"]))) for arrays in (saved, expected))
+        if found != wanted:
+            raise FaultError(f"{path / part}: cannot be restored: {name} is saved as {found}, but expected as {wanted}")
 
 
 def _describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of trees of arrays and of who wrote them."""
+    """The manifest entries about trees of arrays and the versions of the packages that write them."""
     described = {
         name: {
             jax.tree_util.keystr(path, simple=True, separator="."): [str(leaf.dtype), list(leaf.shape)]
@@ -317,31 +309,18 @@ def _describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {"arrays": described, "versions": {package: version(package) for package in _PACKAGES}}
 
 
-def _steps_in(folder: Path) -> list[int]:
-    """Folders named as a step is: not 007, which none is, and no links, whose target may be anywhere."""
-    try:
-        names = [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
-        return []
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-
-
 def _losses(folder: Path) -> dict[int, float | None]:
-    """Validation loss of each step in a folder whose manifest can be read; None where it was not evaluated."""
+    """Validation loss of each checkpoint with a readable manifest; None if it was not evaluated."""
     losses = {}
-    for step in _steps_in(folder):
+    for step in saved_steps(folder):
         with contextlib.suppress(BrokenError):
-            losses[step] = read_manifest(folder / str(step))["val_loss"]
+            losses[step] = read_manifest(steps_folder(folder) / str(step))["val_loss"]
     return losses
-
-
-def _no_metrics(*prefix: Any, **options: Any) -> list[Any]:
-    return []
 
 
 @contextlib.contextmanager
 def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterator[None]:
-    """Turns what goes wrong with files, in Python or below Orbax, into a fault with one line."""
+    """Turns errors of Python, Orbax and tensorstore into a FaultError of one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -352,11 +331,10 @@ def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterat
 
 
 def _limit_gb(tree: Any) -> float:
-    """How much of a tree Orbax may have in its hands at one time, in 10^9 bytes.
+    """Memory that Orbax may use at one time, in 10^9 bytes; without a limit it holds the whole tree a second time.
 
-    Without a limit it works on all arrays at once, and the model is in memory twice. It refuses an array that is as
-    large as the limit, which is therefore a little more than the largest. For each device that reads its part of an
-    array Orbax counts the whole; where they cannot do so together, each unpacks the whole for itself.
+    Orbax refuses an array as large as the limit, hence slightly more than the largest one. It counts a whole array for
+    each device that reads its part; where they cannot share one copy, each decompresses the whole.
     """
     largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)), default=1)
     return 1.01 * largest * jax.local_device_count() / 1e9

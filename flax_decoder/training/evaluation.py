@@ -12,8 +12,8 @@ from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.metrics import bits_per_byte
 from flax_decoder.training.step import Batch, Metrics, loss_sum
 
-# exp of more than this is no float64.
-LARGEST_EXPONENT = 709.0
+# The exponential of a larger number overflows float64.
+MAX_EXPONENT = 709.0
 
 
 def evaluate(
@@ -26,30 +26,30 @@ def evaluate(
     limit: int = 0,
     loss_chunk_tokens: int | None = None,
 ) -> dict[str, float]:
-    """The loss on a text, read in windows of the context length, or of the text if it is shorter, without overlap.
+    """The loss on a text, in consecutive windows of the context length (or of the text, if that is shorter).
 
     Args:
         model: the network.
         params: its parameters.
         tokens: the text, one-dimensional; each token but the first is predicted once.
         num_bytes: size of the text in UTF-8.
-        batch_size: windows at once.
-        limit: read only this many batches, evenly spaced; 0 reads all.
-        loss_chunk_tokens: as in the config's section training.
+        batch_size: windows per batch.
+        limit: number of batches to evaluate, evenly spaced over the text; 0 evaluates all.
+        loss_chunk_tokens: see `TrainingConfig`.
 
     Returns:
-        "loss" in nats a token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" that were predicted.
+        "loss" in nats per token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" predicted.
     """
     context_length = min(model.config.context_length, len(tokens) - 1)
     batches = validation_batches(tokens, batch_size=batch_size, context_length=context_length, limit=limit)
-    # Each is waited for: devices that one CPU simulates block each other where many programs are under way.
+    # One at a time: many programs in flight can deadlock the devices that one CPU simulates.
     sums = [jax.device_get(_loss_sums(model, params, batch, loss_chunk_tokens)) for batch in batches]
-    # Summed on the host in float64: float32 would lose digits over a long text.
+    # In float64 on the host: float32 would lose digits over a long text.
     total, num_tokens = (math.fsum(float(part[name]) for part in sums) for name in ("loss", "num_tokens"))
     loss = total / num_tokens
     return {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < LARGEST_EXPONENT else math.inf,
+        "perplexity": math.exp(loss) if loss < MAX_EXPONENT else math.inf,
         "bits_per_byte": bits_per_byte(loss, len(tokens), num_bytes),
         "num_tokens": int(num_tokens),
     }

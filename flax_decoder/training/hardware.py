@@ -1,8 +1,4 @@
-"""What the hardware can do.
-
-Of chips, their makers' data sheets: the one table that plans and measurements are held against. Of the processor, what
-the system says: numbers from two CPUs can be compared only where it is known which ones made them.
-"""
+"""What the hardware can do: peaks of accelerators from their data sheets, and a description of this machine's CPU."""
 
 import dataclasses
 import os
@@ -13,15 +9,15 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them.
+    """One JAX device.
 
     Attributes:
-        name: how its `device_kind` begins.
+        name: prefix of its `device_kind`.
         peak_flops: dense bfloat16 matrix products, FLOP/s.
-        memory_bytes: its own memory; makers count in powers of ten or two, the smaller reading is taken.
-        memory_bandwidth: bytes/s between that memory and the cores.
-        interconnect_bandwidth: bytes/s it can send to its neighbours, over all its links (ICI, NVLink, else PCIe);
-            half of what data sheets give, who add up both directions.
+        memory_bytes: data sheets mean powers of ten or of two; the smaller reading is used.
+        memory_bandwidth: bytes/s between memory and cores.
+        interconnect_bandwidth: bytes/s in one direction over all links (ICI, NVLink, else PCIe); data sheets usually
+            give the sum of both directions.
     """
 
     name: str
@@ -31,13 +27,13 @@ class Chip:
     interconnect_bandwidth: float
 
 
-# TPUs: Google Cloud, "TPU v4", "v5e", "v5p", "v6e", "TPU7x" (whose chips are two devices each). GPUs: NVIDIA's data
-# sheets, without sparsity.
+# TPUs: Google Cloud, "TPU v4", "v5e", "v5p", "v6e", "TPU7x" (two devices per chip). GPUs: NVIDIA's data sheets,
+# without sparsity.
 CHIPS = (
     Chip("TPU v4", 275e12, 32e9, 1.2e12, 150e9),
     Chip("TPU v5 lite", 197e12, 16e9, 0.8e12, 200e9),
     Chip("TPU v5e", 197e12, 16e9, 0.8e12, 200e9),
-    Chip("TPU v5", 459e12, 95e9, 2.765e12, 600e9),  # v5p; the runtime says either name
+    Chip("TPU v5", 459e12, 95e9, 2.765e12, 600e9),  # v5p; the runtime uses either name
     Chip("TPU v6 lite", 918e12, 32e9, 1.6e12, 400e9),
     Chip("TPU v6e", 918e12, 32e9, 1.6e12, 400e9),
     Chip("TPU7x", 1153.5e12, 96e9, 3.69e12, 300e9),
@@ -55,52 +51,51 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that a device calls itself by, the longest name that fits; None, rather than a guess, for any other."""
-    if " MIG " in device_kind:  # a slice of a GPU, with an unknown part of what it can do
+    """The chip with the longest name that `device_kind` begins with; None for an unknown device."""
+    if " MIG " in device_kind:  # a slice of a GPU, with an unknown part of its peak
         return None
     known = [chip for chip in CHIPS if device_kind.startswith(chip.name)]
     return max(known, key=lambda chip: len(chip.name), default=None)
 
 
-CPUINFO = Path("/proc/cpuinfo")  # Linux has it
+CPUINFO = Path("/proc/cpuinfo")  # Linux only
 
-# Vector units, the widest first: what XLA_FLAGS call them, the flag that the system shows, and what people call them.
+# Vector units, widest first: name in XLA_FLAGS, flag in /proc/cpuinfo, description.
 VECTOR_UNITS = (
     ("AVX512", "avx512f", "AVX-512, 512 bits"),
     ("AVX2", "avx2", "AVX2, 256 bits"),
     ("AVX", "avx", "AVX, 256 bits"),
     ("SSE4_2", "sse4_2", "SSE4.2, 128 bits"),
-    ("SVE", "sve", "SVE"),  # of a width that each maker chooses
+    ("SVE", "sve", "SVE"),  # its width varies
     ("NEON", "asimd", "NEON, 128 bits"),
 )
 
 
 def describe_cpu() -> str:
-    """The processor's name, how many of its cores this process may use, and the widest vectors that XLA may use."""
+    """The processor's name, the number of cores this process may use, and the widest vector unit XLA may use."""
     try:
         cpuinfo = CPUINFO.read_text(errors="replace")
     except OSError:
         cpuinfo = ""
-    first_core = cpuinfo.strip().partition("\n\n")[0]  # which speaks for all
+    first_core = cpuinfo.strip().partition("\n\n")[0]
     facts = dict(re.findall(r"^(model name|flags|Features)[ \t]*:[ \t]*(.*\S)", first_core, re.MULTILINE))
     machine = platform.machine()
     name = facts.get("model name") or platform.processor() or machine or "unknown processor"
-    # Each 64-bit ARM processor has NEON, also where there is nobody to ask, as on macOS.
+    # All 64-bit ARM processors have NEON; macOS has no /proc/cpuinfo to tell.
     flags = (facts.get("flags") or facts.get("Features") or ("asimd" if machine == "arm64" else "")).split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return f"{name}, {cores} {'core' if cores == 1 else 'cores'}, {_vectors(flags, os.environ.get('XLA_FLAGS', ''))}"
 
 
 def _vectors(flags: list[str], xla_flags: str) -> str:
-    """The widest vector unit that a processor has, and where XLA may not use it the one that it may."""
-    units = [(unit, name) for unit, flag, name in VECTOR_UNITS if flag in flags]
-    if not units:
+    """The widest vector unit of a processor, or the widest one that XLA_FLAGS allow."""
+    available = [name for _, flag, name in VECTOR_UNITS if flag in flags]
+    if not available:
         return "vector unit unknown"
-    widest = units[0][1]
     limits = re.findall(r"--xla_cpu_max_isa=(\w+)", xla_flags)  # the last one counts
     names = [unit for unit, _, _ in VECTOR_UNITS]
     limit = limits[-1].upper() if limits else ""
-    if limit not in names:  # those beyond, such as AVX512_BF16 and AMX, have no wider vectors
-        return widest
-    allowed = next((name for unit, name in units if names.index(unit) >= names.index(limit)), widest)
-    return allowed if allowed == widest else f"{allowed} by XLA_FLAGS (it has {widest})"
+    # Values such as AVX512_BF16 and AMX are not in the table: they have no wider vectors.
+    allowed_units = VECTOR_UNITS[names.index(limit) :] if limit in names else VECTOR_UNITS
+    allowed = next((name for _, flag, name in allowed_units if flag in flags), available[0])
+    return allowed if allowed == available[0] else f"{allowed} by XLA_FLAGS (it has {available[0]})"

@@ -1,9 +1,8 @@
-"""SIGINT and SIGTERM as a wish that the loop can grant at the end of a step."""
+"""Turns SIGINT and SIGTERM into a request that the training loop grants at the end of a step."""
 
 import os
 import signal
 import threading
-from types import TracebackType
 from typing import Any, Self
 
 from flax_decoder.parallel.processes import max_over_processes
@@ -12,56 +11,54 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """While it is entered, the first of the two signals is noted; the second one ends the process at once.
+    """A context in which the first of the two signals is noted and the second ends the process at once.
 
-    Python calls its handlers between two lines of Python, and compiling or a long evaluation is one line. So a thread
-    listens: it hears of a signal from the handler below Python, whatever the main thread is at.
+    Python runs its signal handlers between two bytecode instructions, but compiling can be one instruction that takes
+    minutes. So a thread listens to the wakeup file descriptor, to which Python's C handler writes at once.
 
     Attributes:
-        signal: the signal that came, or None.
+        signal: the signal that was received, or None.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-        self._heard = False
+        self._handlers_before: dict[signal.Signals, Any] = {}
 
-    def has_come(self) -> bool:
-        """Whether a signal has come to this process or, with others in a job, to any: all must stop at one step."""
+    def requested(self) -> bool:
+        """Whether any process of the job has received a signal; all processes get the same answer."""
         number = max_over_processes(self.signal or 0)
         self.signal = signal.Signals(number) if number else None
         return number > 0
 
     def __enter__(self) -> Self:
-        listen, self._tell = os.pipe()
-        os.set_blocking(self._tell, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)
-        for number in SIGNALS:  # without a handler in Python the one below it would not be there
-            self._before[number] = signal.signal(number, lambda number, frame: self._note(number))
-        self._thread = threading.Thread(target=self._listen, args=(listen,), daemon=True)
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        for number in SIGNALS:  # the C handler is only installed along with a Python handler
+            self._handlers_before[number] = signal.signal(number, lambda number, frame: self._note(number))
+        self._thread = threading.Thread(target=self._listen, args=(read_end,), daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._tell)  # which ends the thread
+        os.close(self._write_end)  # which ends the thread
         self._thread.join()
 
     def _note(self, number: int) -> None:
         self.signal = self.signal or signal.Signals(number)
 
-    def _listen(self, listen: int) -> None:
-        with os.fdopen(listen, "rb", buffering=0) as pipe:
+    def _listen(self, read_end: int) -> None:
+        is_second = False
+        with os.fdopen(read_end, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
                 if number[0] not in SIGNALS:
                     continue
-                if self._heard:
+                if is_second:
                     os._exit(128 + number[0])
-                self._heard = True
+                is_second = True
                 self._note(number[0])
                 name = signal.Signals(number[0]).name
-                print(f"\n{name}: finishing this step and saving; once more to leave at once", flush=True)
+                print(f"\n{name}: finishing this step and saving; once more to exit at once", flush=True)

@@ -1,4 +1,4 @@
-"""How wrong the predictions are, and the same without ever holding all of them."""
+"""The cross-entropy loss, of all logits at once or in chunks of tokens to save memory."""
 
 import functools
 from collections.abc import Callable
@@ -10,28 +10,28 @@ from jax.sharding import PartitionSpec
 
 from flax_decoder.nn.axes import constrain, logical_axes, num_parts
 
-# Logits of a device that are held at once where nothing else is said, in bytes of float32.
+# Memory for the float32 logits of one chunk on a device, if the config gives no chunk size.
 LOGITS_BYTES = 2**30
 
 Sums = tuple[jax.Array, jax.Array]
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Minus the log probability, in nats, that the model gave each next token.
+    """The negative log probability, in nats, of each target.
 
         loss = log Z - logit[target],   log Z = log sum exp(logits)
 
     Args:
         logits_BTV: predictions, float32.
-        targets_BT: the tokens that did come. Under jit an id outside of the vocabulary gives NaN.
+        targets_BT: the tokens to predict. Under jit an id outside the vocabulary gives NaN.
         z_loss: weight of the penalty (log Z)^2, which keeps logits from drifting (Chowdhery et al. 2022, section 5).
 
     Returns:
-        losses_BT, and the penalties penalty_BT that training adds to them.
+        losses_BT, and penalties_BT that training adds to them.
     """
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     inside_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
-    # Looking the target's logit up would be the same, but its gradient could not be computed in one pass with Z's.
+    # A comparison instead of a lookup: its gradient fuses with that of log Z into one pass over the logits.
     ids_V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.result_type(targets_BT))
     is_target_BTV = targets_BT[:, :, None] == ids_V[None, None]
     target_logits_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
@@ -40,25 +40,21 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, z_loss: float = 
 
 
 def summed_losses(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, z_loss: float = 0.0) -> Sums:
-    """Sums of the losses of `cross_entropy`, each times its weight in the mask.
-
-    Returns:
-        The sum with penalties, which is to be minimised, and the one without.
-    """
+    """The losses of `cross_entropy`, weighted by the mask and summed: with penalties (to minimise), and without."""
     losses_BT, penalties_BT = cross_entropy(logits_BTV, targets_BT, z_loss)
     mask_BT = mask_BT.astype(losses_BT.dtype)
-    # A target that does not count may be any number, such as -100: its loss must not become 0 * NaN.
+    # A masked target may be any number, such as -100: its loss must not become 0 * NaN.
     losses_BT = jnp.where(mask_BT > 0, losses_BT, 0.0)
     return jnp.sum((losses_BT + penalties_BT) * mask_BT), jnp.sum(losses_BT * mask_BT)
 
 
 def chunk_size(num_tokens: int, vocab_size: int, chosen: int | None = None) -> int | None:
-    """How many tokens' logits are made at a time; None is all.
+    """Tokens per chunk of the loss; None means all at once.
 
     Args:
-        num_tokens: tokens on a device.
-        vocab_size: logits of a token on a device.
-        chosen: what the config says: a number, 0 for all, None for what fits into `LOGITS_BYTES`.
+        num_tokens: tokens per device.
+        vocab_size: logits per token on a device.
+        chosen: the config's number of tokens, 0 for all, None for as many as fit into `LOGITS_BYTES`.
     """
     size = max(LOGITS_BYTES // (4 * vocab_size), 1) if chosen is None else chosen
     return size if 0 < size < num_tokens else None
@@ -74,39 +70,39 @@ def chunked_losses(
     *,
     chunk_tokens: int,
 ) -> Sums:
-    """`summed_losses` of logits that are made, used and forgotten, some tokens at a time.
+    """`summed_losses` without ever holding the logits of more than one chunk of tokens.
 
-    The gradient of a chunk is computed with its loss, while the logits are there: they are not made a second time.
-    It is summed in the precision of the parameters.
+    The gradient of a chunk is computed together with its loss, so the logits are computed only once. It is accumulated
+    in the dtype of the parameters.
 
     Args:
-        make_logits: the head, from its parameters and x_BTD to logits_BTV. It must hold no traced values.
-        head: its parameters.
-        x_BTD: what it reads.
-        targets_BT: the tokens that did come.
-        mask_BT: weights; constants to the gradient.
-        z_loss: as in `cross_entropy`.
-        chunk_tokens: how many tokens of each device are worked on at a time.
+        make_logits: the head, from its parameters and x_BTD to logits_BTV; it must not close over traced values.
+        head: the head's parameters.
+        x_BTD: the head's input.
+        targets_BT: the tokens to predict.
+        mask_BT: weights, not differentiated.
+        z_loss: see `cross_entropy`.
+        chunk_tokens: tokens per chunk on each device.
 
     Returns:
-        As `summed_losses`; the second sum is a constant to the gradient.
+        The sums of `summed_losses`; the second one is not differentiated.
     """
     B, T = targets_BT.shape
     X, Y = (parts if size % parts == 0 else 1 for size, parts in ((B, num_parts("batch")), (T, num_parts("length"))))
-    cut = functools.partial(_cut, num_batch_parts=X, num_length_parts=Y, chunk_tokens=chunk_tokens)
+    split = functools.partial(_split, num_batch_parts=X, num_length_parts=Y, chunk_tokens=chunk_tokens)
 
     def chunk_losses(head: Any, x_RD: jax.Array, targets_R: jax.Array, mask_R: jax.Array) -> Sums:
         logits_1RV = constrain(make_logits(head, x_RD[None]), None, None, "vocab")
         return summed_losses(logits_1RV, targets_R[None], mask_R[None], z_loss)
 
-    total, loss = _sum_of_chunks(chunk_losses, head, cut(x_BTD), (cut(targets_BT), cut(mask_BT)))
+    total, loss = _sum_of_chunks(chunk_losses, head, split(x_BTD), (split(targets_BT), split(mask_BT)))
     return total, jax.lax.stop_gradient(loss)
 
 
-def _cut(array: jax.Array, *, num_batch_parts: int, num_length_parts: int, chunk_tokens: int) -> jax.Array:
-    """[B, T, ...] to [I, X, Y, R, ...]: I chunks of R tokens from each of the X times Y devices that tokens lie on.
+def _split(array: jax.Array, *, num_batch_parts: int, num_length_parts: int, chunk_tokens: int) -> jax.Array:
+    """[B, T, ...] to [I, X, Y, R, ...]: I chunks of R tokens on each of the X times Y devices that hold tokens.
 
-    Each device thus works on tokens of its own. The last chunk is filled up with zeros, which have no weight.
+    So each device computes with its local tokens. The last chunk is padded with zeros, which have no weight.
     """
     (B, T), rest = array.shape[:2], array.shape[2:]
     X, Y = num_batch_parts, num_length_parts
@@ -125,10 +121,10 @@ def _sum_of_chunks(
     chunk_losses: Callable[..., Sums], head: Any, x_IXYRD: jax.Array, labels: tuple[jax.Array, jax.Array]
 ) -> Sums:
     """The sums over the chunks of all devices; `labels` are targets and weights of the tokens in x_IXYRD."""
-    whole_head = _whole(head, x_IXYRD.dtype)
+    full_head = _gather_width(head, x_IXYRD.dtype)
 
     def compute(chunk: tuple[jax.Array, ...]) -> tuple[Sums, None]:
-        return _on_each_device(chunk_losses)(whole_head, *chunk), None
+        return _on_each_device(chunk_losses)(full_head, *chunk), None
 
     sums, _ = _summing_scan(compute, (x_IXYRD, *labels))
     return jax.tree.map(jnp.sum, sums)
@@ -137,17 +133,17 @@ def _sum_of_chunks(
 def _forward(
     chunk_losses: Callable[..., Sums], head: Any, x_IXYRD: jax.Array, labels: tuple[jax.Array, jax.Array]
 ) -> tuple[Sums, Any]:
-    """The same sums, and the gradients of the first one with respect to the head and to x_IXYRD."""
-    whole_head = _whole(head, x_IXYRD.dtype)
+    """The same sums, and the gradients of the first with respect to the head and x_IXYRD, as residuals."""
+    full_head = _gather_width(head, x_IXYRD.dtype)
     losses_and_gradients = jax.value_and_grad(chunk_losses, argnums=(0, 1), has_aux=True)
 
-    def sum_here(gradient: jax.Array, parameter: jax.Array, axes: PartitionSpec) -> jax.Array:
-        """In full precision, and by each device for itself: they add up theirs once, when all chunks are done."""
+    def keep_local(gradient: jax.Array, parameter: jax.Array, axes: PartitionSpec) -> jax.Array:
+        """The device's own gradient in the parameter's dtype: devices are summed once, after all chunks."""
         return constrain(gradient.astype(parameter.dtype), "batch", "length", *_without_width(axes))
 
     def compute(chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
-        sums, (head_gradients, x_gradient) = _on_each_device(losses_and_gradients)(whole_head, *chunk)
-        return (sums, jax.tree.map(sum_here, head_gradients, head, logical_axes(head))), x_gradient
+        sums, (head_gradients, x_gradient) = _on_each_device(losses_and_gradients)(full_head, *chunk)
+        return (sums, jax.tree.map(keep_local, head_gradients, head, logical_axes(head))), x_gradient
 
     (sums, head_gradients), x_gradients = _summing_scan(compute, (x_IXYRD, *labels))
     head_gradient = jax.tree.map(_sum_of_devices, head_gradients, logical_axes(head))
@@ -155,9 +151,9 @@ def _forward(
 
 
 def _sum_of_devices(gradient: jax.Array, axes: PartitionSpec) -> jax.Array:
-    """The sum of the gradients that X times Y devices have found, split as the parameter is.
+    """The sum of the gradients of X times Y devices, sharded like the parameter.
 
-    First among those that each hold a part of it, who need only add up the parts they keep; then over its copies.
+    First over the devices that share one copy of the parameter (a reduce-scatter), then over the copies.
     """
     X, Y, *sizes = gradient.shape
     num_shards = num_parts("embed") if X % num_parts("embed") == 0 else 1
@@ -166,7 +162,7 @@ def _sum_of_devices(gradient: jax.Array, axes: PartitionSpec) -> jax.Array:
 
 
 def _backward(chunk_losses: Callable[..., Sums], gradients: Any, cotangents: Sums) -> tuple[Any, jax.Array, None]:
-    """The gradients are there already; only what follows the sum is still to be multiplied in."""
+    """Scales the gradients, which the forward pass has computed, by the cotangent of the total."""
     head_gradient, x_gradients = jax.tree.map(
         lambda gradient: gradient * cotangents[0].astype(gradient.dtype), gradients
     )
@@ -177,12 +173,12 @@ _sum_of_chunks.defvjp(_forward, _backward)
 
 
 def _on_each_device(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """Maps over the two axes of devices, X and Y, of all arguments but the first."""
+    """Maps over the device axes X and Y of all arguments but the first."""
     return jax.vmap(jax.vmap(compute, (None, 0, 0, 0)), (None, 0, 0, 0))
 
 
 def _summing_scan(compute: Callable[[Any], tuple[Any, Any]], chunks: Any) -> tuple[Any, Any]:
-    """Runs `compute` on one chunk after the other: the sum of its first results, and all of its second ones."""
+    """Scans `compute` over the chunks: the sum of its first results, and its stacked second results."""
     shapes, _ = jax.eval_shape(compute, jax.tree.map(lambda rows: rows[0], chunks))
     zeros = jax.tree.map(jnp.zeros_like, shapes)
 
@@ -193,8 +189,8 @@ def _summing_scan(compute: Callable[[Any], tuple[Any, Any]], chunks: Any) -> tup
     return jax.lax.scan(add, zeros, chunks)
 
 
-def _whole(head: Any, dtype: jnp.dtype) -> Any:
-    """The head as every chunk needs it, once for all of them: in the dtype of activations, its width in one piece."""
+def _gather_width(head: Any, dtype: jnp.dtype) -> Any:
+    """The head in the dtype of activations, with its width gathered once for all chunks."""
     return jax.tree.map(
         lambda leaf, axes: constrain(leaf.astype(dtype), *_without_width(axes)), head, logical_axes(head)
     )

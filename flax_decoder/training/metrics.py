@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, and on request TensorBoard and Weights & Biases."""
+"""The log of a run: metrics.jsonl, the loss curve, and on request TensorBoard and Weights & Biases."""
 
 import importlib
 import json
@@ -14,30 +14,26 @@ from flax_decoder.io.files import write_text
 from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
 
-# Numbers, or "unknown" where nothing is known.
-Row = dict[str, Any]
+# A line of the log: names and numbers, or "unknown".
+LogRow = dict[str, Any]
 # Blue and vermilion of Okabe and Ito's palette.
 TRAINING, VALIDATION = "#0072b2", "#d55e00"
-# A number in the picture stands on white, not on the curve behind it.
+# A white background keeps a number readable on top of the curve.
 LABEL = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 
 
 class MetricsLog:
-    """Appends one JSON object a line: what is known after a step.
+    """Appends lines to metrics.jsonl, one JSON object each.
 
     Attributes:
-        rows: all lines so far, those of earlier sittings included.
+        rows: all lines so far, including those from before the run was resumed.
     """
 
     def __init__(self, config: RunConfig, folder: Path, step: int, *, writes: bool = True):
-        """Opens the log of a run that stands at `step`; lines of steps after it, which will come again, are dropped.
+        """Opens the log of a run at `step`; lines of later steps, which will be repeated, are dropped.
 
-        Of several processes only one writes; the others keep their lines to themselves.
-
-        Raises:
-            UserError: a reporter is asked for that is not installed.
+        Only one process of a job writes; the others keep their lines in memory.
         """
-        require_reporters(config)
         self._path = folder / "metrics.jsonl"
         self._writes = writes
         self._reporters = open_reporters(config, folder) if writes else []
@@ -45,12 +41,8 @@ class MetricsLog:
         if writes:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def add(self, row: Row) -> None:
-        """Writes a line to disk and tells the other reporters, who take nothing but numbers, what is known.
-
-        Raises:
-            FaultError: it cannot be written.
-        """
+    def add(self, row: LogRow) -> None:
+        """Writes a line to disk, and its known numbers to the other reporters. Raises FaultError if it cannot."""
         self.rows.append(row)
         if self._writes:
             try:
@@ -63,15 +55,15 @@ class MetricsLog:
             report(numbers)
 
     def seconds(self) -> float:
-        """Time that the run has taken so far, in seconds."""
+        """Training time of the run up to the last line, in seconds."""
         return float(self.rows[-1]["seconds"]) if self.rows else 0.0
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """The lines of a metrics.jsonl; none where there is no file. A last line cut short by a crash is left out.
+def read_metrics(path: Path) -> list[LogRow]:
+    """The lines of a metrics.jsonl, without a last one cut short by a crash; none if there is no file.
 
     Raises:
-        BrokenError: a line is not what was written.
+        BrokenError: a line is damaged.
     """
     if not path.exists():
         return []
@@ -81,13 +73,13 @@ def read_metrics(path: Path) -> list[Row]:
             row = json.loads(line)
             int(row["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise BrokenError(f"{path}: line {number} is damaged: {error}; mend it or take it out") from None
+            raise BrokenError(f"{path}: line {number} is damaged: {error}; repair or delete it") from None
         rows.append(row)
     return rows
 
 
 def require_reporters(config: RunConfig) -> None:
-    """Raises UserError where the config asks for a reporter that is not installed."""
+    """Raises UserError if the config asks for a reporter that is not installed."""
     for asked, name, module in (
         (config.tensorboard, "tensorboard", "tensorboardX"),
         (config.wandb is not None, "wandb", "wandb"),
@@ -99,15 +91,15 @@ def require_reporters(config: RunConfig) -> None:
             raise UserError(f'run.{name} needs: pip install "flax-decoder[{name}]"') from None
 
 
-def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[Row], None]]:
-    """The functions that take each line elsewhere, as the config asks."""
-    reporters: list[Callable[[Row], None]] = []
+def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[LogRow], None]]:
+    """A function per reporter in the config, to be called with each line."""
+    reporters: list[Callable[[LogRow], None]] = []
     if config.tensorboard:
         from tensorboardX import SummaryWriter
 
         writer = SummaryWriter(os.fspath(folder / "tensorboard"))
 
-        def to_tensorboard(row: Row) -> None:
+        def to_tensorboard(row: LogRow) -> None:
             for name, value in row.items():
                 writer.add_scalar(name, value, row["step"])
             writer.flush()
@@ -116,21 +108,21 @@ def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[Row], None
     if config.wandb is not None:
         import wandb
 
-        # The folder's name as the id lets a continued run go on in the same chart.
+        # With the folder's name as id, a resumed run continues the same chart.
         run = wandb.init(project=config.wandb, name=folder.name, id=folder.name, dir=folder, resume="allow")
         reporters.append(lambda row: run.log(dict(row), step=int(row["step"])))
     return reporters
 
 
-def plot_losses(rows: list[Row] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Draws training and validation loss over the steps, as a PNG or an SVG.
+def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Plots training and validation loss over the steps, as a PNG or an SVG.
 
     Args:
         rows: the lines of a run's log, or the path of its metrics.jsonl.
-        path: of the picture, which ends in .png or .svg; what is there is replaced.
+        path: of the image, ending in .png or .svg; an existing file is replaced.
 
     Raises:
-        UserError: another ending, a folder that is not there, or no losses.
+        UserError: `path` has another ending or a missing folder, or there are no losses.
         BrokenError: metrics.jsonl is damaged.
     """
     path = picture_path(path)
@@ -143,10 +135,10 @@ def plot_losses(rows: list[Row] | str | os.PathLike[str], path: str | os.PathLik
         for name in ("train_loss", "val_loss")
     )
     if not train and not validation:
-        raise UserError(f"{source}: has no losses to draw; give the metrics.jsonl of a run, or its lines")
+        raise UserError(f"{source}: has no losses to plot; give the metrics.jsonl of a run, or its lines")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    # Two colours that all eyes tell apart; in grey, the marks and the width do.
+    # Distinguishable with any colour vision, and in grey by markers and line width.
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAINING, linewidth=0.8, label="training, single batches")
     if validation:
@@ -154,14 +146,14 @@ def plot_losses(rows: list[Row] | str | os.PathLike[str], path: str | os.PathLik
         step, loss = min(validation, key=lambda point: point[1])
         axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center", bbox=LABEL)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     save_picture(figure, path)
 
 
-def advice(rows: list[Row]) -> str:
-    """One line on what to try next, from how the validation loss went."""
+def advice(rows: list[LogRow]) -> str:
+    """One line on what to try next, given the course of the validation loss."""
     losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     if len(losses) < 2:
         return "Only one evaluation so far: train longer to see a trend."
@@ -171,7 +163,7 @@ def advice(rows: list[Row]) -> str:
             f"Validation loss has risen since step {best_step}: overfitting. Try more text, model.dropout, "
             f"a smaller model, or {best_step} steps."
         )
-    # The loss a fifth of the run ago: what fell by less than half a percent since then has settled.
+    # Settled: less than half a percent below the loss a fifth of the run ago.
     before = [loss for step, loss in losses if step <= 0.8 * last_step] or [losses[0][1]]
     if last < before[-1] * 0.995:
         return f"Still falling: train longer, for example --training.num-steps {2 * last_step}."
@@ -179,19 +171,16 @@ def advice(rows: list[Row]) -> str:
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
-    """Loss in bits a byte of text: unlike nats a token, it can be compared between tokenizers.
+    """Loss in bits per byte of text, which unlike nats per token can be compared between tokenizers.
 
     Args:
-        loss: mean cross-entropy in nats a token.
+        loss: mean cross-entropy in nats per token.
         num_tokens: tokens of the text.
         num_bytes: bytes of the same text in UTF-8.
     """
     return loss / math.log(2) * num_tokens / num_bytes
 
 
-def as_row(step: int, **values: Any) -> Row:
-    """A line for the log; numbers that came from a device become Python's."""
-    return {
-        "step": step,
-        **{name: value if isinstance(value, int | str) else float(value) for name, value in values.items()},
-    }
+def log_row(**values: Any) -> LogRow:
+    """A line for the log; floats of NumPy and JAX become Python's."""
+    return {name: value if isinstance(value, int | str) else float(value) for name, value in values.items()}

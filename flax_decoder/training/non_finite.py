@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found, named, and kept away from checkpoints."""
+"""Detects NaN and infinities, names where they are, and keeps them out of checkpoints."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from flax_decoder.config import TrainingConfig
 from flax_decoder.errors import FaultError
 from flax_decoder.training.step import Batch, Metrics, TrainState, mean_gradients
 
-AGAIN = "the same command continues from the last checkpoint"
-ANEW = "start anew in another --run.folder with a lower optimizer.learning_rate"
+CONTINUE_HINT = "the same command continues from the last checkpoint"
+RESTART_HINT = "start again in another --run.folder with a lower optimizer.learning_rate"
 
 
-def first_bad(state: TrainState) -> str | None:
-    """Names the first tensor of the parameters or the optimizer's state with a NaN or an infinity; None: there is none.
+def first_non_finite(state: TrainState) -> str | None:
+    """The first tensor of parameters or optimizer state with a NaN or an infinity, or None.
 
-    Works on a state in parts on any number of devices and processes, all of which get the same answer.
+    The state may be sharded over any number of devices and processes; all processes get the same answer.
     """
     trees = {"the parameter": state.params, "the optimizer's": state.opt_state}
-    everywhere = jnp.asarray(state.step).sharding
-    finite = iter(jax.device_get(jax.jit(_are_finite, out_shardings=everywhere)(list(trees.values()))))
+    replicated = jnp.asarray(state.step).sharding
+    finite = iter(jax.device_get(jax.jit(_are_finite, out_shardings=replicated)(list(trees.values()))))
     for owner, tree in trees.items():
         if (name := _first_false([next(finite) for _ in jax.tree.leaves(tree)], tree)) is not None:
             return f"{owner} {name}"
@@ -29,30 +29,30 @@ def first_bad(state: TrainState) -> str | None:
 
 
 def check_finite(state: TrainState) -> None:
-    """Raises FaultError where a state is not finite: it is worth no checkpoint, and no step leads out of it."""
-    name = first_bad(state)
+    """Raises FaultError if a state is not finite: it must not be saved, and no further step can repair it."""
+    name = first_non_finite(state)
     if name is not None:
         raise FaultError(
-            f"{name} is not finite after step {int(state.step)}, which is therefore not saved;\n"
-            f"{AGAIN}; if it comes again, {ANEW}"
+            f"{name} is not finite after step {int(state.step)}, so this step is not saved;\n"
+            f"{CONTINUE_HINT}; if it happens again, {RESTART_HINT}"
         )
 
 
 def skip_batch(training: TrainingConfig, state: TrainState, batch: Batch, metrics: Metrics, skipped: int) -> str:
-    """Decides what follows a step that was not applied.
+    """Decides whether a run may continue after a step that was not applied.
 
     Args:
-        training: what the run asks for.
-        state: after that step, so as before it but for `step`.
-        batch: the step's.
-        metrics: the step's.
-        skipped: how many were passed over since the run began, this one included.
+        training: `nan` and `skip_limit` of the run.
+        state: the state after that step, of which only `step` has changed.
+        batch: the batch of the step.
+        metrics: the metrics of the step.
+        skipped: number of steps not applied since the run began, including this one.
 
     Returns:
-        What to tell the user, where the run may go on.
+        A message for the user, if the run may continue.
 
     Raises:
-        FaultError: it may not; names the step and the first tensor that is not finite.
+        FaultError: it may not; the message names the step and the first tensor that is not finite.
     """
     check_finite(state)
     loss, norm = metrics["loss"], metrics["gradient_norm"]
@@ -61,34 +61,34 @@ def skip_batch(training: TrainingConfig, state: TrainState, batch: Batch, metric
     cause = f"step {int(state.step)}: {cause}"
     if training.nan == "stop" and not is_spike:
         raise FaultError(
-            f"{cause}, so nothing was learned from it. {AGAIN.capitalize()};\n"
-            f"add --training.nan skip to pass over such batches, or {ANEW}"
+            f"{cause}, so this step was not applied. {CONTINUE_HINT.capitalize()};\n"
+            f"add --training.nan skip to skip such batches, or {RESTART_HINT}"
         )
     if skipped > training.skip_limit:
         raise FaultError(
-            f"{cause}, and {skipped} batches were passed over, more than training.skip_limit = "
-            f"{training.skip_limit}. {AGAIN.capitalize()};\nadd a higher --training.skip-limit, or {ANEW}"
+            f"{cause}, and {skipped} batches were skipped, more than training.skip_limit = "
+            f"{training.skip_limit}. {CONTINUE_HINT.capitalize()};\nraise --training.skip-limit, or {RESTART_HINT}"
         )
-    return f"{cause}: its batch is passed over ({skipped} so far, at most {training.skip_limit})"
+    return f"{cause}: its batch is skipped ({skipped} so far, at most {training.skip_limit})"
 
 
 def explain(state: TrainState, batch: Batch) -> str:
-    """Computes a step that was not applied once more, and says what is not finite in it; see `skip_batch`."""
-    # Dropout is a function of the step, so the same numbers come out.
+    """Repeats a step that was not applied, and describes what is not finite in it; see `skip_batch`."""
+    # Dropout depends only on seed and step, so the numbers are the same.
     before = state.replace(step=state.step - 1)
-    compute = jax.jit(_look, out_shardings=jnp.asarray(state.step).sharding)
+    compute = jax.jit(_diagnose, out_shardings=jnp.asarray(state.step).sharding)
     loss, norm, finite = jax.device_get(compute(before, batch))
     if not np.isfinite(loss):
         return f"the loss is {loss}"
     if (name := _first_false(finite, state.params)) is not None:
         return f"the gradient of {name} is not finite"
     if not np.isfinite(norm):
-        return "the gradients are so large that their length is infinite"
-    return "loss or gradients were not finite, but computed again they are: this device or its memory has a fault"
+        return "the norm of the gradients is infinite"
+    return "loss or gradients were not finite, but are when computed again: this device or its memory is faulty"
 
 
-def _look(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    """The loss of a step, the length of its gradients, and which of them are finite."""
+def _diagnose(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Loss and gradient norm of a step, and which gradients are finite."""
     gradients, metrics = mean_gradients(state, batch)
     return metrics["loss"], metrics["gradient_norm"], _are_finite(gradients)
 
@@ -98,7 +98,7 @@ def _are_finite(tree: Any) -> list[jax.Array]:
 
 
 def _first_false(finite: list[Any], tree: Any) -> str | None:
-    """The name, such as layers.attention.query.kernel, of the first leaf of a tree that is not finite."""
+    """The name of the first leaf that is not finite, such as layers.attention.query.kernel."""
     for (path, _), is_finite in zip(jax.tree.leaves_with_path(tree), finite, strict=True):
         if not is_finite:
             words = (str(getattr(part, "name", getattr(part, "key", ""))) for part in path)

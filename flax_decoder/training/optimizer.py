@@ -1,4 +1,4 @@
-"""Gradients to updates: the schedule, the optimizer, and which parameters decay."""
+"""Learning rate schedules, the optimizers, and which parameters have weight decay."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from flax_decoder.nn.axes import PROJECTIONS
 from flax_decoder.training.moments import with_bfloat16_moments
 from flax_decoder.training.spikes import remember_losses
 
-# Axes of the stacked kernels of a block: (those summed over, those written to). The layer axis in front is a batch.
-# Heads are joined: the matrix that Muon straightens is the one that multiplies the residual stream.
+# Input and output axes of the stacked kernels of a layer; the layer axis in front of them is a batch axis. Heads are
+# joined: the matrix that Muon orthogonalizes is the one that multiplies the residual stream.
 MATRICES = {
     name: MuonDimensionNumbers(
         tuple(range(1, 1 + len(inputs))), tuple(range(1 + len(inputs), 1 + len(inputs + outputs)))
@@ -23,12 +23,12 @@ MATRICES = {
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float | None = None) -> optax.Schedule:
-    """Learning rate by step: a warm-up in a line from 0, then the shape that `config.schedule` names.
+    """Learning rate per step: a linear warm-up from 0, then the shape named by `config.schedule`.
 
     Args:
-        config: shape, warm-up and end.
+        config: shape, warm-up and final rate.
         num_steps: the step at which the final rate is reached.
-        peak: highest rate; None is that of AdamW.
+        peak: the highest rate; None means `config.learning_rate`.
     """
     peak = config.learning_rate if peak is None else peak
     final = peak * config.final_fraction
@@ -44,22 +44,22 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float 
             after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
         case "constant":
             after = optax.constant_schedule(peak)
-    # The first step already learns: with a warm-up of w steps, step i has the rate (i + 1) / w of the peak.
+    # The first step has a rate above 0: with a warm-up of w steps, step i has (i + 1) / w of the peak.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     schedule = optax.join_schedules([rise, after], [warmup])
-    # Of a whole number optax makes float32, also where JAX computes in float64.
+    # From an integer step optax would compute in float32 even under jax_enable_x64.
     return lambda step: schedule(jnp.asarray(step, jnp.result_type(float)))
 
 
 def make_optimizer(
     config: OptimizerConfig, num_steps: int, *, remembers_losses: bool = False
 ) -> optax.GradientTransformation:
-    """The chain clip, then AdamW (Loshchilov and Hutter 2019) or Muon (Jordan et al. 2024) with AdamW for the rest.
+    """Gradient clipping, then AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) with AdamW for the rest.
 
     Args:
         config: the optimizer.
         num_steps: the step at which the schedule ends.
-        remembers_losses: it also keeps the usual loss, by which a spike is known.
+        remembers_losses: whether the state also keeps the running mean of the losses, for spike detection.
     """
     update = optax.adamw(
         learning_rate_schedule(config, num_steps),
@@ -76,7 +76,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=muon_matrices,
         )
-        # Muon brings an Adam for other parameters, but one with Nesterov momentum that decays norms: ours takes those.
+        # optax's Muon has its own Adam for other parameters, but with Nesterov momentum and weight decay of norms.
         update = optax.partition({"muon": muon, "adamw": update}, optimizer_of_each)
     if config.moments_dtype == "bfloat16":
         update = with_bfloat16_moments(update)
@@ -85,7 +85,7 @@ def make_optimizer(
 
 
 def num_updates(opt_state: Any) -> int:
-    """How many updates an optimizer has made. Each of its parts counts for itself, and all of them alike."""
+    """The number of updates an optimizer has made, from the first of its equal counters."""
     return int(optax.tree.get_all_with_path(opt_state, "count")[0][1])
 
 
@@ -95,16 +95,16 @@ def is_decayed(params: Any) -> Any:
 
 
 def optimizer_of_each(params: Any) -> Any:
-    """Names who updates each parameter, "muon" or "adamw"; a tree like `params`."""
+    """The optimizer of each parameter, "muon" or "adamw"; a tree like `params`."""
     return jax.tree.map_with_path(lambda path, _: "adamw" if muon_matrix(path) is None else "muon", params)
 
 
 def muon_matrices(params: Any) -> Any:
-    """Which axes of each parameter make the matrix that Muon straightens; a tree like `params`."""
+    """The matrix axes of each parameter for Muon; a tree like `params`."""
     return jax.tree.map_with_path(lambda path, _: muon_matrix(path), params)
 
 
 def muon_matrix(path: tuple[Any, ...]) -> MuonDimensionNumbers | None:
-    """The axes of the matrix at a path in the parameters; None where AdamW does the work."""
+    """The matrix axes of the parameter at a path; None if AdamW updates it."""
     names = [part.key for part in path]
     return MATRICES[names[-2]] if names[0] == "layers" and names[-1] == "kernel" else None

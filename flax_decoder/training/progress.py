@@ -1,7 +1,6 @@
-"""What a user sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+"""The progress of a run on the console: a bar in a terminal, plain lines elsewhere."""
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -9,19 +8,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from flax_decoder.training.flops import UNKNOWN
-from flax_decoder.training.metrics import Row
+from flax_decoder.training.metrics import LogRow
 
-# Where there is no terminal, this many lines tell of a whole run, beside those of evaluations.
+# Lines per run without a terminal, in addition to those of evaluations.
 NUM_PLAIN_LINES = 20
 
 
 class Progress:
-    """Shows how far a run is: a bar in a terminal, lines elsewhere."""
+    """Shows step, loss, speed and remaining time."""
 
     def __init__(self, num_steps: int, step: int, tokens_per_step: int, seconds_before: float = 0.0):
-        """Starts at `step`; `seconds_before` were spent in earlier sittings."""
+        """Starts at `step`, after `seconds_before` of training before the run was resumed."""
         self._num_steps = num_steps
-        self._tokens_a_step = tokens_per_step
+        self._tokens_per_step = tokens_per_step
         self._start = time.perf_counter() - seconds_before
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar = Bar(
@@ -39,17 +38,15 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._bar.stop()
 
     def seconds(self) -> float:
-        """Time since the start of the run, earlier sittings included."""
+        """Training time since the start of the run, including the time before it was resumed."""
         return time.perf_counter() - self._start
 
-    def show(self, row: Row) -> None:
-        """Moves the bar to a line of the log, and prints what is worth keeping on the screen."""
+    def update(self, row: LogRow) -> None:
+        """Moves the bar to the step of a log line, and prints evaluations (without a terminal, other lines too)."""
         step, tokens_per_second = int(row["step"]), row["tokens_per_second"]
         loss = row["train_loss"] if row["train_loss"] == UNKNOWN else f"{row['train_loss']:.4f}"
         speed = f"{tokens_per_second:,.0f} tokens/s"
@@ -61,5 +58,5 @@ class Progress:
             bits = row["val_bits_per_byte"]
             self._console.print(f"{line}  validation {row['val_loss']:.4f} ({bits:.3f} bits per byte)")
         elif not self._console.is_terminal and step % max(self._num_steps // NUM_PLAIN_LINES, 1) == 0:
-            left = (self._num_steps - step) * self._tokens_a_step / tokens_per_second
+            left = (self._num_steps - step) * self._tokens_per_step / tokens_per_second
             self._console.print(f"{line}  {speed}  {left:,.0f} s left")

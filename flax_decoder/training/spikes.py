@@ -1,4 +1,4 @@
-"""Losses far out of range: what is usual is remembered from step to step."""
+"""Loss spikes, detected by the running mean of the losses in the optimizer's state."""
 
 from typing import Any, NamedTuple
 
@@ -6,22 +6,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# The part of the running mean that stays at each step: it looks back over about 100 of them.
+# The weight of the past in the running mean, which thus covers about 100 steps.
 DECAY = 0.99
 
 
 class LossMemory(NamedTuple):
-    """What is remembered, as a part of the optimizer's state: so it is saved and restored with it.
+    """A part of the optimizer's state, and thus of checkpoints.
 
     Attributes:
-        usual_loss: running mean of the losses of the steps that were applied, in nats a token; 0 before the first.
+        usual_loss: running mean of the losses of applied steps, in nats per token; 0 before the first.
     """
 
     usual_loss: jax.Array
 
 
 def remember_losses() -> optax.GradientTransformationExtraArgs:
-    """A link in the chain of an optimizer that leaves the updates as they are, and keeps the usual loss."""
+    """A transformation that passes updates through unchanged and keeps the running mean of the loss."""
 
     def init(params: Any) -> LossMemory:
         return LossMemory(jnp.zeros((), jnp.float32))
@@ -37,12 +37,7 @@ def remember_losses() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def usual_loss(opt_state: Any) -> jax.Array:
-    """The usual loss in the state of an optimizer that remembers losses; 0 where none is known yet."""
-    return optax.tree.get(opt_state, "usual_loss")
-
-
 def is_spike(loss: jax.Array, opt_state: Any, factor: float) -> jax.Array:
-    """Whether a loss is over so many times the usual one; the first is usual, whatever it is."""
-    usual = usual_loss(opt_state)
+    """Whether a loss exceeds `factor` times the running mean; never at the first step."""
+    usual = optax.tree.get(opt_state, "usual_loss")
     return (usual > 0) & (loss > factor * usual)

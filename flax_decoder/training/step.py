@@ -24,16 +24,17 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(train_state.TrainState):
-    """All that changes in training: `step`, `params` and `opt_state`; and, fixed, how they change.
+    """Flax's train state (`step`, `params`, `opt_state`, `tx`, `apply_fn`), and static settings of the step.
 
-    It holds no random generator: randomness is a function of (seed, step).
+    It has no random key: randomness is a function of (seed, step).
 
     Attributes:
-        seed: start of the dropout's randomness.
-        accumulation_steps: a step computes its batch in this many parts.
-        z_loss: weight of the penalty on the softmax's normaliser.
-        loss_chunk_tokens: a device makes the logits of so many tokens at a time; 0 is all, None as many as are fast.
-        skip_spikes: a step whose loss is over this many times the usual one is not applied; 0 applies it.
+        seed: seed of the dropout.
+        accumulation_steps: number of parts in which a batch is computed.
+        z_loss: weight of the penalty on the softmax's normalizer.
+        loss_chunk_tokens: logits per device are computed for this many tokens at a time; 0: for all; None: see
+            `chunk_size`.
+        skip_spikes: a step whose loss exceeds this many times the running mean is not applied; 0 applies all.
     """
 
     seed: int = struct.field(pytree_node=False)
@@ -43,7 +44,7 @@ class TrainState(train_state.TrainState):
     skip_spikes: float = struct.field(pytree_node=False, default=0.0)
 
     def apply_gradients(self, *, grads: Any, loss: jax.Array | None = None, **changes: Any) -> Self:
-        """The state after one update by the optimizer, which is told the loss too, where it is given."""
+        """The state after one update by the optimizer, which also gets the loss if it is given."""
         update = optax.with_extra_args_support(self.tx).update
         updates, opt_state = update(grads, self.opt_state, self.params, loss=loss)
         params = optax.apply_updates(self.params, updates)
@@ -55,9 +56,9 @@ def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | N
 
     Args:
         model: the network.
-        config: optimizer, number of steps, seed, accumulation and loss of the run.
-        rng: from which the parameters are drawn; the same ones on any mesh.
-        mesh: devices that hold the state in parts, each made where it belongs; None is the default device.
+        config: its `optimizer` and `training` sections are used.
+        rng: key for the parameters, which do not depend on the mesh.
+        mesh: the devices over which the state is sharded from the start; None uses the default device.
     """
     make = state_maker(model, config)
     shardings = None if mesh is None else state_shardings(mesh, jax.eval_shape(make, rng))
@@ -65,12 +66,12 @@ def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | N
 
 
 def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainState]:
-    """The function from a random key to the state before the first step; see `init_state`."""
+    """The function from a random key to the initial state; see `init_state`."""
     training = config.training
     tx = make_optimizer(config.optimizer, training.num_steps, remembers_losses=training.skip_spikes > 0)
 
     def make(rng: jax.Array) -> TrainState:
-        # The parameters do not depend on the tokens, nor on their number.
+        # The parameters do not depend on the values or the number of tokens.
         params = model.init(rng, np.zeros((1, 1), np.int32))["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -89,41 +90,41 @@ def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainSt
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
-    """Where each array of a state, or of an abstract one, lies on a mesh: moments lie where their parameters do."""
+    """The sharding of each array of a (possibly abstract) state; moments are sharded like their parameters."""
     return jax.tree.map(lambda axes: sharding_of(mesh, *axes), logical_axes(state))
 
 
 def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) -> tuple[TrainState, Metrics]:
-    """Moves the parameters one step down the gradient of the loss on a batch.
+    """One optimizer step on a batch.
 
-    Pure, and not compiled: wrap it in `jax.jit`, `jax.pmap` or `jax.shard_map`.
+    A pure function, not compiled: wrap it in `jax.jit`, `jax.pmap` or `jax.shard_map`.
 
-    Where the loss or a gradient is NaN or infinite, nothing is learned: parameters and optimizer state stay as they
-    are, bit for bit, and so does what the optimizer counts, from which the learning rate follows. Only `step` moves on,
-    and with it the batch and the dropout, which are functions of (seed, step): the bad batch is passed over. The same
-    holds for a loss that is a spike, if `state.skip_spikes` says what is one.
+    If the loss or a gradient is NaN or infinite, the step is not applied: parameters and optimizer state, including its
+    update counts and thus the learning rate, stay the same, bit for bit. Only `step` increases, and with it batch and
+    dropout, which are functions of (seed, step): the bad batch is skipped. The same goes for a spike of the loss, if
+    `state.skip_spikes` is set.
 
     Args:
-        state: where training stands; not changed.
+        state: the current state; not changed.
         batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
-            loss, 0 leaves it out; and "positions" (B, T), where in the text the inputs stand if not one after another.
-        axis_name: the mapped axis over which the batch is spread, under `pmap` or `shard_map`.
+            loss, and "positions" (B, T) of the inputs, if they are not consecutive.
+        axis_name: under `pmap` or `shard_map`, the mapped axis over which the batch is split.
 
     Returns:
-        The next state, and the metrics "loss", the mean cross-entropy in nats a token; "gradient_norm", its length
-        before clipping; and "applied", whether the parameters were moved.
+        The next state, and the metrics "loss", the mean cross-entropy in nats per token; "gradient_norm", before
+        clipping; and "applied", whether the parameters were updated.
 
     Raises:
-        ValueError: token ids outside of the vocabulary, where their values are known.
+        ValueError: token ids outside the vocabulary, unless they are traced.
     """
     gradients, metrics = mean_gradients(state, batch, axis_name)
     loss = metrics["loss"]
-    # One gradient that is not finite makes their norm so, which also overflows before AdamW's squares do.
-    # Both are sums over all devices: all of them decide alike.
+    # One non-finite gradient makes the norm non-finite, and the norm overflows before AdamW's squares do.
+    # Loss and norm are sums over all devices, so all devices decide alike.
     applied = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
     if state.skip_spikes > 0:
         applied &= ~is_spike(loss, state.opt_state, state.skip_spikes)
-    # Not a choice of each number between old and new: XLA on CPU would copy the optimizer's state for that.
+    # Not `where` on each array: for that XLA on CPU would copy the optimizer's state.
     after = jax.lax.cond(
         applied,
         lambda state: state.apply_gradients(grads=gradients, loss=loss),
@@ -134,60 +135,46 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
 
 
 def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None) -> tuple[Any, Metrics]:
-    """Gradients of the mean loss over a batch, a tree like the parameters, and the metrics; see `train_step`."""
+    """Gradients of the mean loss over a batch, a tree like the parameters, and its metrics; see `train_step`."""
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-        state = state.replace(params=_as_own(state.params, axis_name))
+        state = state.replace(params=_as_varying(state.params, axis_name))
     sums, gradients = accumulate(state, batch, rng)
     if axis_name is not None:
         sums, gradients = jax.lax.psum((sums, gradients), axis_name)
-    # Dividing sums by the weight of the whole batch, however it was split, gives every token the same weight.
+    # Sums are divided by the weight of the whole batch: each token counts the same, however the batch is split.
     num_tokens = jnp.maximum(sums["num_tokens"], 1)
     gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
     return gradients, {"loss": sums["loss"] / num_tokens, "gradient_norm": optax.tree.norm(gradients)}
 
 
-def _as_own(params: Any, axis_name: str) -> Any:
-    """The same parameters, but each device's own in the eyes of JAX, so that so are their gradients.
-
-    `shard_map` follows, unless told not to, what is the same on all devices: it adds up the gradients of that unasked,
-    and whoever adds them up once more gets too large ones.
-    """
-    followed = jax.typeof(jax.lax.axis_index(axis_name)).manual_axis_type.varying
-    if not followed:
+def _as_varying(params: Any, axis_name: str) -> Any:
+    """Marks params as device-varying, so that `shard_map` does not psum their gradients: `mean_gradients` does."""
+    tracks_variance = jax.typeof(jax.lax.axis_index(axis_name)).manual_axis_type.varying
+    if not tracks_variance:  # pmap, or shard_map with check_vma=False
         return params
     return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis_name, to="varying"), params)
 
 
 def jit_step(state: TrainState, mesh: Mesh) -> Any:
-    """`train_step` under jit on a mesh; the state that is given to it is used up.
-
-    What goes in comes out in the same place: without a word, the compiler might choose another.
-    """
+    """`train_step` under jit on a mesh. The given state is donated; the next one has the same shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
     options = compiler_options(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
-    """The sums "loss" (nats) and "num_tokens" over a batch as in `train_step`, without dropout."""
+    """The sums "loss" (nats) and "num_tokens" over a batch, without dropout; for `batch` see `train_step`."""
     return loss_sum(state.params, state.apply_fn, batch, loss_chunk_tokens=state.loss_chunk_tokens)[1]
 
 
 def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
-    """Sums of losses and of their gradients over a batch, computed in `state.accumulation_steps` parts."""
+    """Sums of losses and gradients over a batch, computed in `state.accumulation_steps` parts."""
 
     def sums_and_gradients(batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
-        compute = jax.grad(loss_sum, has_aux=True)
-        gradients, sums = compute(
-            state.params,
-            state.apply_fn,
-            batch,
-            z_loss=state.z_loss,
-            loss_chunk_tokens=state.loss_chunk_tokens,
-            rng=rng,
-        )
+        settings = {"z_loss": state.z_loss, "loss_chunk_tokens": state.loss_chunk_tokens, "rng": rng}
+        gradients, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.apply_fn, batch, **settings)
         return sums, gradients
 
     num_parts = state.accumulation_steps
@@ -197,7 +184,7 @@ def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics
     def add_part(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, sums_and_gradients(*part)), None
 
-    # Part i takes every num_parts-th row: rows that lie on one device stay on it.
+    # Part i takes every num_parts-th row, so that rows stay on their device.
     parts = jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1), batch)
     rngs = jax.random.split(rng, num_parts)
     shapes = jax.eval_shape(sums_and_gradients, jax.tree.map(lambda part: part[0], parts), rngs[0])
@@ -214,13 +201,13 @@ def loss_sum(
     loss_chunk_tokens: int | None = None,
     rng: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """The sum to be minimised over a batch, and the sums "loss" and "num_tokens"; `rng` turns dropout on."""
+    """The sum to minimise over a batch, and the sums "loss" and "num_tokens"; dropout is on if `rng` is given."""
     targets_BT = batch["targets"]
     mask_BT = batch["mask"].astype(jnp.float32) if "mask" in batch else jnp.ones(targets_BT.shape, jnp.float32)
     vocab_size = params["embedding"].shape[0]
     check_tokens(targets_BT, vocab_size, batch.get("mask"))
-    tokens_here = targets_BT.size // (num_parts("batch") * num_parts("length"))
-    chunk_tokens = chunk_size(tokens_here, vocab_size // num_parts("vocab"), loss_chunk_tokens)
+    tokens_per_device = targets_BT.size // (num_parts("batch") * num_parts("length"))
+    chunk_tokens = chunk_size(tokens_per_device, vocab_size // num_parts("vocab"), loss_chunk_tokens)
 
     result = apply_fn(
         {"params": params},

@@ -1,4 +1,4 @@
-"""Every file of a run on which something hangs, held to what was once written."""
+"""Checks every file of a run that checkpoints depend on."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,51 +13,51 @@ from flax_decoder.lens.history import read_history
 from flax_decoder.training.checkpoint import saved_steps, steps_folder
 from flax_decoder.training.manifest import verify
 from flax_decoder.training.metrics import read_metrics
-from flax_decoder.training.run_folder import refuse_changed_files, refuse_changed_model
+from flax_decoder.training.run_folder import require_same_inputs, require_same_model
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was found at one place of a run folder.
+class CheckResult:
+    """The result of checking one path in a run folder.
 
     Attributes:
-        path: the place.
-        holds: whether it is as it was written; None where it plays no part.
-        what: in words.
+        path: what was checked.
+        passed: whether it is unchanged; None if it was ignored.
+        message: what was found.
     """
 
     path: Path
-    holds: bool | None
-    what: str
+    passed: bool | None
+    message: str
 
     def __str__(self) -> str:
-        word = {True: "ok", False: "BROKEN", None: "ignored"}[self.holds]
-        return f"{word:7}  {self.path}: {self.what}"
+        word = {True: "ok", False: "BROKEN", None: "ignored"}[self.passed]
+        return f"{word:7}  {self.path}: {self.message}"
 
 
-def verify_run(folder: Path) -> Iterator[Finding]:
-    """Looks at all checkpoints of a run, oldest first, and at what they need; changes nothing."""
+def verify_run(folder: Path) -> Iterator[CheckResult]:
+    """Checks all checkpoints of a run, oldest first, and the files they depend on; changes nothing."""
     steps = steps_folder(folder)
-    own = [steps / str(step) for step in saved_steps(folder)]
-    for path in own:
-        yield _look(path, _checkpoint)
-    others = set(steps.iterdir() if steps.is_dir() else ()) - set(own)
+    checkpoints = [steps / str(step) for step in saved_steps(folder)]
+    for path in checkpoints:
+        yield _check(path, _checkpoint)
+    others = set(steps.iterdir() if steps.is_dir() else ()) - set(checkpoints)
     for path in sorted(others):
-        yield Finding(path, None, "is no checkpoint by its name")
-    yield _look(folder / "config.toml", _config)
-    yield _look(folder / "tokenizer.json", _tokenizer)
-    if (folder / "corpus").exists():  # a converted model has neither
-        yield _look(folder / "corpus", _corpus)
-        yield _look(folder / "metrics.jsonl", _metrics)
+        yield CheckResult(path, None, "not named like a checkpoint")
+    yield _check(folder / "config.toml", _config)
+    yield _check(folder / "tokenizer.json", _tokenizer)
+    if (folder / "corpus").exists():  # a converted model has no corpus and no log
+        yield _check(folder / "corpus", _corpus)
+        yield _check(folder / "metrics.jsonl", lambda path: f"{len(read_metrics(path)):,} lines")
     if (folder / LENS).exists():
-        yield _look(folder / LENS, _history)
+        yield _check(folder / LENS, _history)
 
 
-def _look(path: Path, act: Callable[[Path], str]) -> Finding:
+def _check(path: Path, check: Callable[[Path], str]) -> CheckResult:
     try:
-        return Finding(path, True, act(path))
+        return CheckResult(path, True, check(path))
     except (FaultError, UserError) as error:
-        return Finding(path, False, str(error).removeprefix(f"{path}: "))
+        return CheckResult(path, False, str(error).removeprefix(f"{path}: "))
 
 
 def _checkpoint(path: Path) -> str:
@@ -66,22 +66,18 @@ def _checkpoint(path: Path) -> str:
 
 
 def _config(path: Path) -> str:
-    refuse_changed_model(path.parent, load_config(path))
-    return "the model of the checkpoints"
+    require_same_model(path.parent, load_config(path))
+    return "the model matches the checkpoints"
 
 
 def _tokenizer(path: Path) -> str:
-    refuse_changed_files(path.parent, [path.name])
+    require_same_inputs(path.parent, [path.name])
     return f"{load_tokenizer(path).vocab_size:,} tokens"
 
 
 def _corpus(path: Path) -> str:
-    refuse_changed_files(path.parent, ["corpus/corpus.json"])
+    require_same_inputs(path.parent, ["corpus/corpus.json"])
     return f"{len(load_corpus(path).train_tokens):,} tokens to train on"
-
-
-def _metrics(path: Path) -> str:
-    return f"{len(read_metrics(path)):,} lines"
 
 
 def _history(path: Path) -> str:

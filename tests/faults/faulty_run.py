@@ -1,7 +1,7 @@
-"""Runs a command of flax-decoder to which something happens at a named point.
+"""Runs a command of flax-decoder that sends itself a signal at a named point.
 
-python faulty_run.py SIGNAL POINT COUNT DELAY ARGUMENTS: the process sends itself the signal when it has come to the
-point for the COUNTth time, DELAY seconds later; SIGKILL always at once.
+python faulty_run.py SIGNAL POINT COUNT DELAY ARGUMENTS: the signal is sent DELAY seconds after the point is reached for
+the COUNTth time.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Trigger:
         self.number, self.count, self.delay = number, count, delay
 
     def comes_next(self):
-        """Whether the next call will be the one."""
+        """Whether the next call sends the signal."""
         return self.count == 1
 
     def __call__(self):
@@ -39,7 +39,7 @@ class Trigger:
 
 
 def call(place, name, act, when):
-    """Lets `act` be called before or after a function in a module or class."""
+    """Patches a function of a module or class so that `act` is called before or after it."""
     original = getattr(place, name)
 
     def replacement(*args, **kwargs):
@@ -54,7 +54,7 @@ def call(place, name, act, when):
 
 
 def arm(point, trigger):
-    """Lets the trigger be called at a point."""
+    """Installs the trigger at a point."""
     if point == "file":
         arm_files(trigger)
         return
@@ -93,7 +93,7 @@ def arm(point, trigger):
 
         loop.jit_step = jit_with_trigger
     elif point == "compile":
-        # JAX has just translated a program, which XLA is about to compile; those of the step come last.
+        # JAX has just lowered a program that XLA is about to compile; the programs of the step come last.
         def listen(event, seconds, **_):
             if event == "/jax/core/compile/jaxpr_to_mlir_module_duration" and in_call_of("run_steps"):
                 trigger()
@@ -119,7 +119,7 @@ def arm(point, trigger):
 
 
 def in_call_of(name):
-    """Whether a function of that name is under way in this thread."""
+    """Whether a function of that name is on the stack of this thread."""
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_name != name:
         frame = frame.f_back
@@ -127,7 +127,7 @@ def in_call_of(name):
 
 
 def wait_for_arrays(new, trigger):
-    """Pulls the trigger when the first bytes of arrays are in the folder of a save."""
+    """Calls the trigger when the first bytes of arrays are in the folder of a save."""
     while True:
         for inner, _, names in os.walk(new.parent):
             with contextlib.suppress(OSError):
@@ -138,7 +138,7 @@ def wait_for_arrays(new, trigger):
 
 
 def arm_deletion(point, trigger):
-    """Between the renaming and the deletion of a checkpoint, with half of it gone."""
+    """Triggers after a checkpoint is renamed for deletion, with half of its files deleted."""
     rmtree = shutil.rmtree
 
     def replacement(path, *args, **kwargs):
@@ -155,7 +155,7 @@ def arm_deletion(point, trigger):
 
 
 def arm_files(trigger):
-    """When a file in a folder that is being made is opened to be written."""
+    """Triggers when a file in an unfinished folder is opened for writing."""
 
     def listen(event, details):
         if event == "open":

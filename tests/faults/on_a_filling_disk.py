@@ -1,4 +1,4 @@
-"""Trains as the command line says, on a disk that is filled up to so many free bytes just before the first step."""
+"""Trains on a disk that is filled up, except for a given number of bytes, just before the first step."""
 
 import shutil
 import sys
@@ -12,7 +12,7 @@ check = loop.require_space
 
 
 def check_and_fill(*values):
-    check(*values)  # it has room enough, until
+    check(*values)  # there is enough space until here
     with open(ballast, "wb") as file:
         file.write(bytes(shutil.disk_usage(Path(ballast).parent).free - int(free_bytes)))
 

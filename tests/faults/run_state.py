@@ -1,4 +1,4 @@
-"""What a run folder tells of a run, to the last bit."""
+"""The state of a run folder, bit by bit."""
 
 import json
 import re
@@ -13,12 +13,12 @@ from flax_decoder.training.manifest import verify
 from flax_decoder.training.metrics import read_metrics
 
 LOSSES = ("train_loss", "val_loss", "gradient_norm", "learning_rate")
-# What is on its way in or out, or was set aside. The lock stays, and is empty of meaning once its owner is gone.
+# Names of temporary and quarantined files. The lock file stays; without an owner it means nothing.
 UNFINISHED = re.compile(r"\.(new|old)-|\.tmp|-tmp|\.broken|^\.(?!lock$)")
 
 
 def losses(folder: Path) -> dict[int, dict[str, float]]:
-    """The numbers of each step in the log that do not hang on the clock; none where there is no log yet."""
+    """The logged numbers per step, without those that depend on the clock; empty if there is no log."""
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps))  # one line each
@@ -26,7 +26,7 @@ def losses(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def last_step(folder: Path) -> int:
-    """The step of the last whole line of the log, at a glance; 0 where there is none."""
+    """The step of the last complete line of the log, read quickly; 0 if there is none."""
     try:
         with open(folder / "metrics.jsonl", "rb") as file:
             file.seek(0, 2)
@@ -38,20 +38,28 @@ def last_step(folder: Path) -> int:
 
 
 def newest_verified(folder: Path) -> int:
-    """The newest checkpoint, 0 where there is none. Each that has the name of a step must hold, to the last bit."""
+    """The step of the newest checkpoint, or 0; all checkpoints must be valid."""
     for step in saved_steps(folder):
         verify(steps_folder(folder) / str(step))
     return max(saved_steps(folder), default=0)
 
 
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes | None]]:
+    """Everything below a folder: when it was last changed, and the bytes of files."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in folder.rglob("*")
+    }
+
+
 def leftovers(folder: Path) -> list[str]:
-    """Names of what is unfinished in a run folder and beside it."""
+    """Names of unfinished files in and next to a run folder."""
     paths = [*folder.parent.iterdir(), *folder.rglob("*")]
     return [path.name for path in paths if UNFINISHED.search(path.name)]
 
 
 def assert_ended_alike(folder: Path, expected: Path) -> None:
-    """That a run has the losses, parameters, snapshots and sample of one that was never stopped, and left nothing."""
+    """Asserts that a run has the results of an uninterrupted one, bit by bit, and no leftovers."""
     assert losses(folder) == losses(expected)
     assert (folder / "sample.txt").read_bytes() == (expected / "sample.txt").read_bytes()
     snapshots, expected_snapshots = (

@@ -1,4 +1,4 @@
-"""A corpus on disk: no bit of its tokens changes unnoticed, and corpus.json says what it should and no more."""
+"""A corpus on disk: damage to its tokens or to corpus.json is detected."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
 
 
 def refusal() -> str:
-    """The message of the fault that opening the corpus is."""
+    """The message of the FaultError that loading the corpus raises."""
     with pytest.raises(FaultError) as caught:
         load_corpus(FOLDER)
     assert len(str(caught.value).splitlines()) <= 2
@@ -112,7 +112,7 @@ def test_a_corpus_json_with_other_fields_is_refused(count_cases: Callable[[int],
 
 
 def test_a_made_up_array_is_refused(corpus: Corpus, count_cases: Callable[[int], None]) -> None:
-    """Hashes say what has changed, not who wrote it: a file that corpus.json agrees with is still parsed with care."""
+    """A hash does not show who wrote a file: even with the right hash it is parsed with care."""
     facts = json.loads((FOLDER / "corpus.json").read_text())
     header = b"{'descr': '<u2', 'fortran_order': False, 'shape': (301,), }"
     contents = {
@@ -146,7 +146,7 @@ def _npy(header: bytes) -> bytes:
 def test_random_damage_to_corpus_json_is_refused_or_changes_nothing_of_the_tokens(
     corpus: Corpus, count_cases: Callable[[int], None]
 ) -> None:
-    """Nothing but FaultError is raised; the manifest of a checkpoint knows this file as a whole."""
+    """Only FaultError is raised; the file as a whole is hashed in the manifests of checkpoints."""
     path = FOLDER / "corpus.json"
     content = path.read_bytes()
     generator = random.Random(0)

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are no longer what was written, and things that only have a checkpoint's name."""
+"""Damaged files of a checkpoint, and paths that only have a checkpoint's name."""
 
 import hashlib
 import random
@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_run import HERE, command, write_text_file
+from run_state import snapshot
 
 import flax_decoder as fd
 from flax_decoder.cli import main
@@ -16,20 +16,11 @@ from flax_decoder.training.checkpoint import choose_step, saved_steps
 NEWEST, OLDER = 12, 8
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run with the checkpoints of steps 8 and 12, and its arguments."""
-    folder = tmp_path_factory.mktemp("trained")
-    arguments = ["train", *command(folder / "run", write_text_file(folder), **HERE)[2:]]
-    assert main(arguments) == 0
-    assert saved_steps(folder / "run") == [OLDER, NEWEST]
-    return folder / "run", arguments
-
-
 @pytest.fixture
 def copied(trained, tmp_path):
-    """A copy of it, to be damaged."""
+    """A copy of `trained`, to be damaged."""
     run, arguments = trained
+    assert saved_steps(run) == [OLDER, NEWEST]
     shutil.copytree(run, tmp_path / "run")
     return tmp_path / "run", [str(tmp_path / "run") if word == str(run) else word for word in arguments]
 
@@ -44,13 +35,9 @@ def flip(content, bit):
     return bytes(changed)
 
 
-def middle(content):
-    return len(content) * 8 // 2
-
-
-# What may happen to a file: from its content and that of another one to what is there afterwards; None is nothing.
+# From the content of a file and that of another file to the damaged content; None deletes the file.
 DAMAGES = {
-    "flipped": lambda content, other: flip(content, middle(content)),
+    "flipped": lambda content, other: flip(content, len(content) * 4),
     "truncated": lambda content, other: content[: len(content) * 2 // 3],
     "emptied": lambda content, other: b"",
     "deleted": lambda content, other: None,
@@ -60,16 +47,12 @@ DAMAGES = {
 }
 
 
-def snapshot(folder):
-    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
 def assert_falls_back(run, path, capsys, damaged=b""):
-    """The older checkpoint is chosen, with a warning that names the file and, where a bit counts, both hashes."""
+    """The older checkpoint is chosen, with a warning that names the file and the hash of its content."""
     assert choose_step(run, "latest") == OLDER
     warning = capsys.readouterr().err
     assert f"warning: {path}: " in warning and "trying another checkpoint" in warning
-    if "damaged: it has" in warning:
+    if "damaged: its SHA-256 is" in warning:
         assert hashlib.sha256(damaged).hexdigest() in warning
 
 
@@ -104,7 +87,7 @@ def test_files_of_another_checkpoint_are_seen(copied, capsys, count_cases):
         (steps[0] / name).write_bytes((steps[1] / name).read_bytes())
         assert choose_step(run, "latest") == OLDER
         (steps[0] / name).write_bytes(content)
-    # A whole checkpoint of another step under this one's name is none of it.
+    # A valid checkpoint of another step under this step's name.
     shutil.rmtree(steps[0])
     shutil.copytree(steps[1], steps[0])
     assert choose_step(run, "latest") == OLDER
@@ -142,32 +125,21 @@ def test_a_run_goes_on_from_the_one_before(copied, capsys, trained):
         np.testing.assert_array_equal(one, other)
 
 
-def empty(steps):
-    (steps / "77").mkdir()
-
-
-def file(steps):
-    (steps / "77").write_text("7")
-
-
-def zeros_before(steps):
-    shutil.copytree(steps / str(NEWEST), steps / "0077")
-
-
-def link(steps):
-    (steps / "77").symlink_to(steps / str(NEWEST))
-
-
-def other_step(steps):
-    shutil.copytree(steps / str(NEWEST), steps / "77")
+IMPOSTORS = {
+    "empty": lambda steps: (steps / "77").mkdir(),
+    "file": lambda steps: (steps / "77").write_text("7"),
+    "zeros_before": lambda steps: shutil.copytree(steps / str(NEWEST), steps / "0077"),
+    "link": lambda steps: (steps / "77").symlink_to(steps / str(NEWEST)),
+    "other_step": lambda steps: shutil.copytree(steps / str(NEWEST), steps / "77"),
+}
 
 
 @pytest.mark.fault("what only has a checkpoint's name")
 @pytest.mark.short("other_step")
-@pytest.mark.parametrize("make", [empty, file, zeros_before, link, other_step])
-def test_what_only_has_the_name_is_no_checkpoint(copied, make):
+@pytest.mark.parametrize("kind", IMPOSTORS)
+def test_what_only_has_the_name_is_no_checkpoint(copied, kind):
     run, arguments = copied
-    make(run / "checkpoints")
+    IMPOSTORS[kind](run / "checkpoints")
     assert choose_step(run, "latest") == NEWEST
     assert main([*arguments, "--training.num-steps=16"]) == 0
     assert saved_steps(run)[-2:] == [NEWEST, 16]
@@ -184,6 +156,7 @@ def test_where_all_are_broken_nothing_is_done(copied, capsys):
         assert main(words) == 1
         shown = capsys.readouterr()
         assert all(f"checkpoints/{step}/manifest.json: is missing" in shown.err + shown.out for step in (OLDER, NEWEST))
+        assert words[0] == "verify" or f"{run}: all its checkpoints are damaged (8, 12)" in shown.err
         assert "Traceback" not in shown.err
     assert snapshot(run) == before
 
@@ -203,7 +176,7 @@ def test_what_a_checkpoint_hangs_on_is_looked_at_too(copied, capsys, name):
     (run / name).write_text(changed)
     assert main(["verify", str(run)]) == 1
     assert f"BROKEN   {run / name.removesuffix('/corpus.json')}: " in capsys.readouterr().out
-    if name != "config.toml":  # that of the command line is taken instead, and the damaged one replaced
+    if name != "config.toml":  # the run takes its config from the command line
         assert main([*arguments, "--training.num-steps=16"]) == 1
     if name in ("tokenizer.json", "config.toml"):
         assert main(["generate", str(run), "--prompt", "To"]) == 1

@@ -1,4 +1,4 @@
-"""A disk that is full, fails, or forbids."""
+"""A disk that is full, fails, or denies permission."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_run import HERE, command, finish, write_text_file
+from tiny_run import HERE, command, finish
 
 import flax_decoder as fd
 from flax_decoder.cli import main
@@ -22,10 +22,9 @@ from flax_decoder.training import metrics
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.verification import verify_run
 
-# Wide enough for the numbers, and not the folders around them, to be the most of a checkpoint.
+# Wide enough that arrays, not folders, take most of a checkpoint's space.
 SIZES = {"model__embed_dim": 128, "training__keep_newest": 3}
 DISK_BYTES = 64_000_000
-FEW_HERE = HERE | {"training__keep_newest": 1}
 
 
 def names(folder):
@@ -33,7 +32,7 @@ def names(folder):
 
 
 def assert_holds(run, steps):
-    assert [finding for finding in verify_run(run) if finding.holds is False] == []
+    assert [result for result in verify_run(run) if result.passed is False] == []
     assert saved_steps(run) == steps
 
 
@@ -42,30 +41,17 @@ def assert_no_leftovers(run):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text_file(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def whole(text, tmp_path_factory):
-    """A run that nothing has happened to, its parameters, and the bytes that a checkpoint takes on a disk of pages."""
-    run = tmp_path_factory.mktemp("whole") / "run"
+def finished(text, tmp_path_factory):
+    """A run without faults, its parameters, and the bytes of a checkpoint on a disk with pages."""
+    run = tmp_path_factory.mktemp("finished") / "run"
     assert finish(command(run, text, **SIZES))[0] == 0
     steps = run / "checkpoints" / "12"
     pages = sum(-(-path.stat().st_size // 4096) * 4096 for path in steps.rglob("*") if path.is_file())
     return run, fd.load(run)[1], pages
 
 
-@pytest.fixture(scope="module")
-def whole_here(text, tmp_path_factory):
-    """Such a run in this process, which has other devices."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert main(["train", *command(run, text, **FEW_HERE)[2:]]) == 0
-    return run
-
-
 def with_a_small_disk(folder):
-    """The start of a command line whose command sees a small disk at a folder; skips where that is not allowed."""
+    """A command prefix that mounts a small disk at a folder; skips if that is not permitted."""
     mount = f'mount -t tmpfs -o size={DISK_BYTES} none "{folder}" && exec "$@"'
     for flags in ("-m", "-Urm"):
         start = ["unshare", flags, "sh", "-c", mount, "sh"]
@@ -77,15 +63,15 @@ def with_a_small_disk(folder):
 @pytest.mark.fault("disk full, in checkpoints")
 @pytest.mark.short("1.5")
 @pytest.mark.parametrize("room", [0.5, 1.5, 2.5])
-def test_a_disk_that_becomes_full(text, whole, tmp_path, room):
+def test_a_disk_that_becomes_full(text, finished, tmp_path, room):
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
     run, ballast = disk / "run", disk / "ballast"
     arguments = command(run, text, **SIZES)
     driver = str(Path(__file__).parent / "on_a_filling_disk.py")
-    filling = [sys.executable, driver, str(int(room * whole[2])), str(ballast), *arguments[2:]]
-    # What is on the disk is gone with the command that sees it: it is copied as it was left, and at the end.
+    filling = [sys.executable, driver, str(int(room * finished[2])), str(ballast), *arguments[2:]]
+    # The disk vanishes with the command, so its contents are copied after each run.
     script = (
         f'{shlex.join(filling)}; echo "code $?"; cp -a "{run}" "{kept}/left"; rm "{ballast}"; '
         f'{shlex.join(arguments)}; echo "code $?"; cp -a "{run}" "{kept}/end"'
@@ -93,17 +79,17 @@ def test_a_disk_that_becomes_full(text, whole, tmp_path, room):
     code, output, errors = finish([*with_a_small_disk(disk), "sh", "-c", script])
     assert code == 0
     assert [line for line in output.splitlines() if line.startswith("code ")] == ["code 1", "code 0"], errors
-    # Around it, even in its line, threads of tensorstore may have printed that nobody waits for them any more.
+    # Threads of tensorstore may print to the same line.
     (error,) = re.findall("fault: .*", errors)
     assert f"{run}/checkpoints: cannot save a checkpoint: " in error and os.strerror(errno.ENOSPC) in error
     assert_holds(kept / "left", [4, 8, 12][: int(room)])
     assert_holds(kept / "end", [4, 8, 12])
     assert_no_leftovers(kept / "end")
-    np.testing.assert_array_equal(fd.load(kept / "end")[1]["embedding"], whole[1]["embedding"])
+    np.testing.assert_array_equal(fd.load(kept / "end")[1]["embedding"], finished[1]["embedding"])
 
 
 def failing(number, is_meant, call):
-    """The function `call`, which fails where its first argument is meant."""
+    """The function `call`, but it fails if `is_meant(first argument)`."""
 
     def fail_or_call(target, *arguments, **options):
         if is_meant(Path(target) if not isinstance(target, int) else target):
@@ -117,11 +103,9 @@ def failing(number, is_meant, call):
 @pytest.mark.short("write-EIO", "delete-EACCES", "log-EIO")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES], ids=["EIO", "EACCES"])
 @pytest.mark.parametrize("operation", ["write", "flush", "rename", "delete", "log"])
-def test_what_a_disk_refuses_is_told_and_harms_nothing(
-    text, whole_here, tmp_path, monkeypatch, capsys, operation, number
-):
+def test_what_a_disk_refuses_is_told_and_harms_nothing(text, trained, tmp_path, monkeypatch, capsys, operation, number):
     run = tmp_path / "run"
-    arguments = ["train", *command(run, text, **FEW_HERE)[2:]]
+    arguments = ["train", *command(run, text, **HERE)[2:]]
 
     def later(path):
         """From the second checkpoint on."""
@@ -142,12 +126,12 @@ def test_what_a_disk_refuses_is_told_and_harms_nothing(
     error = capsys.readouterr().err
     assert error.startswith("fault: ") and error.count("\n") == 1
     assert os.strerror(number) in error and str(run) in error
-    assert [finding for finding in verify_run(run) if finding.holds is False] == []
+    assert [result for result in verify_run(run) if result.passed is False] == []
     assert saved_steps(run)
     assert main(arguments) == 0
-    assert_holds(run, saved_steps(whole_here))
+    assert_holds(run, saved_steps(trained[0]))
     assert_no_leftovers(run)
-    for one, other in zip(*(jax.tree.leaves(fd.load(each)[1]) for each in (run, whole_here)), strict=True):
+    for one, other in zip(*(jax.tree.leaves(fd.load(each)[1]) for each in (run, trained[0])), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -1,4 +1,4 @@
-"""config.json, tokenizer.json and what lies beside them, made to do harm: refused by name, at little cost."""
+"""Malicious config.json, tokenizer.json and the like: refused by name, at little cost."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ SETTINGS_ROW = pytest.mark.fault("config.json")
 TOKENIZER_ROW = pytest.mark.fault("tokenizer.json")
 FUZZ = pytest.mark.fault("JSON, fuzzed")
 
-# What is wrong as JSON, in whichever file it stands.
+# Invalid JSON for any file.
 BROKEN = {
     "nothing": (lambda: b"", "is not valid JSON"),
     "no end": (lambda: b'{"a": [', "is not valid JSON"),
@@ -38,7 +38,7 @@ BROKEN = {
     "100 MB of spaces": (lambda: b"{" + b" " * 100_000_000 + b"}", "over the limit of"),
 }
 FILES = ["config.json", "generation_config.json", "tokenizer.json", INDEX]
-# They are read by the same function: that each file is read by it shows in one of its refusals, and in its limit.
+# All are read by the same function; for each file, a few kinds show that it is.
 SHORT = [f"{name}-{kind}" for name in FILES for kind in ("a name twice", "depth of 33", "100 MB of spaces")]
 
 
@@ -222,7 +222,7 @@ _ODD = st.one_of(
 )
 
 
-ODD = _ODD.map(copy.deepcopy)  # they are changed further
+ODD = _ODD.map(copy.deepcopy)  # examples are mutated
 
 
 def _nodes(value):
@@ -234,7 +234,7 @@ def _nodes(value):
 
 
 def mutated(draw, document, names):
-    """The document with some values changed, added, moved or lost, as text with now and then a byte changed."""
+    """The document with some values changed, added or removed, as bytes, sometimes with one byte changed."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         nodes = [node for node in _nodes(document) if len(node) < 100]  # not the vocabulary most of the time

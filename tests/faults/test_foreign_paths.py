@@ -1,4 +1,4 @@
-"""Paths and links that lead out of a model folder, and names that are no files: refused, and never opened."""
+"""Paths and links that lead out of a model folder, and names of other things than files: refused, never opened."""
 
 import json
 import os
@@ -16,17 +16,17 @@ OPENED: list[str] = []
 
 
 def _note(event, arguments):
-    """Keeps the path of every file that Python opens, by whatever means."""
+    """Records the path of every file that Python opens."""
     if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
         OPENED.append(os.path.realpath(os.fsdecode(arguments[0])))
 
 
-sys.addaudithook(_note)  # cannot be taken back: it stays for the process
+sys.addaudithook(_note)  # an audit hook cannot be removed
 
 
 @pytest.fixture
 def canary(tmp_path):
-    """A file outside of the model folder that would be read well, and that nothing may open."""
+    """A readable weights file outside the model folder, which must not be opened."""
     path = tmp_path / "outside" / "canary.safetensors"
     path.parent.mkdir()
     shutil.copy(make_folder(tmp_path / "source") / WEIGHTS, path)
@@ -34,7 +34,7 @@ def canary(tmp_path):
     yield path
     assert os.path.realpath(path) not in OPENED
     open(path, "rb").close()
-    assert os.path.realpath(path) in OPENED  # it would have been noticed
+    assert os.path.realpath(path) in OPENED  # the hook works
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ REASONS = {
     "folder": "is a folder",
 }
 FILES = ["config.json", "generation_config.json", "tokenizer.json", WEIGHTS, INDEX, "shard"]
-# They are opened by the same function: that each file is opened by it shows in what is refused before, and after.
+# All are opened by the same function; for each file, two kinds show that it is.
 SHORT = [f"{name}-{kind}" for name in FILES for kind in ("link out", "FIFO")]
 
 
@@ -163,7 +163,7 @@ def test_the_same_for_a_chat_template(kind, name, folder, canary):
 
 @pytest.fixture
 def cache(folder, canary):
-    """The folder as the download cache of Hugging Face has it: models--NAME/snapshots/REVISION, of links to blobs."""
+    """The folder in the layout of Hugging Face's download cache: models--NAME/snapshots/REVISION, links to blobs."""
     model = folder.parent / "models--someone--model"
     (model / "snapshots").mkdir(parents=True)
     (model / "blobs").mkdir()
@@ -179,7 +179,7 @@ def test_the_download_cache_of_hugging_face_is_read(cache):
     fd.load(cache)
     reached = cache.parent / "main"
     reached.symlink_to("abc")
-    fd.load(reached)  # the user names the folder, by a link or not
+    fd.load(reached)  # the folder itself may be a link
 
 
 @ROW

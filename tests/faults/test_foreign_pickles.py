@@ -1,4 +1,4 @@
-"""Pickles under every usual name: never read, so what they would do is never done."""
+"""Pickles under every usual name: never unpickled."""
 
 import io
 import os
@@ -16,7 +16,7 @@ ROW = pytest.mark.fault("pickles")
 
 
 class Bomb:
-    """Leaves a canary where it is unpickled."""
+    """Creates a folder, the canary, when unpickled."""
 
     def __init__(self, canary):
         self.canary = canary
@@ -30,7 +30,7 @@ def plain(bomb):
 
 
 def torch_zip(bomb):
-    """The container that torch.save writes: a zip with a pickle in it."""
+    """The format of torch.save: a zip with a pickle."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(bomb))
@@ -50,7 +50,7 @@ def canary(tmp_path):
     yield path
     assert not path.exists()
     pickle.loads(plain(Bomb(path)))
-    assert path.exists()  # the pickles do what they are made for
+    assert path.exists()  # the pickle works
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A run that is killed again and again, at any time, must end as if nothing had been."""
+"""A run that is killed repeatedly, at random times, has the results of an uninterrupted one."""
 
 import random
 import re
@@ -12,15 +12,15 @@ from limits import HANGS_SECONDS
 
 from flax_decoder.cli import main
 
-# How many steps a run has, how often it is saved, and how often killed. The short suite kills the run that
-# test_kill_points.py kills, so that both compare with the same one that was never killed.
+# Numbers of steps, steps per save, and kills. The short suite uses the settings of test_kill_points.py, so that both
+# share an uninterrupted run.
 FEW, MANY = (test_kill_points.FEW_STEPS, test_kill_points.SAVE_EVERY, 3), (600, 5, 20)
 CASES = [pytest.param(*FEW, 0, id="few")]
 CASES += [pytest.param(*MANY, seed, id=str(seed), marks=pytest.mark.full) for seed in range(10)]
 
 
 def made_at(path):
-    """Tells a file from the one that takes its place."""
+    """The inode of a file, which changes when the file is replaced."""
     return path.stat().st_ino if path.exists() else None
 
 
@@ -29,7 +29,7 @@ def made_at(path):
 def test_a_run_that_is_killed_at_random_times(tmp_path, count_cases, num_steps, save_every, num_kills, seed):
     # Every step is logged, so that every loss is compared.
     rules = test_kill_points.rules(num_steps, save_every)
-    expected, text, cache, whole_seconds = tiny_run.whole(**rules)
+    expected, text, cache, run_seconds = tiny_run.finished_run(**rules)
     expected_losses = run_state.losses(expected)
     rng = random.Random(seed)
     folder = tmp_path / "run"
@@ -42,28 +42,28 @@ def test_a_run_that_is_killed_at_random_times(tmp_path, count_cases, num_steps, 
         log_before = made_at(log)
         process = tiny_run.start(arguments, **environment)
         try:
-            # Such that the kills are spread over all the steps. Some come earlier: in imports, compiling, restoring.
+            # Kills are spread over all steps; some come earlier, during imports, compilation or restoring.
             target = newest + rng.randint(1, max((num_steps - newest) // (num_kills - number + 3), 1))
             early = number % 4 == seed % 4
-            end = time.monotonic() + (rng.uniform(0, whole_seconds) if early else HANGS_SECONDS)
-            # The log is made anew at a start: until then it has lines beyond the checkpoint.
+            end = time.monotonic() + (rng.uniform(0, run_seconds) if early else HANGS_SECONDS)
+            # Until the log is rewritten at the start, it has lines beyond the checkpoint.
             while (made_at(log) == log_before or run_state.last_step(folder) < target) and time.monotonic() < end:
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.001)
             assert early or time.monotonic() < end
-            end = time.monotonic() + rng.uniform(0, 0.05)  # in which it takes some steps and saves, but not all
+            end = time.monotonic() + rng.uniform(0, 0.05)  # for some more steps and saves
             while time.monotonic() < end and run_state.last_step(folder) < num_steps - save_every:
                 time.sleep(0.001)
         finally:
             process.kill()
             output, errors = process.communicate()
-        assert process.returncode == -9, (output, errors)  # and did not end before
+        assert process.returncode == -9, (output, errors)  # it did not end before the kill
         assert "Traceback" not in errors and "warning: " not in errors, errors
         continued = re.search(r"from the checkpoint of step (\d+)", output)
         assert continued is None or int(continued[1]) == newest
         for step, row in run_state.losses(folder).items():
             assert row == expected_losses[step]
-        # All that is lost: the steps since the last save, and the save that was in flight.
+        # Lost are at most the steps since the last save and an unfinished save.
         reached = max(reached if continued is None else newest, run_state.last_step(folder))
         before, newest = newest, run_state.newest_verified(folder)
         assert newest >= before

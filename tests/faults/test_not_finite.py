@@ -1,4 +1,4 @@
-"""NaN and infinities, put into a gradient, the loss or a parameter at one step of a run."""
+"""NaN and infinities in a gradient, the loss or a parameter at one step of a run."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import SETTINGS, write_text_file
+from tiny_run import SETTINGS
 
 import flax_decoder as fd
 from flax_decoder.cli import main
@@ -19,7 +19,7 @@ ROW = "NaN, ±Inf in gradient, loss, param"
 BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 NUM_STEPS = 6
 QUICK = {"training.num_steps": NUM_STEPS, "training.save_every": 2, "training.eval_every": 6, "training.log_every": 1}
-# At which step what happens to which tensor, in runs that differ.
+# Step, tensor, and settings of the run.
 VARIANTS = [
     (3, "embedding", {}),
     (6, "final_norm.scale", {"mesh.fsdp": 2, "mesh.tensor": 2, "model.vocab_size": 32}),
@@ -34,17 +34,12 @@ VARIANTS = [
     (3, "embedding", {"mesh.data": 1, "lens.every": 0}),
 ]
 KINDS = [(place, bad) for place in ("gradient", "loss", "param") for bad in BAD]
-# Each place and each number in the last run, the smallest; with --full each in each, in all of the runs.
+# In the short suite each place and number once, in the smallest run; all combinations with --full.
 SHORT = [("gradient", "nan", 10), ("loss", "inf", 10), ("param", "-inf", 10)]
 CASES = [
     pytest.param(*case, marks=() if case in SHORT else pytest.mark.full)
     for case in ((*kind, variant) for kind in KINDS for variant in range(len(VARIANTS)))
 ]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text_file(tmp_path_factory.mktemp("text"))
 
 
 def train(folder, text, changes):
@@ -53,7 +48,7 @@ def train(folder, text, changes):
 
 
 def poison(monkeypatch, place, bad, step, name):
-    """Puts a bad number into one element, in the step of this number (from 1)."""
+    """Puts a bad number into one element at a step, counted from 1."""
 
     def put(tree, when):
         def change(path, leaf):
@@ -87,9 +82,9 @@ _ends = {}
 
 
 def end_of(variant, skips, text, tmp_path_factory):
-    """The folder of a run that was never stopped: nothing happens in it, or the variant's step is passed over."""
+    """An uninterrupted run, with or without the variant's step skipped."""
     if (variant, skips) not in _ends:
-        folder = tmp_path_factory.mktemp("whole") / "run"
+        folder = tmp_path_factory.mktemp("finished") / "run"
         step, name, changes = VARIANTS[variant]
         with pytest.MonkeyPatch.context() as patch:
             if skips:
@@ -107,7 +102,7 @@ def without_times(folder):
 
 
 def assert_equal_params(folder, other, step):
-    """Also shows that neither holds a number that is not finite."""
+    """Asserts equal and finite parameters."""
     ones, others = (fd.load(run, step=step)[1] for run in (folder, other))
     jax.tree.map(np.testing.assert_array_equal, ones, others)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ones))
@@ -126,20 +121,20 @@ def test_a_number_that_is_not_finite_never_gets_into_a_checkpoint(
         poison(patch, place, BAD[bad], step, name)
         assert train(folder, text, changes) == 1
         error = capsys.readouterr().err
-        # A parameter is looked at where a step fails or a checkpoint is due, whichever is first.
+        # Parameters are checked when a step fails or a checkpoint is due.
         seen = step if step % 2 == 0 or step == NUM_STEPS else step + 1
         message = {
             "gradient": f"fault: step {step}: the gradient of {name} is not finite",
             "loss": f"fault: step {step}: the loss is {bad},",
-            "param": f"fault: the parameter {name} is not finite after step {seen}, which is therefore not saved",
+            "param": f"fault: the parameter {name} is not finite after step {seen}, so this step is not saved",
         }[place]
         assert error.startswith(message) and error.count("\n") == 2 and "Traceback" not in error
-        # What was saved before is whole, and what the run that was never stopped has had there.
+        # Earlier checkpoints are valid and are used.
         before = [saved for saved in range(2, step, 2)][-2:]
         assert saved_steps(folder) == before
         assert not before or main(["verify", str(folder)]) == 0
         if place == "param":
-            patch.undo()  # what was hit once is not hit again
+            patch.undo()  # the fault does not recur
         files = {path: path.read_bytes() for path in folder.glob("checkpoints/**/*") if path.is_file()}
         assert train(folder, text, changes | {"training.nan": "skip", "training.keep_newest": 9}) == 0
     assert all(path.read_bytes() == content for path, content in files.items())

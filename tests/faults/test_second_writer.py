@@ -1,6 +1,5 @@
-"""Two processes that want the same run folder: one has it, the other is refused at once and changes nothing."""
+"""Two processes on one run folder: the second is refused at once and changes nothing."""
 
-import hashlib
 import json
 import os
 import signal
@@ -16,8 +15,7 @@ from flax_decoder.cli import main
 
 ENDLESS = {"training__num_steps": 10**6, "training__log_every": 10, "training__eval_every": 10**5}
 ENDLESS |= {"training__save_every": 10**6}
-# Runs a script as `python SCRIPT ...` would, and then tells what stood in its way: whether JAX was loaded or a
-# file of a checkpoint opened.
+# Runs a script like `python SCRIPT ...`, then prints which heavy packages were loaded and which checkpoints opened.
 WATCHED = """
 import os, runpy, sys
 opened = []
@@ -35,7 +33,7 @@ finally:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where the run lies, its text, and a cache for its programs."""
+    """The run folder, its text, and a compilation cache."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "text").mkdir()
     return folder / "runs" / "run", tiny_run.write_text_file(folder / "text"), str(folder / "cache")
@@ -43,7 +41,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def holders():
-    """The processes that were started to hold it; the last one may still do."""
+    """The processes started to hold the lock; the last one may still run."""
     processes = []
     yield processes
     for process in processes:
@@ -53,7 +51,7 @@ def holders():
 
 @pytest.fixture
 def holder(place, holders):
-    """A process that trains for as long as one likes, and has taken some steps."""
+    """A process that holds the lock and has trained for some steps."""
     folder, text, cache = place
     if not holders or holders[-1].poll() is not None:
         holders.append(tiny_run.start(tiny_run.command(folder, text, **ENDLESS), JAX_COMPILATION_CACHE_DIR=cache))
@@ -63,19 +61,12 @@ def holder(place, holders):
     return holders[-1]
 
 
-def snapshot(folder):
-    """What lies in a folder, byte for byte, and when it was last changed."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    content = {str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in files}
-    return content | {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_dir()}
-
-
 @pytest.mark.fault("Second writer")
 @pytest.mark.parametrize("num_cases", [5, pytest.param(90, marks=pytest.mark.full)])
 def test_a_second_writer_is_refused(place, holder, count_cases, num_cases):
-    """At once, which is: before it has loaded what takes long, and without a look at what it may not have."""
+    """At once: before heavy imports, and without opening a checkpoint."""
     folder, text, cache = place
-    # What the second one asks for matters not: what would be refused later too, or would have been allowed.
+    # Settings that would be accepted, or refused later.
     asked = [
         {},
         {"training__num_steps": 7},
@@ -84,16 +75,16 @@ def test_a_second_writer_is_refused(place, holder, count_cases, num_cases):
         {"run__resume": "never"},
     ]
     for number in range(num_cases):
-        holder.send_signal(signal.SIGSTOP)  # so that all that changes now is the second one's doing
+        holder.send_signal(signal.SIGSTOP)  # so that only the second one can change files
         os.waitid(os.P_PID, holder.pid, os.WSTOPPED | os.WNOWAIT)
-        before = snapshot(folder.parent)
+        before = run_state.snapshot(folder.parent)
         _, *arguments = tiny_run.command(folder, text, **ENDLESS | asked[number % len(asked)])
         code, output, errors = tiny_run.finish(
             [sys.executable, "-c", WATCHED, *arguments], JAX_COMPILATION_CACHE_DIR=cache
         )
         assert code == 73 and output == "[] []\n", (output, errors)
         assert f"{folder}: is in use by process {holder.pid} on " in errors and len(errors.splitlines()) == 1
-        assert snapshot(folder.parent) == before
+        assert run_state.snapshot(folder.parent) == before
         holder.send_signal(signal.SIGCONT)
     # The first one was not disturbed.
     step = run_state.last_step(folder)
@@ -108,7 +99,7 @@ def test_a_killed_holder_frees_the_folder(place, holder):
     folder, text, cache = place
     holder.kill()
     holder.wait()
-    assert json.loads((folder / ".lock").read_bytes())["pid"] == holder.pid  # which is nobody's any more
+    assert json.loads((folder / ".lock").read_bytes())["pid"] == holder.pid  # a dead process
     more = tiny_run.command(folder, text, **ENDLESS | {"training__num_steps": 10})
     code, output, errors = tiny_run.finish(more, JAX_COMPILATION_CACHE_DIR=cache)
     assert code == 0 and "it starts from the beginning" in output, errors
@@ -120,7 +111,7 @@ def test_a_killed_holder_frees_the_folder(place, holder):
 @pytest.mark.parametrize("num_cases", [1, 3, 30])
 @pytest.mark.parametrize("fresh", [True, False])
 def test_of_two_that_start_at_the_same_instant_one_wins(tmp_path, place, count_cases, num_cases, fresh):
-    """On a new folder, beside which a killed start has left its own; and on one that is to be continued."""
+    """On a new folder, next to leftovers of a killed start, and on an existing run."""
     _, text, cache = place
     for number in range(num_cases):
         folder = tmp_path / f"runs{number}" / "run"
@@ -129,7 +120,7 @@ def test_of_two_that_start_at_the_same_instant_one_wins(tmp_path, place, count_c
         if fresh:
             (folder.parent / f".run.new-{os.uname().nodename}-{2**22 + 1}").mkdir(
                 parents=True
-            )  # no number of a process
+            )  # not a valid process id
         else:
             short = tiny_run.command(folder, text, **ENDLESS | {"training__num_steps": 10})
             assert tiny_run.finish(short, **environment)[0] == 0

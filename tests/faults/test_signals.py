@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, whatever a run is at: it saves, says so by its exit code, and loses nothing."""
+"""SIGINT and SIGTERM at any point of a run: it saves, exits with the right code, and loses nothing."""
 
 import os
 import random
@@ -25,7 +25,7 @@ BOTH = (signal.SIGTERM, signal.SIGINT)
 
 
 def interrupted(number, point, count, delay, arguments, **environment):
-    """Runs the training until the signal has come: exit code, output, and errors."""
+    """Runs the training until the signal; returns exit code and output."""
     words = [sys.executable, str(FAULTY), number.name, point, str(count), str(delay), "train", *arguments[2:]]
     code, output, errors = tiny_run.finish(words, PYTHONUNBUFFERED="1", **environment)
     assert "Traceback" not in errors and "Exception ignored" not in errors, (point, errors)
@@ -33,7 +33,7 @@ def interrupted(number, point, count, delay, arguments, **environment):
 
 
 def assert_saved(folder, output, number):
-    """That the step that was taken last is the one that was saved; returns it."""
+    """Asserts that the last step was saved; returns it."""
     saved = re.search(rf"stopped by {number.name}: saved at step (\d+); the same command continues", output)
     assert saved, output
     step = int(saved[1])
@@ -41,21 +41,17 @@ def assert_saved(folder, output, number):
     return step
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that is never stopped, its text, and a cache that has its programs."""
-    folder = tmp_path_factory.mktemp("whole")
-    text, cache = tiny_run.write_text_file(folder), str(folder / "cache")
-    code, _, errors = tiny_run.finish(tiny_run.command(folder / "run", text, **RULES), JAX_COMPILATION_CACHE_DIR=cache)
-    assert code == 0, errors
-    return folder / "run", text, cache
+@pytest.fixture
+def finished():
+    """A run that is not stopped, its text, and a cache with its programs."""
+    return tiny_run.finished_run(**RULES)[:3]
 
 
 @pytest.mark.fault("SIGTERM and SIGINT in a run")
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_run_that_is_stopped_again_and_again(whole, tmp_path, count_cases, request, seed):
-    """Each time at another point, at once or, in the further seeds, somewhat later."""
-    expected, text, cache = whole
+def test_a_run_that_is_stopped_again_and_again(finished, tmp_path, count_cases, request, seed):
+    """Each time at another point; with seeds other than 0 also after a delay."""
+    expected, text, cache = finished
     rng = random.Random(seed)
     folder = tmp_path / "run"
     arguments = tiny_run.command(folder, text, **RULES)
@@ -64,7 +60,7 @@ def test_a_run_that_is_stopped_again_and_again(whole, tmp_path, count_cases, req
         cases = [(point, number) for point in points for number in BOTH]
         cases += [(point, rng.choice(BOTH)) for point in ("after arrays", "restoring")]
         rng.shuffle(cases)
-    else:  # what is restored must have been saved; two signals while a program compiles are a test of their own
+    else:  # restoring needs a save; compilation is covered by the test of two signals
         cases = [("step", BOTH[0]), ("save", BOTH[1]), ("restoring", BOTH[0])]
     done = 0
     for point, number in cases:
@@ -73,12 +69,12 @@ def test_a_run_that_is_stopped_again_and_again(whole, tmp_path, count_cases, req
         count = 1 if point in ("compile", "restoring", "after arrays", "save") else rng.randint(1, 3)
         delay = 0.0 if seed == 0 else rng.choice([0.0, 0.003, 0.01, 0.03])
         environment = {"JAX_COMPILATION_CACHE_DIR": cache}
-        if point == "compile":  # what is in the cache is not compiled
+        if point == "compile":  # cached programs are not compiled
             environment = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
         code, output = interrupted(number, point, count, delay, arguments, **environment)
         assert code == 128 + number, (point, output)
         before, done = done, assert_saved(folder, output, number)
-        # Where it had to stop: at the end of the step, or at the next one.
+        # It stops at the end of that step or of the next one.
         earliest = {
             "step": before + count,
             "compile": before + 1,
@@ -88,12 +84,12 @@ def test_a_run_that_is_stopped_again_and_again(whole, tmp_path, count_cases, req
             "after arrays": (before // SAVE_EVERY + 1) * SAVE_EVERY + 1,
         }[point]
         assert done >= earliest, point
-        if delay == 0 and point != "after arrays":  # which is in the background
+        if delay == 0 and point != "after arrays":  # a background thread
             assert done == earliest, point
         assert {step: row for step, row in run_state.losses(expected).items() if step <= done} == run_state.losses(
             folder
         )
-    # When all steps are done and the sample is being written, that is finished.
+    # A sample that is being generated is finished.
     number = rng.choice(BOTH)
     code, output = interrupted(number, "sampling", 1, 0, arguments, JAX_COMPILATION_CACHE_DIR=cache)
     assert code == 128 + number and assert_saved(folder, output, number) == NUM_STEPS
@@ -105,15 +101,15 @@ def test_a_run_that_is_stopped_again_and_again(whole, tmp_path, count_cases, req
 
 @pytest.mark.fault("SIGTERM and SIGINT at a start")
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
-def test_a_run_that_is_stopped_while_it_is_prepared(whole, tmp_path, number):
-    _, text, cache = whole
+def test_a_run_that_is_stopped_while_it_is_prepared(finished, tmp_path, number):
+    _, text, cache = finished
     arguments = tiny_run.command(tmp_path / "run", text, **RULES)
     code, output = interrupted(number, "preparing", 1, 0, arguments, JAX_COMPILATION_CACHE_DIR=cache)
     assert code == 128 + number, output
     assert list(tmp_path.iterdir()) == []
 
 
-# Sends itself a signal at the COUNTth of all imports and openings of files, from when the command has its handlers.
+# Sends itself a signal at the COUNTth import or file opening after the command has installed its handlers.
 STOPPED = """
 import os, sys
 from flax_decoder import cli
@@ -131,21 +127,21 @@ keep = cli._keep_compilations
 cli._keep_compilations = lambda: (sys.addaudithook(listen), keep())
 sys.exit(cli.main(sys.argv[3:]))
 """
-MAX_EVENTS = 3500  # a start has some 2,600; what comes after them are steps
+MAX_EVENTS = 3500  # a start has about 2,600; later events belong to steps
 
 
 @pytest.mark.fault("SIGTERM and SIGINT at a start")
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_run_that_is_stopped_at_any_time_of_its_start(whole, tmp_path, count_cases, request, seed):
-    """In imports, in preparations, in compiling: it leaves with the code, and what it began it has saved."""
-    _, text, cache = whole
+def test_a_run_that_is_stopped_at_any_time_of_its_start(finished, tmp_path, count_cases, request, seed):
+    """During imports, preparation or compilation: it exits with the right code, and started work is saved."""
+    _, text, cache = finished
     rng = random.Random(seed)
     num_cases = 6 if request.config.getoption("--full") else 2
     arguments = tiny_run.command(tmp_path / "run", text, **RULES | {"training__num_steps": 10**6})
     for place in range(num_cases):
         folder = tmp_path / "run"
         number = BOTH[place % 2]
-        # Places of the start by what has been done, not by the time, which depends on the machine; a part of them each.
+        # Points are counted in events, not in time, which depends on the machine; each case has its own range.
         share = MAX_EVENTS // num_cases
         count = place * share + rng.randint(1, share)
         words = [sys.executable, "-c", STOPPED, str(count), str(int(number)), "train", *arguments[2:]]
@@ -160,9 +156,9 @@ def test_a_run_that_is_stopped_at_any_time_of_its_start(whole, tmp_path, count_c
 
 @pytest.mark.fault("SIGTERM and SIGINT, twice")
 @pytest.mark.parametrize("numbers", [BOTH, pytest.param(BOTH[::-1], marks=pytest.mark.full)])
-def test_a_second_signal_leaves_at_once(whole, tmp_path, numbers):
-    """While a large program compiles, which takes far longer."""
-    _, text, _ = whole
+def test_a_second_signal_leaves_at_once(finished, tmp_path, numbers):
+    """While a large program compiles, which takes much longer."""
+    _, text, _ = finished
     folder = tmp_path / "run"
     slow = {"model__num_layers": 24, "training__num_steps": 3}
     first, second = numbers

@@ -1,4 +1,4 @@
-"""A run that takes seconds, as a process of its own: what the matrix kills, fills up and damages."""
+"""A run of seconds in a separate process, for the fault matrix."""
 
 import atexit
 import contextlib
@@ -32,26 +32,26 @@ SETTINGS = {
 }
 
 
-# Runs in the process of the tests, where they are of no special kind, are of this one: it is compiled once for all.
+# Settings of runs in the tests' own process, which share compiled programs.
 HERE = {"model__positions": "rotary", "mesh__data": 1}
 
 
 def write_text_file(folder: Path) -> Path:
-    """A text to train on, in a folder."""
+    """Writes a text to train on into a folder."""
     path = folder / "hamlet.txt"
     path.write_text(TEXT)
     return path
 
 
 def command(folder: Path, text: Path, **changes: object) -> list[str]:
-    """The command that trains such a run, or goes on with it; changes to SETTINGS are named section__field."""
+    """The command that starts or resumes such a run; changes to SETTINGS are named section__field."""
     values = SETTINGS | {"data.path": text, "run.folder": folder}
     values |= {name.replace("__", "."): value for name, value in changes.items()}
     return [sys.executable, str(TRAIN), *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    """Starts a command on one simulated device; its two outputs are to be read."""
+    """Starts a command on one simulated device with pipes for stdout and stderr."""
     flags = {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         arguments,
@@ -63,14 +63,14 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 
 
 def finish(arguments: list[str], **environment: str) -> tuple[int, str, str]:
-    """Runs a command to its end: exit code, output, and errors."""
+    """Runs a command to its end; returns exit code, stdout and stderr."""
     process = start(arguments, **environment)
     output, errors = process.communicate(timeout=HANGS_SECONDS)
     return process.returncode, output, errors
 
 
-class Whole(NamedTuple):
-    """A run folder, its text, a cache that has its programs, and the seconds from its start to its end."""
+class FinishedRun(NamedTuple):
+    """A run folder, its text, a compilation cache with its programs, and its duration in seconds."""
 
     run: Path
     text: Path
@@ -79,14 +79,14 @@ class Whole(NamedTuple):
 
 
 @functools.cache
-def whole(**changes: object) -> Whole:
-    """A run that nothing happens to; made once in each process that runs tests.
+def finished_run(**changes: object) -> FinishedRun:
+    """A run without faults, made once per test process.
 
-    A cache of its own: a program that is killed while it writes to the cache leaves half a file there.
+    It has its own compilation cache, since a process that is killed while it writes to a cache leaves a partial file.
     """
     folder = Path(_FOLDERS.enter_context(tempfile.TemporaryDirectory()))
     text, cache = write_text_file(folder), str(folder / "cache")
     started = time.monotonic()
     code, _, errors = finish(command(folder / "run", text, **changes), JAX_COMPILATION_CACHE_DIR=cache)
     assert code == 0, errors
-    return Whole(folder / "run", text, cache, time.monotonic() - started)
+    return FinishedRun(folder / "run", text, cache, time.monotonic() - started)
