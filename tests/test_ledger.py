@@ -447,7 +447,8 @@ OPTIMIZERS = {
     "beta 1": (chain(b1=0.8), CLIPPED, "beta 1 = 0.8, not 0.9"),
     "no bias correction": (
         adam(after=[optax.scale_by_schedule(uncorrected), DECAY]),
-        *(RATE, "the moments are not corrected for their start at zero"),
+        # At step 1, the corrections of both moments cancel.
+        *("step 2 learning rate", "the moments are not corrected for their start at zero"),
     ),
     "epsilon of AdamW": (chain(eps=1e-5), RATE, "AdamW's epsilon"),
     "decay apart from the rate": (chain(weight_decay=0.0, after=[GROW]), PARAMS, "not multiplied by the learning rate"),
