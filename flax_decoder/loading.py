@@ -1,4 +1,4 @@
-"""From a path to something that can be run, and from one kind of folder to the other."""
+"""Loads, converts and compares models, given the path of a run folder or of a Hugging Face folder."""
 
 import os
 import tempfile
@@ -35,22 +35,21 @@ def load(
     shardings: Any = None,
     allow_nan: bool = False,
 ) -> tuple[Decoder, Any, Tokenizer | None]:
-    """Opens a trained model.
+    """Loads a trained model.
 
     Args:
         path: a run folder, or a Hugging Face folder (config.json, model.safetensors, tokenizer.json).
-        step: which checkpoint of a run: the newest, the one with the lowest validation loss, or the one after that
-            many steps.
-        shardings: where the parameters go, each straight to its devices: one `jax.sharding.Sharding` for all, or a
-            tree of them like the parameters. Left out, they go to the default device.
-        allow_nan: reads a Hugging Face folder whose weights are NaN or infinite somewhere, too. A run has none.
+        step: the checkpoint of a run: the newest, the one with the lowest validation loss, or that of a step.
+        shardings: one `jax.sharding.Sharding` for all parameters, or a tree of them like the parameters; each parameter
+            is read straight onto its devices. None means the default device.
+        allow_nan: accept a Hugging Face folder with NaN or infinite weights; runs have none.
 
     Returns:
-        The model, its parameters, and its tokenizer; None for a Hugging Face folder without a tokenizer.json.
+        The model, its parameters, and its tokenizer: None for a Hugging Face folder without tokenizer.json.
 
     Raises:
-        UserError: there is no such folder, it holds no model, the run has no such checkpoint, or the Hugging Face
-            folder has something that cannot be used, or a sharding does not fit its parameter.
+        UserError: there is no such folder, model or checkpoint, the Hugging Face folder is not supported, or a sharding
+            does not fit its parameter.
         FaultError: the checkpoint cannot be read.
     """
     folder = Path(path)
@@ -74,12 +73,12 @@ def convert(
     model_type: str | None = None,
     allow_nan: bool = False,
 ) -> None:
-    """Makes a Hugging Face folder out of a run folder, or a run folder out of a Hugging Face folder.
+    """Converts a run folder to a Hugging Face folder, or the reverse.
 
     Args:
-        source: the folder to read, which says the direction.
-        destination: the new folder: it must not exist, or be empty. It is there whole or not at all.
-        model_type: the Hugging Face model type to write; left out, the one that is nearest to the model.
+        source: the folder to read; its kind decides the direction.
+        destination: the new folder, which must not exist or be empty; it is written atomically.
+        model_type: the Hugging Face model type to write; None means the one that fits the model best.
         allow_nan: see `load`.
 
     Raises:
@@ -92,7 +91,7 @@ def convert(
     to_run = source.is_dir() and not _is_run_folder(source)
     model, params, tokenizer = load(source, allow_nan=allow_nan)
     if to_run and model_type is not None:
-        raise UserError(f"{source}: a run folder is made of it, which has no model type; leave out --model-type")
+        raise UserError(f"{source}: is converted to a run folder, which has no model type; leave out --model-type")
     try:
         with new_folder(destination) as unfinished:
             if to_run:
@@ -114,20 +113,19 @@ def compare(
     allow_nan: bool = False,
     **settings: Any,
 ) -> "Ledger":
-    """Holds a model to PyTorch's numbers, tensor by tensor: `assert fd.compare("my_model").holds`.
+    """Compares a model with PyTorch, tensor by tensor: `assert fd.compare("my_model").holds`.
 
     Args:
-        path: a Hugging Face folder, or a run folder, which is written as one to a temporary place first.
+        path: a Hugging Face folder, or a run folder, which is first written as one to a temporary folder.
         steps: AdamW steps to compare, after the forward pass and the gradients.
-        model: a network to compare in place of the one that `path` gives.
-        params: parameters to compare in place of those that `path` gives.
-        torch_model: a model of `transformers` to compare with in place of the one in `path`; it stays as it is.
+        model: a model to compare in place of the one in `path`.
+        params: parameters to compare in place of those in `path`.
+        torch_model: a model of `transformers` in place of the one in `path`; it is not changed.
         allow_nan: see `load`.
-        **settings: tx, optimizer, batch_size, length, accumulation_steps, seed; see
-            `comparison.compare.compare_models`.
+        **settings: tx, optimizer, batch_size, length, accumulation_steps, seed; see `compare_models`.
 
     Returns:
-        The rows, whether they hold, and the cause where one does not; as a string, a table.
+        The rows, whether all hold, and the cause if one does not; `str` makes a table of it.
 
     Raises:
         UserError: `path` cannot be read, no Hugging Face model type can express the model, a setting cannot be
@@ -142,24 +140,24 @@ def compare(
         raise UserError(
             f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
         ) from None
-    own_model, own_params, tokenizer = load(path, allow_nan=allow_nan)
+    saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
     folder = Path(path)
     is_run = _is_run_folder(folder)
-    family = choose_family(own_model.config, str(path)) if is_run else read_family(folder)
+    family = choose_family(saved_model.config, str(path)) if is_run else read_family(folder)
     if torch_model is None:
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as temporary:
             if is_run:
-                folder = Path(place)
-                write_folder(folder, own_model.config, own_params, tokenizer, family)
+                folder = Path(temporary)
+                write_folder(folder, saved_model.config, saved_params, tokenizer, family)
             torch_model = open_model(folder)
-    model, params = model or own_model, own_params if params is None else params
+    model, params = model or saved_model, saved_params if params is None else params
     return compare_models(model, params, torch_model, family, steps=steps, **settings)
 
 
 def load_with_tokenizer(
     path: str | os.PathLike[str], step: int | Literal["latest", "best"], *, allow_nan: bool = False
 ) -> tuple[Decoder, Any, Tokenizer]:
-    """As `load`, for those who cannot do without the tokenizer. Raises UserError also where there is none."""
+    """As `load`, but raises UserError if there is no tokenizer."""
     model, params, tokenizer = load(path, step=step, allow_nan=allow_nan)
     return model, params, _required(tokenizer, Path(path))
 
@@ -188,7 +186,7 @@ def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: An
 
 
 def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) -> None:
-    """Fills a new run folder with a model that was trained elsewhere: its only checkpoint is that of step 0."""
+    """Writes a run folder of a model that was trained elsewhere; its only checkpoint is that of step 0."""
     write_text(folder / "tokenizer.json", tokenizer.to_json())
     write_special_tokens(folder, tokenizer)
     config = Config(model=model.config, data=DataConfig(tokenizer="tokenizer.json"))

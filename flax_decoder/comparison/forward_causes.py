@@ -1,277 +1,380 @@
-"""Known mistakes of a forward pass, each tried on the tensors around the first one that differs."""
+"""Known mistakes of a forward pass."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_decoder.comparison.attention_causes import caps, of_heads, of_rotation, of_scores, of_weights
-from flax_decoder.comparison.evidence import TOLERANCE, Array, Evidence, Step, same
-from flax_decoder.nn.feed_forward import ACTIVATIONS, GATED
+from flax_decoder.comparison.mismatch import TOLERANCE, Array, Found, Mismatch, Test, factor_between, same
+
+RTOL = 1e-4  # of what is read off a tensor, such as an epsilon: the last digits cancel
 
 
-def of_forward(name: str, evidence: Evidence) -> Iterator[str]:
-    """Causes for a tensor of the forward pass, likeliest first.
+def unlike(read: Callable[[Mismatch, Array], Any], field: str = "") -> Test:
+    """A test of what each side did, read off its tensor: whether both can be read and differ (in a field)."""
 
-    Args:
-        name: of its row, such as layers.0.attention.q.
-        evidence: both sides.
-    """
-    layer = ".".join(name.split(".")[:2]) + "." if name.startswith("layers.") else ""
-    kind = name.removeprefix(layer)
-    step = Step(evidence.our_forward[name], evidence.their_forward[name], layer, evidence)
-    if step.ours.shape != step.theirs.shape:
-        yield f"the shapes differ: ours {step.ours.shape}, PyTorch's {step.theirs.shape}"
-        return
-    if not np.isfinite(step.ours).all() and not kind.endswith("scores"):
-        yield "ours has numbers that are not finite"
-        return
-    yield from FORWARD[kind](kind, step)
-    if not kind.endswith("scores"):
-        yield from _by_a_factor(step)
-        yield from _by_a_vector(step)
+    def test(row: Mismatch) -> Found:
+        ours, theirs = read(row, row.ours), read(row, row.theirs)
+        one, other = (getattr(side, field, None) if field else side for side in (ours, theirs))
+        if one is None or other is None:
+            return False
+        equal = one == other if isinstance(one, str) else np.allclose(one, other, rtol=RTOL, atol=0)
+        return not equal and {"ours": ours, "theirs": theirs}
+
+    return test
 
 
-def _of_embeddings(kind: str, step: Step) -> Iterator[str]:
-    yield from _by_a_factor(step)
-    tokens_BT = step.evidence.batch["inputs"]
-    by_position = step.ours - step.theirs
-    if same(by_position, np.broadcast_to(by_position[:1], by_position.shape)) and len(by_position) > 1:
-        yield "the vectors of positions differ, or are counted from another number"
-    first = step.theirs.reshape(-1, step.theirs.shape[-1])
-    ours = step.ours.reshape(first.shape)
-    different = np.abs(ours - first).max(-1) > TOLERANCE * np.abs(first).max()
-    tokens = np.unique(tokens_BT.ravel()[different])
-    if len(tokens) < len(np.unique(tokens_BT)):
-        yield f"the embeddings of some tokens differ, such as that of token {tokens[0]}"
+def one_side(is_wrong: Callable[[Mismatch, Array, Array], bool]) -> Test:
+    """A test of the tensor of each side, beside the other's."""
+    return lambda row: next(({"side": side} for side, own, other in row.sides if is_wrong(row, own, other)), False)
 
 
-def _of_norm(kind: str, step: Step) -> Iterator[str]:
-    config = step.evidence.ours.config
-    if kind == "final_norm":
-        x = step.evidence.their_forward[f"layers.{config.num_layers - 1}.residual"]
-    elif kind == "feed_forward_norm":
-        yield from _between_parallel_and_sequential(step)
-        x = step.residual if config.parallel_residual else step.attended
-    else:
-        x = {
-            "attention_norm": lambda: step.residual,
-            "attention_output_norm": lambda: step.input("attention.out"),
-            "feed_forward_output_norm": lambda: step.input("feed_forward.down"),
-        }[kind]()
-    yield from _by_normalising(kind, x, step)
+def _proportional(row: Mismatch) -> Found:
+    width = row.evidence.ours.config.embed_dim
+    is_root = row.is_factor(math.sqrt(width), 1 / math.sqrt(width))
+    return row.factor is not None and {"root": f", the root of the width {width}" if is_root else ""}
 
 
-def _between_parallel_and_sequential(step: Step) -> Iterator[str]:
-    scale, bias = step.params("feed_forward_norm/scale"), step.params("feed_forward_norm/bias")
-    if scale is None:
-        return
-    shift = 0.0 if bias is None else bias
-
-    def is_normal_of(x: Array, y: Array) -> bool:
-        centred = x - x.mean(-1, keepdims=True)
-        return any(_epsilon(form, y - shift, scale) is not None for form in (x, centred))
-
-    for side, own, other in (("ours", step.ours, step.theirs), ("PyTorch", step.theirs, step.ours)):
-        if is_normal_of(step.residual, own) and is_normal_of(step.attended, other):
-            yield f"parallel residual: the feed-forward of {side} reads what attention reads, not what it writes"
+def _constant(row: Mismatch) -> bool:
+    """Whether the difference is the same at all positions."""
+    difference = _by_position(row.ours - row.theirs)
+    return same(difference, np.broadcast_to(difference[:1], difference.shape))
 
 
-def _by_normalising(path: str, x: Array, step: Step) -> Iterator[str]:
-    """Mistakes of a norm with the parameters at `path`, of an input on which both sides agree."""
-    scale = step.params(f"{path}/scale")
-    bias = step.params(f"{path}/bias")
-    if scale is None:
-        return
-    shift = 0.0 if bias is None else bias
-    kinds = {}
-    for kind, centred in (("LayerNorm", x - x.mean(-1, keepdims=True)), ("RMSNorm", x)):
-        for side, y in (("ours", step.ours), ("theirs", step.theirs)):
-            epsilon = _epsilon(centred, y - shift, scale)
-            if epsilon is not None:
-                kinds[side] = kind, epsilon
-    if len(kinds) == 2:
-        (our_kind, our_epsilon), (their_kind, their_epsilon) = kinds["ours"], kinds["theirs"]
-        if our_kind != their_kind:
-            yield f"the norm: ours is {our_kind}, PyTorch's {their_kind}"
-        elif not math.isclose(our_epsilon, their_epsilon, rel_tol=1e-3):
-            yield f"epsilon of the norm: ours {our_epsilon:.2g}, PyTorch's {their_epsilon:.2g}"
-    normal = np.divide(step.theirs - shift, scale, out=np.zeros_like(step.theirs), where=scale != 0)
-    for offset in (1.0, -1.0):
-        if same(step.ours, normal * (scale + offset) + shift):
-            yield "the scale of the norm: it is 1 + weight on one side, and the weight itself on the other"
+def _by_position(array: Array) -> Array:
+    """(B, T, ...) as (B * T, width)."""
+    return array.reshape(array.shape[0] * array.shape[1], -1)
 
 
-def _epsilon(centred: Array, y: Array, scale: Array) -> float | None:
-    """The epsilon with which y = centred / sqrt(mean(centred^2) + epsilon) * scale; None where there is none."""
-    direction = centred * scale
-    factor = (y * direction).sum(-1, keepdims=True) / np.square(direction).sum(-1, keepdims=True)
-    if not same(y, factor * direction):
-        return None
-    size = np.square(centred).mean(-1, keepdims=True)
-    smallest = np.unravel_index(size.argmin(), size.shape)
-    return float((factor**-2 - size)[smallest])
-
-
-def _of_queries_or_keys(kind: str, step: Step) -> Iterator[str]:
-    """Queries and keys as they go into the rotation: after their norm, where there is one."""
-    name = {"attention.q": "query", "attention.k": "key"}[kind]
-    if step.evidence.ours.config.qk_norm == "none":
-        yield from _of_projection(f"attention.{name}", step)
-        return
-    x = step.input(f"attention.{name}")
-    if step.evidence.ours.config.qk_norm == "all":
-        flat = [array.reshape(*array.shape[:2], -1) for array in (x, step.ours, step.theirs)]
-        x, step = flat[0], Step(flat[1], flat[2], step.layer, step.evidence)
-    yield from _by_normalising(f"attention/{name}_norm", x, step)
-
-
-def _of_values(kind: str, step: Step) -> Iterator[str]:
-    yield from _of_projection("attention.value", step)
-
-
-def _of_projection(kind: str, step: Step) -> Iterator[str]:
-    config = step.evidence.ours.config
-    if kind.startswith("attention.") and kind != "attention.out":
-        x = step.input("attention_norm") if step.has("attention_norm") else step.residual
-        others = {"queries": "attention.query", "keys": "attention.key", "values": "attention.value"}
-    elif kind == "attention.out":
-        x, others = step.input("attention.heads"), {}
-    elif kind == "feed_forward.down":
-        x, others = step.input("feed_forward.hidden"), {}
-    else:
-        before = step.residual if config.parallel_residual else step.attended
-        x = step.input("feed_forward_norm") if step.has("feed_forward_norm") else before
-        others = {"gate": "feed_forward.gate", "up": "feed_forward.up"}
-    own = next((word for word, other in others.items() if other == kind), "")
-    for word, other in others.items():
-        if other != kind and step.has(other) and same(step.ours, step.input(other)):
-            first, second = sorted([own, word])
-            yield f"{first} and {second} are swapped"
-    for layout, order in _rotary_orders(step.theirs.shape[-1]):
-        if kind in ("attention.query", "attention.key") and same(step.ours, step.theirs[..., order]):
-            yield f"rotary layout of the weights: the numbers of each head of ours are reordered, {layout}"
-    yield from _by_the_matrix(kind.replace(".", "/"), x, step)
-
-
-def _by_the_matrix(path: str, x: Array, step: Step) -> Iterator[str]:
-    kernel, bias = step.params(f"{path}/kernel"), step.params(f"{path}/bias")
-    if kernel is None:
-        return
-    rows = x.reshape(x.shape[0] * x.shape[1], -1)
-    matrix = kernel.reshape(rows.shape[1], -1)
-    y = step.ours.reshape(len(rows), -1)
-    shift = 0.0 if bias is None else bias.reshape(1, -1)
-    if matrix.shape[0] == matrix.shape[1] and same(y, rows @ matrix.T + shift):
-        yield "the matrix is transposed: it is square, so its shape does not tell"
-    difference = (step.ours - step.theirs).reshape(len(rows), -1)
-    if same(difference, np.broadcast_to(difference[:1], difference.shape)):
-        side = "ours" if same(step.ours.reshape(len(rows), -1), rows @ matrix) else "PyTorch"
-        missing = same(step.ours.reshape(len(rows), -1), rows @ matrix) or same(
-            step.theirs.reshape(len(rows), -1), rows @ matrix
-        )
-        yield f"a bias is missing in {side}" if missing else "the bias differs"
-    if kernel.ndim == 3 and path != "attention/out":
-        heads, width = kernel.shape[1:]
-        mixed = step.theirs.reshape(len(rows), width, heads).swapaxes(1, 2)
-        if same(y, mixed.reshape(y.shape)):
-            yield "heads and head width are mixed up in a reshape"
-    ours = step.params(f"{path}/kernel", "ours")
-    if ours is not None and not same(ours, kernel):
-        yield f"the weights differ: the largest difference in {path}/kernel is {np.abs(ours - kernel).max():.1e}"
-
-
-def _rotary_orders(width: int) -> Iterator[tuple[str, Array]]:
-    numbers = np.arange(width - width % 2)
-    yield "from pairs half a head apart to pairs side by side", numbers.reshape(2, -1).T.ravel()
-    yield "from pairs side by side to pairs half a head apart", numbers.reshape(-1, 2).T.ravel()
-
-
-def _of_hidden(kind: str, step: Step) -> Iterator[str]:
-    up = step.input("feed_forward.up")
-    gate = step.input("feed_forward.gate") if step.has("feed_forward.gate") else None
-    found: dict[str, str] = {}
-    for name in ACTIVATIONS:
-        if (name in GATED) != (gate is not None):
+def _cap(row: Mismatch) -> Found:
+    """Whether one side is cap * tanh(x / cap) of the other side's x."""
+    for side, small, large in row.sides:
+        largest = np.unravel_index(np.abs(large).argmax(), large.shape)
+        x, y = abs(float(large[largest])), abs(float(small[largest]))
+        if not 0 < y < x:
             continue
-        hidden = activate(name, up) if gate is None else activate(name, gate) * up
-        for side, array in (("ours", step.ours), ("PyTorch", step.theirs)):
-            if same(array, hidden):
-                found.setdefault(side, _WORDS.get(name, name))
-    if len(found) == 2 and found["ours"] != found["PyTorch"]:
-        yield f"the activation: ours is {found['ours']}, PyTorch's {found['PyTorch']}"
+        low, high = y, 1e6 * x
+        for _ in range(200):  # bisection: cap * tanh(x / cap) grows with the cap
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if middle * math.tanh(x / middle) < y else (low, middle)
+        if same(small, low * np.tanh(large / low)):
+            return {"side": side, "cap": low}
+    return False
 
 
-_WORDS = {
-    "gelu": "GELU by erf",
-    "gelu_tanh": "GELU by tanh",
-    "geglu": "GELU by erf",
-    "geglu_tanh": "GELU by tanh",
-    "swiglu": "SiLU",
-    "relu": "ReLU",
-    "relu_squared": "ReLU squared",
+# --- Embeddings, norms and projections ---
+
+
+def _other_positions(row: Mismatch) -> bool:
+    difference = row.ours - row.theirs
+    return len(difference) > 1 and same(difference, np.broadcast_to(difference[:1], difference.shape))
+
+
+def _some_tokens(row: Mismatch) -> Found:
+    tokens_BT = row.evidence.batch["inputs"]
+    differs_BT = np.abs(row.ours - row.theirs).max(-1) > TOLERANCE * np.abs(row.theirs).max()
+    tokens = np.unique(tokens_BT[differs_BT])
+    return 0 < len(tokens) < len(np.unique(tokens_BT)) and {"token": tokens[0]}
+
+
+class _Norm(NamedTuple):
+    kind: str
+    epsilon: float
+
+
+def _norm(row: Mismatch, y: Array, x: Array | None = None) -> _Norm | None:
+    """The norm that makes y of x: y = centred / sqrt(mean(centred^2) + epsilon) * scale + bias."""
+    scale = row.params("scale")
+    x, y = (_last_axis(array, scale) for array in (row.x if x is None else x, y))
+    for kind, centred in (("RMSNorm", x), ("LayerNorm", x - x.mean(-1, keepdims=True))):
+        direction, shifted = centred * scale, y - row.params("bias")
+        factor = (shifted * direction).sum(-1, keepdims=True) / np.square(direction).sum(-1, keepdims=True)
+        if same(shifted, factor * direction):
+            size = np.square(centred).mean(-1, keepdims=True)
+            smallest = np.unravel_index(size.argmin(), size.shape)  # where epsilon counts most
+            return _Norm(kind, float((factor**-2 - size)[smallest]))
+    return None
+
+
+def _last_axis(array: Array, scale: Array) -> Array:
+    """(B, T, N, H) as (B, T, N * H) if one norm spans all heads."""
+    return array if array.shape[-1] == scale.size else array.reshape(*array.shape[:2], -1)
+
+
+def _parallel(row: Mismatch, own: Array, other: Array) -> bool:
+    return _norm(row, own, row.residual) is not None and _norm(row, other, row.attended) is not None
+
+
+def _scale_offset(row: Mismatch) -> bool:
+    scale, bias = row.params("scale"), row.params("bias")
+    ours, theirs = (_last_axis(array, scale) for array in (row.ours, row.theirs))
+    normal = np.divide(theirs - bias, scale, out=np.zeros_like(theirs), where=scale != 0)
+    return any(same(ours, normal * (scale + offset) + bias) for offset in (1.0, -1.0))
+
+
+def _swapped(row: Mismatch) -> Found:
+    words = {"query": "queries", "key": "keys", "value": "values", "gate": "gate", "up": "up"}
+    group, _, name = row.kind.rpartition(".")
+    for other in words.keys() - {name} if name in words else ():
+        if row.has(f"{group}.{other}") and same(row.ours, row.input(f"{group}.{other}")):
+            return dict(zip(("first", "second"), sorted([words[name], words[other]]), strict=True))
+    return False
+
+
+def _reordered(row: Mismatch) -> Found:
+    width = row.theirs.shape[-1]
+    numbers = np.arange(width - width % 2)
+    orders = {
+        "from pairs half a head apart to adjacent pairs": numbers.reshape(2, -1).T.ravel(),
+        "from adjacent pairs to pairs half a head apart": numbers.reshape(-1, 2).T.ravel(),
+    }
+    return next(({"how": how} for how, order in orders.items() if same(row.ours, row.theirs[..., order])), False)
+
+
+def _projected(row: Mismatch, *, transposed: bool = False) -> Array | None:
+    """The product of a projection by position, without bias; None if a transposed matrix does not fit."""
+    x = _by_position(row.x)
+    matrix = row.params("kernel").reshape(x.shape[1], -1)
+    if not transposed:
+        return np.asarray(x @ matrix)
+    return np.asarray(x @ matrix.T) if matrix.shape[0] == matrix.shape[1] else None
+
+
+def _transposed(row: Mismatch) -> bool:
+    product = _projected(row, transposed=True)
+    return product is not None and same(_by_position(row.ours), product + row.params("bias").reshape(-1))
+
+
+def _no_bias(row: Mismatch, own: Array, other: Array) -> bool:
+    return _constant(row) and same(_by_position(own), _projected(row))
+
+
+def _mixed_heads(row: Mismatch) -> bool:
+    if row.ours.ndim != 4:
+        return False
+    B, T, N, H = row.theirs.shape
+    return same(row.ours, row.theirs.reshape(B, T, H, N).swapaxes(2, 3))
+
+
+def _other_weights(row: Mismatch) -> Found:
+    ours, theirs = row.params("kernel", "ours"), row.params("kernel")
+    return not same(ours, theirs) and {"path": row.kind.replace(".", "/"), "largest": np.abs(ours - theirs).max()}
+
+
+# --- Rotary positions ---
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How the pairs of a head turn with the position.
+
+    Attributes:
+        layout: which numbers make a pair: "half-by-half" (i with i + R/2) or "interleaved" (2 i with 2 i + 1); None if
+            a head is too narrow to tell.
+        width: R, how many numbers of a head turn.
+        angles: (R / 2,), radians per position.
+        start: position of the first token.
+    """
+
+    layout: str | None
+    width: int
+    angles: Array
+    start: float
+
+    @property
+    def base(self) -> float | None:
+        """The base, if the angles are base^(-2 i / R); None if they are not, or too few to tell."""
+        if len(self.angles) < 2 or self.angles[1] <= 0:
+            return None
+        base = float(self.angles[1] ** (-self.width / 2))
+        expected = base ** (-np.arange(0, self.width, 2) / self.width)
+        return base if np.allclose(self.angles, expected, rtol=1e-5, atol=0) else None
+
+
+def read_rotation(row: Mismatch, after_BTNH: Array) -> Rotation | None:
+    """The rotation of queries or keys; None if it is none."""
+    before_BTNH = row.input(row.kind.removesuffix("_rotated"))
+    changed_H = np.abs(after_BTNH - before_BTNH).max((0, 1, 2)) > 1e-9 * np.abs(before_BTNH).max()
+    # The slowest pair may hardly turn: the width is the smallest that spans all that changes.
+    for width in range(2 * ((int(np.flatnonzero(changed_H).max(initial=0)) + 2) // 2), len(changed_H) + 1, 2):
+        found: dict[str, tuple[Array, float]] = {}
+        for layout in ("half-by-half", "interleaved"):
+            turned = _angles(*(_pairs(x_BTNH[..., :width], layout) for x_BTNH in (before_BTNH, after_BTNH)))
+            found |= {} if turned is None else {layout: turned}
+        if found:
+            layout, turned = next(iter(found.items()))
+            return Rotation(layout if len(found) == 1 else None, width, *turned)
+    return None
+
+
+def _pairs(x_BTNR: Array, layout: str) -> Array:
+    """The pairs as complex numbers, (B, T, N, R / 2)."""
+    half = x_BTNR.shape[-1] // 2
+    if layout == "interleaved":
+        return np.asarray(x_BTNR[..., 0::2] + 1j * x_BTNR[..., 1::2])
+    return np.asarray(x_BTNR[..., :half] + 1j * x_BTNR[..., half:])
+
+
+def _angles(before: Array, after: Array) -> tuple[Array, float] | None:
+    """Angle per position, and the position of the first token, if all tokens turn by such angles."""
+    turns_TR = (after * before.conj()).sum((0, 2))
+    per_step_R = np.angle(turns_TR[1:] * turns_TR[:-1].conj()).mean(0)
+    first_R = np.angle(turns_TR[0])
+    start = float(first_R[0] / per_step_R[0]) if per_step_R[0] != 0 else 0.0
+    positions_T = np.arange(len(turns_TR))
+    turned = before * np.exp(1j * (first_R + positions_T[:, None] * per_step_R))[None, :, None, :]
+    if not np.allclose(turned, after, atol=1e-5 * np.abs(after).max()):
+        return None
+    return per_step_R, round(start, 6) + 0  # + 0 turns -0.0 into 0.0
+
+
+def _no_rotation(row: Mismatch, own: Array, other: Array) -> bool:
+    return read_rotation(row, own) is None
+
+
+def _angle_ratio(row: Mismatch) -> Found:
+    """The ratio of our angles and PyTorch's, if it is the same for all pairs."""
+    ours, theirs = read_rotation(row, row.ours), read_rotation(row, row.theirs)
+    if ours is None or theirs is None:
+        return False
+    ratio = ours.angles / theirs.angles
+    constant = same(ratio, np.full_like(ratio, ratio[0])) and not math.isclose(ratio[0], 1, rel_tol=TOLERANCE)
+    return constant and {"ratio": ratio[0]}
+
+
+def _opposite(row: Mismatch) -> bool:
+    found = _angle_ratio(row)
+    return isinstance(found, dict) and math.isclose(found["ratio"], -1, rel_tol=TOLERANCE)
+
+
+# --- Attention ---
+
+
+def _future(row: Mismatch) -> Found:
+    ours, theirs = (bool(np.triu(mask[0, 0], 1).any()) for mask in row.masks)
+    return ours != theirs and {"side": "ours" if ours else "PyTorch"}
+
+
+def _window(row: Mismatch) -> Found:
+    """Compares how many keys the last query sees."""
+    our_mask, their_mask = row.masks
+    ours, theirs = (int(mask[0, 0, -1].sum()) for mask in row.masks)
+    T = our_mask.shape[-1]
+    off = ": off by one" if abs(ours - theirs) == 1 and T not in (ours, theirs) else ""
+    words = {"ours": f"all {T}" if ours == T else ours, "theirs": f"all {T}" if theirs == T else theirs, "off": off}
+    return bool((our_mask != their_mask).any()) and words
+
+
+def _no_root(row: Mismatch) -> Found:
+    root = math.sqrt(row.evidence.ours.config.head_width)
+    side = "ours" if row.is_factor(root) else "PyTorch"
+    return row.is_factor(root, 1 / root) and {"root": root, "side": side}
+
+
+def _grouping(row: Mismatch, own: Array) -> str | None:
+    """Which key or value head each query head reads."""
+    of_scores = row.kind == "attention.scores"
+    x = row.input("attention.q_rotated" if of_scores else "attention.weights")
+    heads_BSKH = row.input("attention.k_rotated" if of_scores else "attention.v")
+    G = row.evidence.ours.config.num_heads // heads_BSKH.shape[2]
+    ways = {"n // G": heads_BSKH.repeat(G, axis=2), "n mod K": np.tile(heads_BSKH, (1, 1, G, 1))}
+    for way, heads_BSNH in ways.items():
+        product = np.einsum("BTNH,BSNH->BNTS" if of_scores else "BNTS,BSNH->BTNH", x, heads_BSNH)
+        if factor_between(own, np.where(row.masks[0], product, 0) if of_scores else product) is not None:
+            return f"head n reads key/value head {way}"
+    return None
+
+
+def _not_normalised(row: Mismatch, own: Array, other: Array) -> bool:
+    return not same(own.sum(-1), np.ones(own.shape[:-1]))
+
+
+# --- Feed-forward, residual and head ---
+
+# Those of `nn.feed_forward`, in float64 NumPy.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "GELU by erf": lambda x: np.asarray(x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))),
+    "GELU by tanh": lambda x: np.asarray(x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    "SiLU": lambda x: np.asarray(x / (1 + np.exp(-x))),
+    "ReLU": lambda x: np.maximum(x, 0),
+    "ReLU squared": lambda x: np.square(np.maximum(x, 0)),
 }
 
 
-def activate(name: str, x: Array) -> Array:
-    """An activation of `nn.feed_forward`, in float64 NumPy."""
-    if name in ("gelu", "geglu"):
-        return np.asarray(x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))))
-    if name in ("gelu_tanh", "geglu_tanh"):
-        return np.asarray(x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
-    if name == "swiglu":
-        return np.asarray(x / (1 + np.exp(-x)))
-    return np.maximum(x, 0) ** (2 if name == "relu_squared" else 1)
+def _activation(row: Mismatch, hidden: Array) -> str | None:
+    up = row.input("feed_forward.up")
+    gate, factor = (row.input("feed_forward.gate"), up) if row.has("feed_forward.gate") else (up, 1.0)
+    return next((name for name, activate in ACTIVATIONS.items() if same(hidden, activate(gate) * factor)), None)
 
 
-def _of_residual(kind: str, step: Step) -> Iterator[str]:
-    attention = step.attended - step.residual
-    written = "feed_forward_output_norm" if step.has("feed_forward_output_norm") else "feed_forward.down"
-    parts = {"the residual": step.residual, "attention": attention, "feed-forward": step.input(written)}
-    for side, array in (("ours", step.ours), ("PyTorch", step.theirs)):
-        for left_out, part in parts.items():
-            if same(array, sum(parts.values()) - part):
-                yield f"{left_out} is not added in {side}"
+def _not_added(row: Mismatch) -> Found:
+    written = "feed_forward_output_norm" if row.has("feed_forward_output_norm") else "feed_forward.down"
+    attention, feed_forward = row.attended - row.residual, row.input(written)
+    parts = {"the residual": row.residual, "attention": attention, "feed-forward": feed_forward}
+    for side, own, _ in row.sides:
+        for part, array in parts.items():
+            if same(own, sum(parts.values()) - array):
+                return {"part": part, "side": side}
+    return False
 
 
-def _of_logits(kind: str, step: Step) -> Iterator[str]:
-    final = step.evidence.their_forward["final_norm"]
-    embedding = step.evidence.theirs.array("params", "embedding")
-    tied = final @ embedding.T
-    for side, cap in caps(step.ours, step.theirs):
-        yield f"a soft cap of {cap:.4g} squashes the logits of {side} only"
-    for side, own, other in (("ours", step.ours, step.theirs), ("PyTorch", step.theirs, step.ours)):
-        if same(own, tied) and not same(other, tied):
-            yield f"tied head: {side} takes the embedding for its head, the other side has one of its own"
+def _tied(row: Mismatch, own: Array, other: Array) -> bool:
+    embedding_VD = row.evidence.theirs.array("params", "embedding")
+    tied = row.evidence.their_forward["final_norm"] @ embedding_VD.T
+    return same(own, tied) and not same(other, tied)
 
 
-def _by_a_factor(step: Step) -> Iterator[str]:
-    factor = (step.ours * step.theirs).sum() / max(np.square(step.theirs).sum(), 1e-300)
-    if same(step.ours, factor * step.theirs):
-        D = step.evidence.ours.config.embed_dim
-        root = f", the root of the width {D}" if math.isclose(max(factor, 1 / factor), math.sqrt(D)) else ""
-        yield f"ours is {factor:.6g} times PyTorch's everywhere{root}"
-
-
-def _by_a_vector(step: Step) -> Iterator[str]:
-    difference = (step.ours - step.theirs).reshape(-1, *step.ours.shape[2:])
-    if same(difference, np.broadcast_to(difference[:1], difference.shape)):
-        yield "the two differ by the same vector at all positions: a bias is missing on one side, or differs"
-
-
-FORWARD: dict[str, Callable[[str, Step], Iterator[str]]] = {
-    "embeddings": _of_embeddings,
-    **dict.fromkeys(("attention_norm", "attention_output_norm"), _of_norm),
-    **dict.fromkeys(("feed_forward_norm", "feed_forward_output_norm", "final_norm"), _of_norm),
-    **dict.fromkeys(("attention.query", "attention.key", "attention.out"), _of_projection),
-    **dict.fromkeys(("feed_forward.gate", "feed_forward.up", "feed_forward.down"), _of_projection),
-    **dict.fromkeys(("attention.q", "attention.k"), _of_queries_or_keys),
-    "attention.v": _of_values,
-    **dict.fromkeys(("attention.q_rotated", "attention.k_rotated"), of_rotation),
-    "attention.scores": of_scores,
-    "attention.weights": of_weights,
-    "attention.heads": of_heads,
-    "feed_forward.hidden": _of_hidden,
-    "residual": _of_residual,
-    "logits": _of_logits,
-}
+NORM, ROTATED, SCORES, NOT_SCORES = r".*_norm", r"attention\.[qk]_rotated", r"attention\.scores", r"(?!.*scores).*"
+PROJECTION = r"attention\.(query|key|value|out)|feed_forward\.(gate|up|down)"
+PROPORTIONAL = _proportional, "ours is {row.factor:.6g} times PyTorch's everywhere{root}"
+SHAPES = "the shapes differ: ours {row.ours.shape}, PyTorch's {row.theirs.shape}"
+GROUPED = "query heads are grouped differently: in ours {ours}, in PyTorch {theirs}"
+rotation = functools.partial(unlike, read_rotation)
+# Which kinds of rows (a regular expression), the test, and the sentence; the first test that is true names the cause.
+FORWARD: tuple[tuple[str, Test, str], ...] = (
+    (".*", lambda row: row.ours.shape != row.theirs.shape, SHAPES),
+    (NOT_SCORES, lambda row: not np.isfinite(row.ours).all(), "ours has numbers that are not finite"),
+    ("embeddings", *PROPORTIONAL),
+    ("embeddings", _other_positions, "the vectors of positions differ, or are counted from another number"),
+    ("embeddings", _some_tokens, "the embeddings of some tokens differ, such as that of token {token}"),
+    (
+        "feed_forward_norm",
+        one_side(_parallel),
+        "parallel residual: the feed-forward of {side} reads what attention reads, not what it writes",
+    ),
+    (NORM, unlike(_norm, "kind"), "the norm: ours is {ours.kind}, PyTorch's {theirs.kind}"),
+    (NORM, unlike(_norm, "epsilon"), "epsilon of the norm: ours {ours.epsilon:.2g}, PyTorch's {theirs.epsilon:.2g}"),
+    (NORM, _scale_offset, "the scale of the norm: it is 1 + weight on one side, and the weight itself on the other"),
+    (PROJECTION, _swapped, "{first} and {second} are swapped"),
+    (r"attention\.(query|key)", _reordered, "rotary layout of the weights: numbers of our heads are reordered, {how}"),
+    (PROJECTION, _transposed, "the matrix is transposed: it is square, so its shape does not tell"),
+    (PROJECTION, one_side(_no_bias), "a bias is missing in {side}"),
+    (PROJECTION, _constant, "the bias differs"),
+    (PROJECTION, _mixed_heads, "heads and head width are mixed up in a reshape"),
+    (PROJECTION, _other_weights, "the weights differ: the largest difference in {path}/kernel is {largest:.1e}"),
+    (ROTATED, one_side(_no_rotation), "what {side} does to it is no rotation of pairs"),
+    (ROTATED, rotation("layout"), "rotary layout: ours turns {ours.layout} pairs, PyTorch {theirs.layout} pairs"),
+    (ROTATED, rotation("width"), "rotary fraction: ours turns {ours.width} numbers of a head, PyTorch {theirs.width}"),
+    (ROTATED, rotation("start"), "rotary positions: ours start at {ours.start:.4g}, PyTorch's at {theirs.start:.4g}"),
+    (ROTATED, _opposite, "rotary direction: the two turn opposite ways"),
+    (ROTATED, rotation("base"), "rotary base: ours {ours.base:,.6g}, PyTorch's {theirs.base:,.6g}"),
+    (ROTATED, _angle_ratio, "rotary scaling: positions count {ratio:.4g} times as much in ours"),
+    (ROTATED, rotation("angles"), "rotary scaling: some wavelengths are stretched on one side only, as llama3 does"),
+    (SCORES, _future, "the mask: {side} lets positions see later ones"),
+    (SCORES, _window, "the window: a query of ours sees {ours} positions, one of PyTorch's {theirs}{off}"),
+    (SCORES, _no_root, "the scores are not divided by the root of the head width, {root:.4g}, in {side}"),
+    (SCORES, _proportional, "the scores are scaled differently: ours are {row.factor:.6g} times PyTorch's"),
+    (SCORES, unlike(_grouping), GROUPED),
+    (SCORES, _cap, "a soft cap of {cap:.4g} squashes the scores of {side} only"),
+    (r"attention\.weights", one_side(_not_normalised), "the softmax: weights of {side} do not add up to 1 over keys"),
+    (r"attention\.heads", unlike(_grouping), GROUPED),
+    (r"feed_forward\.hidden", unlike(_activation), "the activation: ours is {ours}, PyTorch's {theirs}"),
+    ("residual", _not_added, "{part} is not added in {side}"),
+    ("logits", _cap, "a soft cap of {cap:.4g} squashes the logits of {side} only"),
+    ("logits", one_side(_tied), "tied head: {side} takes the embedding for its head, the other side does not"),
+    (NOT_SCORES, *PROPORTIONAL),
+    (NOT_SCORES, _constant, "the difference is the same at all positions: a bias differs, or is missing on one side"),
+)

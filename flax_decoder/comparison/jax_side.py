@@ -1,4 +1,4 @@
-"""Our side of the ledger: a model, its inside, and its training, with the code that `train.py` runs."""
+"""Our side: a model, its activations, and its training, with the code that `train.py` runs."""
 
 import contextlib
 import functools
@@ -19,11 +19,11 @@ from flax_decoder.training.step import TrainState, mean_gradients
 
 
 class JaxSide:
-    """A model and its train state, answering by the names of the ledger.
+    """A model and its train state, under the names of the ledger.
 
     Attributes:
-        loss: mean cross-entropy of the last batch, in nats a token.
-        gradient_norm: length of its gradient before clipping.
+        loss: mean cross-entropy of the last batch, in nats per token.
+        gradient_norm: norm of its gradient before clipping.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class JaxSide:
         """Prepares a copy of the model.
 
         Args:
-            model: the network; dropout is left out, which no two libraries draw alike.
+            model: the model; dropout is left out.
             params: its parameters.
-            tx: what makes updates of gradients.
-            optimizer: the betas, epsilon and rates that `tx` should have.
-            accumulation_steps: the gradient of a batch is computed in this many parts.
+            tx: the optimizer.
+            optimizer: the betas, epsilon and learning rates that `tx` should have.
+            accumulation_steps: number of parts in which the gradient of a batch is computed.
             exact: computes in float64.
         """
         self.exact, self.optimizer_config = exact, optimizer
         dtype = "float64" if exact else model.config.dtype
-        # One block is compiled instead of all: the numbers are the same.
+        # Compiles one block instead of all; the numbers are the same.
         self.config = replace(model.config, dropout=0.0, scan_layers=True, dtype=dtype)
         self.model = Decoder(self.config)
         with self._precision():
@@ -71,59 +71,58 @@ class JaxSide:
         self.loss = self.gradient_norm = 0.0
 
     def forward(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
-        """Everything on the way from tokens to logits, by name: layers.0.attention.q and the like."""
-        look = jax.jit(functools.partial(self.model.apply, mutable=["intermediates"]))
+        """All tensors from tokens to logits, by name, such as layers.0.attention.q."""
+        apply = jax.jit(functools.partial(self.model.apply, mutable=["intermediates"]))
         with self._precision():
-            logits_BTV, seen = look({"params": self.state.params}, tokens_BT)
+            logits_BTV, recorded = apply({"params": self.state.params}, tokens_BT)
         result = {}
-        for path, array in flatten(jax.tree.map(np.asarray, _without_tuples(seen["intermediates"]))).items():
+        for path, array in flatten(jax.tree.map(np.asarray, _without_tuples(recorded["intermediates"]))).items():
             name = path.removesuffix("/output").replace("/", ".")
             if not name.startswith("layers."):
                 result[name] = array
                 continue
             if name.endswith(("scores", "weights")):
                 array = array.reshape(*array.shape[:2], -1, *array.shape[-2:])  # (L, B, N, T, S)
-            for layer, own in enumerate(array):
-                result[name.replace("layers.", f"layers.{layer}.", 1)] = own
+            for layer, part in enumerate(array):
+                result[name.replace("layers.", f"layers.{layer}.", 1)] = part
         return result | {"logits": np.asarray(logits_BTV)}
 
     def backward(self, batch: Mapping[str, np.ndarray]) -> None:
         """Computes the loss of a batch and its gradients."""
-        self._gradients = None  # the new ones need its room
+        self._gradients = None  # frees memory for the new ones
         with self._precision():
             self._gradients, metrics = self._mean_gradients(self.state, dict(batch))
             self.loss, self.gradient_norm = float(metrics["loss"]), float(metrics["gradient_norm"])
 
     def update(self) -> None:
-        """Takes the step that the last gradients give."""
+        """Takes a step with the last gradients."""
         self._before = self.state.params
         with self._precision():
             self.state = self._apply(self.state, self._gradients)
 
     @property
     def num_updates(self) -> int:
-        """How many steps were taken."""
+        """Number of steps taken."""
         return int(self.state.step)
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the last update had, read off the parameters themselves.
+        """The learning rate of the last update, read off the parameters themselves.
 
-        AdamW moves a parameter by -rate * (u + decay * p); u is known from the moments, so the best-fitting rate is
-        too. Whatever schedule the optimizer was given, this is what it did.
+        AdamW moves a parameter by -rate * (u + decay * p). The moments give u, so the rate can be fitted, whatever
+        schedule the optimizer was given.
         """
         rate, _ = fit(*self.move("layers/attention/out/kernel"))
         return rate
 
     def move(self, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The last update of a parameter, of its first layer where it is of layers, in float64.
+        """The last update of a parameter (of its first layer, if it has several) in float64.
 
         Returns:
-            What was taken off it, where Adam's moments point, and the parameter before.
+            What was taken off it, the direction of Adam's moments, and the parameter before.
         """
         kinds = ("params", "params before", "first moment", "second moment")
-        arrays = (self.array(kind, path)[:1].astype(np.float64) for kind in kinds)
-        after, before, mean, square = arrays
+        after, before, mean, square = (self.array(kind, path)[:1].astype(np.float64) for kind in kinds)
         config, count = self.optimizer_config, self.num_updates
         root = np.sqrt(square / (1 - config.beta2**count))
         return before - after, mean / (1 - config.beta1**count) / (root + config.epsilon), before
@@ -132,11 +131,11 @@ class JaxSide:
         """An array of the training.
 
         Args:
-            kind: params, params before (the last update), gradient, clipped gradient (read off the first moment after
-                the first update: what Adam was given), first moment or second moment.
-            path: of a parameter, such as layers/attention/query/kernel.
+            kind: params, params before (the last update), gradient, clipped (the gradient that Adam was given, read off
+                the first moment after the first update), first moment or second moment.
+            path: path of a parameter, such as layers/attention/query/kernel.
         """
-        if kind == "clipped gradient":
+        if kind == "clipped":
             return np.asarray(self.array("first moment", path) / (1 - self.optimizer_config.beta1))
         tree = {
             "params": lambda: self.state.params,
@@ -152,10 +151,12 @@ class JaxSide:
 
 
 def fit(target: np.ndarray, *directions: np.ndarray) -> list[float]:
-    """The factors with which a sum of the directions comes nearest to the target."""
-    products = [[np.vdot(one, other) for other in directions] for one in directions]
-    factors = np.linalg.lstsq(np.array(products), np.array([np.vdot(one, target) for one in directions]), rcond=None)[0]
-    return [float(factor) for factor in factors]
+    """The factors with which a sum of the directions comes nearest to the target; NaN if a number is not finite."""
+    matrix = np.array([[np.vdot(one, other) for other in directions] for one in directions])
+    vector = np.array([np.vdot(one, target) for one in directions])
+    if not (np.isfinite(matrix).all() and np.isfinite(vector).all()):
+        return [np.nan] * len(directions)
+    return [float(factor) for factor in np.linalg.lstsq(matrix, vector, rcond=None)[0]]
 
 
 def _apply(state: TrainState, gradients: Any) -> TrainState:
@@ -163,6 +164,6 @@ def _apply(state: TrainState, gradients: Any) -> TrainState:
     return state.apply_gradients(grads=gradients)
 
 
-def _without_tuples(seen: Any) -> Any:
-    """What was sown, without the tuples that would hold the values of further calls."""
-    return jax.tree.map(lambda values: values[0], seen, is_leaf=lambda node: isinstance(node, tuple))
+def _without_tuples(sown: Any) -> Any:
+    """Sown values without their tuples, which would hold the values of further calls."""
+    return jax.tree.map(lambda values: values[0], sown, is_leaf=lambda node: isinstance(node, tuple))

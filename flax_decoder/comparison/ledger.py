@@ -1,4 +1,4 @@
-"""What a comparison with PyTorch found: a row a tensor, and one sentence."""
+"""The result of a comparison with PyTorch: a row per tensor, and one sentence."""
 
 import dataclasses
 import json
@@ -10,30 +10,28 @@ import numpy as np
 
 Verdict = Literal["holds", "rounding", "zero", "imprecise", "DIFFERS"]
 VERDICTS: dict[Verdict, str] = {
-    "holds": "no further apart than float32 rounds",
-    "rounding": "further apart, and gone in float64: rounding, magnified",
-    "zero": "the true gradient is zero: both sides hold rounding",
-    "imprecise": "gone in float64, but more than float32 rounds",
-    "DIFFERS": "still there in float64",
+    "holds": "differs by no more than float32 rounds",
+    "rounding": "differs by more, but not in float64: magnified rounding",
+    "zero": "the true gradient is zero: both sides have rounding errors only",
+    "imprecise": "no difference in float64, but more than float32 rounds",
+    "DIFFERS": "differs in float64 too",
 }
-
-
 NAME_WIDTH = 45
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor, on both sides.
+    """A tensor on both sides.
 
     Attributes:
-        name: where it is, such as layers.0.attention.q.
+        name: its name, such as layers.0.attention.q.
         shape: its shape.
         absolute: largest absolute difference.
         relative: the same over the largest number of PyTorch's tensor.
-        floor: the relative difference that rounding to float32 is expected to leave.
-        float64: the relative difference in float64; None where it was not needed.
+        floor: the relative difference expected of rounding to float32.
+        float64: the relative difference in float64; None if it was not needed.
         verdict: one of `VERDICTS`.
-        worst: of several tensors in one row, the one that is furthest apart.
+        worst: in a row of several tensors, the one that differs most.
     """
 
     name: str
@@ -46,18 +44,18 @@ class Row:
     worst: str | None = None
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         """Whether the two sides agree."""
         return self.verdict in ("holds", "rounding", "zero")
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The rows in the order of computation, and what they amount to.
+    """The rows in the order of computation, and the conclusion.
 
     Attributes:
-        rows: one a tensor.
-        cause: why the first row that does not hold is off, as far as can be told; None where all hold.
+        rows: a row per tensor.
+        cause: the likely cause of the first row that failed; None if all hold.
         notes: what a reader should know about this comparison.
     """
 
@@ -67,13 +65,13 @@ class Ledger:
 
     @property
     def holds(self) -> bool:
-        """Whether every row holds."""
+        """Whether every row passed."""
         return self.first_failure is None
 
     @property
     def first_failure(self) -> Row | None:
-        """The first row that does not hold."""
-        return next((row for row in self.rows if not row.holds), None)
+        """The first row that failed."""
+        return next((row for row in self.rows if not row.passed), None)
 
     @property
     def conclusion(self) -> str:
@@ -81,11 +79,11 @@ class Ledger:
         first = self.first_failure
         if first is None:
             return f"All {len(self.rows)} rows hold."
-        failing = sum(not row.holds for row in self.rows)
-        return f"{failing} of {len(self.rows)} rows do not hold; the first is {first.name}: {self.cause}"
+        num_failures = sum(not row.passed for row in self.rows)
+        return f"{num_failures} of {len(self.rows)} rows do not hold; the first is {first.name}: {self.cause}"
 
     def to_json(self) -> str:
-        """The same for machines."""
+        """The ledger as JSON."""
         document = {
             "holds": self.holds,
             "conclusion": self.conclusion,
@@ -94,7 +92,7 @@ class Ledger:
             "notes": self.notes,
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
-        # JSON knows no infinity; a mask that differs has one.
+        # JSON has no infinity; masks that differ give one.
         return json.dumps(_without_infinities(document), indent=1)
 
     def __str__(self) -> str:

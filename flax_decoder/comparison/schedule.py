@@ -1,4 +1,4 @@
-"""The learning rate of each step in plain Python, as one would give it to PyTorch."""
+"""The learning rate of each step in plain Python, for PyTorch."""
 
 import math
 
@@ -6,9 +6,9 @@ from flax_decoder.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int, step: int) -> float:
-    """The rate of a step, counted from 0, in a run of `num_steps`.
+    """The learning rate of a step, counted from 0, in a run of `num_steps`.
 
-    Written apart from `training.optimizer`, so that each can show a mistake in the other.
+    Independent of `training.optimizer`, so that each can reveal a mistake in the other.
     """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = num_steps // 20 if config.warmup_steps is None else config.warmup_steps

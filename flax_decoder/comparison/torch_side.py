@@ -1,4 +1,4 @@
-"""The PyTorch side of the ledger: a model of `transformers`, its inside, and its training by `torch.optim.AdamW`."""
+"""The PyTorch side: a model of `transformers`, its activations, and its training by `torch.optim.AdamW`."""
 
 import contextlib
 import copy
@@ -21,12 +21,12 @@ from flax_decoder.config import ModelConfig, OptimizerConfig
 from flax_decoder.huggingface.family import Family, Rule
 from flax_decoder.huggingface.weights import Shape, TensorSpec, split, tensor_specs
 
-# Under this name transformers calls `_attention`, which only looks on.
+# The name under which transformers finds `_attention`, which computes nothing new but records its inputs and outputs.
 _ATTENTION = "flax_decoder_ledger"
 
 
 def open_model(folder: Path) -> Any:
-    """The model in a Hugging Face folder, in float32; the folder must have passed our own reader before."""
+    """The model in a Hugging Face folder, in float32; our own reader must have accepted the folder before."""
     with quiet():
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
@@ -35,7 +35,7 @@ def open_model(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no advice of transformers on the terminal."""
+    """Silences the progress bars and warnings of transformers."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -48,12 +48,12 @@ def quiet() -> Iterator[None]:
 
 
 class PyTorchSide:
-    """A model of transformers that answers in our names and axes.
+    """A model of transformers, seen through our names and axes.
 
     Attributes:
-        loss: mean cross-entropy of the last batch, in nats a token.
-        gradient_norm: length of its gradient before clipping.
-        learning_rate: rate of the last update.
+        loss: mean cross-entropy of the last batch, in nats per token.
+        gradient_norm: norm of its gradient before clipping.
+        learning_rate: learning rate of the last update.
     """
 
     def __init__(
@@ -70,28 +70,28 @@ class PyTorchSide:
         """Prepares a copy of the model.
 
         Args:
-            model: stays as it is.
-            family: what its tensors are called.
+            model: the model; it is not changed.
+            family: its tensor names.
             config: its numbers of heads and layers.
-            shapes: of our parameters, by path.
-            optimizer: rates, decay and clipping.
+            shapes: shapes of our parameters, by path.
+            optimizer: learning rates, weight decay and clipping.
             num_steps: length of the schedule.
-            exact: computes in float64, also where the model's own code would not.
+            exact: computes in float64, even if the model's code asks for float32.
         """
         transformers.AttentionInterface.register(_ATTENTION, _attention)
         transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
-        self.family, self.config, self.shapes = family, config, dict(shapes)
+        self.family, self.config = family, config
         self.lift = _Lift() if exact else None
         with quiet():
             self.model = _in_float64(model) if exact else copy.deepcopy(model)
             self.model.set_attn_implementation(_ATTENTION)
-        self.model.eval()  # without dropout, which no two libraries draw alike
+        self.model.eval()  # no dropout: no two libraries draw the same
         self.places = tensor_specs(family, shapes)
-        # In memory the head can have another name than in files.
+        # In memory the head may have another name than in files.
         named = {**dict(self.model.named_parameters()), family.head: self.model.get_output_embeddings().weight}
         self.model.requires_grad_(False)
         self.parameters = {place.name: named[place.name] for place in self.places}
-        # What only they have, such as biases, is zero and stays so.
+        # Parameters that only PyTorch has, such as biases, are zero and stay so.
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer_config, self.num_steps, self.num_updates = optimizer, num_steps, 0
@@ -100,33 +100,33 @@ class PyTorchSide:
 
     @property
     def casts(self) -> list[str]:
-        """Classes of modules that were kept from going back to float32."""
-        return sorted(self.lift.seen) if self.lift else []
+        """Classes of modules that were kept from casting back to float32."""
+        return sorted(self.lift.lifted) if self.lift else []
 
     def forward(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
-        """Everything on the way from tokens to logits, by our names."""
-        seen: dict[str, torch.Tensor] = {}
+        """All tensors from tokens to logits, by our names."""
+        recorded: dict[str, torch.Tensor] = {}
         handles = [
             self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-            for name, hook in self._hooks(seen)
+            for name, hook in self._hooks(recorded)
         ]
         layers: list[dict[str, torch.Tensor]] = []
         transformers.AttentionInterface.register(_ATTENTION, functools.partial(_attention, layers=layers))
         try:
             with torch.no_grad():
-                seen["logits"] = self._logits(tokens_BT)
+                recorded["logits"] = self._logits(tokens_BT)
         finally:
             transformers.AttentionInterface.register(_ATTENTION, _attention)
             for handle in handles:
                 handle.remove()
         for layer, tensors in enumerate(layers):
-            seen |= {f"layers.{layer}.attention.{name}": tensor for name, tensor in tensors.items()}
+            recorded |= {f"layers.{layer}.attention.{name}": tensor for name, tensor in tensors.items()}
         for layer in range(self.config.num_layers):
-            here = f"layers.{layer}.attention."
-            seen[here + "q"] = seen.get(here + "query_norm", seen[here + "query"])
-            seen[here + "k"] = seen.get(here + "key_norm", seen[here + "key"])
-            seen[here + "v"] = seen[here + "value"]
-        return {name: tensor.detach().cpu().numpy() for name, tensor in seen.items()}
+            prefix = f"layers.{layer}.attention."
+            recorded[prefix + "q"] = recorded.get(prefix + "query_norm", recorded[prefix + "query"])
+            recorded[prefix + "k"] = recorded.get(prefix + "key_norm", recorded[prefix + "key"])
+            recorded[prefix + "v"] = recorded[prefix + "value"]
+        return {name: tensor.detach().cpu().numpy() for name, tensor in recorded.items()}
 
     def backward(self, batch: Mapping[str, np.ndarray]) -> None:
         """Computes the loss of a batch and its gradients."""
@@ -137,16 +137,16 @@ class PyTorchSide:
             loss = torch.nn.functional.cross_entropy(logits_BTV.reshape(len(targets), -1), targets)
         loss.backward()
         self.loss = float(loss.detach())
-        lengths = [parameter.grad.norm() for parameter in self.parameters.values() if parameter.grad is not None]
-        self.gradient_norm = float(torch.stack(lengths).norm())
+        norms = [parameter.grad.norm() for parameter in self.parameters.values() if parameter.grad is not None]
+        self.gradient_norm = float(torch.stack(norms).norm())
 
     def update(self) -> None:
-        """Clips the gradients and takes a step with them."""
+        """Clips the gradients and takes a step."""
         config = self.optimizer_config
         if config.clip_norm > 0:
-            # PyTorch adds 1e-6 to the length before dividing by it, optax does not; it is no mistake of either.
-            length = config.clip_norm * (1 + 1e-6 / max(self.gradient_norm, 1e-6))
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), length)
+            # PyTorch divides by the norm + 1e-6, optax by the norm; this undoes the difference.
+            limit = config.clip_norm * (1 + 1e-6 / max(self.gradient_norm, 1e-6))
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         self.learning_rate = learning_rate(config, self.num_steps, self.num_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
@@ -154,29 +154,27 @@ class PyTorchSide:
         self.num_updates += 1
 
     def array(self, kind: str, path: str) -> np.ndarray:
-        """One of our arrays out of theirs.
+        """An array of PyTorch's training, in our shape.
 
         Args:
-            kind: params, gradient (after `update` the clipped one), first moment or second moment.
-            path: of one of our parameters, such as layers/attention/query/kernel.
+            kind: params, gradient (before `update`), clipped (after it), first moment or second moment.
+            path: path of one of our parameters, such as layers/attention/query/kernel.
         """
         parts = []
         for place in self.places:
             if path in place.rule.paths:
-                tensor = self._tensor(kind, self.parameters[place.name]).detach().cpu().numpy()
+                parameter = self.parameters[place.name]
+                if kind == "params":
+                    tensor = parameter
+                elif kind in ("gradient", "clipped"):
+                    tensor = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                else:
+                    tensor = self.optimizer.state[parameter]["exp_avg" if kind == "first moment" else "exp_avg_sq"]
                 rule = place.rule if kind == "params" else replace(place.rule, offset=0.0)
-                parts.append(split(rule, tensor, place.param_shapes)[place.rule.paths.index(path)])
+                parts.append(
+                    split(rule, tensor.detach().cpu().numpy(), place.param_shapes)[place.rule.paths.index(path)]
+                )
         return np.stack(parts) if path.startswith("layers/") else parts[0].copy()
-
-    def _tensor(self, kind: str, parameter: torch.Tensor) -> torch.Tensor:
-        if kind == "params":
-            return parameter
-        if kind == "gradient":
-            return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        moment: torch.Tensor = self.optimizer.state[parameter][
-            {"first moment": "exp_avg", "second moment": "exp_avg_sq"}[kind]
-        ]
-        return moment
 
     def _logits(self, tokens_BT: np.ndarray) -> torch.Tensor:
         with self.lift or contextlib.nullcontext():
@@ -184,33 +182,39 @@ class PyTorchSide:
             logits: torch.Tensor = self.model(tokens, use_cache=False).logits
         return logits
 
-    def _hooks(self, seen: dict[str, torch.Tensor]) -> Iterator[tuple[str, Any]]:
-        """Names of modules, and what to do with their outputs. The family's table says which module is which."""
+    def _hooks(self, recorded: dict[str, torch.Tensor]) -> Iterator[tuple[str, Any]]:
+        """Names of modules, and the hook of each. The family's table says which module is which."""
         for place in self.places:
             module_name, _, kind = place.name.rpartition(".")
             if kind == "weight" and not place.rule.paths[0].startswith(("embedding", "positions", "head")):
-                yield module_name, self._output_hook(seen, place)
+                yield module_name, self._output_hook(recorded, place)
         within_layer = next(rule.tensor for rule in self.family.rules if "{}" in rule.tensor)
         layer_name = self.family.prefix + within_layer.split(".{}")[0]
-        for layer in range(self.config.num_layers):
-            yield f"{layer_name}.{layer}", _layer_hook(seen, layer)
 
-    def _output_hook(self, seen: dict[str, torch.Tensor], place: TensorSpec) -> Any:
+        def record_layer(layer: int, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            if layer == 0:
+                recorded["embeddings"] = args[0] if args else kwargs["hidden_states"]
+            recorded[f"layers.{layer}.residual"] = output[0] if isinstance(output, tuple) else output
+
+        for layer in range(self.config.num_layers):
+            yield f"{layer_name}.{layer}", functools.partial(record_layer, layer)
+
+    def _output_hook(self, recorded: dict[str, torch.Tensor], place: TensorSpec) -> Any:
         rule, prefix = place.rule, "" if place.layer is None else f"layers.{place.layer}."
         names = [prefix + path.removeprefix("layers/").rpartition("/")[0].replace("/", ".") for path in rule.paths]
 
         def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             if names[0].endswith("feed_forward.down"):
-                seen[prefix + "feed_forward.hidden"] = args[0]
+                recorded[prefix + "feed_forward.hidden"] = args[0]
             for name, part in zip(names, self._split_output(rule, output), strict=True):
-                seen[name] = part
+                recorded[name] = part
 
         return hook
 
     def _split_output(self, rule: Rule, output: torch.Tensor) -> list[torch.Tensor]:
-        """What a module gives, as each of the parameters that lie in its tensor would give it."""
+        """The output of a module, split into the outputs of those of our parameters that its tensor holds."""
         if rule.paths[0].endswith("_norm/scale") and output.ndim == 4:
-            # Norms of single heads: some families have the heads before the positions.
+            # Norms of single heads: in some families the head axis comes before the positions.
             heads_first = output.shape[1] in (self.config.num_heads, self.config.kv_heads)
             return [output.transpose(1, 2) if heads_first else output]
         B, T = output.shape[:2]
@@ -218,24 +222,14 @@ class PyTorchSide:
         shapes: list[Shape] = []
         for path in rule.paths:
             name = path.split("/")[-2].removesuffix("_norm")
-            if name in heads:
-                shapes.append((B * T, heads[name], self.config.head_width))
-            else:
-                shapes.append((B * T, output.shape[-1] // len(rule.paths)))
+            width = output.shape[-1] // len(rule.paths)
+            shapes.append((B * T, heads[name], self.config.head_width) if name in heads else (B * T, width))
+        array = output.detach().cpu().numpy()
         if len(shapes) == 1:
-            parts = [output.detach().cpu().numpy().reshape(shapes[0])]
+            parts = [array.reshape(shapes[0])]
         else:
-            parts = split(replace(rule, transposed=False), output.detach().cpu().numpy().reshape(B * T, -1), shapes)
+            parts = split(replace(rule, transposed=False), array.reshape(B * T, -1), shapes)
         return [torch.tensor(part.reshape(B, T, *part.shape[1:])) for part in parts]
-
-
-def _layer_hook(seen: dict[str, torch.Tensor], layer: int) -> Any:
-    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if layer == 0:
-            seen["embeddings"] = args[0] if args else kwargs["hidden_states"]
-        seen[f"layers.{layer}.residual"] = output[0] if isinstance(output, tuple) else output
-
-    return hook
 
 
 def _attention(
@@ -248,33 +242,33 @@ def _attention(
     layers: list[dict[str, torch.Tensor]] | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention of the module's own family; what goes in, through and out is added to `layers`."""
+    """The attention of the module's own family; appends its inputs, scores, weights and outputs to `layers`."""
     attend = sys.modules[type(module).__module__].eager_attention_forward
     with _SoftmaxInput() as softmax:
         heads_BTNH, weights_BNTS = attend(module, query, key, value, mask, **settings)
     if layers is not None:
-        seen = {"q_rotated": query.transpose(1, 2), "k_rotated": key.transpose(1, 2), "scores": softmax.seen}
-        layers.append({**seen, "weights": weights_BNTS, "heads": heads_BTNH})
+        recorded = {"q_rotated": query.transpose(1, 2), "k_rotated": key.transpose(1, 2), "scores": softmax.scores}
+        layers.append({**recorded, "weights": weights_BNTS, "heads": heads_BTNH})
     return heads_BTNH, weights_BNTS
 
 
 class _SoftmaxInput(TorchFunctionMode):
-    """Keeps what the last softmax was taken of."""
+    """Records the input of the last softmax."""
 
-    seen: torch.Tensor
+    scores: torch.Tensor
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.softmax:
-            self.seen = args[0]
+            self.scores = args[0]
         return function(*args, **(kwargs or {}))
 
 
 class _Lift(TorchFunctionMode):
-    """Keeps a float64 model in float64: where its code asks for float32, it gets float64."""
+    """Keeps a float64 model in float64: when its code asks for float32, it gets float64."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[str] = set()
+        self.lifted: set[str] = set()
         self._modules: list[Any] = []
 
     def __enter__(self) -> Any:
@@ -307,11 +301,11 @@ class _Lift(TorchFunctionMode):
 
     def _note(self, was_float64: bool) -> None:
         if was_float64 and self._modules:
-            self.seen.add(type(self._modules[-1]).__name__)
+            self.lifted.add(type(self._modules[-1]).__name__)
 
 
 def _in_float64(model: Any) -> Any:
-    """A copy in float64. Tables that the model computed in float32, such as rotary frequencies, are made anew."""
+    """A copy in float64. Buffers that the model computed in float32, such as rotary frequencies, are computed again."""
     result = copy.deepcopy(model).double()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -320,19 +314,19 @@ def _in_float64(model: Any) -> Any:
             fresh = type(model)(copy.deepcopy(model.config))
     finally:
         torch.set_default_dtype(default)
-    tables = dict(fresh.named_buffers())
-    for name, table in result.named_buffers():
-        exact = tables.get(name)
-        # A table that was changed by hand differs by more than float32 rounds, and stays.
-        if exact is not None and exact.dtype == torch.float64 and torch.allclose(table, exact, rtol=1e-6, atol=0):
-            table.copy_(exact)
+    buffers = dict(fresh.named_buffers())
+    for name, buffer in result.named_buffers():
+        exact = buffers.get(name)
+        # A buffer that was changed by hand differs by more than rounding, and stays.
+        if exact is not None and exact.dtype == torch.float64 and torch.allclose(buffer, exact, rtol=1e-6, atol=0):
+            buffer.copy_(exact)
     return result
 
 
 def _make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], wanted: list[TensorSpec], config: OptimizerConfig
 ) -> torch.optim.AdamW:
-    """AdamW with the usual two groups; biases and the scales of norms do not decay."""
+    """AdamW with the usual two groups: biases and scales of norms do not decay."""
     without = {place.name for place in wanted if place.rule.paths[0].endswith(("/scale", "/bias"))}
     without = without if config.decay == "matrices" else set()
     groups = [
