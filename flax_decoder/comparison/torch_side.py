@@ -80,7 +80,7 @@ class PyTorchSide:
         """
         transformers.AttentionInterface.register(_ATTENTION, _attention)
         transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
-        self.family, self.config = family, config
+        self.family, self.config, self.shapes = family, config, dict(shapes)
         self.lift = _Lift() if exact else None
         with quiet():
             self.model = _in_float64(model) if exact else copy.deepcopy(model)
