@@ -1,5 +1,6 @@
 """Learning rate schedules, the optimizers, and which parameters have weight decay."""
 
+import functools
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float 
     return lambda step: schedule(jnp.asarray(step, jnp.result_type(float)))
 
 
+@functools.cache  # two states of one config then have one optimizer, so equal tree structures: one compiled step
 def make_optimizer(
     config: OptimizerConfig, num_steps: int, *, remembers_losses: bool = False
 ) -> optax.GradientTransformation:

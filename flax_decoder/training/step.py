@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 
 from flax_decoder.config import Config
 from flax_decoder.nn.axes import logical_axes, num_parts
-from flax_decoder.nn.decoder import Decoder, check_tokens, head_params
+from flax_decoder.nn.decoder import Decoder, head_params
 from flax_decoder.parallel.mesh import compiler_options, sharding_of
+from flax_decoder.training.batch import Batch, checked_batch
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import make_optimizer
 from flax_decoder.training.spikes import is_spike
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -37,11 +37,19 @@ class TrainState(train_state.TrainState):
         skip_spikes: a step whose loss exceeds this many times the running mean is not applied; 0 applies all.
     """
 
-    seed: int = struct.field(pytree_node=False)
-    accumulation_steps: int = struct.field(pytree_node=False)
-    z_loss: float = struct.field(pytree_node=False)
+    seed: int = struct.field(pytree_node=False, default=0)
+    accumulation_steps: int = struct.field(pytree_node=False, default=1)
+    z_loss: float = struct.field(pytree_node=False, default=0.0)
     loss_chunk_tokens: int | None = struct.field(pytree_node=False, default=None)
     skip_spikes: float = struct.field(pytree_node=False, default=0.0)
+
+    @classmethod
+    def create(
+        cls, *, apply_fn: Callable[..., Any], params: Any, tx: optax.GradientTransformation, **settings: Any
+    ) -> Self:
+        """The state before the first step, as in Flax; `step` is an array, so that the second step compiles nothing."""
+        state: Self = super().create(apply_fn=apply_fn, params=params, tx=tx, **settings)
+        return state.replace(step=jnp.zeros((), jnp.int32))
 
     def apply_gradients(self, *, grads: Any, loss: jax.Array | None = None, **changes: Any) -> Self:
         """The state after one update by the optimizer, which also gets the loss if it is given."""
@@ -107,7 +115,8 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
     Args:
         state: the current state; not changed.
         batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
-            loss, and "positions" (B, T) of the inputs, if they are not consecutive.
+            loss; "positions" (B, T) of the inputs, if they are not consecutive; and "segments" (B, T), their documents,
+            which do not see each other.
         axis_name: under `pmap` or `shard_map`, the mapped axis over which the batch is split.
 
     Returns:
@@ -115,7 +124,8 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
         clipping; and "applied", whether the parameters were updated.
 
     Raises:
-        ValueError: token ids outside the vocabulary, unless they are traced.
+        ValueError: a name, shape or dtype in the batch that does not fit; token ids outside the vocabulary or negative
+            weights, unless they are traced.
     """
     gradients, metrics = mean_gradients(state, batch, axis_name)
     loss = metrics["loss"]
@@ -136,6 +146,7 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
 
 def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None) -> tuple[Any, Metrics]:
     """Gradients of the mean loss over a batch, a tree like the parameters, and its metrics; see `train_step`."""
+    batch = checked_batch(batch, state.params["embedding"].shape[0], state.accumulation_steps)
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
@@ -144,7 +155,7 @@ def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None
     if axis_name is not None:
         sums, gradients = jax.lax.psum((sums, gradients), axis_name)
     # Sums are divided by the weight of the whole batch: each token counts the same, however the batch is split.
-    num_tokens = jnp.maximum(sums["num_tokens"], 1)
+    num_tokens = jnp.where(sums["num_tokens"] > 0, sums["num_tokens"], 1)
     gradients = jax.tree.map(lambda gradient: gradient / num_tokens, gradients)
     return gradients, {"loss": sums["loss"] / num_tokens, "gradient_norm": optax.tree.norm(gradients)}
 
@@ -166,6 +177,7 @@ def jit_step(state: TrainState, mesh: Mesh) -> Any:
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """The sums "loss" (nats) and "num_tokens" over a batch, without dropout; for `batch` see `train_step`."""
+    batch = checked_batch(batch, state.params["embedding"].shape[0])
     return loss_sum(state.params, state.apply_fn, batch, loss_chunk_tokens=state.loss_chunk_tokens)[1]
 
 
@@ -201,11 +213,10 @@ def loss_sum(
     loss_chunk_tokens: int | None = None,
     rng: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """The sum to minimise over a batch, and the sums "loss" and "num_tokens"; dropout is on if `rng` is given."""
+    """The sum to minimise over a checked batch, and the sums "loss" and "num_tokens"; `rng` turns dropout on."""
     targets_BT = batch["targets"]
-    mask_BT = batch["mask"].astype(jnp.float32) if "mask" in batch else jnp.ones(targets_BT.shape, jnp.float32)
+    mask_BT = batch["mask"] if "mask" in batch else jnp.ones(targets_BT.shape, jnp.float32)
     vocab_size = params["embedding"].shape[0]
-    check_tokens(targets_BT, vocab_size, batch.get("mask"))
     tokens_per_device = targets_BT.size // (num_parts("batch") * num_parts("length"))
     chunk_tokens = chunk_size(tokens_per_device, vocab_size // num_parts("vocab"), loss_chunk_tokens)
 
@@ -213,6 +224,7 @@ def loss_sum(
         {"params": params},
         batch["inputs"],
         positions_BT=batch.get("positions"),
+        segments_BT=batch.get("segments"),
         hidden_only=chunk_tokens is not None,
         deterministic=rng is None,
         rngs=None if rng is None else {"dropout": rng},
@@ -229,4 +241,6 @@ def loss_sum(
             z_loss,
             chunk_tokens=chunk_tokens,
         )
+    if z_loss == 0:
+        loss = total  # the same number, but with its gradient, which a sum of chunks has for the first one only
     return total, {"loss": loss, "num_tokens": jnp.sum(mask_BT).astype(loss.dtype)}

@@ -1,0 +1,215 @@
+"""A batch means what it seems to mean, or is refused by name; the compiled step pays nothing for it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.training.batch import checked_batch
+
+B, T, V = 3, 5, 320
+SMALL = {"model.num_layers": 1, "model.embed_dim": 8, "model.num_heads": 2, "model.context_length": 7}
+INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64]
+
+
+def make_batch(**others):
+    """Ids that fit every integer dtype."""
+    tokens = np.random.default_rng(0).integers(0, 120, (B, T + 1))
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]} | others
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A vocabulary beyond the largest int8 and uint8."""
+    config = fd.load_config(overrides=SMALL | {"model.vocab_size": V})
+    return fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
+
+
+# --- Dtypes ---
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_the_dtype_of_ids_changes_no_number(state, dtype):
+    batch = {name: ids.astype(dtype) for name, ids in make_batch().items()}
+    wide = make_batch()
+    for compute in (fd.eval_step, jax.jit(fd.eval_step)):
+        assert float(compute(state, batch)["loss"]) == float(compute(state, wide)["loss"])
+    logits = [state.apply_fn({"params": state.params}, ids["inputs"]) for ids in (batch, wide)]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_uint16_ids_with_a_vocabulary_beyond_them():
+    config = fd.load_config(overrides=SMALL | {"model.vocab_size": 65_600})
+    state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
+    step = jax.jit(fd.eval_step)
+    narrow = {name: ids.astype(np.uint16) for name, ids in make_batch().items()}
+    assert float(step(state, narrow)["loss"]) == float(step(state, make_batch())["loss"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.bool_, np.complex64])
+@pytest.mark.parametrize("name", ["inputs", "targets", "positions"])
+def test_what_is_no_integer_is_no_id(name, dtype):
+    batch = make_batch(positions=np.zeros((B, T), np.int32))
+    with pytest.raises(ValueError, match=f"{name} must be integers, not {np.dtype(dtype)}"):
+        checked_batch(batch | {name: batch[name].astype(dtype)}, V)
+
+
+# --- Shapes and names ---
+
+
+@pytest.mark.parametrize("shape", [(T,), (1, T), (B, 1), (T, B), (B, T, 1), ()])
+@pytest.mark.parametrize("name", ["targets", "mask"])
+def test_nothing_broadcasts(name, shape):
+    with pytest.raises(ValueError, match=re.escape(f'batch["{name}"] has the shape {shape}, but batch["inputs"] has')):
+        checked_batch(make_batch(**{name: np.ones(shape, np.int32)}), V)
+
+
+def test_positions_may_be_those_of_all_rows():
+    for rows in (1, B):
+        assert checked_batch(make_batch(positions=np.zeros((rows, T), np.int32)), V)["positions"].shape == (rows, T)
+    with pytest.raises(ValueError, match="positions"):
+        checked_batch(make_batch(positions=np.zeros((2, T), np.int32)), V)
+
+
+@pytest.mark.parametrize("shape", [(0, T), (B, 0), (T,), (B, T, 1)])
+def test_a_batch_has_rows_and_tokens(shape):
+    with pytest.raises(ValueError, match=r"must be \(B, T\), both at least 1"):
+        checked_batch({"inputs": np.zeros(shape, np.int32), "targets": np.zeros(shape, np.int32)}, V)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("attention_mask", "mask"),
+        ("loss_mask", "mask"),
+        ("labels", "targets"),
+        ("segment_ids", "segments"),
+        ("masks", "mask"),
+        ("qwerty", None),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_one_that_is_meant(state, name, meant):
+    message = f"did you mean '{meant}'" if meant else "it knows inputs, targets, mask, positions, segments"
+    with pytest.raises(ValueError, match=f"the batch has '{name}', which the loss would ignore.*{message}"):
+        jax.jit(fd.train_step)(state, make_batch(**{name: np.ones((B, T))}))
+
+
+def test_a_missing_name_is_refused():
+    with pytest.raises(ValueError, match="the batch has no 'targets'"):
+        checked_batch({"inputs": np.zeros((B, T), np.int32)}, V)
+
+
+def test_rows_divide_by_the_parts_of_an_accumulation(state):
+    with pytest.raises(ValueError, match="a batch of 3 rows cannot be computed in 2 parts"):
+        jax.jit(fd.train_step)(state.replace(accumulation_steps=2), make_batch())
+
+
+# --- Weights ---
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1.0, 7.0])
+def test_the_loss_is_a_mean_whatever_the_size_of_the_weights(state, weight):
+    step = jax.jit(fd.train_step)
+    plain, weighted = step(state, make_batch())[1], step(state, make_batch(mask=np.full((B, T), weight)))[1]
+    np.testing.assert_allclose(weighted["loss"], plain["loss"], rtol=1e-6)
+    np.testing.assert_allclose(weighted["gradient_norm"], plain["gradient_norm"], rtol=1e-5)
+
+
+def test_without_any_weight_nothing_is_learned(state):
+    after, metrics = jax.jit(fd.train_step)(state, make_batch(mask=np.zeros((B, T))))
+    assert metrics["loss"] == metrics["gradient_norm"] == 0
+    assert jax.tree.all(jax.tree.map(jnp.isfinite, jax.tree.map(jnp.sum, after.params)))
+
+
+def test_negative_weights_are_refused_or_count_as_nothing(state):
+    mask = np.ones((B, T), np.float32)
+    mask[0, 0] = -1
+    with pytest.raises(ValueError, match="negative weight"):
+        checked_batch(make_batch(mask=mask), V)
+    found = jax.jit(fd.eval_step)(state, make_batch(mask=mask))
+    expected = jax.jit(fd.eval_step)(state, make_batch(mask=np.maximum(mask, 0)))
+    assert found == expected
+
+
+@pytest.mark.parametrize("mask", [np.ones((B, T), bool), np.ones((B, T), np.int8), np.ones((B, T), np.float16)])
+def test_weights_may_be_of_any_real_dtype(mask):
+    assert checked_batch(make_batch(mask=mask), V)["mask"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 2])
+def test_chunks_change_no_derivative(state, chunk_tokens):
+    """That of the sum of losses, by parameters; weights are constants with and without chunks."""
+
+    def loss(params, mask):
+        chunked = state.replace(params=params, loss_chunk_tokens=chunk_tokens)
+        return fd.eval_step(chunked, make_batch(mask=mask))["loss"]
+
+    of_params, of_mask = jax.jit(jax.grad(loss, argnums=(0, 1)))(state.params, jnp.ones((B, T)))
+    assert float(jnp.abs(of_mask).max()) == 0
+    # Along the gradient the sum rises by its length.
+    gradient, embedding, step = of_params["embedding"], state.params["embedding"], 1e-2
+    length = float(jnp.linalg.norm(gradient))
+    ahead, behind = (
+        float(loss(state.params | {"embedding": embedding + sign * step * gradient / length}, jnp.ones((B, T))))
+        for sign in (1, -1)
+    )
+    np.testing.assert_allclose(length, (ahead - behind) / (2 * step), rtol=0.01)
+
+
+def test_the_checks_leave_no_trace_in_the_program(state):
+    """What goes in as int32 is computed as it was: the check is in Python, when the step is traced."""
+    batch = {name: jnp.asarray(ids, jnp.int32) for name, ids in make_batch().items()}
+    program = str(jax.make_jaxpr(lambda batch: checked_batch(batch, V))(batch))
+    assert re.search(r"let\s+in \(", program), program
+
+
+# --- Documents ---
+
+
+def test_no_loss_is_asked_across_a_border(state):
+    segments = np.asarray([[0, 0, 1, 1, 1], [5, 5, 5, 5, 5], [2, 3, 4, 4, 4]])
+    checked = checked_batch(make_batch(segments=segments), V)
+    assert checked["mask"].tolist() == [[1, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    half = checked_batch(make_batch(segments=segments, mask=np.full((B, T), 0.5)), V)
+    np.testing.assert_array_equal(half["mask"], checked["mask"] / 2)
+    sums = jax.jit(fd.eval_step)(state, make_batch(segments=segments))
+    assert sums["num_tokens"] == B * T - 3
+
+
+def test_documents_of_a_row_have_the_losses_that_they_have_alone(state):
+    packed = {name: ids[:1] for name, ids in make_batch().items()} | {"segments": np.asarray([[0, 0, 1, 1, 1]])}
+    rows = [{name: ids[:1, part] for name, ids in make_batch().items()} for part in (np.s_[:2], np.s_[2:])]
+    rows[0]["mask"] = np.asarray([[1, 0]])
+    alone = [fd.eval_step(state, row) for row in rows]
+    found = fd.eval_step(state, packed)
+    np.testing.assert_allclose(found["loss"], alone[0]["loss"] + alone[1]["loss"], rtol=1e-6)
+    assert found["num_tokens"] == 4
+
+
+# --- States ---
+
+
+def test_two_states_of_one_config_share_a_compiled_step():
+    config = fd.load_config(overrides=SMALL | {"model.vocab_size": V})
+    model = fd.Decoder(config.model)
+    one, two = (fd.init_state(model, config, rng=jax.random.key(seed)) for seed in (0, 1))
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one.params, two.params)
+    step = jax.jit(lambda state, batch: fd.train_step(state, batch))  # not the cache of another test
+    for state in (one, two, one.replace(params=mean)):
+        step(state, make_batch())
+    assert step._cache_size() == 1
+
+
+def test_a_state_is_made_as_in_flax(state):
+    made = fd.TrainState.create(apply_fn=state.apply_fn, params=state.params, tx=optax.adamw(1e-3))
+    step = jax.jit(lambda state, batch: fd.train_step(state, batch))  # not the cache of another test
+    losses = []
+    for _ in range(3):
+        made, metrics = step(made, make_batch())
+        losses.append(float(metrics["loss"]))
+    assert made.step == 3 and losses[2] < losses[0] and step._cache_size() == 1
