@@ -499,7 +499,7 @@ def test_command_ends_with_1_where_a_row_does_not_hold(capsys):
     failing = ledger.Ledger(rows, "a cause")
     with mock.patch.object(comparison, "compare_models", lambda *_, **__: failing):
         assert cli.main(["compare", saved("gpt2", 0).name]) == 1
-        with mock.patch("flax_decoder.io.files.write_text", side_effect=OSError("disk full")):
+        with mock.patch("flax_decoder.cli.write_text", side_effect=OSError("disk full")):
             assert cli.main(["compare", saved("gpt2", 0).name, "--json", "rows.json"]) == 1
     captured = capsys.readouterr()
     assert captured.err == "fault: rows.json: cannot be written: disk full\n"
