@@ -150,7 +150,7 @@ def test_a_hugging_face_folder(tmp_path):
         close(array, seen[name])
 
 
-@pytest.mark.full
+@pytest.mark.short("none-False")
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_recording_costs_nothing_if_it_is_not_used(scan_layers, remat, monkeypatch):
