@@ -22,7 +22,8 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import ByteTokenizer
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.folder import write_folder
-from flax_decoder.nn.decoder import Decoder, abstract_params
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import abstract_params
 
 SHAPE = {
     "vocab_size": 49152,

@@ -240,7 +240,8 @@ def summary(config: Config, turns: dict[str, list[dict[str, Any]]]) -> dict[str,
     """Medians, derived numbers, and the ratio."""
     import jax
 
-    from flax_decoder.nn.decoder import Decoder, abstract_params
+    from flax_decoder.nn.decoder import Decoder
+    from flax_decoder.nn.params import abstract_params
     from flax_decoder.training.flops import utilization
 
     jax.config.update("jax_platforms", "cpu")  # the GPU's memory is for the contestants

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flax_decoder.allocator import keep_freed_memory
-from flax_decoder.config import Config
+from flax_decoder.config import Config, ModelConfig
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, UserError
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test
     from flax_decoder.lens.pictures import plot_attention
     from flax_decoder.loading import compare, load
     from flax_decoder.nn.cache import KVCache, empty_cache
-    from flax_decoder.nn.decoder import Decoder, unstack_layers
+    from flax_decoder.nn.decoder import Decoder
+    from flax_decoder.nn.params import unstack_layers
     from flax_decoder.training.metrics import plot_losses
     from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
 
@@ -44,13 +45,14 @@ _LAZY = {
     "lens.pictures": ("plot_attention",),
     "loading": ("compare", "load"),
     "nn.cache": ("KVCache", "empty_cache"),
-    "nn.decoder": ("Decoder", "unstack_layers"),
+    "nn.decoder": ("Decoder",),
+    "nn.params": ("unstack_layers",),
     "training.metrics": ("plot_losses",),
     "training.step": ("TrainState", "eval_step", "init_state", "train_step"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
-__all__ = ["Config", "FaultError", "UserError", "load_config", *_MODULE_OF]
+__all__ = ["Config", "FaultError", "ModelConfig", "UserError", "load_config", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,9 @@ from flax_decoder.huggingface.folder import (
     write_special_tokens,
 )
 from flax_decoder.io.files import new_folder, write_text
-from flax_decoder.nn.decoder import Decoder, abstract_params
+from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
+from flax_decoder.nn.params import abstract_params
 from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
 from flax_decoder.training.run_folder import facts_of, require_same_inputs, require_same_model
 

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 
 import flax_decoder as fd
 from flax_decoder.nn.axes import constrain, logical_axes, num_parts
-from flax_decoder.nn.decoder import abstract_params
+from flax_decoder.nn.params import abstract_params
 from flax_decoder.parallel.mesh import RULES, mesh_of, use_mesh
 
 # Together they have every parameter that the network can have.

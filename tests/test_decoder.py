@@ -13,7 +13,8 @@ import reference
 from flax import linen as nn
 
 from flax_decoder.config import ModelConfig, fields_of
-from flax_decoder.nn.decoder import Decoder, unstack_layers
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import unstack_layers
 
 B, T, V = 2, 7, 17
 SIZES = {

@@ -6,7 +6,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from flax_decoder.config_file import load_config
-from flax_decoder.nn.decoder import Decoder, abstract_params
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import abstract_params
 from flax_decoder.training.flops import flops_per_token, utilization
 
 B = 2

@@ -34,7 +34,8 @@ from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.folder import write_folder
 from flax_decoder.huggingface.tensor_file import Tensor
 from flax_decoder.loading import convert
-from flax_decoder.nn.decoder import Decoder, abstract_params
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import abstract_params
 from flax_decoder.training.checkpoint import save_params
 
 LLAMA = ModelConfig(**SETTINGS)

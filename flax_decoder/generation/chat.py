@@ -14,7 +14,8 @@ from flax_decoder.generation.generate import prefill
 from flax_decoder.generation.sampling import Sampling
 from flax_decoder.generation.stream import Prefix, stream, supports_rolling_context
 from flax_decoder.generation.text import decode_streams
-from flax_decoder.nn.decoder import Decoder, unstack_layers
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import unstack_layers
 
 
 @dataclass(eq=False)

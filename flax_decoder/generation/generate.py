@@ -20,7 +20,8 @@ from flax_decoder.generation.sampling import Sampling
 from flax_decoder.generation.speculative import Draft, PromptLookup
 from flax_decoder.generation.steps import DECODE_TOKENS, TokenChunk, cache_capacity
 from flax_decoder.generation.stream import Prefix, prefill_prompts, stream, supports_rolling_context
-from flax_decoder.nn.decoder import Decoder, check_tokens, unstack_layers
+from flax_decoder.nn.decoder import Decoder, check_tokens
+from flax_decoder.nn.params import unstack_layers
 
 Prompts = ArrayLike | Sequence[ArrayLike]
 """Token ids: an array (B, T), or a sequence of rows that may differ in length."""

@@ -15,7 +15,8 @@ from flax_decoder.generation import steps
 from flax_decoder.generation.sampling import Filters, Sampling, TokenCounts, filtered
 from flax_decoder.generation.speculative import Draft, PromptLookup, SpeculativeState, speculative_chunk
 from flax_decoder.nn.cache import KVCache
-from flax_decoder.nn.decoder import Decoder, unstack_layers
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import unstack_layers
 
 # Streamed chunks take this long: too short to be seen, and long enough that handing them over costs little.
 STREAM_SECONDS = 0.03

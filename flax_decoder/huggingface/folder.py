@@ -27,7 +27,8 @@ from flax_decoder.huggingface.weights import (
 from flax_decoder.io.files import write_text
 from flax_decoder.io.foreign_file import open_inside, read_content
 from flax_decoder.io.strict_json import LISTING, SETTINGS, VOCABULARY, Limits, parse_object, shown
-from flax_decoder.nn.decoder import Decoder, abstract_params
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import abstract_params
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

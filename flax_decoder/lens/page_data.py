@@ -16,7 +16,8 @@ from flax_decoder.lens.capture import capture
 from flax_decoder.lens.head_scores import head_scores
 from flax_decoder.lens.packing import pack
 from flax_decoder.lens.pushes import pushes
-from flax_decoder.nn.decoder import Decoder, head_params
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import head_params
 from flax_decoder.nn.positions import alibi_slopes
 from flax_decoder.nn.precision import accumulation_dtype
 

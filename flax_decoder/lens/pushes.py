@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax_decoder.config import ModelConfig
 from flax_decoder.lens.attribution import head_columns, normalise
 from flax_decoder.lens.capture import Activations, through_norm
-from flax_decoder.nn.decoder import unstack_layers
+from flax_decoder.nn.params import unstack_layers
 
 
 def pushes(

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from flax_decoder.config import Config
 from flax_decoder.nn.axes import logical_axes, num_parts
-from flax_decoder.nn.decoder import Decoder, head_params
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import head_params
 from flax_decoder.parallel.mesh import compiler_options, sharding_of
 from flax_decoder.training.batch import Batch, checked_batch
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
