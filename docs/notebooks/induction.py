@@ -96,7 +96,7 @@ HALF = probe_BT.shape[1] // 2
 
 
 def halves(params: dict, edits: dict | None = None) -> tuple[float, float]:
-    """Mean loss, in nats a token, on the first and on the second saying of the probe."""
+    """Mean loss, in nats per token, on the first and on the second saying of the probe."""
     logits_BTV = fd.capture(model, params, probe_BT, edits=edits, names=("logits",))["logits"]
     targets_BT1 = probe_BT[:, 1:, None]
     loss_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV[:, :-1]), targets_BT1, axis=-1)[..., 0]
