@@ -467,20 +467,24 @@ def warmup_within(warmup_steps: int | None, num_steps: int) -> int | None:
     return warmup_steps if warmup_steps is None or warmup_steps < num_steps else default_warmup_steps(num_steps)
 
 
-SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Config.__pydantic_fields__.items()}  # type: ignore[attr-defined]
+def _fields(section: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = section.__pydantic_fields__
+    return fields
+
+
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in _fields(Config).items()}
 
 
 def fields_of(section: str) -> dict[str, Any]:
     """The fields of a config section by name, as pydantic describes them (annotation, default, description)."""
-    return SECTIONS[section].__pydantic_fields__
+    return _fields(SECTIONS[section])
 
 
 def fixed_fields() -> list[tuple[str, str]]:
     """Section and name of every field that must stay as it is when a run is resumed."""
-    sections = [name for name, section in Config.__pydantic_fields__.items() if MAY_CHANGE not in section.metadata]  # type: ignore[attr-defined]
     return [
         (section, name)
-        for section in sections
+        for section, whole in _fields(Config).items()
         for name, field in fields_of(section).items()
-        if MAY_CHANGE not in field.metadata
+        if MAY_CHANGE not in (*whole.metadata, *field.metadata)
     ]

@@ -20,7 +20,7 @@ from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels import splash
 from flax_decoder.nn.kernels.choice import choose_kernel, on_each_device
 from flax_decoder.nn.kernels.cudnn import cudnn
-from flax_decoder.nn.kernels.splash import target_platform
+from flax_decoder.nn.kernels.platform import target_platform
 from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.parallel.mesh import mesh_of, use_mesh
 

@@ -320,15 +320,19 @@ def as_token_ids(tokens_BT: ArrayLike, name: str = "token ids") -> jax.Array:
         ValueError: they are no integers.
     """
     tokens_BT = jnp.asarray(tokens_BT)
-    if not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers, not {tokens_BT.dtype}")
+    check_integers(tokens_BT, name)
     return tokens_BT.astype(jnp.int32) if tokens_BT.dtype.itemsize < 4 else tokens_BT
+
+
+def check_integers(array: ArrayLike, name: str = "token ids") -> None:
+    """Raises ValueError for numbers of another kind."""
+    if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+        raise ValueError(f"{name} must be integers, not {jnp.result_type(array)}")
 
 
 def check_tokens(tokens_BT: ArrayLike, vocab_size: int, mask_BT: ArrayLike | None = None) -> None:
     """Raises ValueError for a token id outside the vocabulary, if ids are known (not traced) and the mask keeps it."""
-    if not jnp.issubdtype(jnp.result_type(tokens_BT), jnp.integer):
-        raise ValueError(f"token ids must be integers, not {jnp.result_type(tokens_BT)}")
+    check_integers(tokens_BT)
     if isinstance(tokens_BT, jax.core.Tracer) or isinstance(mask_BT, jax.core.Tracer):
         return
     ids = np.asarray(tokens_BT) if mask_BT is None else np.asarray(tokens_BT)[np.asarray(mask_BT) > 0]

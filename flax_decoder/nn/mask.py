@@ -1,8 +1,11 @@
 """Which keys a query may see, and what their distance takes from a score: stated once, for all implementations."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 
 class MaskSpec(struct.PyTreeNode):
@@ -57,6 +60,20 @@ class MaskSpec(struct.PyTreeNode):
             segments_BT=None if self.segments_BT is None else self.segments_BT[:, queries],
             key_segments_BS=None if self.key_segments_BS is None else self.key_segments_BS[:, keys],
         )
+
+    def partition_specs(self, rows: Any, length: Any = None, heads: Any = None) -> "MaskSpec":
+        """How each array is split, for `jax.shard_map`, by the mesh axes of rows, length and heads.
+
+        Arrays with one row for all are not split by rows.
+        """
+
+        def spec(array: jax.Array) -> PartitionSpec:
+            return (
+                PartitionSpec(heads) if array.ndim == 1 else PartitionSpec(rows if array.shape[0] > 1 else None, length)
+            )
+
+        specs: MaskSpec = jax.tree.map(spec, self)
+        return specs
 
     def _distance_BTS(self) -> jax.Array:
         """How many positions a query is behind a key."""

@@ -9,8 +9,9 @@ import numpy as np
 
 from flax_decoder.data.batches import validation_batches
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.training.batch import Batch
 from flax_decoder.training.metrics import bits_per_byte
-from flax_decoder.training.step import Batch, Metrics, loss_sum
+from flax_decoder.training.step import Metrics, loss_sum
 
 # The exponential of a larger number overflows float64.
 MAX_EXPONENT = 709.0

@@ -96,7 +96,8 @@ def chunked_losses(
         return summed_losses(logits_1RV, targets_R[None], mask_R[None], z_loss)
 
     total, loss = _sum_of_chunks(chunk_losses, head, split(x_BTD), (split(targets_BT), split(mask_BT)))
-    return total, jax.lax.stop_gradient(loss)
+    # The gradient is that of the first sum; without penalties both are the same.
+    return total, total if z_loss == 0 else jax.lax.stop_gradient(loss)
 
 
 def _split(array: jax.Array, *, num_batch_parts: int, num_length_parts: int, chunk_tokens: int) -> jax.Array:

@@ -8,7 +8,8 @@ import numpy as np
 
 from flax_decoder.config import TrainingConfig
 from flax_decoder.errors import FaultError
-from flax_decoder.training.step import Batch, Metrics, TrainState, mean_gradients
+from flax_decoder.training.batch import Batch
+from flax_decoder.training.step import Metrics, TrainState, mean_gradients
 
 CONTINUE_HINT = "the same command continues from the last checkpoint"
 RESTART_HINT = "start again in another --run.folder with a lower optimizer.learning_rate"

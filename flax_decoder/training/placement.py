@@ -14,8 +14,8 @@ from flax_decoder.data.batches import train_batch
 from flax_decoder.errors import UserError
 from flax_decoder.parallel.mesh import mesh_sizes, sharding_of
 from flax_decoder.parallel.zigzag import zigzag
+from flax_decoder.training.batch import Batch
 from flax_decoder.training.flops import num_product_weights
-from flax_decoder.training.step import Batch
 
 # A weight and its gradient in float32: the least that training needs.
 BYTES_PER_WEIGHT = 8

@@ -242,6 +242,4 @@ def loss_sum(
             z_loss,
             chunk_tokens=chunk_tokens,
         )
-    if z_loss == 0:
-        loss = total  # the same number, but with its gradient, which a sum of chunks has for the first one only
     return total, {"loss": loss, "num_tokens": jnp.sum(mask_BT).astype(loss.dtype)}

@@ -1,6 +1,7 @@
 """Long sequences in pairs of a block of queries and a block of keys: only the scores of one pair exist at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ MAX_PAIR_TOKENS = 512
 BEFORE_ALL, AFTER_ALL = -1, 2**30
 
 # The arrays of one block of queries or keys, or of all blocks with a leading axis P. The first two are positions and
-# documents.
-Blocks = tuple[jax.Array, ...]
+# documents, None if there are none.
+Blocks = tuple[Any, ...]
 
 
 def for_each_block_pair(
@@ -45,9 +46,8 @@ def for_each_block_pair(
 
         def with_query(key_state: Blocks, block: tuple[Blocks, Blocks]) -> tuple[Blocks, Blocks]:
             query, query_state = block
-            pair = mask.replace(positions_BT=query[0], key_positions_BS=key[0])
-            if mask.segments_BT is not None:
-                pair = pair.replace(segments_BT=query[1], key_segments_BS=key[1])
+            (positions_BT, segments_BT, *_), (key_positions_BS, key_segments_BS, *_) = query, key
+            pair = MaskSpec(positions_BT, key_positions_BS, mask.slopes_N, mask.window, segments_BT, key_segments_BS)
 
             def visit(states: tuple[Blocks, Blocks]) -> tuple[Blocks, Blocks]:
                 return update(pair, query, key, *states)
@@ -76,7 +76,7 @@ def split_blocks(
 
     Returns:
         The blocks of queries, (P, B, K, G, T, ...), and of keys, (P, B, K, S, H), P the number of blocks. Each tuple
-        begins with positions and documents, (P, B, T) and (P, B, S); without documents, the positions stand for them.
+        begins with positions and documents, (P, B, T) and (P, B, S).
     """
     K = keys[0].shape[2]
 
@@ -89,10 +89,8 @@ def split_blocks(
     key_blocks = (heads_first(array)[:, :, :, 0] for array in keys)
     query_positions = _to_blocks(mask.positions_BT, max_tokens, BEFORE_ALL)
     key_positions = _to_blocks(mask.key_positions_BS, max_tokens, AFTER_ALL)
-    query_segments, key_segments = query_positions, key_positions
-    if mask.segments_BT is not None and mask.key_segments_BS is not None:
-        query_segments = _to_blocks(mask.segments_BT, max_tokens)
-        key_segments = _to_blocks(mask.key_segments_BS, max_tokens)
+    segments = mask.segments_BT, mask.key_segments_BS
+    query_segments, key_segments = (None if array is None else _to_blocks(array, max_tokens) for array in segments)
     return (query_positions, query_segments, *query_blocks), (key_positions, key_segments, *key_blocks)
 
 

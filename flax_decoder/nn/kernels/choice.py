@@ -14,9 +14,10 @@ from flax_decoder.nn.axes import num_parts
 from flax_decoder.nn.call import Call
 from flax_decoder.nn.kernels.blockwise import blockwise
 from flax_decoder.nn.kernels.cudnn import cudnn
+from flax_decoder.nn.kernels.platform import target_platform
 from flax_decoder.nn.kernels.ring import find_ring
 from flax_decoder.nn.kernels.ring_attention import ring_attention
-from flax_decoder.nn.kernels.splash import splash, target_platform
+from flax_decoder.nn.kernels.splash import splash
 from flax_decoder.nn.mask import MaskSpec
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, MaskSpec], jax.Array]
@@ -145,13 +146,6 @@ def on_each_device(
     rows = "batch" if B % num_parts("batch") == 0 else None
     heads = "heads" if N % num_parts("heads") == K % num_parts("heads") == 0 else None
     spec = nn.logical_to_mesh_axes((rows, None, heads, None)) or PartitionSpec()
-    split = jax.shard_map(
-        attend, in_specs=(spec, spec, spec, _mask_specs(mask, spec)), out_specs=spec, axis_names=names, check_vma=False
-    )
+    in_specs = spec, spec, spec, mask.partition_specs(spec[0] if len(spec) > 0 else None)
+    split = jax.shard_map(attend, in_specs=in_specs, out_specs=spec, axis_names=names, check_vma=False)
     return split(q_BTNH, k_BSKH, v_BSKH, mask)
-
-
-def _mask_specs(mask: MaskSpec, spec: PartitionSpec) -> MaskSpec:
-    """How the arrays of a mask are split: by the rows of the batch, or not at all if they are those of all rows."""
-    rows = PartitionSpec(*spec[:1])
-    return jax.tree.map(lambda array: rows if array.ndim > 1 and array.shape[0] > 1 else PartitionSpec(), mask)

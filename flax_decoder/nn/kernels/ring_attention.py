@@ -130,7 +130,7 @@ def _attend_forward(
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """The heads, and what the backward pass needs: per device nothing larger than its part of the queries."""
     function = functools.partial(_forward, ring, params)
-    in_specs = *(ring.spec,) * 3, _mask_specs(ring, mask), PartitionSpec()
+    in_specs = *(ring.spec,) * 3, mask.partition_specs(ring.rows, ring.axes, ring.heads), PartitionSpec()
     heads_BTNH, log_sums_BTN = ring.shard_map(function, in_specs, ring.spec)(q_BTNH, k_BSKH, v_BSKH, mask, rng)
     return heads_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask, rng, heads_BTNH, log_sums_BTN)
 
@@ -140,24 +140,16 @@ def _attend_backward(
 ) -> tuple[jax.Array | None, ...]:
     """The gradients of queries, keys and values; mask and rng have none."""
     function = functools.partial(_backward, ring, params)
-    in_specs = *(ring.spec,) * 3, _mask_specs(ring, residuals[3]), PartitionSpec(), *(ring.spec,) * 3
+    in_specs = (
+        *(ring.spec,) * 3,
+        residuals[3].partition_specs(ring.rows, ring.axes, ring.heads),
+        PartitionSpec(),
+        *(ring.spec,) * 3,
+    )
     return *ring.shard_map(function, in_specs, ring.spec)(*residuals, dheads_BTNH), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _mask_specs(ring: Ring, mask: MaskSpec) -> MaskSpec:
-    positions = PartitionSpec(ring.rows if mask.positions_BT.shape[0] > 1 else None, ring.axes)
-    slopes = None if mask.slopes_N is None else PartitionSpec(ring.heads)
-    segments = None if mask.segments_BT is None else PartitionSpec(ring.rows, ring.axes)
-    return mask.replace(
-        positions_BT=positions,
-        key_positions_BS=positions,
-        slopes_N=slopes,
-        segments_BT=segments,
-        key_segments_BS=segments,
-    )
 
 
 # --- One device: its parts of the arrays ---

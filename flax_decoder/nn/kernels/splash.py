@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_decoder.nn.kernels.platform import target_platform
 from flax_decoder.nn.mask import MaskSpec
 
 # A TPU's vectors have 128 lanes, and the kernel takes blocks of whole vectors.
@@ -50,17 +51,6 @@ def splash(
     kernel = _kernel(num_padded, block_tokens, window, soft_cap)
     heads_BNPH: jax.Array = jax.vmap(kernel)(q_BNPH, k_BKPH, v_BKPH, _segment_ids(mask, num_padded))
     return heads_BNPH[:, :, :T].swapaxes(1, 2)
-
-
-def target_platform() -> str:
-    """The platform that a program is traced for: "cpu", "gpu" or "tpu".
-
-    That of the mesh, if there is one: a program that is compiled ahead of time may be for other devices than these.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    device = device or jax.config.jax_default_device  # type: ignore[attr-defined]
-    platform = getattr(device, "platform", device) or jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
 def _segment_ids(mask: MaskSpec, num_padded: int) -> Any:
