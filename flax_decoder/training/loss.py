@@ -85,7 +85,7 @@ def chunked_losses(
         chunk_tokens: tokens per chunk on each device.
 
     Returns:
-        The sums of `summed_losses`; the second one is not differentiated.
+        The sums of `summed_losses`; with penalties, the second one is not differentiated.
     """
     B, T = targets_BT.shape
     X, Y = (parts if size % parts == 0 else 1 for size, parts in ((B, num_parts("batch")), (T, num_parts("length"))))
