@@ -19,8 +19,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Flags that are given stay: `XLA_FLAGS=--xla_cpu_max_isa=AVX2 pytest` shows what the tests say of another processor.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A worker holds the programs of hundreds of tests: here memory counts more than the speed of one.
-os.environ.setdefault("FLAX_DECODER_KEEP_MEMORY", "0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "flax_decoder_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax_decoder.config import ModelConfig, fields_of
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import unstack_layers
+from flax_decoder.nn.stack import stacked_or_tuple
 
 B, T, V = 2, 7, 17
 SIZES = {
@@ -541,11 +542,14 @@ def test_params_of_another_depth_are_refused(scan_layers, num_layers):
 
 
 def test_layers_may_come_as_a_list_or_by_number():
-    model = Decoder(ModelConfig(**SIZES | {"num_layers": 11}))
-    params = unstack_layers(reference.random_params(model))
-    tokens_BT = np.arange(3)[None]
-    expected = model.apply({"params": params}, tokens_BT)
-    layers = params["layers"]
+    layers = tuple({"kernel": np.full(2, i)} for i in range(11))
     by_number = {str(i): layers[i] for i in sorted(range(11), key=str)}  # "10" comes before "2"
-    for other in (list(layers), by_number):
-        np.testing.assert_array_equal(model.apply({"params": params | {"layers": other}}, tokens_BT), expected)
+    for other in (layers, list(layers), by_number):
+        assert stacked_or_tuple(other, 11) == layers
+    model = Decoder(ModelConfig(**SIZES))
+    params = unstack_layers(reference.random_params(model))
+    tokens_BT, apply = np.arange(3)[None], jax.jit(model.apply)
+    expected = apply({"params": params}, tokens_BT)
+    first, second = params["layers"]
+    for other in ([first, second], {"1": second, "0": first}):
+        np.testing.assert_array_equal(apply({"params": params | {"layers": other}}, tokens_BT), expected)

@@ -129,7 +129,7 @@ def test_a_run_that_crashed_continues_to_the_same_end(finished, text, tmp_path, 
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
-@pytest.mark.short("adamw-15-143", "muon-2-130")
+@pytest.mark.short("adamw-15-143")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_path, monkeypatch, capsys, number, code):
     expected, name = finished

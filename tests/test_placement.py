@@ -88,7 +88,7 @@ def run(changes, num_devices=NUM_DEVICES, **mesh):
 # --- The same numbers ---
 
 
-@pytest.mark.short("default", "in parts on fsdp context tensor")
+@pytest.mark.short("in parts on fsdp context tensor")
 @pytest.mark.parametrize(
     ("architecture", "changes", "mesh"),
     [

@@ -55,7 +55,7 @@ def holder(place, holders):
     folder, text, cache = place
     if not holders or holders[-1].poll() is not None:
         holders.append(tiny_run.start(tiny_run.command(folder, text, **ENDLESS), JAX_COMPILATION_CACHE_DIR=cache))
-    while run_state.last_step(folder) < 100:
+    while run_state.last_step(folder) < 20:
         assert holders[-1].poll() is None, holders[-1].communicate()
         time.sleep(0.01)
     return holders[-1]
