@@ -29,6 +29,9 @@ from fault_matrix import count_cases, pytest_runtest_makereport, pytest_terminal
 from flax_decoder.cli import main
 from flax_decoder.training.step import TrainState
 
+# Tracing makes many objects and few cycles: looking for cycles after each 700 takes a twentieth of all work.
+gc.set_threshold(20_000, 20, 20)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -65,6 +68,9 @@ MAX_MAPS, MAX_BYTES = 20_000, 900_000_000
 # What a worker kept when its programs went last: with less than this more they stay, or each test would compile anew.
 GROWTH_BYTES = 150_000_000
 _kept_bytes = 0
+# The maps are many lines to read, and a test adds a few hundred at most.
+TESTS_PER_LOOK_AT_MAPS = 20
+_num_tests = 0
 
 
 def resident_bytes() -> int:
@@ -90,11 +96,13 @@ def _forget_programs() -> Iterator[None]:
 
     Each holds some pages of memory of its own. XLA crashes where the system allows no more of them: 65,530 on Linux.
     """
-    global _kept_bytes
+    global _kept_bytes, _num_tests
     yield
     if not STATM.exists():
         return
-    if resident_bytes() > max(MAX_BYTES, _kept_bytes + GROWTH_BYTES) or MAPS.read_bytes().count(b"\n") > MAX_MAPS:
+    _num_tests += 1
+    too_many = _num_tests % TESTS_PER_LOOK_AT_MAPS == 0 and MAPS.read_bytes().count(b"\n") > MAX_MAPS
+    if too_many or resident_bytes() > max(MAX_BYTES, _kept_bytes + GROWTH_BYTES):
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(AttributeError):  # a C library that is not glibc

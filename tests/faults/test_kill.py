@@ -14,7 +14,7 @@ from flax_decoder.cli import main
 
 # Numbers of steps, steps per save, and kills. The short suite uses the settings of test_kill_points.py, so that both
 # share an uninterrupted run.
-FEW, MANY = (test_kill_points.FEW_STEPS, test_kill_points.SAVE_EVERY, 3), (600, 5, 20)
+FEW, MANY = (test_kill_points.FEW_STEPS, test_kill_points.SAVE_EVERY, 2), (600, 5, 20)
 CASES = [pytest.param(*FEW, 0, id="few")]
 CASES += [pytest.param(*MANY, seed, id=str(seed), marks=pytest.mark.full) for seed in range(10)]
 
