@@ -103,6 +103,9 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "all"] = "none"
     """normalises queries and keys (RMS) before the rotation: over the width of each head, or over all heads at once"""
 
+    final_norm: bool = True
+    """a norm between the last block and the head; post-norm models often have none"""
+
     norm_bias: bool = False
     """LayerNorm also learns a shift"""
     attention_in_bias: bool = False
@@ -113,6 +116,8 @@ class ModelConfig:
     """the feed-forward matrices have biases"""
     tied_head: bool = True
     """the head that makes logits is the embedding, transposed"""
+    head_bias: bool = False
+    """the head has a bias: one number for each token of the vocabulary"""
 
     window: Count | None = None
     """a position sees itself and the window - 1 positions before it; left out, all before it"""

@@ -254,9 +254,10 @@ def decode_row(params, tokens_T, config):
         has_window = config.window_pattern[layer % len(config.window_pattern)]
         own = map_leaves(lambda stacked, layer=layer: stacked[layer], params["layers"])
         x_TD = block(x_TD, own, config, config.window if has_window else None)
-    x_TD = np.array([norm(x_D, params["final_norm"], config) for x_D in x_TD])
+    if config.final_norm:
+        x_TD = np.array([norm(x_D, params["final_norm"], config) for x_D in x_TD])
     head_DV = params["embedding"].T if config.tied_head else params["head"]
-    logits_TV = x_TD @ head_DV
+    logits_TV = x_TD @ head_DV + (params["head_bias"] if config.head_bias else 0.0)
     if config.logit_soft_cap is not None:
         logits_TV = config.logit_soft_cap * np.tanh(logits_TV / config.logit_soft_cap)
     return logits_TV

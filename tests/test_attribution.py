@@ -24,10 +24,17 @@ MANY_BT, MANY_TARGETS_BT, MANY_VERSUS_BT = RNG.integers(0, V, (3, 4, 25)).astype
 # A biased model of each order of norms, beside what else changes the way from a write to a logit.
 BIASES = {name: True for name in ("norm_bias", "attention_in_bias", "attention_out_bias", "mlp_bias")}
 ORDERS = {
-    "pre": {**BIASES, "tied_head": False},
+    "pre": {**BIASES, "tied_head": False, "final_norm": False},
     "parallel": {**BIASES, "parallel_residual": True, "positions": "sinusoidal", "embed_scale": 3.7},
-    "post": {**BIASES, "norm_position": "post", "embed_scale": 3.7},
-    "both": {**BIASES, "norm_position": "both", "positions": "rotary", "window": 3, "logit_soft_cap": 2.1},
+    "post": {**BIASES, "norm_position": "post", "embed_scale": 3.7, "final_norm": False, "head_bias": True},
+    "both": {
+        **BIASES,
+        "head_bias": True,
+        "norm_position": "both",
+        "positions": "rotary",
+        "window": 3,
+        "logit_soft_cap": 2.1,
+    },
     "output": {**BIASES, "norm_position": "output", "num_kv_heads": 1, "scan_layers": True},
     "rms": {"norm": "rmsnorm", "norm_position": "post", "positions": "alibi", "logit_soft_cap": 1.9},
 }
@@ -141,9 +148,10 @@ def alone(part, model, params, seen):
         streams = add("attention", layer, streams, (whole_BTD, own_BTD))
         whole_BTD = seen["hidden"][i] @ down["kernel"] + down.get("bias", 0.0)
         streams = add("feed_forward", layer, streams, (whole_BTD, whole_BTD * (part == ("feed_forward", i))))
-    hidden_BTD = norm(params["final_norm"], *streams)[1]
+    hidden_BTD = norm(params["final_norm"], *streams)[1] if config.final_norm else streams[1]
     head_VD = params["embedding"] if config.tied_head else params["head"].T
-    return (hidden_BTD * head_VD[TARGETS_BT]).sum(-1)
+    bias_V = params["head_bias"] if config.head_bias and kind == "bias" else np.zeros(V)
+    return (hidden_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT]
 
 
 @pytest.mark.short("post", "both")

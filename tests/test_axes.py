@@ -18,6 +18,7 @@ ARCHITECTURES = {
         "attention_in_bias": True,
         "attention_out_bias": True,
         "mlp_bias": True,
+        "head_bias": True,
         "norm_position": "both",
     },
     "gated": {
@@ -39,7 +40,12 @@ STACKED = {
     "feed_forward/gate/kernel": ("embed", "mlp"),
     "feed_forward/down/kernel": ("mlp", "embed"),
 }
-TABLES = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab"), "positions": (None, "embed")}
+TABLES = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "head_bias": ("vocab",),
+    "positions": (None, "embed"),
+}
 # A name that no rule knows would be left whole without a word.
 NAMES = {name for name, _ in RULES} | {"layers", "head_dim"}
 
@@ -77,7 +83,7 @@ def test_together_the_architectures_have_every_parameter():
         for path, _ in jax.tree.leaves_with_path(params_of(architecture))
     }
     assert names >= {*STACKED, *TABLES}
-    assert {name.split("/")[-2] for name in names if name.endswith("bias")} >= {"query", "out", "up", "final_norm"}
+    assert {name.split("/")[-2] for name in names if name.endswith("/bias")} >= {"query", "out", "up", "final_norm"}
 
 
 def test_layers_that_are_not_stacked_have_no_layer_axis():

@@ -47,7 +47,14 @@ CHOICES = {
         "feed_forward": "gelu_tanh",
         "attention": "reference",
     },
-    "vaswani": {"positions": "sinusoidal", "norm_position": "post", "feed_forward": "relu", "embed_scale": 3.7},
+    "vaswani": {
+        "positions": "sinusoidal",
+        "norm_position": "post",
+        "final_norm": False,
+        "feed_forward": "relu",
+        "embed_scale": 3.7,
+        "head_bias": True,
+    },
     "llama": {
         "positions": "rotary",
         "norm": "rmsnorm",
@@ -61,6 +68,7 @@ CHOICES = {
         "remat": "attention",
     },
     "neox": {
+        "head_bias": True,
         "positions": "rotary",
         "rotary_fraction": 0.4,
         "parallel_residual": True,

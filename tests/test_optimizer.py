@@ -44,6 +44,7 @@ def params():
             "model.attention_out_bias": True,
             "model.qk_norm": "head",
             "model.tied_head": False,
+            "model.head_bias": True,
         },
     ).model
     shapes = jax.eval_shape(Decoder(model).init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
@@ -102,7 +103,7 @@ def test_what_decays(params, name, decay):
     zeros = jax.tree.map(jnp.zeros_like, params)
     after = named(update(config, params, [zeros]))
     for path, before in named(params).items():
-        is_vector = path.endswith((".scale", ".bias"))
+        is_vector = path.endswith(("scale", "bias"))
         by_muon = name == "muon" and path.startswith("layers.") and path.endswith(".kernel")
         rate = 0.0 if is_vector and decay == "matrices" else 0.25 if by_muon else 0.5
         np.testing.assert_allclose(after[path], before * (1 - 0.2 * rate), rtol=1e-6, err_msg=path)
@@ -123,7 +124,7 @@ def test_adamw_equals_numpy(params):
             mean = 0.8 * mean + 0.2 * g
             square = 0.95 * square + 0.05 * g**2
             direction = (mean / (1 - 0.8 ** (step + 1))) / (np.sqrt(square / (1 - 0.95 ** (step + 1))) + 0.5)
-            direction += 0.0 if path.endswith((".scale", ".bias")) else 0.3 * x
+            direction += 0.0 if path.endswith(("scale", "bias")) else 0.3 * x
             share = (1 + math.cos(math.pi * step / NUM_STEPS)) / 2
             x = x - (0.01 + 0.09 * share) * direction
         # float32, numbers of order 1, three steps

@@ -38,6 +38,7 @@ MODERN = {
     "model.feed_forward": "swiglu",
     "model.qk_norm": "head",
     "model.tied_head": False,
+    "model.head_bias": True,
     "model.dropout": 0.2,
 }
 CLASSIC = {

@@ -171,7 +171,16 @@ def test_gradients_accumulate_in_float32():
     [
         ({}, "none", 2e-6),
         ({"training__z_loss": 0.3, "model__logit_soft_cap": 0.5}, "uneven", 2e-6),
-        ({"model__tied_head": False, "training__batch_size": B, "training__accumulation_steps": 2}, "uneven", 2e-6),
+        (
+            {
+                "model__tied_head": False,
+                "model__head_bias": True,
+                "training__batch_size": B,
+                "training__accumulation_steps": 2,
+            },
+            "uneven",
+            2e-6,
+        ),
         ({"model__dropout": 0.3}, "none", 2e-6),
         # The gradient of the head is rounded to bfloat16 once per chunk.
         ({"model__dtype": "bfloat16"}, "uneven", 0.02),
@@ -476,7 +485,12 @@ def on_mesh(state, batch, sizes, compute):
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_each_device_cuts_its_own_tokens_into_chunks(sizes, tied_head):
-    changes = {"model__tied_head": tied_head, "model__vocab_size": 38, "model__context_length": 6}
+    changes = {
+        "model__tied_head": tied_head,
+        "model__head_bias": True,
+        "model__vocab_size": 38,
+        "model__context_length": 6,
+    }
     changes |= {"model__num_heads": 4, "model__num_kv_heads": 2, "training__z_loss": 0.1, "model__embed_dim": 16}
     plain, chunked = make_state(**changes), make_state(**changes, training__loss_chunk_tokens=2)
     batch = {name: np.random.default_rng(0).integers(0, 38, (B, 6), np.int32) for name in ("inputs", "targets")}

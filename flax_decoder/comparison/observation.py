@@ -165,7 +165,8 @@ def forward_rows(forward: Mapping[str, Any], config: ModelConfig) -> Iterator[tu
             is_twin = name in ("attention.query", "attention.key") and config.qk_norm == "none"
             if full in forward and not is_twin:
                 yield full, floor(layer)
-    yield "final_norm", floor(config.num_layers)
+    if config.final_norm:
+        yield "final_norm", floor(config.num_layers)
     yield "logits", floor(config.num_layers)
 
 

@@ -40,7 +40,7 @@ class Attribution(struct.PyTreeNode):
         position_BT: its learned or sinusoidal position vector; 0 if there is none.
         heads_LBNTS: each head, by source position S.
         feed_forward_LBT: the feed-forward network of each layer, with its biases.
-        bias_BT: the biases of norms and of attention's output projection.
+        bias_BT: the biases of the head, of norms and of attention's output projection.
         soft_cap_BT: the change by the logit soft cap; 0 if there is none.
         logit_BT: the model's logit.
     """
@@ -127,21 +127,24 @@ def attribute_activations(
     streams_MBTD = jnp.concatenate([activations["embeddings"][None], activations["residual"]])  # M = L + 1
     dtype = streams_MBTD.dtype
 
-    def of_logit(tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The model's logit, the token's column of the head, and the change by the soft cap."""
+    def of_logit(tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
+        """The model's logit, the token's column and bias in the head, and the change by the soft cap."""
         logit_BT = jnp.take_along_axis(activations["logits"], tokens_BT[..., None], axis=-1)[..., 0]
         column_BTD = head_columns(params, tokens_BT).astype(dtype)
+        bias_BT = jnp.zeros_like(logit_BT)
+        if config.head_bias:
+            bias_BT = jnp.take(params["head_bias"], tokens_BT).astype(dtype)
         if config.logit_soft_cap is None:
-            return logit_BT, column_BTD, jnp.zeros_like(logit_BT)
-        raw_BT = (normalise(config, params["final_norm"], streams_MBTD[-1]) * column_BTD).sum(-1)
-        return logit_BT, column_BTD, soft_cap_change(raw_BT, config.logit_soft_cap)
+            return logit_BT, column_BTD, bias_BT, jnp.zeros_like(logit_BT)
+        raw_BT = (normalise(config, params.get("final_norm"), streams_MBTD[-1]) * column_BTD).sum(-1) + bias_BT
+        return logit_BT, column_BTD, bias_BT, soft_cap_change(raw_BT, config.logit_soft_cap)
 
-    logit_BT, column_BTD, soft_cap_BT = of_logit(targets_BT)
+    parts = of_logit(targets_BT)
     if versus_BT is not None:
-        others = of_logit(versus_BT)
-        logit_BT, column_BTD, soft_cap_BT = logit_BT - others[0], column_BTD - others[1], soft_cap_BT - others[2]
+        parts = tuple(part - other for part, other in zip(parts, of_logit(versus_BT), strict=True))
+    logit_BT, column_BTD, head_bias_BT, soft_cap_BT = parts
 
-    direction_BTD, bias_BT = back_through_norm(config, params["final_norm"], streams_MBTD[-1], column_BTD)
+    direction_BTD, bias_BT = back_through_norm(config, params.get("final_norm"), streams_MBTD[-1], column_BTD)
     per_layer = stacked_layers(params), streams_MBTD[:-1], {name: activations[name] for name in PER_LAYER}
     direction_BTD, (heads_LBNTS, feed_forward_LBT, bias_LBT) = jax.lax.scan(
         lambda direction_BTD, layer: back_through_layer(config, direction_BTD, *layer),
@@ -154,7 +157,7 @@ def attribute_activations(
         position_BT=((activations["embeddings"] - token_BTD) * direction_BTD).sum(-1),
         heads_LBNTS=heads_LBNTS,
         feed_forward_LBT=feed_forward_LBT,
-        bias_BT=bias_BT + bias_LBT.sum(0),
+        bias_BT=head_bias_BT + bias_BT + bias_LBT.sum(0),
         soft_cap_BT=soft_cap_BT,
         logit_BT=logit_BT,
     )
@@ -231,10 +234,12 @@ def back_through_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """The transpose of `capture.through_norm`: norm(x) · direction = x · (the result) + (the bias's contribution).
 
-    Subtracting the mean is its own transpose.
+    Subtracting the mean is its own transpose. Without parameters there is no norm.
     """
     dtype = x_BTD.dtype
     bias_BT = jnp.zeros_like(x_BTD[..., 0])
+    if params is None:
+        return direction_BTD, bias_BT
     if config.norm_bias:
         bias_BT = (direction_BTD * params["bias"].astype(dtype)[None, None]).sum(-1)
     direction_BTD = direction_BTD * params["scale"].astype(dtype)[None, None]
@@ -245,7 +250,9 @@ def back_through_norm(
 
 
 def normalise(config: ModelConfig, params: Any, x_BTD: jax.Array) -> jax.Array:
-    """Applies one of the model's norms."""
+    """Applies one of the model's norms; none without parameters."""
+    if params is None:
+        return x_BTD
     return Norm(config.norm, config.norm_epsilon, config.norm_bias).apply({"params": params}, x_BTD)  # type: ignore[return-value]
 
 

@@ -165,8 +165,11 @@ def stacked_layers(params: Any) -> Any:
 def through_norm(config: ModelConfig, params: Any, x_BTD: jax.Array, writes_BTND: jax.Array) -> jax.Array:
     """Applies a norm to summands of its input x, with the divisor of x; without the norm's bias.
 
-    With the divisor fixed a norm is linear: it scales, and LayerNorm also subtracts the mean.
+    With the divisor fixed a norm is linear: it scales, and LayerNorm also subtracts the mean. Without parameters there
+    is no norm.
     """
+    if params is None:
+        return writes_BTND
     if config.norm == "layernorm":
         x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
         writes_BTND = writes_BTND - writes_BTND.mean(-1, keepdims=True)

@@ -189,7 +189,7 @@ def _guesses(model: Decoder, params: Any, streams_MTD: jax.Array) -> tuple[jax.A
     """The logit lens: the likeliest next tokens after each layer and their probabilities, (M, T, NUM_GUESSES)."""
 
     def guess(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        normed_BTD = normalise(model.config, params["final_norm"], x_TD[None])
+        normed_BTD = normalise(model.config, params.get("final_norm"), x_TD[None])
         logits_BTV: Any = model.apply({"params": head_params(params)}, normed_BTD, method="logits")
         shares, tokens = jax.lax.top_k(jax.nn.softmax(logits_BTV[0]), min(NUM_GUESSES, logits_BTV.shape[-1]))
         return tokens, shares

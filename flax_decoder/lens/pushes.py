@@ -36,7 +36,7 @@ def pushes(
     layers = unstack_layers(params)["layers"]
 
     def of_layer(writes_BTND: jax.Array) -> tuple[jax.Array, jax.Array]:
-        writes_BTND = through_norm(config, params["final_norm"], activations["residual"][-1], writes_BTND)
+        writes_BTND = through_norm(config, params.get("final_norm"), activations["residual"][-1], writes_BTND)
         logits_NTC = jnp.einsum("BTND,BCD->NTC", writes_BTND, columns_BCD)
         up, raised = jax.lax.top_k(jnp.where(is_token_1C[None], logits_NTC, -jnp.inf), count)
         down, lowered = jax.lax.top_k(jnp.where(is_token_1C[None], -logits_NTC, -jnp.inf), count)

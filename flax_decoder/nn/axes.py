@@ -21,7 +21,12 @@ PROJECTIONS = {
     "gate": (("embed",), ("mlp",)),
     "down": (("mlp",), ("embed",)),
 }
-TABLES = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab"), "positions": (None, "embed")}
+TABLES = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "head_bias": ("vocab",),
+    "positions": (None, "embed"),
+}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -135,9 +135,12 @@ class Decoder(nn.Module):
         x_BTD, layers = self.run_layers(x_BTD, call, cache)
 
         x_BCD = last_real(x_BTD, num_tokens_B) if last_only else x_BTD  # the C positions whose logits are wanted
-        x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
+        if config.final_norm:
+            x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
         if not config.tied_head:
             self.param("head", normal, (config.embed_dim, config.vocab_size))
+        if config.head_bias:
+            self.param("head_bias", nn.initializers.zeros, (config.vocab_size,))
         result = x_BCD
         if not hidden_only:
             result = constrain(self.logits(x_BCD, is_generating=cache is not None), "batch", "length", "vocab")
@@ -182,7 +185,7 @@ class Decoder(nn.Module):
         )
 
     def logits(self, x_BCD: jax.Array, *, is_generating: bool = False) -> jax.Array:
-        """Returns logits_BCV, in at least float32, of the tokens that follow normalised hidden states.
+        """Returns logits_BCV, in at least float32, of the tokens that follow hidden states, after the final norm.
 
         By itself it is `model.apply({"params": head_params(params)}, x_BCD, method="logits")`.
 
@@ -203,6 +206,9 @@ class Decoder(nn.Module):
             logits_BCV = jnp.dot(head_DV.T, x_RD.T, preferred_element_type=dtype).T.reshape(*x_BCD.shape[:2], -1)
         else:
             logits_BCV = project(x_BCD, head_DV, dtype)
+        if config.head_bias:
+            bias_V: jax.Array = self.get_variable("params", "head_bias").astype(config.dtype)
+            logits_BCV += bias_V[None, None].astype(dtype)
         if config.logit_soft_cap is not None:
             logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
         return logits_BCV

@@ -11,9 +11,9 @@ from flax_decoder.nn.stack import unstack
 
 
 def head_params(params: Any) -> Any:
-    """The parameters that `Decoder.logits` reads: the head, or the embedding if it is tied."""
-    name = "head" if "head" in params else "embedding"
-    return {name: params[name]}
+    """The parameters that `Decoder.logits` reads: the head, or the embedding if it is tied, and the head's bias."""
+    names = ("head" if "head" in params else "embedding", "head_bias")
+    return {name: params[name] for name in names if name in params}
 
 
 def unstack_layers(params: Any) -> Any:

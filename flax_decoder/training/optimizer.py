@@ -93,7 +93,7 @@ def num_updates(opt_state: Any) -> int:
 
 def is_decayed(params: Any) -> Any:
     """True for matrices and embeddings, False for the scales of norms and for biases; a tree like `params`."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)
 
 
 def optimizer_of_each(params: Any) -> Any:
