@@ -1,5 +1,6 @@
 """Loads, converts and compares models, given the path of a run folder or of a Hugging Face folder."""
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -105,7 +106,7 @@ def convert(
 
 
 def compare(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     steps: int = 0,
     model: Decoder | None = None,
@@ -116,8 +117,12 @@ def compare(
 ) -> "Ledger":
     """Compares a model with PyTorch, tensor by tensor: `assert fd.compare("my_model").holds`.
 
+    PyTorch's side is the model of `transformers`. What no model type there can express is compared with its twin in
+    `comparison/torch_decoder.py`; so is a model without a folder.
+
     Args:
-        path: a Hugging Face folder, or a run folder, which is first written as one to a temporary folder.
+        path: a Hugging Face folder, or a run folder, which is first written as one to a temporary folder. None compares
+            `model` and `params`.
         steps: AdamW steps to compare, after the forward pass and the gradients.
         model: a model to compare in place of the one in `path`.
         params: parameters to compare in place of those in `path`.
@@ -129,11 +134,12 @@ def compare(
         The rows, whether all hold, and the cause if one does not; `str` makes a table of it.
 
     Raises:
-        UserError: `path` cannot be read, no Hugging Face model type can express the model, a setting cannot be
-            compared, or PyTorch is not installed.
+        UserError: `path` cannot be read, or is left out without a model and params; a setting cannot be compared;
+            `torch_model` is of another architecture; or PyTorch is not installed.
     """
     try:
         from flax_decoder.comparison.compare import compare_models
+        from flax_decoder.comparison.torch_decoder import TABLE, TorchDecoder, make_twin
         from flax_decoder.comparison.torch_side import open_model
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
@@ -141,18 +147,36 @@ def compare(
         raise UserError(
             f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
         ) from None
-    saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
-    folder = Path(path)
-    is_run = _is_run_folder(folder)
-    family = choose_family(saved_model.config, str(path)) if is_run else read_family(folder)
-    if torch_model is None:
+    if path is not None:
+        saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
+    elif model is not None and params is not None:
+        saved_model, saved_params, tokenizer = model, params, None
+    else:
+        raise UserError("compare needs a folder, or both model and params")
+    config, notes, family = saved_model.config, [], None
+    if path is not None and not _is_run_folder(Path(path)):
+        family = read_family(Path(path))
+    elif isinstance(torch_model, TorchDecoder) or (path is None and torch_model is None):
+        family = TABLE
+    else:
+        try:
+            family = choose_family(config, str(path or "model"))
+        except UserError as error:
+            if torch_model is not None:
+                raise
+            family, notes = TABLE, [f"{error}. PyTorch's side is the twin in flax_decoder/comparison/torch_decoder.py."]
+    if torch_model is None and family is TABLE:
+        torch_model = make_twin(config, saved_params)
+    elif torch_model is None:
         with tempfile.TemporaryDirectory() as temporary:
-            if is_run:
+            folder = Path(path or temporary)
+            if _is_run_folder(folder):
                 folder = Path(temporary)
-                write_folder(folder, saved_model.config, saved_params, tokenizer, family)
+                write_folder(folder, config, saved_params, tokenizer, family)
             torch_model = open_model(folder)
     model, params = model or saved_model, saved_params if params is None else params
-    return compare_models(model, params, torch_model, family, steps=steps, **settings)
+    ledger = compare_models(model, params, torch_model, family, steps=steps, **settings)
+    return dataclasses.replace(ledger, notes=(*notes, *ledger.notes))
 
 
 def load_with_tokenizer(

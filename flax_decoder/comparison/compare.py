@@ -11,7 +11,8 @@ from flax_decoder.comparison.causes import IMPRECISE, explain
 from flax_decoder.comparison.jax_side import JaxSide
 from flax_decoder.comparison.ledger import Ledger, Row, Verdict
 from flax_decoder.comparison.observation import Batch, Observation, furthest, observe
-from flax_decoder.comparison.torch_side import PyTorchSide
+from flax_decoder.comparison.torch_decoder import TorchDecoder
+from flax_decoder.comparison.torch_side import PyTorchSide, TwinSide
 from flax_decoder.config import OptimizerConfig
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Family
@@ -39,7 +40,7 @@ def compare_models(
     accumulation_steps: int = 2,
     seed: int = 0,
 ) -> Ledger:
-    """Runs a model of `transformers` and ours on the same batches, and compares every tensor on the way.
+    """Runs a model of PyTorch and ours on the same batches, and compares every tensor on the way.
 
     If a row differs by more than float32 rounds, everything is computed again in float64 on both sides: rounding then
     shrinks by orders of magnitude, a bug does not.
@@ -47,7 +48,7 @@ def compare_models(
     Args:
         model: our model.
         params: its parameters.
-        torch_model: PyTorch's model; it is not changed.
+        torch_model: a model of `transformers`, or a `TorchDecoder`; it is not changed.
         family: its tensor names.
         steps: AdamW steps to compare, after the forward pass and the gradients.
         tx: our optimizer; None makes one from `optimizer`.
@@ -76,8 +77,10 @@ def compare_models(
     optimizer = optimizer or default_optimizer(len(batches))
     tx = tx or make_optimizer(optimizer, len(batches))
 
+    side = TwinSide if isinstance(torch_model, TorchDecoder) else PyTorchSide
+
     def sides(exact: bool) -> tuple[JaxSide, PyTorchSide]:
-        theirs = PyTorchSide(torch_model, family, model.config, shapes, optimizer, len(batches), exact=exact)
+        theirs = side(torch_model, family, model.config, shapes, optimizer, len(batches), exact=exact)
         our_params = unrounded(params, theirs) if exact else params
         ours = JaxSide(model, our_params, tx, optimizer, accumulation_steps=accumulation_steps, exact=exact)
         return ours, theirs

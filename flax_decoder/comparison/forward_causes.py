@@ -323,7 +323,7 @@ def _not_added(row: Mismatch) -> Found:
 
 def _tied(row: Mismatch, own: Array, other: Array) -> bool:
     embedding_VD = row.evidence.theirs.array("params", "embedding")
-    tied = row.evidence.their_forward["final_norm"] @ embedding_VD.T
+    tied = row.evidence.their_forward.get("final_norm", row.residual) @ embedding_VD.T
     return same(own, tied) and not same(other, tied)
 
 

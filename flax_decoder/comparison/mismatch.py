@@ -83,7 +83,8 @@ class Mismatch:
             return ours.loss / theirs.loss
         if self.kind != "gradient":
             return factor_between(self.ours, self.theirs)
-        paths = ("embedding", "final_norm/scale", "layers/attention/out/kernel")
+        wanted = ("embedding", "final_norm/scale", "layers/attention/out/kernel")
+        paths = [path for path in wanted if path in theirs.shapes]
         first, *rest = (factor_between(ours.array("gradient", path), theirs.array("gradient", path)) for path in paths)
         agree = first is not None and all(factor is not None and math.isclose(factor, first) for factor in rest)
         return first if agree else None
@@ -109,14 +110,21 @@ class Mismatch:
     @property
     def attended(self) -> Array:
         """The residual stream between attention and feed-forward."""
+        if self._is_post_norm:
+            return self.input("attention_norm")
         written = "attention_output_norm" if self.has("attention_output_norm") else "attention.out"
         return self.residual + self.input(written)
 
     @property
     def x(self) -> Array:
         """Input of this norm or projection."""
-        if self.has(INPUTS.get(self.kind, "")):
-            return self.input(INPUTS[self.kind])
+        if self._is_post_norm and self.kind == "attention_norm":
+            return self.residual + self.input("attention.out")
+        if self._is_post_norm and self.kind == "feed_forward_norm":
+            return self.attended + self.input("feed_forward.down")
+        source = INPUTS.get(self.kind, "")
+        if self.has(source) and not (self._is_post_norm and source in ("attention_norm", "feed_forward_norm")):
+            return self.input(source)
         after_attention = "feed_forward" in self.kind and not self.evidence.ours.config.parallel_residual
         return self.attended if after_attention else self.residual
 
@@ -127,6 +135,10 @@ class Mismatch:
             return np.zeros(1)
         array: Array = getattr(self.evidence, side).array("params", path)
         return array if self._layer is None else array[self._layer]
+
+    @property
+    def _is_post_norm(self) -> bool:
+        return self.evidence.ours.config.norm_position == "post"
 
     @property
     def _layer(self) -> int | None:

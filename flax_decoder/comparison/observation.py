@@ -11,7 +11,7 @@ from flax_decoder.comparison.jax_side import JaxSide
 from flax_decoder.comparison.torch_side import PyTorchSide
 from flax_decoder.config import ModelConfig
 
-# Tensors of a layer in the order of computation; a model has only some of them.
+# Tensors of a layer in the order of computation, unless norms come after the sums; a model has only some of them.
 LAYER_TENSORS = (
     *("attention_norm", "attention.query", "attention.key", "attention.q", "attention.k", "attention.v"),
     *("attention.q_rotated", "attention.k_rotated", "attention.scores", "attention.weights", "attention.heads"),
@@ -157,9 +157,14 @@ def forward_rows(forward: Mapping[str, Any], config: ModelConfig) -> Iterator[tu
         # Roundings add up as a random walk does; measured for widths up to 1,536 and 30 layers.
         return 12 * EPSILON * math.sqrt(1 + layer / 4) * max(1, config.embed_dim / 64) ** 0.25
 
+    names = list(LAYER_TENSORS)
+    if config.norm_position == "post":  # a norm after each sum
+        for norm, last in (("attention_norm", "attention.out"), ("feed_forward_norm", "feed_forward.down")):
+            names.remove(norm)
+            names.insert(names.index(last) + 1, norm)
     yield "embeddings", 2 * EPSILON
     for layer in range(config.num_layers):
-        for name in LAYER_TENSORS:
+        for name in names:
             full = f"layers.{layer}.{name}"
             # Without a norm of queries and keys, the projections are q and k.
             is_twin = name in ("attention.query", "attention.key") and config.qk_norm == "none"

@@ -1,4 +1,4 @@
-"""The PyTorch side: a model of `transformers`, its activations, and its training by `torch.optim.AdamW`."""
+"""The PyTorch side: a model, its activations, and its training by `torch.optim.AdamW`."""
 
 import contextlib
 import copy
@@ -78,17 +78,15 @@ class PyTorchSide:
             num_steps: length of the schedule.
             exact: computes in float64, even if the model's code asks for float32.
         """
-        transformers.AttentionInterface.register(_ATTENTION, _attention)
-        transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
         self.family, self.config, self.shapes = family, config, dict(shapes)
         self.lift = _Lift() if exact else None
         with quiet():
             self.model = _in_float64(model) if exact else copy.deepcopy(model)
-            self.model.set_attn_implementation(_ATTENTION)
+        head = self._prepare()
         self.model.eval()  # no dropout: no two libraries draw the same
         self.places = tensor_specs(family, shapes)
         # In memory the head may have another name than in files.
-        named = {**dict(self.model.named_parameters()), family.head: self.model.get_output_embeddings().weight}
+        named = {**dict(self.model.named_parameters()), family.head: head}
         self.model.requires_grad_(False)
         self.parameters = {place.name: named[place.name] for place in self.places}
         # Parameters that only PyTorch has, such as biases, are zero and stay so.
@@ -110,13 +108,10 @@ class PyTorchSide:
             self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
             for name, hook in self._hooks(recorded)
         ]
-        layers: list[dict[str, torch.Tensor]] = []
-        transformers.AttentionInterface.register(_ATTENTION, functools.partial(_attention, layers=layers))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._recorded_attention() as layers:
                 recorded["logits"] = self._logits(tokens_BT)
         finally:
-            transformers.AttentionInterface.register(_ATTENTION, _attention)
             for handle in handles:
                 handle.remove()
         for layer, tensors in enumerate(layers):
@@ -176,10 +171,29 @@ class PyTorchSide:
                 )
         return np.stack(parts) if path.startswith("layers/") else parts[0].copy()
 
+    def _prepare(self) -> torch.nn.Parameter:
+        """Makes the copy of the model ready to be recorded; returns the weight of its head."""
+        transformers.AttentionInterface.register(_ATTENTION, _attention)
+        transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
+        with quiet():
+            self.model.set_attn_implementation(_ATTENTION)
+        head: torch.nn.Parameter = self.model.get_output_embeddings().weight
+        return head
+
+    @contextlib.contextmanager
+    def _recorded_attention(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Fills the list with what each layer's attention computes inside."""
+        layers: list[dict[str, torch.Tensor]] = []
+        transformers.AttentionInterface.register(_ATTENTION, functools.partial(_attention, layers=layers))
+        try:
+            yield layers
+        finally:
+            transformers.AttentionInterface.register(_ATTENTION, _attention)
+
     def _logits(self, tokens_BT: np.ndarray) -> torch.Tensor:
         with self.lift or contextlib.nullcontext():
-            tokens = torch.tensor(tokens_BT, dtype=torch.int64, device=self.model.device)
-            logits: torch.Tensor = self.model(tokens, use_cache=False).logits
+            result = self.model(torch.tensor(tokens_BT, dtype=torch.int64, device=self.model.device), use_cache=False)
+        logits: torch.Tensor = result.logits
         return logits
 
     def _hooks(self, recorded: dict[str, torch.Tensor]) -> Iterator[tuple[str, Any]]:
@@ -230,6 +244,34 @@ class PyTorchSide:
         else:
             parts = split(replace(rule, transposed=False), array.reshape(B * T, -1), shapes)
         return [torch.tensor(part.reshape(B, T, *part.shape[1:])) for part in parts]
+
+
+class TwinSide(PyTorchSide):
+    """A `TorchDecoder`, seen through our names and axes."""
+
+    def _prepare(self) -> torch.nn.Parameter:
+        head: torch.nn.Parameter = self.model.head.weight
+        return head
+
+    @contextlib.contextmanager
+    def _recorded_attention(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        layers: list[dict[str, torch.Tensor]] = []
+
+        def record(module: Any, args: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+            recorded = {"q_rotated": args[0], "k_rotated": args[1], "scores": softmax.scores}
+            layers.append({**recorded, "weights": output[1], "heads": output[0]})
+
+        handles = [layer.attention.dot_product.register_forward_hook(record) for layer in self.model.layers]
+        try:
+            with _SoftmaxInput() as softmax:
+                yield layers
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _logits(self, tokens_BT: np.ndarray) -> torch.Tensor:
+        logits: torch.Tensor = self.model(torch.tensor(tokens_BT, dtype=torch.int64))
+        return logits
 
 
 def _attention(
@@ -327,7 +369,7 @@ def _make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], wanted: list[TensorSpec], config: OptimizerConfig
 ) -> torch.optim.AdamW:
     """AdamW with the usual two groups: biases and scales of norms do not decay."""
-    without = {place.name for place in wanted if place.rule.paths[0].endswith(("/scale", "/bias"))}
+    without = {place.name for place in wanted if place.rule.paths[0].endswith(("scale", "bias"))}
     without = without if config.decay == "matrices" else set()
     groups = [
         {"params": [p for name, p in parameters.items() if name not in without], "weight_decay": config.weight_decay},

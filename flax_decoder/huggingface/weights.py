@@ -251,7 +251,7 @@ def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 def _matrix_shape(path: str, shape: Shape) -> Shape:
     """The shape with heads and their width merged: (in, out) of a matrix or table, (out,) of a bias or scale."""
-    if path.endswith(("/bias", "/scale")):
+    if path.endswith(("bias", "scale")):
         return (math.prod(shape),)
     num_inputs = 2 if path.endswith("/out/kernel") else 1
     return math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])

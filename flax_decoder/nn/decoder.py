@@ -232,7 +232,8 @@ class Decoder(nn.Module):
             positions_SD = self.param("positions", normal, (config.context_length, config.embed_dim))
             x_BTD += look_up(positions_SD.astype(config.dtype), positions_BT)
         elif config.positions == "sinusoidal":
-            x_BTD += sinusoidal(positions_BT, config.embed_dim).astype(config.dtype)
+            dtype = accumulation_dtype(x_BTD.dtype)
+            x_BTD += sinusoidal(positions_BT, config.embed_dim, dtype).astype(config.dtype)
         return x_BTD
 
     def run_layers(self, x_BTD: jax.Array, call: Call, cache: KVCache | None) -> tuple[jax.Array, tuple[LayerKV, ...]]:

@@ -5,12 +5,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.precision import accumulation_dtype
 
 
-def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
+def sinusoidal(positions_BT: jax.Array, width: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Position vectors of fixed waves, for positions = "sinusoidal" (Vaswani et al. 2017, section 3.5).
 
         P(t, 2i) = sin(t / 10000^(2i/D)),   P(t, 2i+1) = cos(t / 10000^(2i/D))
@@ -18,12 +19,13 @@ def sinusoidal(positions_BT: jax.Array, width: int) -> jax.Array:
     Args:
         positions_BT: position of each token, counted from 0.
         width: D, an even number.
+        dtype: of the angles and of the result.
 
     Returns:
-        (B, T, D), float32.
+        (B, T, D).
     """
-    frequencies = 10_000.0 ** (-np.arange(0, width, 2, dtype=np.float32) / width)
-    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None]
+    frequencies = 10_000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    angles = positions_BT[:, :, None].astype(dtype) * jnp.asarray(frequencies, dtype)[None, None]
     waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return waves.reshape(*positions_BT.shape, width)
 
