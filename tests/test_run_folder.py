@@ -9,9 +9,11 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.cli import main
+from flax_decoder.errors import InUseError
+from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.metrics import read_metrics
-from flax_decoder.training.run_folder import same_warmup
+from flax_decoder.training.run_folder import open_run, same_warmup
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
 # The sizes of test_cli.py, so that compiled programs are shared.
@@ -111,6 +113,56 @@ def test_the_current_folder_is_no_place_for_a_run(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     text = trained / "hamlet.txt"
     assert "is the current folder" in refusal(capsys, f"--data.path={text}", "--run.folder=.")
+
+
+class WatchedPath(type(Path())):
+    """A path that calls a function after each look at a folder or file."""
+
+    after_a_look = staticmethod(lambda: None)
+
+    def _look(self, answer):
+        WatchedPath.after_a_look()
+        return answer
+
+    def exists(self, **options):
+        return self._look(super().exists(**options))
+
+    def is_dir(self, **options):
+        return self._look(super().is_dir(**options))
+
+    def is_file(self, **options):
+        return self._look(super().is_file(**options))
+
+    def iterdir(self):
+        return iter(self._look(list(super().iterdir())))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_run_that_another_process_creates_meanwhile_is_in_use(here, monkeypatch, empty):
+    """However many looks at the folder came before: the other process is named, and not taken for something else."""
+    shutil.copytree(RUN, "other")
+    overrides = dict(argument.removeprefix("--").split("=") for argument in ARGUMENTS)
+    config = fd.load_config(None, overrides | {"run.folder": "runs/new"})
+    for num_looks in range(1, 100):
+        folder, looks = WatchedPath("runs/new"), []
+        if empty:
+            folder.mkdir()
+        with FolderLock() as others, FolderLock() as ours:
+
+            def appear(number=num_looks, seen=looks, lock=others):
+                seen.append(1)
+                if len(seen) == number:  # as in `open_run`: locked, then renamed
+                    lock.take(Path("other"))
+                    Path("other").rename("runs/new")
+
+            monkeypatch.setattr(WatchedPath, "after_a_look", staticmethod(appear))
+            try:
+                with pytest.raises(InUseError, match=r"runs/new: (is in use by|another process has just created it)"):
+                    open_run(config, folder, lambda *_: None, ours)
+            except pytest.fail.Exception:
+                assert len(looks) < num_looks and num_looks > 3, num_looks  # it looks no more often than that
+                return
+        Path("runs/new").rename("other")
 
 
 def test_an_empty_folder_is_as_good_as_none(here):

@@ -43,6 +43,8 @@ def open_run(
         InUseError: another process has locked the folder.
         FaultError: the folder cannot be read or written, or a file in it is damaged.
     """
+    # In this order: a run that another process creates appears whole, so what is in use now is a run by the next line.
+    in_use = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     started = (folder / "config.toml").is_file() and (folder / "corpus").is_dir()
     if config.run.resume == "must" and not saved_steps(folder):
         raise UserError(f'{folder}: has no checkpoint to resume from, but run.resume = "must"')
@@ -60,7 +62,7 @@ def open_run(
 
     if folder.resolve() == Path.cwd():
         raise UserError(f"{folder}: is the current folder; give a new --run.folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
     tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
     config = _resolve(config, tokenizer, corpus)
