@@ -9,8 +9,10 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.cli import main
+from flax_decoder.data import tokenizer as tokenizer_module
 from flax_decoder.errors import InUseError
 from flax_decoder.io.lock import FolderLock
+from flax_decoder.io.strict_json import Limits
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.run_folder import open_run, same_warmup
@@ -93,6 +95,14 @@ def test_another_text_is_refused(here, capsys):
 def test_attention_that_does_not_run_here_is_refused(here, capsys, folder):
     changes = ["--model.attention=cudnn", "--model.dtype=bfloat16", "--model.head-dim=8", f"--run.folder={folder}"]
     assert 'model.attention = "cudnn" needs an NVIDIA GPU, and this runs on cpu' in refusal(capsys, *changes)
+
+
+def test_a_tokenizer_too_large_to_be_read_again_is_not_written(here, capsys, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "VOCABULARY", Limits(300, 10**6))
+    error = refusal(capsys, "--run.folder=runs/new")
+    assert (
+        "a vocabulary of 23 tokens is too large: its tokenizer.json has " in error and "over the limit of 300;" in error
+    )
 
 
 def test_resume_never_and_must(here, capsys):

@@ -11,7 +11,7 @@ from typing import Any
 from flax_decoder.config import Config, fixed_fields, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
-from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
+from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, write_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
 from flax_decoder.io.files import new_folder, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
@@ -70,7 +70,7 @@ def open_run(
     try:
         with new_folder(folder) as unfinished:
             save_corpus(corpus, unfinished / "corpus")
-            write_text(unfinished / "tokenizer.json", tokenizer.to_json())
+            write_tokenizer(unfinished / "tokenizer.json", tokenizer)
             write_text(unfinished / "config.toml", to_toml(config))
             if lock is not None:
                 lock.take(unfinished)
