@@ -9,6 +9,7 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.cli import main
+from flax_decoder.config import fixed_fields, is_used
 from flax_decoder.data import tokenizer as tokenizer_module
 from flax_decoder.errors import InUseError
 from flax_decoder.io.lock import FolderLock
@@ -190,6 +191,55 @@ def test_more_steps_and_what_changes_no_number_are_taken(here, capsys):
     assert read_metrics(RUN / "metrics.jsonl")[-1]["step"] == 6
     config = fd.load_config(RUN / "config.toml")
     assert config.training.num_steps == 6 and config.model.attention == "reference"
+
+
+# Fields that are used only beside another setting: another value, and the setting with which it counts for nothing.
+UNUSED = {
+    "model.rotary_base": (5000.0, {}),
+    "model.rotary_scaling_factor": (4.0, {"model.positions": "rotary"}),
+    "model.rotary_low_frequency_factor": (2.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "model.rotary_high_frequency_factor": (8.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "model.rotary_original_context": (4, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "data.bpe_vocab_size": (300, {}),
+    "optimizer.muon_learning_rate": (0.01, {}),
+    "optimizer.muon_momentum": (0.5, {}),
+    "optimizer.decay_fraction": (0.5, {}),
+    "optimizer.final_fraction": (0.5, {"optimizer.schedule": "constant"}),
+}
+
+
+def words(settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def test_what_is_not_in_use_may_change_on_resume(here, capsys):
+    """The finished run has none of the settings that make these count."""
+    unused = {name: value for name, (value, needed) in UNUSED.items() if not needed}
+    assert main(["train", *ARGUMENTS, *words(unused)]) == 0
+    assert "runs/x is finished" in capsys.readouterr().out
+    assert fd.load(RUN)[0].config.rotary_base == 10_000.0  # nothing was written
+    path = RUN / "config.toml"
+    path.write_text(path.read_text().replace("rotary_base = 10000.0", "rotary_base = 5000.0"))
+    assert fd.load(RUN)[0].config.rotary_base == 5000.0  # as good as the other, and not taken for damage
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_is_not_in_use_changes_no_number(here, name):
+    value, needed = UNUSED[name]
+    arguments = ["train", *ARGUMENTS, *words(needed)]
+    for folder, change in (("runs/a", {}), ("runs/b", {name: value})):
+        assert main([*arguments, f"--run.folder={folder}"]) == 0
+        assert main([*arguments, f"--run.folder={folder}", "--training.num-steps=6", *words(change)]) == 0
+    (_, params, _), (_, others, _) = fd.load("runs/a"), fd.load("runs/b")
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+    assert saved_steps(Path("runs/b"))[-1] == 6
+
+
+def test_each_field_that_is_used_only_beside_another_is_tried():
+    config = fd.load_config(None, {"optimizer.schedule": "constant"})
+    unused = {f"{section}.{name}" for section, name in fixed_fields() if not is_used(config, section, name)}
+    assert unused == set(UNUSED)
 
 
 @pytest.mark.full

@@ -56,7 +56,7 @@ def test_the_largest_is_as_said():
 
 
 def test_real_files_have_room():
-    """As many tokens as Gemma 3 has, with merges; all characters of Unicode; a header of as many tensors as the largest file may have."""
+    """As many tokens as Gemma 3 has, with merges; all characters; as many tensors as the largest header may have."""
     vocab = {f"\u2581token{number}": number for number in range(262_144)}
     merges = [[f"\u2581to{number}", "ken"] for number in range(514_000)]
     content = json.dumps({"model": {"vocab": vocab, "merges": merges}}, ensure_ascii=False).encode()

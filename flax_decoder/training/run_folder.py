@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flax_decoder.config import Config, fixed_fields, warmup_within
+from flax_decoder.config import Config, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, write_tokenizer
@@ -138,6 +138,7 @@ def _guarded(asked: Config, saved: Config) -> list[tuple[str, Any, Any]]:
     return [
         (f"{section}.{name}", *(getattr(getattr(config, section), name) for config in (saved, asked)))
         for section, name in fixed_fields()
+        if is_used(asked, section, name)
     ]
 
 
