@@ -51,13 +51,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[: _MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
-def parse_object(content: bytes, source: str, limits: Limits) -> dict[str, Any]:
+def parse_object(
+    content: bytes, source: str, limits: Limits, advice: str = "download or write it again"
+) -> dict[str, Any]:
     """Parses a JSON object.
 
     Args:
         content: UTF-8.
         source: start of error messages.
         limits: how large it may be.
+        advice: end of error messages: what to do.
 
     Raises:
         UserError: not JSON, not an object, too large, too deep, or ambiguous between parsers: a repeated name, NaN, a
@@ -84,9 +87,9 @@ def parse_object(content: bytes, source: str, limits: Limits) -> dict[str, Any]:
         if b"\\u" in content:  # the only way to write half a surrogate pair
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except ValueError as error:
-        raise UserError(f"{source}: is not valid JSON: {error}; download or write it again") from None
+        raise UserError(f"{source}: is not valid JSON: {error}; {advice}") from None
     if not isinstance(document, dict):
-        raise UserError(f"{source}: must hold a JSON object, not {type(document).__name__}; download it again")
+        raise UserError(f"{source}: must hold a JSON object, not {type(document).__name__}; {advice}")
     return document
 
 
