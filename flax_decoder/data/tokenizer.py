@@ -299,7 +299,7 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
     """
     document = parse_object(content, source, VOCABULARY)
     fast = _fast_tokenizer(document)
-    if fast is not None:
+    if fast is not None and fast.vocab_size > 0:
         return fast
     model, added_tokens = document.get("model"), document.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
