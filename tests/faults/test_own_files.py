@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -256,7 +257,7 @@ COMMANDS = {
     "a step as text": ("metrics.jsonl", '"step": 2,', '"step": "2",'),
     "a loss of 1e400": ("metrics.jsonl", '"train_loss": ', '"train_loss": 1e400, "was": '),
     "a deep line": ("metrics.jsonl", '"train_loss": ', f'"deep": {DEEP}, "was": '),
-    "no bytes": ("corpus/corpus.json", '"validation_bytes": ', '"validation_bytes": 0, "was": '),
+    "no bytes": ("corpus/corpus.json", r'"validation_bytes": \d+', '"validation_bytes": 0'),
 }
 
 
@@ -265,8 +266,8 @@ COMMANDS = {
 def test_a_command_ends_with_a_message(run, trained, capsys, name):
     path, before, after = COMMANDS[name]
     text = (run / path).read_text()
-    assert before in text
-    (run / path).write_text(text.replace(before, after, 1))
+    assert re.search(before, text)
+    (run / path).write_text(re.sub(before, after, text, count=1))
     shutil.rmtree(run / "checkpoints")  # whose manifest would tell a changed corpus
     assert main([*trained[1], f"--run.folder={run}", "--training.num-steps=20"]) == 1
     _, error = capsys.readouterr()
