@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -12,6 +13,22 @@ _RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attrib
 
 # Marks a field, or a whole section, that may change when a run is resumed: the losses of its steps do not depend on it.
 MAY_CHANGE = "may change on resume"
+
+
+@dataclasses.dataclass(frozen=True)
+class UsedWhere:
+    """Marks a field that nothing depends on, and that may change on resume, unless its section passes the test."""
+
+    test: Callable[[Any], bool]
+
+
+_WITH_ROTARY = UsedWhere(lambda model: model.positions == "rotary")
+_WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling != "none")
+_WITH_LLAMA3_SCALING = UsedWhere(lambda model: model.rotary_scaling == "llama3")
+_WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
+_WITH_MUON = UsedWhere(lambda optimizer: optimizer.name == "muon")
+_WITH_WSD = UsedWhere(lambda optimizer: optimizer.schedule == "wsd")
+_WITH_A_FALL = UsedWhere(lambda optimizer: optimizer.schedule != "constant")
 
 # Bounds far beyond sensible values, for what a device cannot compute: float32 rounds 1 - 1e-8 to 1 and 1e-50 to 0, the
 # square of 1e30 is infinite, and counts are int32.
@@ -73,7 +90,7 @@ class ModelConfig:
 
     positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "learned"
     """how the model knows the order of its tokens"""
-    rotary_base: Annotated[float, Field(gt=1, le=1e15)] = 10_000.0
+    rotary_base: Annotated[float, Field(gt=1, le=1e15), _WITH_ROTARY] = 10_000.0
     """base of the rotary wavelengths (theta)"""
     rotary_window_base: Annotated[float, Field(gt=1, le=1e15)] | None = None
     """the base in layers that have a window, whose waves are then not stretched; left out, all layers are alike"""
@@ -81,13 +98,13 @@ class ModelConfig:
     """part of each head's width that is rotated"""
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
     """how rotary wavelengths are stretched to reach beyond the length of the first training"""
-    rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15)] = 8.0
+    rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15), _WITH_ROTARY_SCALING] = 8.0
     """by how much they are stretched"""
-    rotary_low_frequency_factor: Positive = 1.0
+    rotary_low_frequency_factor: Annotated[Positive, _WITH_LLAMA3_SCALING] = 1.0
     """llama3: wavelengths over original context / this are stretched in full"""
-    rotary_high_frequency_factor: Positive = 4.0
+    rotary_high_frequency_factor: Annotated[Positive, _WITH_LLAMA3_SCALING] = 4.0
     """llama3: wavelengths under original context / this stay as they are"""
-    rotary_original_context: Count = 8192
+    rotary_original_context: Annotated[Count, _WITH_LLAMA3_SCALING] = 8192
     """llama3: the context length of the first training, in tokens"""
     embed_scale: Positive = 1.0
     """token embeddings are multiplied by this"""
@@ -259,7 +276,7 @@ class DataConfig:
     """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's help texts"""
     tokenizer: str = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
-    bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24)] = 1024
+    bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24), _WITH_BPE] = 1024
     """number of tokens a bpe tokenizer is trained to have"""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """the last part of the text, in characters, is kept for validation"""
@@ -273,17 +290,17 @@ class OptimizerConfig:
     """muon: Muon for the matrices of attention and feed-forward, AdamW for all else"""
     learning_rate: LearningRate = 1e-3
     """peak learning rate of AdamW"""
-    muon_learning_rate: LearningRate = 0.02
+    muon_learning_rate: Annotated[LearningRate, _WITH_MUON] = 0.02
     """peak learning rate of Muon; it follows the same schedule"""
-    muon_momentum: Fraction = 0.95
+    muon_momentum: Annotated[Fraction, _WITH_MUON] = 0.95
     """decay of Muon's momentum"""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """learning rate after the warm-up; wsd (warm-up, stable, decay) stays at the peak, then falls in a line"""
     warmup_steps: CountOrZero | None = None
     """steps in which the learning rate rises from 0; left out, or not under num_steps, a twentieth of all steps"""
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    decay_fraction: Annotated[float, Field(gt=0, le=1), _WITH_WSD] = 0.2
     """wsd: the last part of all steps, in which the rate falls"""
-    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    final_fraction: Annotated[float, Field(ge=0, le=1), _WITH_A_FALL] = 0.1
     """learning rate at the last step, as a fraction of the peak"""
     beta1: Fraction = 0.9
     """decay of AdamW's mean of gradients"""
@@ -486,10 +503,16 @@ def fields_of(section: str) -> dict[str, Any]:
 
 
 def fixed_fields() -> list[tuple[str, str]]:
-    """Section and name of every field that must stay as it is when a run is resumed."""
+    """Section and name of every field that, where it is used, must stay as it is when a run is resumed."""
     return [
         (section, name)
         for section, whole in _fields(Config).items()
         for name, field in fields_of(section).items()
         if MAY_CHANGE not in (*whole.metadata, *field.metadata)
     ]
+
+
+def is_used(config: Config, section: str, name: str) -> bool:
+    """Whether anything depends on a field: muon_momentum counts for nothing where the optimizer is AdamW."""
+    marks = [mark for mark in fields_of(section)[name].metadata if isinstance(mark, UsedWhere)]
+    return all(mark.test(getattr(config, section)) for mark in marks)

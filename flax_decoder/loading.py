@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flax_decoder.config import Config, DataConfig
 from flax_decoder.config_file import load_config, to_toml
-from flax_decoder.data.tokenizer import Tokenizer
+from flax_decoder.data.tokenizer import Tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.huggingface.choice import choose_family
 from flax_decoder.huggingface.folder import (
@@ -212,7 +212,7 @@ def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: An
 
 def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) -> None:
     """Writes a run folder of a model that was trained elsewhere; its only checkpoint is that of step 0."""
-    write_text(folder / "tokenizer.json", tokenizer.to_json())
+    write_tokenizer(folder / "tokenizer.json", tokenizer)
     write_special_tokens(folder, tokenizer)
     config = Config(model=model.config, data=DataConfig(tokenizer="tokenizer.json"))
     write_text(folder / "config.toml", to_toml(config))

@@ -397,7 +397,8 @@ def test_bad_tokens_never_come_and_forced_ones_first():
 @pytest.mark.parametrize("num_batches", [12, pytest.param(60, marks=pytest.mark.full)])
 def test_two_hundred_prompts_compile_few_programs(num_batches):
     """Lengths, sizes of the batch and numbers of the settings all change; nothing compiles beside, not even eagerly."""
-    model, params = make("rotary grouped", context_length=150, mlp_dim=13)
+    # A model for each case: what another one has compiled is not compiled again.
+    model, params = make("rotary grouped", context_length=150, mlp_dim=num_batches + 1)
     rng = np.random.default_rng(0)
     settings = [{"temperature": t, "top_p": p, "top_k": k} for t, p, k in ((0.7, 0.9, 5), (1.3, 0.5, 7), (1.0, 0.8, 8))]
     key = jax.random.key(0)

@@ -8,6 +8,7 @@ from flax_decoder.errors import BrokenError
 from flax_decoder.training.manifest import MANIFEST, read_manifest, verify, write_manifest
 
 FACTS = {"step": 7, "val_loss": None, "config": {"model": {"embed_dim": 13, "init_stddev": 1e-05}}}
+FACTS |= {"inputs": {}, "arrays": {"params": {"embed": ["float32", [3, 5]]}}}
 
 
 @pytest.fixture
@@ -65,6 +66,24 @@ def test_a_manifest_of_another_time_or_step_is_told(step):
     rewrite(step, format=1, step=8)
     with pytest.raises(BrokenError, match="belongs to step 8, not to 7"):
         verify(step)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: odd} for name in (*FACTS, "files") for odd in ("5", [1])),
+        {"inputs": {"a": None}},
+        {"arrays": {"params": 1}},
+        {"arrays": {"params": {"embed": 1}}},
+        {"files": {"empty": None}},
+        {"files": {"empty": {"bytes": "0", "sha256": ""}}},
+        {"files": {"empty": {"bytes": 0}}},
+    ],
+)
+def test_entries_of_another_type_are_told(step, changes):
+    rewrite(step, **changes)
+    with pytest.raises(BrokenError, match=r"7/manifest\.json: is damaged: it lacks an entry, or has one of the wrong"):
+        read_manifest(step)
 
 
 def test_nothing_outside_of_the_folder_is_looked_at(step, tmp_path):

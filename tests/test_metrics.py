@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_decoder.config import RunConfig
-from flax_decoder.errors import UserError
+from flax_decoder.errors import BrokenError, UserError
 from flax_decoder.training import metrics
 from flax_decoder.training.metrics import (
     MetricsLog,
@@ -73,8 +73,8 @@ def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
     written = []
 
     class SummaryWriter:
-        def __init__(self, folder):
-            written.append(folder)
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
 
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
@@ -83,29 +83,64 @@ def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
             written.append("flush")
 
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    MetricsLog(RunConfig(tensorboard=True), tmp_path, 0).add({"step": 3, "train_loss": 1.5})
-    assert written == [str(tmp_path / "tensorboard"), ("step", 3, 3), ("train_loss", 1.5, 3), "flush"]
+    MetricsLog(RunConfig(tensorboard=True), tmp_path, 2).add({"step": 3, "train_loss": 1.5})
+    # Lines from step 3 on that are there already, of a run that was killed, are to be forgotten.
+    assert written == [(str(tmp_path / "tensorboard"), 3), ("step", 3, 3), ("train_loss", 1.5, 3), "flush"]
 
 
 def test_other_reporters_get_no_words(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(metrics, "open_reporters", lambda config, folder: [told.append])
+    monkeypatch.setattr(metrics, "open_reporters", lambda *_: [told.append])
     row = {"step": 3, "train_loss": 1.5, "mfu": "unknown", "mfu_causal": 0.25}
     MetricsLog(RunConfig(), tmp_path, 0).add(row)
     assert told == [{"step": 3, "train_loss": 1.5, "mfu_causal": 0.25}]
     assert read_metrics(tmp_path / "metrics.jsonl") == [row]
 
 
-def test_wandb_goes_on_in_the_same_chart(tmp_path, monkeypatch):
-    calls = []
-    run = types.SimpleNamespace(log=lambda row, step: calls.append((row, step)))
-    module = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for Weights & Biases: the options of each run, and the steps that it got, by id."""
+    calls, steps = [], {}
+
+    def init(id, **options):
+        calls.append({"id": id} | options)
+        return types.SimpleNamespace(
+            offline=module.offline, log=lambda row, step: steps.setdefault(id, []).append(step)
+        )
+
+    module = types.SimpleNamespace(init=init, calls=calls, steps=steps, offline=False)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    folder = tmp_path / "hamlet"
+    return module
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_wandb_goes_on_in_the_same_chart_with_no_step_twice(tmp_path, wandb, offline):
+    wandb.offline = offline
+    config, folder = RunConfig(wandb="plays"), tmp_path / "hamlet"
     folder.mkdir()
-    MetricsLog(RunConfig(wandb="plays"), folder, 0).add({"step": 3, "train_loss": 1.5})
-    assert calls[0].items() >= {"project": "plays", "id": "hamlet", "resume": "allow"}.items()
-    assert calls[1] == ({"step": 3, "train_loss": 1.5}, 3)
+    for step, last in ((0, 6), (2, 8)):  # killed at step 6, and continued from the checkpoint of step 2
+        log = MetricsLog(config, folder, step)
+        for number in range(step + 1, last + 1):
+            log.add({"step": number})
+    first, second = wandb.calls
+    assert first == second and first.items() >= {"project": "plays", "name": "hamlet", "resume": "allow"}.items()
+    # The server itself drops steps that it has; some of them it may not have got.
+    assert wandb.steps == {first["id"]: [*range(1, 9)] if offline else [*range(1, 7), *range(3, 9)]}
+
+
+def test_each_run_has_a_chart_of_its_own(tmp_path, wandb):
+    for folder in (tmp_path / "a/run", tmp_path / "b/run"):
+        folder.mkdir(parents=True)
+        MetricsLog(RunConfig(), folder, 0).add({"step": 1})
+        MetricsLog(RunConfig(wandb="plays"), folder, 0).add({"step": 1})  # it has not got the line before
+    assert len(wandb.steps) == 2 and list(wandb.steps.values()) == [[1], [1]]
+
+
+def test_a_damaged_id_of_a_chart_is_told(tmp_path, wandb):
+    (tmp_path / "wandb_id").write_bytes(b"a/b\n" * 1000)
+    with pytest.raises(BrokenError, match=r"wandb_id: is damaged: .*delete it to begin a new chart"):
+        MetricsLog(RunConfig(wandb="plays"), tmp_path, 0)
+    assert wandb.calls == []
 
 
 def validation(*losses):
@@ -136,7 +171,8 @@ def rows_to_draw(evaluated):
     rows = [{"step": step, "train_loss": 3 / step} for step in range(1, 20)]
     rows[4]["train_loss"] = "unknown"  # as that of a step that was not applied
     if evaluated:
-        rows[9]["val_loss"], rows[18]["val_loss"] = 2.0, 1.0
+        rows[9] |= {"val_loss": 2.0, "val_bits_per_byte": 2.9}
+        rows[18] |= {"val_loss": 1.0, "val_bits_per_byte": 1.4}
     return rows
 
 

@@ -9,9 +9,14 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.cli import main
+from flax_decoder.config import fixed_fields, is_used
+from flax_decoder.data import tokenizer as tokenizer_module
+from flax_decoder.errors import InUseError
+from flax_decoder.io.lock import FolderLock
+from flax_decoder.io.strict_json import Limits
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.metrics import read_metrics
-from flax_decoder.training.run_folder import same_warmup
+from flax_decoder.training.run_folder import open_run, same_warmup
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
 # The sizes of test_cli.py, so that compiled programs are shared.
@@ -93,6 +98,14 @@ def test_attention_that_does_not_run_here_is_refused(here, capsys, folder):
     assert 'model.attention = "cudnn" needs an NVIDIA GPU, and this runs on cpu' in refusal(capsys, *changes)
 
 
+def test_a_tokenizer_too_large_to_be_read_again_is_not_written(here, capsys, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "VOCABULARY", Limits(300, 10**6))
+    error = refusal(capsys, "--run.folder=runs/new")
+    assert (
+        "a vocabulary of 23 tokens is too large: its tokenizer.json has " in error and "over the limit of 300;" in error
+    )
+
+
 def test_resume_never_and_must(here, capsys):
     assert 'resume = "never"' in refusal(capsys, "--run.resume=never")
     error = refusal(capsys, "--run.resume=must", "--run.folder=runs/new")
@@ -113,6 +126,56 @@ def test_the_current_folder_is_no_place_for_a_run(tmp_path, monkeypatch, capsys,
     assert "is the current folder" in refusal(capsys, f"--data.path={text}", "--run.folder=.")
 
 
+class WatchedPath(type(Path())):
+    """A path that calls a function after each look at a folder or file."""
+
+    after_a_look = staticmethod(lambda: None)
+
+    def _look(self, answer):
+        WatchedPath.after_a_look()
+        return answer
+
+    def exists(self, **options):
+        return self._look(super().exists(**options))
+
+    def is_dir(self, **options):
+        return self._look(super().is_dir(**options))
+
+    def is_file(self, **options):
+        return self._look(super().is_file(**options))
+
+    def iterdir(self):
+        return iter(self._look(list(super().iterdir())))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_run_that_another_process_creates_meanwhile_is_in_use(here, monkeypatch, empty):
+    """However many looks at the folder came before: the other process is named, and not taken for something else."""
+    shutil.copytree(RUN, "other")
+    overrides = dict(argument.removeprefix("--").split("=") for argument in ARGUMENTS)
+    config = fd.load_config(None, overrides | {"run.folder": "runs/new"})
+    for num_looks in range(1, 100):
+        folder, looks = WatchedPath("runs/new"), []
+        if empty:
+            folder.mkdir()
+        with FolderLock() as others, FolderLock() as ours:
+
+            def appear(number=num_looks, seen=looks, lock=others):
+                seen.append(1)
+                if len(seen) == number:  # as in `open_run`: locked, then renamed
+                    lock.take(Path("other"))
+                    Path("other").rename("runs/new")
+
+            monkeypatch.setattr(WatchedPath, "after_a_look", staticmethod(appear))
+            try:
+                with pytest.raises(InUseError, match=r"runs/new: (is in use by|another process has just created it)"):
+                    open_run(config, folder, lambda *_: None, ours)
+            except pytest.fail.Exception:
+                assert len(looks) < num_looks and num_looks > 3, num_looks  # it looks no more often than that
+                return
+        Path("runs/new").rename("other")
+
+
 def test_an_empty_folder_is_as_good_as_none(here):
     Path("empty").mkdir()
     assert main(["train", *ARGUMENTS, "--run.folder=empty"]) == 0
@@ -128,6 +191,55 @@ def test_more_steps_and_what_changes_no_number_are_taken(here, capsys):
     assert read_metrics(RUN / "metrics.jsonl")[-1]["step"] == 6
     config = fd.load_config(RUN / "config.toml")
     assert config.training.num_steps == 6 and config.model.attention == "reference"
+
+
+# Fields that are used only beside another setting: another value, and the setting with which it counts for nothing.
+UNUSED = {
+    "model.rotary_base": (5000.0, {}),
+    "model.rotary_scaling_factor": (4.0, {"model.positions": "rotary"}),
+    "model.rotary_low_frequency_factor": (2.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "model.rotary_high_frequency_factor": (8.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "model.rotary_original_context": (4, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "data.bpe_vocab_size": (300, {}),
+    "optimizer.muon_learning_rate": (0.01, {}),
+    "optimizer.muon_momentum": (0.5, {}),
+    "optimizer.decay_fraction": (0.5, {}),
+    "optimizer.final_fraction": (0.5, {"optimizer.schedule": "constant"}),
+}
+
+
+def words(settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def test_what_is_not_in_use_may_change_on_resume(here, capsys):
+    """The finished run has none of the settings that make these count."""
+    unused = {name: value for name, (value, needed) in UNUSED.items() if not needed}
+    assert main(["train", *ARGUMENTS, *words(unused)]) == 0
+    assert "runs/x is finished" in capsys.readouterr().out
+    assert fd.load(RUN)[0].config.rotary_base == 10_000.0  # nothing was written
+    path = RUN / "config.toml"
+    path.write_text(path.read_text().replace("rotary_base = 10000.0", "rotary_base = 5000.0"))
+    assert fd.load(RUN)[0].config.rotary_base == 5000.0  # as good as the other, and not taken for damage
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_is_not_in_use_changes_no_number(here, name):
+    value, needed = UNUSED[name]
+    arguments = ["train", *ARGUMENTS, *words(needed)]
+    for folder, change in (("runs/a", {}), ("runs/b", {name: value})):
+        assert main([*arguments, f"--run.folder={folder}"]) == 0
+        assert main([*arguments, f"--run.folder={folder}", "--training.num-steps=6", *words(change)]) == 0
+    (_, params, _), (_, others, _) = fd.load("runs/a"), fd.load("runs/b")
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+    assert saved_steps(Path("runs/b"))[-1] == 6
+
+
+def test_each_field_that_is_used_only_beside_another_is_tried():
+    config = fd.load_config(None, {"optimizer.schedule": "constant"})
+    unused = {f"{section}.{name}" for section, name in fixed_fields() if not is_used(config, section, name)}
+    assert unused == set(UNUSED)
 
 
 @pytest.mark.full

@@ -56,11 +56,13 @@ def test_the_largest_is_as_said():
 
 
 def test_real_files_have_room():
-    """As many tokens as Gemma 3 has, with merges, and a header of as many tensors as the largest file may have."""
+    """As many tokens as Gemma 3 has, with merges; all characters; as many tensors as the largest header may have."""
     vocab = {f"\u2581token{number}": number for number in range(262_144)}
     merges = [[f"\u2581to{number}", "ken"] for number in range(514_000)]
     content = json.dumps({"model": {"vocab": vocab, "merges": merges}}, ensure_ascii=False).encode()
     strict_json._check_size(content, "x", VOCABULARY)
+    characters = b'"": 0000000, ' * (0x110000 - 0x800) + b" " * (4 * 0x110000)  # a token each, of up to four bytes
+    strict_json._check_size(characters, "x", VOCABULARY)
     entry = {"dtype": "BF16", "shape": [16384, 53248], "data_offsets": [811706089472, 813450919936]}
     header = {f"model.layers.{number}.self_attn.q_proj.weight": entry for number in range(25_000)}
     strict_json._check_size(json.dumps(header).encode(), "x", LISTING)

@@ -20,7 +20,7 @@ import numpy as np
 from flax_decoder.config import DataConfig
 from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer, split_into_pieces
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import open_regular, replacing, sha256_of, write_text
+from flax_decoder.io.files import is_sha256, open_regular, replacing, sha256_of, write_text
 from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 BUILT_IN = "pydoc_data.topics"
@@ -185,6 +185,11 @@ def _read_facts(path: Path) -> dict[str, Any]:
     wrong = [name for name in {**_FACTS, **types} if types.get(name) is not _FACTS.get(name)]
     if wrong:
         raise _damaged(path, ValueError(f"{', '.join(map(ascii, wrong[:3]))}: missing, unknown or of the wrong type"))
+    if not all(is_sha256(value) for name, value in facts.items() if name.endswith("sha256")):
+        raise _damaged(path, ValueError("it has a SHA-256 that is none"))
+    empty = [name for name, value in facts.items() if isinstance(value, int) and value < 1]
+    if empty:  # bits per byte are computed from them
+        raise _damaged(path, ValueError(f"{empty[0]} = {facts[empty[0]]} must be at least 1"))
     return facts
 
 

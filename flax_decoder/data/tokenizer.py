@@ -19,8 +19,9 @@ from numpy.typing import DTypeLike
 
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
 from flax_decoder.errors import UserError
+from flax_decoder.io.files import write_text
 from flax_decoder.io.foreign_file import open_named, read_content
-from flax_decoder.io.strict_json import VOCABULARY, parse_object, shown
+from flax_decoder.io.strict_json import VOCABULARY, excess_of, parse_object, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -270,6 +271,22 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return parse_tokenizer(content, str(path))
 
 
+def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+    """Writes a tokenizer.json.
+
+    Raises:
+        UserError: `load_tokenizer` would refuse it, so that what is trained with it could not be used.
+    """
+    content = tokenizer.to_json()
+    excess = excess_of(content.encode(), VOCABULARY)
+    if excess is not None:
+        raise UserError(
+            f"a vocabulary of {tokenizer.vocab_size:,} tokens is too large: its {path.name} {excess};\n"
+            "choose another tokenizer, or for bpe a smaller data.bpe_vocab_size"
+        )
+    write_text(path, content)
+
+
 def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
     """`load_tokenizer` for the content of a file.
 
@@ -282,7 +299,7 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
     """
     document = parse_object(content, source, VOCABULARY)
     fast = _fast_tokenizer(document)
-    if fast is not None:
+    if fast is not None and fast.vocab_size > 0:
         return fast
     model, added_tokens = document.get("model"), document.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.tokenizer import Tokenizer, parse_tokenizer
+from flax_decoder.data.tokenizer import Tokenizer, parse_tokenizer, write_tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.config import family_of, read_settings, write_settings
 from flax_decoder.huggingface.family import Family
@@ -115,7 +115,7 @@ def write_folder(
     write_text(folder / "config.json", _to_json(document))
     write_text(folder / "generation_config.json", _to_json(special))
     if tokenizer is not None:
-        write_text(folder / "tokenizer.json", tokenizer.to_json())
+        write_tokenizer(folder / "tokenizer.json", tokenizer)
         # tokenizer.json decodes exactly; transformers must not change spaces afterwards.
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         write_text(folder / "tokenizer_config.json", _to_json(tokenizer_config))

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from flax_decoder.errors import FaultError, InUseError
+from flax_decoder.errors import FaultError, InUseError, UserError
+from flax_decoder.io.files import open_regular
+from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 LOCK = ".lock"
+_MAX_SHOWN_CHARACTERS = 1000  # of the owner; a command can be as long as its arguments
 
 
 class FolderLock:
@@ -78,7 +81,9 @@ def refuse_if_in_use(folder: Path) -> None:
 
 def _owner_in(path: Path) -> str:
     try:
-        owner = json.loads(path.read_bytes())
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']} ({owner['command']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it has not announced itself yet
+        with open_regular(path) as file:
+            owner = parse_object(file.read(SETTINGS.num_bytes), str(path), SETTINGS)
+        text = f"process {owner['pid']} on {owner['host']} since {owner['since']} ({owner['command']})"
+        return " ".join(text.split())[:_MAX_SHOWN_CHARACTERS]
+    except (OSError, UserError, KeyError):  # it has not announced itself yet
         return "another process"

@@ -35,8 +35,8 @@ SETTINGS = Limits(1_000_000, 20_000_000)
 """config.json and generation_config.json: a few kilobytes in practice."""
 LISTING = Limits(5_000_000, 100_000_000)
 """Headers and indices, of some 100 bytes per tensor, and tokenizer_config.json."""
-VOCABULARY = Limits(40_000_000, 200_000_000, None)
-"""tokenizer.json: 33 MB for the 262,000 tokens of Gemma 3, the largest known."""
+VOCABULARY = Limits(40_000_000, 250_000_000, None)
+"""tokenizer.json: 33 MB for the 262,000 tokens of Gemma 3; 245 MB of memory for a token per character of Unicode."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 100
@@ -51,13 +51,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[: _MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
-def parse_object(content: bytes, source: str, limits: Limits) -> dict[str, Any]:
+def parse_object(
+    content: bytes, source: str, limits: Limits, advice: str = "download or write it again"
+) -> dict[str, Any]:
     """Parses a JSON object.
 
     Args:
         content: UTF-8.
         source: start of error messages.
         limits: how large it may be.
+        advice: end of error messages: what to do.
 
     Raises:
         UserError: not JSON, not an object, too large, too deep, or ambiguous between parsers: a repeated name, NaN, a
@@ -84,9 +87,9 @@ def parse_object(content: bytes, source: str, limits: Limits) -> dict[str, Any]:
         if b"\\u" in content:  # the only way to write half a surrogate pair
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except ValueError as error:
-        raise UserError(f"{source}: is not valid JSON: {error}; download or write it again") from None
+        raise UserError(f"{source}: is not valid JSON: {error}; {advice}") from None
     if not isinstance(document, dict):
-        raise UserError(f"{source}: must hold a JSON object, not {type(document).__name__}; download it again")
+        raise UserError(f"{source}: must hold a JSON object, not {type(document).__name__}; {advice}")
     return document
 
 
@@ -98,18 +101,26 @@ def _finite(text: str) -> float:
 
 
 def _check_size(content: bytes, source: str, limits: Limits) -> None:
+    excess = excess_of(content, limits)
+    if excess is not None:
+        raise UserError(f"{source}: {excess}; it is damaged or malicious")
+    if _depth(content) > MAX_DEPTH:
+        raise UserError(f"{source}: is nested more than {MAX_DEPTH} levels deep; it is damaged or malicious")
+
+
+def excess_of(content: bytes, limits: Limits) -> str | None:
+    """What is too large in the content of a JSON file, for a message; None if nothing is."""
     if len(content) > limits.num_bytes:
-        raise UserError(f"{source}: has {len(content):,} bytes, over the limit of {limits.num_bytes:,}")
+        return f"has {len(content):,} bytes, over the limit of {limits.num_bytes:,}"
     # Those inside of strings count too: this is an upper bound.
     brackets, colons, commas = content.count(b"[") + content.count(b"{"), content.count(b":"), content.count(b",")
     memory_bytes = _BYTES_PER_BRACKET * brackets + _BYTES_PER_COLON * colons + _BYTES_PER_COMMA * commas
     if memory_bytes > limits.memory_bytes:
-        raise UserError(
-            f"{source}: would take {memory_bytes:,} bytes of memory, over the limit of {limits.memory_bytes:,}: "
-            f"{brackets:,} brackets, {colons:,} colons, {commas:,} commas; it is damaged or malicious"
+        return (
+            f"would take {memory_bytes:,} bytes of memory, over the limit of {limits.memory_bytes:,}: "
+            f"{brackets:,} brackets, {colons:,} colons, {commas:,} commas"
         )
-    if _depth(content) > MAX_DEPTH:
-        raise UserError(f"{source}: is nested more than {MAX_DEPTH} levels deep; it is damaged or malicious")
+    return None
 
 
 def _depth(content: bytes) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import BrokenError
-from flax_decoder.io.files import open_regular, replacing
+from flax_decoder.io.files import is_sha256, open_regular, replacing
 from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 FOLDER, INDEX = "lens", "history.json"
@@ -131,8 +131,9 @@ def _index_of(content: bytes, path: Path) -> Index:
     index = Index(document["every"], document["tokens"], snapshots)
     numbers = [index.every, *index.tokens, *snapshots]
     is_valid = all(type(number) is int and 0 <= number < 2**31 for number in numbers)
+    is_valid = is_valid and all(map(is_sha256, snapshots.values()))
     if not is_valid or index.every == 0 or len(snapshots) > MAX_SNAPSHOTS:
-        raise ValueError(f"it has numbers out of range, or more than {MAX_SNAPSHOTS} snapshots")
+        raise ValueError(f"it has numbers out of range, a SHA-256 that is none, or more than {MAX_SNAPSHOTS} snapshots")
     return index
 
 

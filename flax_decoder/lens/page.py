@@ -65,6 +65,8 @@ def write_lens_page(
     check_tokens(tokens_T[None], model.config.vocab_size or 0)
     if history is not None and history.weights_MLNTS.shape[1:3] != (model.config.num_layers, model.config.num_heads):
         raise UserError(f"the history is of {history.weights_MLNTS.shape[1:3]} layers and heads, not of this model")
+    if history is not None and history.tokens_T.max() >= (model.config.vocab_size or 0):
+        raise UserError(f"the history is of a text with the token id {history.tokens_T.max()}, which this model lacks")
     write_text(path, render(page_data(model, params, tokenizer, tokens_T.astype(np.int32), history)))
 
 

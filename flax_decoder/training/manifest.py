@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flax_decoder.errors import BrokenError
-from flax_decoder.io.files import flush, flush_names, replacing, sha256_of
+from flax_decoder.io.files import flush, flush_names, is_sha256, replacing, sha256_of
+from flax_decoder.io.strict_json import shown
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -27,7 +28,7 @@ Manifest = dict[str, Any]
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Flushes all files of a checkpoint's folder to disk, then writes their manifest.
 
-    `facts`, JSON values, become part of it; "step" is required.
+    `facts`, JSON values, become part of it; `_is_complete` says which are required.
     """
     files = {}
     for name, path in sorted(_files(folder).items()):
@@ -67,7 +68,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise BrokenError(f"{path}: is damaged: the SHA-256 of its content is {actual}, not {claimed}")
     found = document.get("format")
     if found != FORMAT:
-        raise BrokenError(f"{path}: has format {found}, but this version reads {FORMAT}; use the version that wrote it")
+        raise BrokenError(
+            f"{path}: has format {shown(found)}, but this version reads {FORMAT}; use the version that wrote it"
+        )
+    if not _is_complete(document):
+        raise BrokenError(f"{path}: is damaged: it lacks an entry, or has one of the wrong type")
     if str(document["step"]) != folder.name:
         raise BrokenError(f"{path}: belongs to step {document['step']}, not to {folder.name}")
     return document
@@ -111,6 +116,27 @@ def _files(folder: Path) -> dict[str, Path]:
     paths = [Path(inner) / name for inner, _, names in os.walk(folder) for name in names]
     regular = [path for path in paths if stat.S_ISREG(os.lstat(path).st_mode)]
     return {path.relative_to(folder).as_posix(): path for path in regular if path != folder / MANIFEST}
+
+
+def _is_complete(document: Manifest) -> bool:
+    """Whether a manifest has all entries that are read from it, and each has its type."""
+    match document:
+        case {
+            "step": int(),
+            "val_loss": None | int() | float(),
+            "config": None | dict(),
+            "inputs": dict(inputs),
+            "arrays": dict(arrays),
+            "files": dict(files),
+        }:
+            return (
+                all(is_sha256(digest) for digest in inputs.values())
+                and all(isinstance(part, dict) for part in arrays.values())
+                and all(isinstance(array, list) for part in arrays.values() for array in part.values())
+                and all(isinstance(file, dict) for file in files.values())
+                and all(type(file.get("bytes")) is int and is_sha256(file.get("sha256")) for file in files.values())
+            )
+    return False
 
 
 def _render(document: Manifest) -> bytes:

@@ -4,18 +4,27 @@ import importlib
 import json
 import math
 import os
+import re
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import write_text
+from flax_decoder.io.files import open_regular, write_text
+from flax_decoder.io.strict_json import Limits, parse_object, shown
 from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
 
 # A line of the log: names and numbers, or "unknown".
 LogRow = dict[str, Any]
+# A line has some 400 bytes.
+_LINE = Limits(100_000, 2_000_000)
+_ADVICE = "repair or delete the line"
+# What others compute with; each may else be a word, as "unknown" is.
+_NUMBERS = ("step", "val_loss", "val_bits_per_byte", "seconds")
+_MAX_NUMBER = 1e100  # far beyond float32 and any count of tokens, and still a number that can be plotted
 # Blue and vermilion of Okabe and Ito's palette.
 TRAINING, VALIDATION = "#0072b2", "#d55e00"
 # A white background keeps a number readable on top of the curve.
@@ -36,8 +45,10 @@ class MetricsLog:
         """
         self._path = folder / "metrics.jsonl"
         self._writes = writes
-        self._reporters = open_reporters(config, folder) if writes else []
-        self.rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+        rows = read_metrics(self._path)
+        last_step = max((row["step"] for row in rows), default=0)
+        self._reporters = open_reporters(config, folder, step, last_step) if writes else []
+        self.rows = [row for row in rows if row["step"] <= step]
         if writes:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
@@ -56,26 +67,42 @@ class MetricsLog:
 
     def seconds(self) -> float:
         """Training time of the run up to the last line, in seconds."""
-        return float(self.rows[-1]["seconds"]) if self.rows else 0.0
+        return float(self.rows[-1].get("seconds", 0)) if self.rows else 0.0
 
 
 def read_metrics(path: Path) -> list[LogRow]:
     """The lines of a metrics.jsonl, without a last one cut short by a crash; none if there is no file.
 
     Raises:
-        BrokenError: a line is damaged.
+        BrokenError: the file cannot be read, or a line is damaged.
     """
-    if not path.exists():
-        return []
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BrokenError(f"{path}: line {number} is damaged: {error}; repair or delete it") from None
-        rows.append(row)
+    try:
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LINE.num_bytes + 1), b""), start=1):
+                if line.endswith(b"\n") or len(line) > _LINE.num_bytes:
+                    rows.append(_row_of(line, f"{path}: line {number}"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise BrokenError(f"{path}: cannot be read: {error.strerror}; repair or delete it") from None
+    except UserError as error:
+        raise BrokenError(str(error)) from None
     return rows
+
+
+def _row_of(line: bytes, source: str) -> LogRow:
+    """The content of a line, with which the rest of this module can compute; raises UserError."""
+    row = parse_object(line, source, _LINE, _ADVICE)
+    for name, value in row.items():
+        is_word = isinstance(value, str) and name not in _NUMBERS
+        if not is_word and not (type(value) in (int, float) and abs(value) <= _MAX_NUMBER):
+            raise UserError(f"{source}: {name} = {shown(value)} is not a number of a run; {_ADVICE}")
+    if type(row.get("step")) is not int or row["step"] < 0:
+        raise UserError(f"{source}: step = {shown(row.get('step'))} must be a whole number, 0 or more; {_ADVICE}")
+    if ("val_loss" in row) != ("val_bits_per_byte" in row):
+        raise UserError(f"{source}: has only one of val_loss and val_bits_per_byte; {_ADVICE}")
+    return row
 
 
 def require_reporters(config: RunConfig) -> None:
@@ -91,13 +118,24 @@ def require_reporters(config: RunConfig) -> None:
             raise UserError(f'run.{name} needs: pip install "flax-decoder[{name}]"') from None
 
 
-def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[LogRow], None]]:
-    """A function per reporter in the config, to be called with each line."""
+def open_reporters(config: RunConfig, folder: Path, step: int, last_step: int) -> list[Callable[[LogRow], None]]:
+    """A function per reporter in the config, to be called with each line.
+
+    Args:
+        config: which reporters.
+        folder: the run folder.
+        step: where the run continues; the lines after it come again if the run was killed after later ones.
+        last_step: that of the last line so far.
+
+    Raises:
+        BrokenError: the id of the run at a reporter cannot be read.
+    """
     reporters: list[Callable[[LogRow], None]] = []
     if config.tensorboard:
         from tensorboardX import SummaryWriter
 
-        writer = SummaryWriter(os.fspath(folder / "tensorboard"))
+        # TensorBoard then forgets the lines that come again.
+        writer = SummaryWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1)
 
         def to_tensorboard(row: LogRow) -> None:
             for name, value in row.items():
@@ -108,10 +146,36 @@ def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[LogRow], N
     if config.wandb is not None:
         import wandb
 
-        # With the folder's name as id, a resumed run continues the same chart.
-        run = wandb.init(project=config.wandb, name=folder.name, id=folder.name, dir=folder, resume="allow")
-        reporters.append(lambda row: run.log(dict(row), step=int(row["step"])))
+        is_known, id = _wandb_id(folder / "wandb_id")
+        run = wandb.init(project=config.wandb, name=folder.name, id=id, dir=folder, resume="allow")
+        # The server knows which steps it has and drops those that come again; without it, none may come again.
+        num_sent = last_step if is_known and run.offline else 0
+
+        def to_wandb(row: LogRow) -> None:
+            if row["step"] > num_sent:
+                run.log(dict(row), step=int(row["step"]))
+
+        reporters.append(to_wandb)
     return reporters
+
+
+def _wandb_id(path: Path) -> tuple[bool, str]:
+    """Whether the run has an id at Weights & Biases, and the id; else a new one, which is written to the file.
+
+    Ids are those of a whole project: with the name of its folder as id, a run would continue the chart of another one.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(100)
+    except FileNotFoundError:
+        id = secrets.token_hex(8)
+        write_text(path, id + "\n")
+        return False, id
+    except OSError as error:
+        raise BrokenError(f"{path}: cannot be read: {error.strerror}; delete it to begin a new chart") from None
+    if not re.fullmatch(rb"[0-9a-f]{16}\n?", content):
+        raise BrokenError(f"{path}: is damaged: {shown(content)} is no id; delete it to begin a new chart")
+    return True, content.decode().strip()
 
 
 def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

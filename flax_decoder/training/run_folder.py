@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flax_decoder.config import Config, fixed_fields, warmup_within
+from flax_decoder.config import Config, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
-from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
+from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, write_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
 from flax_decoder.io.files import new_folder, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
@@ -43,6 +43,8 @@ def open_run(
         InUseError: another process has locked the folder.
         FaultError: the folder cannot be read or written, or a file in it is damaged.
     """
+    # In this order: a run that another process creates appears whole, so what is in use now is a run by the next line.
+    in_use = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     started = (folder / "config.toml").is_file() and (folder / "corpus").is_dir()
     if config.run.resume == "must" and not saved_steps(folder):
         raise UserError(f'{folder}: has no checkpoint to resume from, but run.resume = "must"')
@@ -60,7 +62,7 @@ def open_run(
 
     if folder.resolve() == Path.cwd():
         raise UserError(f"{folder}: is the current folder; give a new --run.folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
     tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
     config = _resolve(config, tokenizer, corpus)
@@ -68,7 +70,7 @@ def open_run(
     try:
         with new_folder(folder) as unfinished:
             save_corpus(corpus, unfinished / "corpus")
-            write_text(unfinished / "tokenizer.json", tokenizer.to_json())
+            write_tokenizer(unfinished / "tokenizer.json", tokenizer)
             write_text(unfinished / "config.toml", to_toml(config))
             if lock is not None:
                 lock.take(unfinished)
@@ -136,6 +138,7 @@ def _guarded(asked: Config, saved: Config) -> list[tuple[str, Any, Any]]:
     return [
         (f"{section}.{name}", *(getattr(getattr(config, section), name) for config in (saved, asked)))
         for section, name in fixed_fields()
+        if is_used(asked, section, name)
     ]
 
 

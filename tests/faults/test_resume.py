@@ -43,10 +43,18 @@ OTHERS = {
     "training.accumulation_steps": 2,
     "training.skip_spikes": 3.0,
 }
-# Other settings that some of them require.
+# Other settings that some of them require, or without which they count for nothing.
 WITH = {
     "model.rotary_window_base": {"model.positions": "rotary", "model.window": 4},
     "model.window_pattern": {"model.window": 4, "model.num_layers": 2},
+    "model.rotary_scaling_factor": {"model.rotary_scaling": "linear"},
+    "data.bpe_vocab_size": {"data.tokenizer": "bpe"},
+    "model.rotary_low_frequency_factor": {"model.rotary_scaling": "llama3"},
+    "model.rotary_high_frequency_factor": {"model.rotary_scaling": "llama3"},
+    "model.rotary_original_context": {"model.rotary_scaling": "llama3"},
+    "optimizer.muon_learning_rate": {"optimizer.name": "muon"},
+    "optimizer.muon_momentum": {"optimizer.name": "muon"},
+    "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
 }
 GUARDED = [f"{section}.{name}" for section, name in fixed_fields()]
 

@@ -20,7 +20,7 @@ import flax_decoder.training.loop  # noqa: F401 (a test that goes on as another 
 from flax_decoder.cli import main
 from flax_decoder.config import DataConfig
 from flax_decoder.data.corpus import load_corpus, prepare_corpus, save_corpus, split_text
-from flax_decoder.data.tokenizer import load_tokenizer, make_tokenizer
+from flax_decoder.data.tokenizer import load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.io.files import open_regular
 
 ROW = "Texts of every kind"
@@ -89,7 +89,7 @@ def assert_comes_back(path: str, kind: str, text: str) -> None:
     """Text -> tokens -> disk -> tokens -> text, also by the tokenizer that its file makes."""
     tokenizer, corpus = prepare_corpus(DataConfig(path=path, tokenizer=kind, bpe_vocab_size=300), 1, None)
     save_corpus(corpus, "corpus")
-    Path("tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    write_tokenizer(Path("tokenizer.json"), tokenizer)
     loaded, again = load_corpus("corpus"), load_tokenizer("tokenizer.json")
     parts = split_text(text, 0.1)
     assert tuple(map(tokenizer.decode, (loaded.train_tokens, loaded.validation_tokens))) == parts
