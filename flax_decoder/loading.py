@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flax_decoder.config import Config, DataConfig
 from flax_decoder.config_file import load_config, to_toml
 from flax_decoder.data.tokenizer import Tokenizer
-from flax_decoder.errors import FaultError, UserError
+from flax_decoder.errors import FaultError, UserError, as_path, require_type
 from flax_decoder.huggingface.choice import choose_family
 from flax_decoder.huggingface.folder import (
     is_model_folder,
@@ -50,10 +50,10 @@ def load(
 
     Raises:
         UserError: there is no such folder, model or checkpoint, the Hugging Face folder is not supported, or a sharding
-            does not fit its parameter.
+            does not fit its parameter, or `step` is none of these.
         FaultError: the checkpoint cannot be read.
     """
-    folder = Path(path)
+    folder = Path(as_path(path))
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run folder, such as runs/default")
     if _is_run_folder(folder):
@@ -86,7 +86,7 @@ def convert(
         UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
         FaultError: `destination` cannot be written.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(as_path(source)), Path(as_path(destination))
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: exists and is not empty; give a new folder to convert into")
     to_run = source.is_dir() and not _is_run_folder(source)
@@ -132,7 +132,11 @@ def compare(
         UserError: `path` cannot be read, no Hugging Face model type can express the model, a setting cannot be
             compared, or PyTorch is not installed.
     """
+    if model is not None:
+        require_type("model", model, Decoder)
     try:
+        import torch
+
         from flax_decoder.comparison.compare import compare_models
         from flax_decoder.comparison.torch_side import open_model
     except ModuleNotFoundError as error:
@@ -141,6 +145,8 @@ def compare(
         raise UserError(
             f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
         ) from None
+    if torch_model is not None:
+        require_type("torch_model", torch_model, torch.nn.Module)
     saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
     folder = Path(path)
     is_run = _is_run_folder(folder)
