@@ -132,6 +132,7 @@ def compare(
         UserError: `path` cannot be read, no Hugging Face model type can express the model, a setting cannot be
             compared, or PyTorch is not installed.
     """
+    folder = Path(as_path(path))
     if model is not None:
         require_type("model", model, Decoder)
     try:
@@ -148,7 +149,6 @@ def compare(
     if torch_model is not None:
         require_type("torch_model", torch_model, torch.nn.Module)
     saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
-    folder = Path(path)
     is_run = _is_run_folder(folder)
     family = choose_family(saved_model.config, str(path)) if is_run else read_family(folder)
     if torch_model is None:

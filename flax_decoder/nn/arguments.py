@@ -130,7 +130,7 @@ def as_array(array: Any, name: str) -> jax.Array | np.ndarray:
         made = None if isinstance(array, np.ma.MaskedArray) else np.asarray(array)
     except (ValueError, TypeError, RuntimeError):
         made = None
-    if made is None or made.dtype.kind in "OSUVmM":
+    if made is None or not any(jnp.issubdtype(made.dtype, kind) for kind in (jnp.number, jnp.bool_)):
         raise ValueError(f"{name} must be an array of numbers, not {type(array).__name__}: {as_one_line(array)}")
     return made.astype(made.dtype.newbyteorder("="), copy=False)
 
@@ -155,7 +155,7 @@ def as_integers(array: Any, name: str = "token ids") -> jax.Array:
 
 
 def check_tokens(
-    tokens_BT: Any, vocab_size: int, mask_BT: ArrayLike | None = None, name: str = "token ids"
+    tokens: Any, vocab_size: int, mask: ArrayLike | None = None, name: str = "token ids"
 ) -> jax.Array | np.ndarray:
     """The token ids as `as_array`.
 
@@ -163,15 +163,15 @@ def check_tokens(
         ValueError: they are no integers; or one that is known (not traced), and that the mask keeps, is not in the
             vocabulary.
     """
-    tokens_BT = check_integers(tokens_BT, name)
-    if isinstance(tokens_BT, jax.core.Tracer) or isinstance(mask_BT, jax.core.Tracer):
-        return tokens_BT
-    ids = np.asarray(tokens_BT) if mask_BT is None else np.asarray(tokens_BT)[np.asarray(mask_BT) > 0]
+    tokens = check_integers(tokens, name)
+    if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+        return tokens
+    ids = np.asarray(tokens) if mask is None else np.asarray(tokens)[np.asarray(mask) > 0]
     # In 64 bits, since the size of the vocabulary may not be a number of the dtype of the ids.
     outside = ids[(ids < 0) | (ids.astype(np.uint64) >= vocab_size)]
     if outside.size > 0:
         raise ValueError(f"token id {outside[0]} is not in the vocabulary: 0 to {vocab_size - 1}")
-    return tokens_BT
+    return tokens
 
 
 def check_integers(array: Any, name: str) -> jax.Array | np.ndarray:
