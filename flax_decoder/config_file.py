@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from flax_decoder.config import SECTIONS, Config, fields_of
-from flax_decoder.errors import UserError
+from flax_decoder.errors import UserError, as_path, require_type
 from flax_decoder.io.files import open_regular
 from flax_decoder.io.strict_json import shown
 
@@ -33,9 +33,10 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         UserError: an unreadable file, an unknown field, a wrong type, or incompatible settings; names file, field and
             value.
     """
+    require_type("overrides", overrides or {}, Mapping, 'such as {"model.num_layers": 2}')
     settings, source = {}, "the default config"
     if path is not None:
-        source = os.fspath(path)
+        source = as_path(path)
         settings = _read_toml(Path(path))
     for name, value in (overrides or {}).items():
         section, field = _find_field(name)
@@ -134,6 +135,7 @@ def _check_text(value: Any, name: str, source: str) -> None:
 
 
 def _find_field(name: str) -> tuple[str, str]:
+    require_type("the name of an override", name, str, 'such as "model.num_layers"')
     section, _, field = name.replace("-", "_").partition(".")
     if section not in SECTIONS or field not in fields_of(section):
         known = [f"{s}.{f}" for s in SECTIONS for f in fields_of(s)]
@@ -146,7 +148,8 @@ def _parse_override(section: str, field: str, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if not isinstance(value, str):
-        return value
+        is_number = hasattr(value, "dtype") and getattr(value, "shape", None) == ()
+        return value.item() if is_number else value  # a number of NumPy or JAX as Python's
     try:
         if not value.startswith("["):  # a list of paths, not a path
             return TypeAdapter(fields_of(section)[field].annotation).validate_python(value, strict=True)

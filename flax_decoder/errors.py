@@ -1,5 +1,10 @@
 """The exceptions of the package, and the exit code of a command that ends with one."""
 
+import operator
+import os
+from types import NoneType
+from typing import Any, get_args
+
 
 class UserError(ValueError):
     """Invalid input: a setting, a file, a prompt. Exit code 2.
@@ -18,3 +23,40 @@ class BrokenError(FaultError):
 
 class InUseError(RuntimeError):
     """Another process uses the run folder. Exit code 73."""
+
+
+def as_one_line(value: Any) -> str:
+    """The beginning of a value, for a message."""
+    return f"{' '.join(repr(value).split()):.60}"
+
+
+def require_type(name: str, value: Any, kind: Any, example: str = "") -> None:
+    """Raises UserError unless a value is of a type, or of one of a union; `example` says where to get one."""
+    if not isinstance(value, kind):
+        wanted = " or ".join(part.__name__ for part in get_args(kind) or (kind,) if part is not NoneType)
+        hint = f", {example}" if example else ""
+        raise UserError(f"{name} must be of type {wanted}{hint}, not {type(value).__name__}: {as_one_line(value)}")
+
+
+def as_path(value: Any) -> str:
+    """A path as text. Raises UserError if it is none, or is empty."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise UserError(f"the path must be a text or a pathlib.Path, not {type(value).__name__}: {as_one_line(value)}")
+    return path
+
+
+def as_whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number, of Python, NumPy or JAX, as Python's.
+
+    Raises:
+        UserError: it is none (2.0 and True are none), below `least` or above `most`.
+    """
+    limits = f"at least {least}" if most is None else f"from {least} to {most}"
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise UserError(f"{name} = {as_one_line(value)} must be a whole number, {limits}")
+    return number

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flax_decoder.config import Config, DataConfig
 from flax_decoder.config_file import load_config, to_toml
 from flax_decoder.data.tokenizer import Tokenizer, write_tokenizer
-from flax_decoder.errors import FaultError, UserError
+from flax_decoder.errors import FaultError, UserError, as_path, require_type
 from flax_decoder.huggingface.choice import choose_family
 from flax_decoder.huggingface.folder import (
     is_model_folder,
@@ -51,10 +51,10 @@ def load(
 
     Raises:
         UserError: there is no such folder, model or checkpoint, the Hugging Face folder is not supported, or a sharding
-            does not fit its parameter.
+            does not fit its parameter, or `step` is none of these.
         FaultError: the checkpoint cannot be read.
     """
-    folder = Path(path)
+    folder = Path(as_path(path))
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run folder, such as runs/default")
     if _is_run_folder(folder):
@@ -87,7 +87,7 @@ def convert(
         UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
         FaultError: `destination` cannot be written.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = Path(as_path(source)), Path(as_path(destination))
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: exists and is not empty; give a new folder to convert into")
     to_run = source.is_dir() and not _is_run_folder(source)
@@ -137,7 +137,12 @@ def compare(
         UserError: `path` cannot be read, or is left out without a model and params; a setting cannot be compared;
             `torch_model` is of another architecture; or PyTorch is not installed.
     """
+    folder = None if path is None else Path(as_path(path))
+    if model is not None:
+        require_type("model", model, Decoder)
     try:
+        import torch
+
         from flax_decoder.comparison.compare import compare_models
         from flax_decoder.comparison.torch_decoder import TABLE, TorchDecoder, make_twin
         from flax_decoder.comparison.torch_side import open_model
@@ -147,6 +152,8 @@ def compare(
         raise UserError(
             f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
         ) from None
+    if torch_model is not None:
+        require_type("torch_model", torch_model, torch.nn.Module)
     if path is not None:
         saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
     elif model is not None and params is not None:
@@ -154,8 +161,8 @@ def compare(
     else:
         raise UserError("compare needs a folder, or both model and params")
     config, notes, family = saved_model.config, [], None
-    if path is not None and not _is_run_folder(Path(path)):
-        family = read_family(Path(path))
+    if folder is not None and not _is_run_folder(folder):
+        family = read_family(folder)
     elif isinstance(torch_model, TorchDecoder) or (path is None and torch_model is None):
         family = TABLE
     else:
@@ -169,8 +176,7 @@ def compare(
         torch_model = make_twin(config, saved_params)
     elif torch_model is None:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(path or temporary)
-            if _is_run_folder(folder):
+            if folder is None or _is_run_folder(folder):
                 folder = Path(temporary)
                 write_folder(folder, config, saved_params, tokenizer, family)
             torch_model = open_model(folder)

@@ -63,3 +63,16 @@ def test_what_is_no_run_is_refused(run, tmp_path):
         fd.load(tmp_path)
     with pytest.raises(fd.UserError, match="no checkpoint of step 7; there are 1, 2"):
         fd.load(run[0], step=7)
+
+
+def test_a_step_may_be_a_number_of_numpy_or_jax(run):
+    folder, params, _ = run
+    for step in (np.int64(1), jax.numpy.int32(1)):
+        jax.tree.map(np.testing.assert_array_equal, fd.load(folder, step=step)[1], params[1])
+
+
+@pytest.mark.parametrize("step", ["newest", "1", None, 1.0, True, -1, [1]])
+def test_what_is_no_step_is_refused(run, step):
+    """Else it would be the newest, without a word."""
+    with pytest.raises(fd.UserError, match=r"step = .* must be"):
+        fd.load(run[0], step=step)

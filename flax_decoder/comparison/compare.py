@@ -14,7 +14,7 @@ from flax_decoder.comparison.observation import Batch, Observation, furthest, ob
 from flax_decoder.comparison.torch_decoder import TorchDecoder
 from flax_decoder.comparison.torch_side import PyTorchSide, TwinSide
 from flax_decoder.config import OptimizerConfig
-from flax_decoder.errors import UserError
+from flax_decoder.errors import UserError, as_whole_number
 from flax_decoder.huggingface.family import Family
 from flax_decoder.huggingface.weights import flatten
 from flax_decoder.nn.decoder import Decoder
@@ -62,11 +62,11 @@ def compare_models(
         UserError: settings that cannot be compared.
     """
     length = _check_length(model, length)
-    if batch_size % accumulation_steps != 0 or batch_size < 1 or steps < 0:
-        raise UserError(
-            f"batch_size = {batch_size} must be a positive multiple of accumulation_steps = {accumulation_steps}, and "
-            f"steps = {steps} not negative"
-        )
+    steps, seed = as_whole_number("steps", steps, 0), as_whole_number("seed", seed, 0)
+    batch_size = as_whole_number("batch_size", batch_size, 1)
+    accumulation_steps = as_whole_number("accumulation_steps", accumulation_steps, 1)
+    if batch_size % accumulation_steps != 0:
+        raise UserError(f"batch_size = {batch_size} must be a multiple of accumulation_steps = {accumulation_steps}")
     if optimizer is not None and optimizer.name != "adamw":
         raise UserError(f'optimizer.name = "{optimizer.name}" has no counterpart in PyTorch; use "adamw"')
     if optimizer is not None and optimizer.moments_dtype != "float32":
@@ -140,7 +140,7 @@ def _check_length(model: Decoder, length: int | None) -> int:
     """Tokens per sequence: enough that a window acts if that is cheap, and never a number of heads."""
     config = model.config
     windows = [window for window in config.windows if window is not None and window <= MAX_TOKENS - 8]
-    chosen = length
+    chosen = None if length is None else as_whole_number("length", length, 0)
     if chosen is None:
         chosen = min(max([64, *(window + 8 for window in windows)]), config.context_length)
     if chosen in (config.num_heads, config.kv_heads):

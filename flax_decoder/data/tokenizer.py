@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
-from flax_decoder.errors import UserError
+from flax_decoder.errors import UserError, as_one_line, require_type
 from flax_decoder.io.files import write_text
 from flax_decoder.io.foreign_file import open_named, read_content
 from flax_decoder.io.strict_json import VOCABULARY, excess_of, parse_object, shown
@@ -58,7 +58,7 @@ class Tokenizer(ABC):
     end_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text. Raises UserError if a character is not in the vocabulary."""
+        """The token ids of a text. Raises UserError if it is no text, or a character is not in the vocabulary."""
         return self.encode_array(text).tolist()
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -71,7 +71,14 @@ class Tokenizer(ABC):
         Args:
             text: any length.
             dtype: an integer type that holds V - 1.
+
+        Raises:
+            UserError: another type, no text, or a character that is not in the vocabulary.
         """
+        require_type("the text to encode", text, str)
+        dtype = np.dtype(dtype)
+        if dtype.kind not in "iu" or self.vocab_size - 1 > np.iinfo(dtype).max:
+            raise UserError(f"dtype = {dtype} cannot hold token ids up to {self.vocab_size - 1}; take int32")
         ids = bytearray()  # grows in place; joining arrays would hold all ids twice
         for piece in self._encode_pieces(text):
             ids += piece.astype(dtype, copy=False).data
@@ -85,15 +92,18 @@ class Tokenizer(ABC):
         """The text of token ids: integers in any iterable, such as a one-dimensional NumPy or JAX array.
 
         Raises:
-            ValueError: an id is not in the vocabulary.
+            ValueError: they are no integers (T,), or one is not in the vocabulary.
         """
-        if hasattr(ids, "__array__"):
+        if hasattr(ids, "__array__") and not isinstance(ids, np.ndarray):
             ids = np.asarray(ids)  # one copy from the device; iterating would make one per element
-        array = np.fromiter(map(operator.index, ids), np.int64)
-        outside = (array < 0) | (array >= self.vocab_size)
-        if outside.any():
-            raise ValueError(f"token id {array[outside][0]} is not in the vocabulary: 0 to {self.vocab_size - 1}")
-        return self._decode(array)
+        try:
+            numbers = [*map(operator.index, ids)]
+        except TypeError:
+            raise ValueError(f"the ids to decode must be integers (T,), not {as_one_line(ids)}") from None
+        outside = next((number for number in numbers if not 0 <= number < self.vocab_size), None)
+        if outside is not None:
+            raise ValueError(f"token id {outside} is not in the vocabulary: 0 to {self.vocab_size - 1}")
+        return self._decode(np.array(numbers, np.int64))
 
     @abstractmethod
     def _decode(self, ids: np.ndarray) -> str:

@@ -15,12 +15,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.errors import UserError
+from flax_decoder.errors import UserError, as_whole_number
 from flax_decoder.generation.sampling import Sampling
 from flax_decoder.generation.speculative import Draft, PromptLookup
 from flax_decoder.generation.steps import DECODE_TOKENS, TokenChunk, cache_capacity
 from flax_decoder.generation.stream import Prefix, prefill_prompts, stream, supports_rolling_context
-from flax_decoder.nn.decoder import Decoder, check_tokens
+from flax_decoder.nn.arguments import as_array, check_tokens
+from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import unstack_layers
 
 Prompts = ArrayLike | Sequence[ArrayLike]
@@ -79,8 +80,8 @@ def generate(
         Prompts and new tokens, int32 (B * num_samples, T + max_new_tokens); a list of rows if they differ in length.
 
     Raises:
-        ValueError: ids outside the vocabulary, an empty prompt, a negative number of tokens, or a setting of
-            `Sampling` out of range.
+        ValueError: ids outside the vocabulary or of another kind than integers, an empty prompt, a negative number of
+            tokens, no random key, params of another model, or a setting of `Sampling` out of range.
     """
     prompts = as_prompts(prompt_tokens_BT, model.config)
     options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "draft": draft}
@@ -112,8 +113,7 @@ def complete(
         The samples of each prompt.
     """
     prompts = as_prompts(prompt_tokens_BT, model.config)
-    if not 0 <= top_logprobs <= (model.config.vocab_size or 0):
-        raise UserError(f"top_logprobs = {top_logprobs} must be from 0 to the vocabulary, {model.config.vocab_size}")
+    top_logprobs = as_whole_number("top_logprobs", top_logprobs, 0, model.config.vocab_size)
     options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "num_top": top_logprobs}
     new = _decode_all(model, params, prompts, max_new_tokens, rng, Sampling(**sampling), **options)
     B = len(prompts) * num_samples
@@ -161,7 +161,7 @@ def prefill(model: Decoder, params: Any, tokens: ArrayLike, *, prefix: Prefix | 
         ValueError: ids outside the vocabulary, no tokens, or more than the context with learned or sinusoidal
             positions.
     """
-    (text,) = as_prompts(np.asarray(tokens)[None], model.config)
+    (text,) = as_prompts([as_array(tokens, "the tokens")], model.config)
     config = model.config
     if not supports_rolling_context(config) and len(text) > config.context_length:
         raise UserError(
@@ -174,9 +174,9 @@ def prefill(model: Decoder, params: Any, tokens: ArrayLike, *, prefix: Prefix | 
 
 def as_prompts(prompts: Prompts, config: ModelConfig) -> list[np.ndarray]:
     """Prompts as int32 rows. Raises ValueError if they are not tokens of the model's vocabulary."""
-    rows = [np.asarray(row) for row in prompts] if isinstance(prompts, Sequence) else list(np.asarray(prompts))
+    if not isinstance(prompts, Sequence):
+        prompts = np.atleast_1d(np.asarray(as_array(prompts, "the prompt")))
+    rows = [np.asarray(as_array(row, "the prompt")) for row in prompts]  # in NumPy, which compiles nothing
     if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
         raise UserError("the prompt must be tokens (B, T), or rows of different lengths, with at least one per row")
-    for row in rows:
-        check_tokens(row[None], config.vocab_size or 0)
-    return [row.astype(np.int32) for row in rows]
+    return [np.asarray(check_tokens(row, config.vocab_size or 0), np.int32) for row in rows]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from flax_decoder.errors import UserError
+from flax_decoder.errors import UserError, as_one_line, as_whole_number
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,16 @@ class Sampling:
     forced_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        object.__setattr__(self, "top_k", as_whole_number("top_k", self.top_k, 0))
+        if self.vocab_size is not None:
+            object.__setattr__(self, "vocab_size", as_whole_number("vocab_size", self.vocab_size, 1))
         for name, valid, wanted in (
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a positive number"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
             ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
-            ("top_k", self.top_k >= 0, "0 (off) or a positive number"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
         ):
@@ -66,12 +70,10 @@ class Sampling:
         Raises:
             UserError: a token is not in the vocabulary, or no token is left to draw.
         """
-        for name in ("bad_tokens", "forced_tokens"):
-            for token in getattr(self, name):
-                if not 0 <= token < vocab_size:
-                    raise UserError(f"{name}: token id {token} is not in the vocabulary: 0 to {vocab_size - 1}")
+        bad_tokens = as_ids("bad_tokens", self.bad_tokens, vocab_size)
+        forced_F = as_ids("forced_tokens", self.forced_tokens, vocab_size)
         allowed_V = np.arange(vocab_size) < (vocab_size if self.vocab_size is None else self.vocab_size)
-        allowed_V[list(self.bad_tokens)] = False
+        allowed_V[bad_tokens] = False
         if not allowed_V.any():
             raise UserError("bad_tokens leave no token that can be drawn")
         greedy = self.temperature == 0
@@ -88,8 +90,30 @@ class Sampling:
             max_top_k=0 if greedy or self.top_k == 0 else min(1 << (self.top_k - 1).bit_length(), vocab_size),
             top_p=number(self.top_p, greedy or self.top_p == 1),
             min_p=number(self.min_p, greedy or self.min_p == 0),
-            forced_F=np.asarray(self.forced_tokens, np.int32) if self.forced_tokens else None,
+            forced_F=forced_F if len(forced_F) else None,
         )
+
+
+def as_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
+    """Token ids as int32 (F,); UserError for what is no list of tokens of the vocabulary."""
+    try:
+        numbers = [as_whole_number(f"each of {name}", id, -1) for id in ids]
+    except TypeError:
+        raise UserError(f"{name} = {as_one_line(ids)} must be a list of token ids") from None
+    for number in numbers:
+        if not 0 <= number < vocab_size:
+            raise UserError(f"{name}: token id {number} is not in the vocabulary: 0 to {vocab_size - 1}")
+    return np.array(numbers, np.int32)
+
+
+def _number(name: str, value: Any) -> float:
+    """A number of Python, NumPy or JAX as Python's; UserError if it is none."""
+    try:
+        if isinstance(value, str | bool):
+            raise TypeError
+        return float(value)
+    except TypeError:
+        raise UserError(f"{name} = {as_one_line(value)} must be a number") from None
 
 
 class Filters(struct.PyTreeNode):

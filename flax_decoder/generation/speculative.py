@@ -150,12 +150,12 @@ def accept(
     counts_BC = jnp.arange(num_draft)[None] < num_draft_B[:, None]
     if rngs_B is None:
         is_accepted_BC = counts_BC & (logits_BTV[:, :-1].argmax(-1) == draft_BC)
-        num_accepted_B = jnp.cumprod(is_accepted_BC, axis=1).sum(1)
+        num_accepted_B = jnp.cumprod(is_accepted_BC, axis=1).sum(1, dtype=jnp.int32)
         return num_accepted_B, take(logits_BTV, num_accepted_B)
 
     p_BTV = jax.nn.softmax(logits_BTV, axis=-1)
     if draft_logits_BCV is None:
-        q_BCV = jax.nn.one_hot(draft_BC, logits_BTV.shape[-1])
+        q_BCV = jax.nn.one_hot(draft_BC, logits_BTV.shape[-1], dtype=p_BTV.dtype)
     else:
         q_BCV = jax.nn.softmax(draft_logits_BCV, axis=-1)
     p_of_draft_BC, q_of_draft_BC = (
@@ -163,9 +163,9 @@ def accept(
     )
     offsets = jnp.arange(num_draft)
     rngs_BC = jax.vmap(lambda offset: token_rngs(rngs_B, position_B + offset, _FOR_TEST), out_axes=1)(offsets)
-    uniform_BC = jax.vmap(jax.vmap(jax.random.uniform))(rngs_BC)
+    uniform_BC = jax.vmap(jax.vmap(lambda rng: jax.random.uniform(rng, dtype=p_BTV.dtype)))(rngs_BC)
     is_accepted_BC = counts_BC & (uniform_BC * q_of_draft_BC < p_of_draft_BC)
-    num_accepted_B = jnp.cumprod(is_accepted_BC, axis=1).sum(1)
+    num_accepted_B = jnp.cumprod(is_accepted_BC, axis=1).sum(1, dtype=jnp.int32)
 
     # After the last drafted token that counts there was no rejection, so q = 0 and the next token comes from p.
     q_BCV = jnp.where(counts_BC[:, :, None], q_BCV, 0)

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.errors import UserError
+from flax_decoder.errors import UserError, as_whole_number, require_type
 from flax_decoder.generation import steps
-from flax_decoder.generation.sampling import Filters, Sampling, TokenCounts, filtered
+from flax_decoder.generation.sampling import Filters, Sampling, TokenCounts, as_ids, filtered
 from flax_decoder.generation.speculative import Draft, PromptLookup, SpeculativeState, speculative_chunk
+from flax_decoder.nn.arguments import check_key
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import unstack_layers
@@ -66,12 +67,14 @@ def stream(
     Raises:
         UserError: an argument is out of range; before anything is computed.
     """
-    if max_new_tokens < 0 or num_samples < 1:
-        raise UserError(
-            f"max_new_tokens = {max_new_tokens} must be at least 0, and num_samples = {num_samples} at least 1"
-        )
+    max_new_tokens = as_whole_number("max_new_tokens", max_new_tokens, 0)
+    num_samples = as_whole_number("num_samples", num_samples, 1)
+    require_type("prefix", prefix, Prefix | None, "from fd.prefill")
+    require_type("draft", draft, PromptLookup | Draft | None)
     if rng is None and sampling.temperature > 0:
         raise UserError("sampling needs rng, such as jax.random.key(0); or temperature = 0")
+    if rng is not None:
+        check_key(rng)
     request = _Request(
         model=model,
         params=params,
@@ -82,7 +85,7 @@ def stream(
         max_new_tokens=max_new_tokens,
         rng=None if sampling.temperature == 0 else rng,
         filters=sampling.filters(model.config.vocab_size or 0),
-        end_ids=np.asarray(end_ids, np.int32),
+        end_ids=as_ids("end_ids", end_ids, model.config.vocab_size or 0),
         prefix=prefix,
     )
     if draft is None:
@@ -243,8 +246,7 @@ def _check_draft(request: _Request, draft: PromptLookup | Draft) -> None:
     model, filters = request.model, request.filters
     if filters.penalties is not None or filters.forced_F is not None:
         raise UserError("draft cannot be combined with penalties or forced tokens; leave one of them out")
-    if draft.num_tokens < 1:
-        raise UserError(f"num_tokens = {draft.num_tokens} of the draft must be at least 1")
+    as_whole_number("draft.num_tokens", draft.num_tokens, 1)
     for config in (model.config, draft.model.config if isinstance(draft, Draft) else model.config):
         if not supports_rolling_context(config) and request.max_length > config.context_length:
             raise UserError(

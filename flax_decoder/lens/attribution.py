@@ -23,7 +23,8 @@ from flax import struct
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 from flax_decoder.lens.capture import Activations, capture, stacked_layers
-from flax_decoder.nn.decoder import Decoder, check_tokens
+from flax_decoder.nn.arguments import as_integers, check_tokens
+from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import alibi_slopes
 
@@ -91,12 +92,12 @@ def attribute(
     dtype: Literal["float32", "float64"] = "float64" if model.config.dtype == "float64" else "float32"
     # Scanned layers compile in a third of the time or less; the numbers are the same.
     config = dataclasses.replace(model.config, dtype=dtype, attention="reference", scan_layers=True)
+    vocab_size = model.config.vocab_size or 0
+    tokens_BT, targets_BT = (as_integers(check_tokens(ids_BT, vocab_size)) for ids_BT in (tokens_BT, targets_BT))
+    versus_BT = None if versus_BT is None else as_integers(check_tokens(versus_BT, vocab_size))
     for name, chosen_BT in (("targets_BT", targets_BT), ("versus_BT", versus_BT)):
-        if chosen_BT is None:
-            continue
-        if chosen_BT.shape != tokens_BT.shape:
+        if chosen_BT is not None and chosen_BT.shape != tokens_BT.shape:
             raise UserError(f"{name} has the shape {chosen_BT.shape}, tokens_BT {tokens_BT.shape}: give one token each")
-        check_tokens(chosen_BT, model.config.vocab_size or 0)
     # By default, TPUs and GPUs round the factors of float32 products.
     with jax.default_matmul_precision("highest"):
         activations = capture(Decoder(config), params, tokens_BT, names=NEEDED)

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.nn.arguments import as_integers, check_shape, check_tokens
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit
-from flax_decoder.nn.decoder import Decoder, check_tokens
+from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.params import layers_of
 from flax_decoder.nn.precision import accumulation_dtype
 
 Activations = dict[str, jax.Array]
@@ -79,13 +81,14 @@ def capture(
     unknown = [name for name in names or () if name not in NAMES]
     if unknown:
         raise ValueError(f"there is no {unknown[0]!r} to capture, only {', '.join(NAMES)}")
-    check_tokens(tokens_BT, model.config.vocab_size or 0)
+    check_shape(tokens_BT)
+    tokens_BT = as_integers(check_tokens(tokens_BT, model.config.vocab_size or 0))
     chains = None
     if edits is not None:
         chains = {name: edit if isinstance(edit, Sequence) else (edit,) for name, edit in edits.items()}
         chains = {name: tuple(map(_as_partial, chain)) for name, chain in chains.items()}
     wanted = tuple(NAMES) if names is None else tuple(names)
-    activations, cache = _capture(model, wanted, params, jnp.asarray(tokens_BT), cache, chains)
+    activations, cache = _capture(model, wanted, params, tokens_BT, cache, chains)
     activations = {name: activations[name] for name in wanted}  # jit sorts a dict by name
     return activations if cache is None else (activations, cache)
 
@@ -158,7 +161,7 @@ def _head_writes(config: ModelConfig, params: Any, heads_LBTNH: jax.Array, sum_L
 
 def stacked_layers(params: Any) -> Any:
     """The parameters of all layers, each array with a leading layer axis; undoes `unstack_layers`."""
-    layers = params["layers"]
+    layers = layers_of(params)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if isinstance(layers, tuple) else layers
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_decoder.errors import UserError
+from flax_decoder.nn.arguments import as_array, as_integers, check_shape
 from flax_decoder.nn.precision import accumulation_dtype
 
 
@@ -30,9 +31,12 @@ def head_scores(weights_LBNTS: jax.Array, tokens_BT: jax.Array) -> dict[str, jax
 
     Raises:
         UserError: the shapes do not match.
+        ValueError: tokens are no integers.
     """
-    B, T = tokens_BT.shape
-    if weights_LBNTS.shape[1] != B or weights_LBNTS.shape[3:] != (T, T):
+    weights_LBNTS = jnp.asarray(as_array(weights_LBNTS, "weights_LBNTS"))
+    B, T = check_shape(tokens_BT)
+    tokens_BT = as_integers(tokens_BT)
+    if weights_LBNTS.ndim != 5 or weights_LBNTS.shape[1] != B or weights_LBNTS.shape[3:] != (T, T):
         raise UserError(
             f"weights_LBNTS has the shape {weights_LBNTS.shape}, tokens_BT {tokens_BT.shape}: "
             "head_scores needs the weights of all these tokens on each other, from a pass without a cache"

@@ -17,7 +17,8 @@ from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.io.files import write_text
 from flax_decoder.lens.page_data import page_data
-from flax_decoder.nn.decoder import Decoder, check_tokens
+from flax_decoder.nn.arguments import as_array, check_tokens
+from flax_decoder.nn.decoder import Decoder
 
 if TYPE_CHECKING:
     from flax_decoder.lens.history import History
@@ -58,7 +59,7 @@ def write_lens_page(
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{path}: must name a file in a folder that exists")
-    tokens_T = np.asarray(tokens_T)
+    tokens_T = np.asarray(as_array(tokens_T, "the prompt"))
     if tokens_T.ndim != 1:
         raise UserError(f"the prompt has the shape {tokens_T.shape}: give the tokens of one text, (T,)")
     check_page_length(model.config, len(tokens_T))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.errors import as_whole_number, require_type
 from flax_decoder.nn.call import Call
 
 LayerKV = tuple[jax.Array, jax.Array]
@@ -45,8 +46,11 @@ def empty_cache(config: ModelConfig, batch_size: int, capacity: int, rollback_sl
         rollback_slots: how many tokens can be forgotten again, see `KVCache`.
 
     Raises:
-        ValueError: learned positions end before `capacity`.
+        ValueError: learned positions end before `capacity`, or what is no size.
     """
+    require_type("config", config, ModelConfig, "such as model.config")
+    batch_size, capacity = as_whole_number("batch_size", batch_size, 1), as_whole_number("capacity", capacity, 1)
+    rollback_slots = as_whole_number("rollback_slots", rollback_slots, 0)
     if config.positions == "learned" and capacity > config.context_length:
         raise ValueError(
             f"a cache of {capacity} tokens goes beyond context_length = {config.context_length}, "

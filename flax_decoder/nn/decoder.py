@@ -7,21 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.nn.arguments import checked_arguments
 from flax_decoder.nn.attention import SelfAttention
 from flax_decoder.nn.axes import constrain, num_parts
 from flax_decoder.nn.cache import KVCache, LayerKV
-from flax_decoder.nn.call import Call, Edit, check_edits
+from flax_decoder.nn.call import Call, Edit
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.mask import positions_in_segments
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
-from flax_decoder.nn.precision import accumulation_dtype, check_float64
+from flax_decoder.nn.precision import accumulation_dtype
 from flax_decoder.nn.stack import (
     per_layer,
     period_of,
@@ -103,7 +102,7 @@ class Decoder(nn.Module):
         """Maps tokens to the logits of the tokens that follow them.
 
         Args:
-            tokens_BT: token ids, integers.
+            tokens_BT: token ids, integers of any dtype.
             cache: keys and values of the tokens before, from `empty_cache` or an earlier call.
             positions_BT: positions of the tokens, where they are not in order; not with a cache.
             segments_BT: documents of the tokens, any integers: a token sees its own document only, and positions count
@@ -118,13 +117,16 @@ class Decoder(nn.Module):
             logits_BTV in at least float32; with a cache, also the cache with these tokens in it.
 
         Raises:
-            ValueError: ids outside the vocabulary (where they are known, that is outside of jit), more positions than
-                learned ones, positions or segments beside a cache, float64 where JAX has it switched off, or an edit of
-                a name that does not exist.
+            ValueError: ids outside the vocabulary or positions that do not exist (where they are known, that is outside
+                of jit), more positions than learned ones, positions or segments beside a cache, a cache or params of
+                another model, what is no array of integers or has another shape, float64 where JAX has it switched
+                off, or an edit of a name that does not exist.
         """
         config = self.config
-        check_arguments(config, tokens_BT, cache, positions_BT, segments_BT, edits)
-        tokens_BT = as_token_ids(tokens_BT)
+        tokens_BT, positions_BT, segments_BT, num_tokens_B = checked_arguments(
+            *(config, self.variables.get("params", {}), tokens_BT, cache),
+            *(positions_BT, segments_BT, num_tokens_B, edits),
+        )
         call = self.make_call(tokens_BT, cache, positions_BT, segments_BT, num_tokens_B, deterministic, edits)
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
@@ -281,33 +283,6 @@ class Decoder(nn.Module):
         return x_BTD, cached_layers
 
 
-def check_arguments(
-    config: ModelConfig,
-    tokens_BT: ArrayLike,
-    cache: KVCache | None,
-    positions_BT: ArrayLike | None,
-    segments_BT: ArrayLike | None,
-    edits: Mapping[str, Edit] | None,
-) -> None:
-    """Raises ValueError for arguments that `Decoder` cannot compute with."""
-    if config.vocab_size is None:
-        raise ValueError("model.vocab_size is not set: give it, or take it from the tokenizer")
-    check_float64(config.dtype)
-    check_tokens(tokens_BT, config.vocab_size)
-    T = np.shape(tokens_BT)[1]
-    if config.positions == "learned" and T > config.context_length:
-        raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
-    if positions_BT is not None and cache is not None:
-        raise ValueError("a cache says where its tokens stand: leave out positions_BT")
-    if segments_BT is not None and cache is not None:
-        raise ValueError("a cache holds one document per row: leave out segments_BT")
-    if segments_BT is not None and np.shape(segments_BT) != np.shape(tokens_BT):
-        raise ValueError(
-            f"segments_BT has the shape {np.shape(segments_BT)}, but the tokens have {np.shape(tokens_BT)}"
-        )
-    check_edits(edits or (), has_rotation=config.positions == "rotary")
-
-
 def last_real(x_BTD: jax.Array, num_tokens_B: jax.Array | None) -> jax.Array:
     """x_B1D: of each row the last position that is not padding."""
     B, T, _ = x_BTD.shape
@@ -318,31 +293,3 @@ def last_real(x_BTD: jax.Array, num_tokens_B: jax.Array | None) -> jax.Array:
 def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """The rows of a table; NaN for an id outside of it, where JAX would by default return another row."""
     return jnp.asarray(table).at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-
-
-def as_token_ids(tokens_BT: ArrayLike, name: str = "token ids") -> jax.Array:
-    """Ids of at least 32 bits: with fewer, as in int8, the size of the vocabulary may not be a number of their dtype.
-
-    Raises:
-        ValueError: they are no integers.
-    """
-    tokens_BT = jnp.asarray(tokens_BT)
-    check_integers(tokens_BT, name)
-    return tokens_BT.astype(jnp.int32) if tokens_BT.dtype.itemsize < 4 else tokens_BT
-
-
-def check_integers(array: ArrayLike, name: str = "token ids") -> None:
-    """Raises ValueError for numbers of another kind."""
-    if not jnp.issubdtype(jnp.result_type(array), jnp.integer):
-        raise ValueError(f"{name} must be integers, not {jnp.result_type(array)}")
-
-
-def check_tokens(tokens_BT: ArrayLike, vocab_size: int, mask_BT: ArrayLike | None = None) -> None:
-    """Raises ValueError for a token id outside the vocabulary, if ids are known (not traced) and the mask keeps it."""
-    check_integers(tokens_BT)
-    if isinstance(tokens_BT, jax.core.Tracer) or isinstance(mask_BT, jax.core.Tracer):
-        return
-    ids = np.asarray(tokens_BT) if mask_BT is None else np.asarray(tokens_BT)[np.asarray(mask_BT) > 0]
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size > 0:
-        raise ValueError(f"token id {outside[0]} is not in the vocabulary: 0 to {vocab_size - 1}")

@@ -1,5 +1,6 @@
 """The parameters of a `Decoder` as a tree: without numbers, without stacking, and those of the head alone."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 
 from flax_decoder.errors import UserError
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.nn.stack import unstack
+from flax_decoder.nn.stack import tuple_if_unstacked, unstack
 
 
 def head_params(params: Any) -> Any:
@@ -27,10 +28,24 @@ def unstack_layers(params: Any) -> Any:
 
     Returns:
         The same, with a tuple of L trees under "layers"; for `model.apply` and generation, not for training.
+
+    Raises:
+        ValueError: they are no parameters of a `Decoder`.
     """
-    if isinstance(params["layers"], tuple):
-        return params
-    return {**params, "layers": _unstack_layers(params["layers"])}
+    layers = layers_of(params)
+    return {**params, "layers": layers if isinstance(layers, tuple) else _unstack_layers(layers)}
+
+
+def layers_of(params: Any) -> Any:
+    """The parameters of the layers: stacked arrays, or a tuple with one tree per layer.
+
+    Raises:
+        ValueError: `params` are no parameters of a `Decoder`.
+    """
+    if not isinstance(params, Mapping) or not {"embedding", "layers"} <= params.keys():
+        found = f"a dict of {', '.join(map(str, params))}" if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"params must be those of a Decoder, such as state.params, but are {found or 'empty'}")
+    return tuple_if_unstacked(params["layers"])
 
 
 _unstack_layers = jax.jit(unstack)

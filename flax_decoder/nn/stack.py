@@ -24,18 +24,20 @@ def per_layer(tree: Any, num_layers: int) -> tuple[Any, ...]:
     return tree if isinstance(tree, tuple) else unstack(tree)
 
 
-def stacked_or_tuple(params: Any, num_layers: int) -> Any:
-    """The parameters of the layers: stacked arrays, or a tuple with one tree per layer.
+def tuple_if_unstacked(params: Any) -> Any:
+    """The parameters of the layers: stacked arrays as they are, one tree per layer as a tuple.
 
     A tuple may come back from a file as a list, or as a dict with the names "0", "1", ...
-
-    Raises:
-        ValueError: they are of another number of layers.
     """
     if isinstance(params, Mapping) and params and all(str(name).isdigit() for name in params):
         params = [params[name] for name in sorted(params, key=int)]
-    if isinstance(params, list | tuple):
-        params = tuple(params)
+    return tuple(params) if isinstance(params, list) else params
+
+
+def stacked_or_tuple(params: Any, num_layers: int) -> Any:
+    """`tuple_if_unstacked`; raises ValueError for parameters of another number of layers."""
+    params = tuple_if_unstacked(params)
+    if isinstance(params, tuple):
         depths = {len(params)}
     else:
         depths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(params)}

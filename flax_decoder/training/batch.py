@@ -1,13 +1,15 @@
 """A batch as the training step takes it: checked when the step is traced, so that the compiled step pays nothing."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_decoder.nn.decoder import as_token_ids, check_tokens
+from flax_decoder.errors import require_type
+from flax_decoder.nn.arguments import as_array, as_integers, check_tokens
 
 Batch = dict[str, Any]
 """Arrays by name: "inputs" and "targets", token ids (B, T); optionally "mask", "positions", "segments"."""
@@ -30,7 +32,7 @@ OTHER_NAMES = {
 
 
 def checked_batch(batch: Batch, vocab_size: int, num_parts: int = 1) -> Batch:
-    """The batch with ids of at least 32 bits and float32 weights; raises if it means something else than it seems to.
+    """The batch as signed integers of at least 32 bits and float32 weights; raises if it cannot mean what it seems to.
 
     Args:
         batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
@@ -43,10 +45,11 @@ def checked_batch(batch: Batch, vocab_size: int, num_parts: int = 1) -> Batch:
         A batch of the same names; with "segments" also a "mask".
 
     Raises:
-        ValueError: a name that is not known or missing, a shape or a dtype that does not fit, an empty batch, rows
-            that do not divide by `num_parts`; and, if their values are known (not traced), ids of targets that count
-            outside the vocabulary or negative weights.
+        ValueError: no dict, a name that is not known or missing, a shape or a dtype that does not fit, an empty batch,
+            rows that do not divide by `num_parts`; and, if their values are known (not traced), ids of targets that
+            count outside the vocabulary or negative weights.
     """
+    require_type("the batch", batch, Mapping, 'such as {"inputs": tokens_BT, "targets": tokens_BT}')
     for name in batch:
         if name not in NAMES:
             near = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, NAMES, n=1)), None)
@@ -58,21 +61,20 @@ def checked_batch(batch: Batch, vocab_size: int, num_parts: int = 1) -> Batch:
     if missing:
         raise ValueError(f"the batch has no {missing[0]!r}")
 
-    shape = np.shape(batch["inputs"])
+    arrays = {name: as_array(array, name) for name, array in batch.items()}
+    shape = arrays["inputs"].shape
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f'batch["inputs"] has the shape {shape}, but must be (B, T), both at least 1')
-    for name in batch:
-        found = np.shape(batch[name])
-        if found != shape and not (name == "positions" and found == (1, shape[1])):
-            raise ValueError(f'batch["{name}"] has the shape {found}, but batch["inputs"] has {shape}')
+    for name, array in arrays.items():
+        if array.shape != shape and not (name == "positions" and array.shape == (1, shape[1])):
+            raise ValueError(f'batch["{name}"] has the shape {array.shape}, but batch["inputs"] has {shape}')
     if shape[0] % num_parts != 0:
         raise ValueError(f"a batch of {shape[0]} rows cannot be computed in {num_parts} parts of the same size")
 
-    checked = {name: as_token_ids(batch[name], name) for name in ("inputs", "targets")}
-    checked |= {name: as_token_ids(batch[name], name) for name in ("positions", "segments") if name in batch}
-    if "mask" in batch:
-        checked["mask"] = checked_weights(batch["mask"])
-    check_tokens(batch["targets"], vocab_size, batch.get("mask"))
+    check_tokens(arrays["targets"], vocab_size, arrays.get("mask"), "targets")
+    checked = {name: as_integers(array, name) for name, array in arrays.items() if name != "mask"}
+    if "mask" in arrays:
+        checked["mask"] = checked_weights(arrays["mask"])
     if "segments" in checked:
         checked["mask"] = checked.get("mask", jnp.ones(shape, jnp.float32)) * is_inside(checked["segments"])
     return checked
@@ -84,11 +86,12 @@ def is_inside(segments_BT: jax.Array) -> jax.Array:
     return same_BT.astype(jnp.float32)
 
 
-def checked_weights(mask_BT: Any) -> jax.Array:
+def checked_weights(mask_BT: jax.Array | np.ndarray) -> jax.Array:
     """Weights of targets in float32; negative ones, if they are traced and so cannot be refused, count as 0."""
-    dtype = jnp.result_type(mask_BT)
-    if not (jnp.issubdtype(dtype, jnp.bool_) or jnp.issubdtype(dtype, jnp.number)) or jnp.iscomplexobj(mask_BT):
-        raise ValueError(f'batch["mask"] must be numbers or truth values, not {dtype}')
-    if not isinstance(mask_BT, jax.core.Tracer) and (np.asarray(mask_BT) < 0).any():
-        raise ValueError('batch["mask"] has a negative weight')
+    if not (jnp.issubdtype(mask_BT.dtype, jnp.bool_) or jnp.issubdtype(mask_BT.dtype, jnp.number)) or (
+        jnp.iscomplexobj(mask_BT)
+    ):
+        raise ValueError(f'batch["mask"] must be numbers or truth values, not {mask_BT.dtype}')
+    if not isinstance(mask_BT, jax.core.Tracer) and not (np.asarray(mask_BT) >= 0).all():
+        raise ValueError('batch["mask"] has a negative weight, or one that is not a number')
     return jax.lax.stop_gradient(jnp.maximum(jnp.asarray(mask_BT, jnp.float32), 0))

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from jax.sharding import SingleDeviceSharding
 
-from flax_decoder.errors import BrokenError, FaultError, UserError
+from flax_decoder.errors import BrokenError, FaultError, UserError, as_whole_number
 from flax_decoder.io.files import flush_names
 from flax_decoder.parallel.processes import is_first
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
@@ -205,13 +205,16 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
     If the newest or the best is damaged, the next one is used, with a warning.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: there is no such checkpoint, or `wanted` is none of these.
         BrokenError: the given one, or all of them, are damaged.
     """
     steps = saved_steps(folder)
     if not steps:
         raise UserError(f"{folder}: has no checkpoint; train first: python train.py")
-    if isinstance(wanted, int):
+    if not isinstance(wanted, str) or wanted not in ("latest", "best"):
+        if isinstance(wanted, str):
+            raise UserError(f'step = "{wanted}" must be "latest", "best" or the number of a step')
+        wanted = as_whole_number("step", wanted, 0)
         if wanted not in steps:
             raise UserError(f"{folder}: has no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}")
         verify(steps_folder(folder) / str(wanted))

@@ -12,9 +12,11 @@ from flax.training import train_state
 from jax.sharding import Mesh
 
 from flax_decoder.config import Config
+from flax_decoder.errors import require_type
+from flax_decoder.nn.arguments import check_key
 from flax_decoder.nn.axes import logical_axes, num_parts
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.nn.params import head_params
+from flax_decoder.nn.params import head_params, layers_of
 from flax_decoder.parallel.mesh import compiler_options, sharding_of
 from flax_decoder.training.batch import Batch, checked_batch
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
@@ -49,6 +51,7 @@ class TrainState(train_state.TrainState):
         cls, *, apply_fn: Callable[..., Any], params: Any, tx: optax.GradientTransformation, **settings: Any
     ) -> Self:
         """The state before the first step, as in Flax; `step` is an array, so that the second step compiles nothing."""
+        layers_of(params)
         state: Self = super().create(apply_fn=apply_fn, params=params, tx=tx, **settings)
         return state.replace(step=jnp.zeros((), jnp.int32))
 
@@ -68,7 +71,14 @@ def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | N
         config: its `optimizer` and `training` sections are used.
         rng: key for the parameters, which do not depend on the mesh.
         mesh: the devices over which the state is sharded from the start; None uses the default device.
+
+    Raises:
+        UserError: an argument of another kind.
     """
+    require_type("model", model, Decoder, "such as Decoder(config.model)")
+    require_type("config", config, Config, "from load_config")
+    require_type("mesh", mesh, Mesh | None)
+    check_key(rng)
     make = state_maker(model, config)
     shardings = None if mesh is None else state_shardings(mesh, jax.eval_shape(make, rng))
     return jax.jit(make, out_shardings=shardings)(rng)
