@@ -48,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hook_before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_resend_dropped_signal, hook_before)
     try:
-        options, unknown = build_parser().parse_known_args(
-            _with_hyphens(sys.argv[1:] if arguments is None else arguments)
-        )
+        options, unknown = build_parser().parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
         if unknown:
             options.parser.refuse(unknown[0])
         command: Callable[[argparse.Namespace], int] = options.command
@@ -439,15 +437,36 @@ def _config_of(options: argparse.Namespace) -> Config:
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line, and how to get help in a second."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Also accepts underscores in the names of options. Every other word stays as it is."""
+        words = list(args)
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*map(self._with_hyphens, words[:end]), *words[end:]], namespace)
+
+    def _with_hyphens(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        hyphenated = name.replace("_", "-")
+        return hyphenated + equals + value if hyphenated in self._option_string_actions else word
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Before Python 3.12.5, argparse drops the value of `--prompt=--`.
+        if arg_strings == ["--"] and action.option_strings and action.nargs is None:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage."""
+        name = re.fullmatch("argument (--[^ ]+): expected one argument", message)
+        if name is not None:
+            value = self._option_string_actions[name[1]].metavar
+            message += f"; if it begins with a hyphen, write {name[1]}={value}"
         raise UserError(f"{message}\nhelp: {self.prog} --help")
 
     def refuse(self, argument: str) -> NoReturn:
         """Raises UserError for an unknown argument, with the nearest known one."""
         name = argument.partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
         self.error(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
@@ -566,11 +585,6 @@ def _kind(annotation: Any) -> str:
         return "|".join(words)
     names = [getattr(part, "__name__", "") for part in (*words, annotation)]
     return next((name.upper() for name in names if name in ("int", "float", "bool", "str")), "LIST")
-
-
-def _with_hyphens(arguments: Sequence[str]) -> list[str]:
-    """Replaces underscores by hyphens in the names of arguments."""
-    return [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
 
 
 def _keep_compilations() -> None:
