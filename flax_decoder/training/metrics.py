@@ -4,6 +4,8 @@ import importlib
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import write_text
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
 
@@ -42,7 +45,11 @@ class MetricsLog:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: LogRow) -> None:
-        """Writes a line to disk, and its known numbers to the other reporters. Raises FaultError if it cannot."""
+        """Writes a line to disk, and its known numbers to the other reporters, of which one that fails is switched off.
+
+        Raises:
+            FaultError: the line cannot be written to disk.
+        """
         self.rows.append(row)
         if self._writes:
             try:
@@ -51,8 +58,12 @@ class MetricsLog:
             except OSError as error:
                 raise FaultError(f"{self._path}: cannot be written: {error.strerror}") from error
         numbers = {name: value for name, value in row.items() if value != UNKNOWN}
-        for report in self._reporters:
-            report(numbers)
+        for report in list(self._reporters):
+            try:
+                report(numbers)
+            except Exception as error:  # of another library: of any kind
+                self._reporters.remove(report)
+                _tell_switched_off(report.__name__.removeprefix("to_"), error)
 
     def seconds(self) -> float:
         """Training time of the run up to the last line, in seconds."""
@@ -92,26 +103,56 @@ def require_reporters(config: RunConfig) -> None:
 
 
 def open_reporters(config: RunConfig, folder: Path) -> list[Callable[[LogRow], None]]:
-    """A function per reporter in the config, to be called with each line."""
+    """A function per reporter in the config, to be called with each line; one that cannot be opened is left out."""
     reporters: list[Callable[[LogRow], None]] = []
-    if config.tensorboard:
-        from tensorboardX import SummaryWriter
-
-        writer = SummaryWriter(os.fspath(folder / "tensorboard"))
-
-        def to_tensorboard(row: LogRow) -> None:
-            for name, value in row.items():
-                writer.add_scalar(name, value, row["step"])
-            writer.flush()
-
-        reporters.append(to_tensorboard)
-    if config.wandb is not None:
-        import wandb
-
-        # With the folder's name as id, a resumed run continues the same chart.
-        run = wandb.init(project=config.wandb, name=folder.name, id=folder.name, dir=folder, resume="allow")
-        reporters.append(lambda row: run.log(dict(row), step=int(row["step"])))
+    for name, is_on, open_reporter in (
+        ("tensorboard", config.tensorboard, _open_tensorboard),
+        ("wandb", config.wandb is not None, _open_wandb),
+    ):
+        try:
+            if is_on:
+                reporters.append(open_reporter(config, folder))
+        except (FaultError, UserError):
+            raise
+        except Exception as error:  # of another library: of any kind
+            _tell_switched_off(name, error)
     return reporters
+
+
+def _open_tensorboard(config: RunConfig, folder: Path) -> Callable[[LogRow], None]:
+    # Not its SummaryWriter, whose thread writes later: where the disk is full, it ends with a traceback, and the
+    # training then waits for it for ever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+
+    events = folder / "tensorboard"
+    events.mkdir(exist_ok=True)
+    writer = EventsWriter(os.fspath(events / "events"))
+
+    def to_tensorboard(row: LogRow) -> None:
+        for name, value in row.items():
+            writer.write_event(Event(wall_time=time.time(), step=int(row["step"]), summary=scalar(name, value)))
+        writer.flush()
+
+    return to_tensorboard
+
+
+def _open_wandb(config: RunConfig, folder: Path) -> Callable[[LogRow], None]:
+    import wandb
+
+    # With the folder's name as id, a resumed run continues the same chart.
+    run = wandb.init(project=config.wandb, name=folder.name, id=folder.name, dir=folder, resume="allow")
+
+    def to_wandb(row: LogRow) -> None:
+        run.log(dict(row), step=int(row["step"]))
+
+    return to_wandb
+
+
+def _tell_switched_off(name: str, error: Exception) -> None:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    print_escaped(f"warning: run.{name} is switched off, training goes on: {reason}", file=sys.stderr)
 
 
 def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
