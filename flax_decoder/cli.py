@@ -25,7 +25,7 @@ from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.io.files import write_text
 from flax_decoder.io.lock import refuse_if_in_use
-from flax_decoder.io.terminal import print_escaped
+from flax_decoder.io.terminal import print_escaped, standard_streams
 from flax_decoder.parallel.launchers import find_job, in_a_job
 
 if TYPE_CHECKING:
@@ -48,21 +48,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hook_before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_resend_dropped_signal, hook_before)
     try:
-        options, unknown = build_parser().parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+        with standard_streams():
+            return _run(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        sys.unraisablehook = hook_before
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Runs a command; exceptions become messages and exit codes."""
+    try:
+        options, unknown = build_parser().parse_known_args(arguments)
         if unknown:
             options.parser.refuse(unknown[0])
         command: Callable[[argparse.Namespace], int] = options.command
         _keep_compilations()
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()  # a disk may be full only now
+        return code
     except (UserError, InUseError) as error:
         print_escaped(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 73
     except FaultError as error:
         print_escaped(f"fault: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader has closed the pipe, as `head` does; Python must not flush to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         return 128 + signal.SIGPIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -73,10 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Terminated:
         return 128 + signal.SIGTERM
-    finally:
-        sys.unraisablehook = hook_before
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Terminated(BaseException):
@@ -277,10 +284,7 @@ def compare(options: argparse.Namespace) -> int:
 
     names = ("steps", "batch_size", "length", "seed", "allow_nan")
     ledger = compare(options.path, **{name: getattr(options, name) for name in names})
-    print_escaped(ledger)
-    if options.json is not None:
-        with _writing(options.json):
-            write_text(options.json, ledger.to_json())
+    _write_and_show(options.json, ledger.to_json(), ledger)
     return 0 if ledger.holds else 1
 
 
@@ -337,8 +341,8 @@ def plan(options: argparse.Namespace) -> int:
 
     devices = devices_of(options.topology)
     made = make_plan(config, devices)
-    print(made)
     result = made.to_dict() | {"topology": options.topology}
+    _write_and_show(options.json, json.dumps(result, indent=2) + "\n", made)
     if made.memory.fits is False:
         found = smallest_change(config, devices, made)
         if found is None:
@@ -346,11 +350,9 @@ def plan(options: argparse.Namespace) -> int:
         else:
             change, smaller = found
             arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
-            print(f"\nit fits with {arguments}:\n\n{smaller}")
             result |= {"change": change, "changed": smaller.to_dict()}
-    if options.json is not None:
-        with _writing(options.json):
-            write_text(options.json, json.dumps(result, indent=2) + "\n")
+            shown = f"\nit fits with {arguments}:\n\n{smaller}"
+            _write_and_show(options.json, json.dumps(result, indent=2) + "\n", shown)
     return 1 if made.memory.fits is False else 0
 
 
@@ -373,6 +375,16 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FaultError(f"{path}: cannot be written: {error}") from error
+
+
+def _write_and_show(path: Path | None, content: str, shown: object) -> None:
+    """Writes a result to a file, if one was asked for, and prints it; neither is lost if the other fails."""
+    try:
+        if path is not None:
+            with _writing(path):
+                write_text(path, content)
+    finally:
+        print_escaped(shown)
 
 
 def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokenizer]":
@@ -400,8 +412,11 @@ def _prompt_of(options: argparse.Namespace) -> str:
         except UnicodeEncodeError:  # other halves, possible on Windows
             content = options.prompt.encode("utf-8", "surrogatepass")
     else:
-        content = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         name = "standard input"
+        try:
+            content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read: {error.strerror}; give --prompt TEXT") from None
         if len(content) > MAX_PROMPT_BYTES:
             raise UserError(f"{name}: has over {MAX_PROMPT_BYTES:,} bytes, too many for a prompt; give its last part")
     return decode_text(content, name, "give the prompt in UTF-8")
@@ -453,6 +468,10 @@ class Parser(argparse.ArgumentParser):
         if arg_strings == ["--"] and action.option_strings and action.nargs is None:
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
+
+    def print_help(self, file: Any = None) -> None:
+        """Raises the OSError of an output that fails, which argparse drops."""
+        print(self.format_help(), end="", file=file, flush=True)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage."""
