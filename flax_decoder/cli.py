@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
-from flax_decoder.io.files import write_text
+from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
 from flax_decoder.parallel.launchers import find_job, in_a_job
@@ -505,9 +505,11 @@ def build_parser() -> Parser:
         return made.add_argument
 
     # Arguments that several commands share.
-    config.add_argument("config", metavar="CONFIG.toml", nargs="?", help="default: the embedded config")
+    config.add_argument(
+        "config", metavar="CONFIG.toml", type=expand_home, nargs="?", help="default: the embedded config"
+    )
     _add_config_fields(config)
-    model.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
+    model.add_argument("path", metavar="PATH", type=expand_home, help="a run folder, or a Hugging Face folder")
     prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
     loading.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
@@ -521,54 +523,56 @@ def build_parser() -> Parser:
         ("--frequency-penalty", 0.0, "the same, times the count of the token"),
     ):
         sampling.add_argument(name, metavar="F", type=float, default=default, help=text)
-    sampling.add_argument("--top-k", metavar="N", type=int, default=0, help="sample from the N likeliest tokens only")
-    sampling.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed gives the same text")
+    sampling.add_argument(
+        "--top-k", metavar="N", type=_count, default=0, help="sample from the N likeliest tokens only"
+    )
+    sampling.add_argument("--seed", metavar="N", type=_count, default=0, help="the same seed gives the same text")
 
     add("train", train, config)
 
     argument = add("generate", generate, model, prompt, sampling, loading)
-    argument("--max-new-tokens", metavar="N", type=int, default=500)
-    argument("--num-samples", metavar="N", type=int, default=1, help="number of texts, generated at once")
+    argument("--max-new-tokens", metavar="N", type=_count, default=500)
+    argument("--num-samples", metavar="N", type=_count, default=1, help="number of texts, generated at once")
     argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
     argument("--no-stream", action="store_true", help="print when the whole text is generated")
-    argument("--prompt-lookup", metavar="N", type=int, default=0, help="draft N tokens from the text: faster")
-    argument("--draft", metavar="PATH", help="draft tokens with this smaller model: faster")
+    argument("--prompt-lookup", metavar="N", type=_count, default=0, help="draft N tokens from the text: faster")
+    argument("--draft", metavar="PATH", type=expand_home, help="draft tokens with this smaller model: faster")
 
     argument = add("chat", chat, sampling, loading)
-    argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
+    argument("path", metavar="PATH", type=expand_home, help="a Hugging Face folder with a chat template")
     argument("--system", metavar="TEXT", help="the system message")
-    argument("--max-new-tokens", metavar="N", type=int, default=1000, help="per answer")
+    argument("--max-new-tokens", metavar="N", type=_count, default=1000, help="per answer")
 
     argument = add("eval", evaluate, model, loading)
-    argument("file", metavar="FILE", help="a text")
+    argument("file", metavar="FILE", type=expand_home, help="a text")
     argument("--json", action="store_true", help="print one JSON object")
 
     argument = add("lens", lens, model, prompt, loading)
-    argument("--out", metavar="FILE.html", type=Path, required=True, help="the page; an existing file is replaced")
-    argument("--max-new-tokens", metavar="N", type=int, default=0, help="first append N greedy tokens to the text")
+    argument("--out", metavar="FILE.html", type=_path, required=True, help="the page; an existing file is replaced")
+    argument("--max-new-tokens", metavar="N", type=_count, default=0, help="first append N greedy tokens to the text")
 
     argument = add("convert", convert, allow_nan)
-    argument("source", metavar="SRC", help="a run folder, or a Hugging Face folder")
-    argument("destination", metavar="DST", help="a new folder of the other kind")
+    argument("source", metavar="SRC", type=expand_home, help="a run folder, or a Hugging Face folder")
+    argument("destination", metavar="DST", type=expand_home, help="a new folder of the other kind")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )
 
     argument = add("compare", compare, model, allow_nan)
-    argument("--steps", metavar="N", type=int, default=0, help="also compare N steps of AdamW")
-    argument("--json", metavar="FILE", type=Path, help="also write the rows to a file")
-    argument("--batch-size", metavar="N", type=int, default=2, help="sequences per batch, an even number")
-    argument("--length", metavar="N", type=int, help="tokens per sequence")
-    argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
+    argument("--steps", metavar="N", type=_count, default=0, help="also compare N steps of AdamW")
+    argument("--json", metavar="FILE", type=_path, help="also write the rows to a file")
+    argument("--batch-size", metavar="N", type=_count, default=2, help="sequences per batch, an even number")
+    argument("--length", metavar="N", type=_count, help="tokens per sequence")
+    argument("--seed", metavar="N", type=_count, default=0, help="of the random tokens")
 
     argument = add("verify", verify)
-    argument("path", metavar="PATH", help="a run folder")
+    argument("path", metavar="PATH", type=expand_home, help="a run folder")
 
     argument = add("plan", plan, config)
     argument(
         "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; default: this machine"
     )
-    argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
+    argument("--json", metavar="FILE", type=_path, help="also write the numbers to a file")
 
     add("doctor", doctor, config)
 
@@ -577,8 +581,22 @@ def build_parser() -> Parser:
     return parser
 
 
+def _count(text: str, alternatives: str = "") -> int:
+    """A whole number of at most 32 bits, which may be written as 1e3."""
+    for read in (int, float):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = read(text)
+            if number == int(number) and abs(number) < 2**32:
+                return int(number)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{alternatives}")
+
+
 def _step(text: str) -> str | int:
-    return text if text in ("best", "latest") else int(text)
+    return text if text in ("best", "latest") else _count(text, ", best or latest")
+
+
+def _path(text: str) -> Path:
+    return Path(expand_home(text))
 
 
 def _add_config_fields(parser: Parser) -> None:
@@ -637,8 +655,7 @@ def cache_folder() -> Path:
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if given.is_absolute():  # the specification says to ignore others
         return given
-    # For an empty HOME expanduser returns the root folder, for an unknown one "~" itself.
-    home = "~" if os.environ.get("HOME") == "" else os.path.expanduser("~")
-    if not (os.path.isabs(home) and os.path.isdir(home)):
-        raise FileNotFoundError(errno.ENOENT, "there is no such home folder", home)
+    home = expand_home("~")
+    if home == "~":
+        raise FileNotFoundError(errno.ENOENT, "there is no such home folder", os.environ.get("HOME", home))
     return Path(home) / ".cache"

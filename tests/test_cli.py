@@ -153,6 +153,19 @@ def test_a_value_that_may_be_an_option_is_refused_with_the_way_to_give_it(refuse
     assert "unknown argument --num_sample; did you mean --num-samples?" in refused("generate", "x", "--num_sample", "2")
 
 
+def test_counts_and_paths_as_people_type_them(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["generate", "~/x", "--max-new-tokens=1e3", "--num-samples=2.0", "--seed=-1", "--step=1e2", "--draft=~/y"]
+    options = build_parser().parse_args(words)
+    assert (options.max_new_tokens, options.num_samples, options.seed, options.step) == (1000, 2, -1, 100)
+    assert (options.path, options.draft) == (f"{tmp_path}/x", f"{tmp_path}/y")
+    assert build_parser().parse_args(["lens", "x", "--out=~/x.html"]).out == tmp_path / "x.html"
+    for number in ("1.5", "1k", "inf", "nan", "1e400", "", "--seed=1"):
+        assert "is not a whole number" in refused("generate", "x", f"--max-new-tokens={number}")
+    assert "is not a whole number" in refused("generate", "x", f"--seed={2**32}")
+    assert "--step: 'newest' is not a whole number, best or latest" in refused("generate", "x", "--step=newest")
+
+
 def generated(capsys, *arguments):
     capsys.readouterr()
     assert main(["generate", *arguments]) == 0
