@@ -7,13 +7,25 @@ command writes it.
 import errno
 import io
 import os
+import re
 import shutil
+import subprocess
 import sys
 
 import pytest
-from run_state import last_step, losses, newest_verified
+import reference
+import tiny_run
+from limits import HANGS_SECONDS
+from run_state import last_step, leftovers, losses, newest_verified
+from tiny_run import command, finish
+from xla_flags import QUICK
 
 from flax_decoder.cli import main
+from flax_decoder.config import ModelConfig
+from flax_decoder.data.tokenizer import CharTokenizer
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.folder import write_folder
+from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training import loop
 
 ROW = "Commands in poor surroundings"
@@ -122,3 +134,100 @@ def test_help_that_nobody_reads(monkeypatch):
     for error, code in ((PIPE, 141), (FULL, 1)):
         monkeypatch.setattr(sys, "stdout", failing(error))
         assert main(["train", "--help"]) == code
+
+
+# --- In processes of their own ---
+
+
+@pytest.fixture(scope="session")
+def russian(tmp_path_factory):
+    """A folder with a text in Russian, a finished run on it, a model to chat with, and compiled programs."""
+    folder = tmp_path_factory.mktemp("russian")
+    text = folder / "hamlet.txt"
+    text.write_text(RUSSIAN, "utf-8")
+    code, _, errors = finish(command(folder / "run", text), JAX_COMPILATION_CACHE_DIR=str(folder / "cache"))
+    assert code == 0, errors
+    tokenizer = CharTokenizer("".join(sorted({*RUSSIAN, *"é"})))
+    sizes = {"vocab_size": tokenizer.vocab_size, "num_layers": 1, "embed_dim": 12, "num_heads": 2, "tied_head": False}
+    model = Decoder(ModelConfig(**sizes, norm="rmsnorm", feed_forward="swiglu", positions="rotary"))
+    (folder / "hf").mkdir()
+    write_folder(folder / "hf", model.config, reference.random_params(model), tokenizer, FAMILIES["llama"])
+    (folder / "hf" / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    return folder
+
+
+# Arguments, with RUN, HF, TEXT and OUT in place of paths.
+SIZES = [f"--{name}={value}" for name, value in tiny_run.SETTINGS.items()]
+COMMANDS = {
+    "train": ["train", "--data.path=TEXT", "--run.folder=OUT", *SIZES],
+    "generate": ["generate", "RUN", "--prompt", "Быть", "--max-new-tokens", "40"],
+    "chat": ["chat", "HF", "--max-new-tokens", "20"],
+    "eval": ["eval", "RUN", "TEXT"],
+    "lens": ["lens", "RUN", "--prompt", "Быть", "--out", "OUT"],
+    "convert": ["convert", "HF", "OUT"],
+    "compare": ["compare", "RUN", "--json", "OUT"],
+    "verify": ["verify", "RUN"],
+    "bench": ["bench", "--data.path=TEXT", *SIZES],
+    "doctor": ["doctor", "--data.path=TEXT", *SIZES],
+    "plan": ["plan", "--json", "OUT", "--model.vocab-size=40", *SIZES],
+}
+# Variables, where None takes one away, and a line of bash; 0 is asked for where no exit codes are named.
+ASCII_ONLY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+ENVIRONMENTS = {
+    "no home": ({"HOME": None, "XDG_CACHE_HOME": None, "JAX_COMPILATION_CACHE_DIR": None}, '"$@"', {0}),
+    "a home that cannot be written": ({"HOME": "/proc", "JAX_COMPILATION_CACHE_DIR": None}, '"$@"', {0}),
+    "no folder for temporary files": ({"TMPDIR": "/missing"}, '"$@"', {0}),
+    "locale C": ({"LC_ALL": "C", "LANG": "C"}, '"$@"', {0}),
+    "locale C, ASCII": (ASCII_ONLY, '"$@"', {0}),
+    "ASCII": ({"PYTHONIOENCODING": "ascii"}, '"$@"', {0}),
+    "cp1252": ({"PYTHONIOENCODING": "cp1252"}, '"$@"', {0}),
+    "no standard output": ({}, '"$@" >&-', {0}),
+    "no standard error": ({}, '"$@" 2>&-', {0}),
+    "no standard stream": ({}, '"$@" <&- >&- 2>&-', {0}),
+    "full": ({}, '"$@" > /dev/full', {1}),
+    "full, at once": ({"PYTHONUNBUFFERED": "1"}, '"$@" > /dev/full', {1}),
+    "full standard error": ({}, '"$@" 2> /dev/full', {0}),
+    "head": ({}, 'set -o pipefail; "$@" | head -1', {0, 141}),
+    "no reader": ({"PYTHONUNBUFFERED": "1"}, 'set -o pipefail; "$@" | true', {0, 141}),
+    "umask 077": ({}, 'umask 077; "$@"', {0}),
+    "64 open files": ({}, 'ulimit -n 64; "$@"', {0}),
+    "no assertions": ({"PYTHONOPTIMIZE": "1"}, '"$@"', {0}),
+}
+
+
+@pytest.mark.full
+@pytest.mark.fault(ROW)
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("surroundings", ENVIRONMENTS)
+def test_a_command(russian, tmp_path, surroundings, name):
+    variables, line, codes = ENVIRONMENTS[surroundings]
+    if name == "compare":
+        pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    paths = {"RUN": russian / "run", "HF": russian / "hf", "TEXT": russian / "hamlet.txt", "OUT": out}
+    words = [re.sub("RUN|HF|TEXT|OUT", lambda found: str(paths[found[0]]), word) for word in COMMANDS[name]]
+    ours = {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(russian / "cache")}
+    environment = {name: value for name, value in (os.environ | ours | variables).items() if value is not None}
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", sys.executable, "-m", "flax_decoder", *words],
+        input="Быть\n".encode(),
+        capture_output=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=HANGS_SECONDS,
+    )
+    errors = done.stderr.decode(errors="replace")
+    assert done.returncode in codes, errors
+    assert len(errors.splitlines()) <= 2 and "Traceback" not in errors and "ignored" not in errors, errors
+    if "full" in surroundings and "error" not in surroundings:
+        assert errors.startswith(TOLD), errors
+    if name == "train":
+        assert newest_verified(out) == last_step(out) > 0
+        assert main(words) == 0
+        expected = losses(russian / "run")
+        assert {number: losses(out)[number] for number in expected} == expected
+        assert (out / "loss.png").exists() and leftovers(out) == []
+    elif "OUT" in COMMANDS[name]:
+        assert out.exists()
+    elif codes == {0} and "output" not in surroundings and "stream" not in surroundings:
+        assert done.stdout
