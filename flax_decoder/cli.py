@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, InUseError, UserError
-from flax_decoder.io.files import write_text
+from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
-from flax_decoder.io.terminal import print_escaped
+from flax_decoder.io.terminal import print_escaped, standard_streams
 from flax_decoder.parallel.launchers import find_job, in_a_job
 
 if TYPE_CHECKING:
@@ -48,23 +48,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hook_before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_resend_dropped_signal, hook_before)
     try:
-        options, unknown = build_parser().parse_known_args(
-            _with_hyphens(sys.argv[1:] if arguments is None else arguments)
-        )
+        with standard_streams():
+            return _run(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        sys.unraisablehook = hook_before
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Runs a command; exceptions become messages and exit codes."""
+    try:
+        options, unknown = build_parser().parse_known_args(arguments)
         if unknown:
             options.parser.refuse(unknown[0])
         command: Callable[[argparse.Namespace], int] = options.command
         _keep_compilations()
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()  # a disk may be full only now
+        return code
     except (UserError, InUseError) as error:
         print_escaped(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 73
     except FaultError as error:
         print_escaped(f"fault: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader has closed the pipe, as `head` does; Python must not flush to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         return 128 + signal.SIGPIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -75,10 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Terminated:
         return 128 + signal.SIGTERM
-    finally:
-        sys.unraisablehook = hook_before
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Terminated(BaseException):
@@ -279,10 +284,7 @@ def compare(options: argparse.Namespace) -> int:
 
     names = ("steps", "batch_size", "length", "seed", "allow_nan")
     ledger = compare(options.path, **{name: getattr(options, name) for name in names})
-    print_escaped(ledger)
-    if options.json is not None:
-        with _writing(options.json):
-            write_text(options.json, ledger.to_json())
+    _write_and_show(options.json, ledger.to_json(), ledger)
     return 0 if ledger.holds else 1
 
 
@@ -339,8 +341,8 @@ def plan(options: argparse.Namespace) -> int:
 
     devices = devices_of(options.topology)
     made = make_plan(config, devices)
-    print(made)
     result = made.to_dict() | {"topology": options.topology}
+    _write_and_show(options.json, json.dumps(result, indent=2) + "\n", made)
     if made.memory.fits is False:
         found = smallest_change(config, devices, made)
         if found is None:
@@ -348,11 +350,9 @@ def plan(options: argparse.Namespace) -> int:
         else:
             change, smaller = found
             arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
-            print(f"\nit fits with {arguments}:\n\n{smaller}")
             result |= {"change": change, "changed": smaller.to_dict()}
-    if options.json is not None:
-        with _writing(options.json):
-            write_text(options.json, json.dumps(result, indent=2) + "\n")
+            shown = f"\nit fits with {arguments}:\n\n{smaller}"
+            _write_and_show(options.json, json.dumps(result, indent=2) + "\n", shown)
     return 1 if made.memory.fits is False else 0
 
 
@@ -375,6 +375,16 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FaultError(f"{path}: cannot be written: {error}") from error
+
+
+def _write_and_show(path: Path | None, content: str, shown: object) -> None:
+    """Writes a result to a file, if one was asked for, and prints it; neither is lost if the other fails."""
+    try:
+        if path is not None:
+            with _writing(path):
+                write_text(path, content)
+    finally:
+        print_escaped(shown)
 
 
 def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokenizer]":
@@ -402,8 +412,11 @@ def _prompt_of(options: argparse.Namespace) -> str:
         except UnicodeEncodeError:  # other halves, possible on Windows
             content = options.prompt.encode("utf-8", "surrogatepass")
     else:
-        content = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         name = "standard input"
+        try:
+            content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read: {error.strerror}; give --prompt TEXT") from None
         if len(content) > MAX_PROMPT_BYTES:
             raise UserError(f"{name}: has over {MAX_PROMPT_BYTES:,} bytes, too many for a prompt; give its last part")
     return decode_text(content, name, "give the prompt in UTF-8")
@@ -439,15 +452,40 @@ def _config_of(options: argparse.Namespace) -> Config:
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line, and how to get help in a second."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Also accepts underscores in the names of options. Every other word stays as it is."""
+        words = list(args)
+        end = words.index("--") if "--" in words else len(words)
+        return super().parse_known_args([*map(self._with_hyphens, words[:end]), *words[end:]], namespace)
+
+    def _with_hyphens(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        hyphenated = name.replace("_", "-")
+        return hyphenated + equals + value if hyphenated in self._option_string_actions else word
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Before Python 3.12.5, argparse drops the value of `--prompt=--`.
+        if arg_strings == ["--"] and action.option_strings and action.nargs is None:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
+    def print_help(self, file: Any = None) -> None:
+        """Raises the OSError of an output that fails, which argparse drops."""
+        print(self.format_help(), end="", file=file, flush=True)
+
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage."""
+        name = re.fullmatch("argument (--[^ ]+): expected one argument", message)
+        if name is not None:
+            value = self._option_string_actions[name[1]].metavar
+            message += f"; if it begins with a hyphen, write {name[1]}={value}"
         raise UserError(f"{message}\nhelp: {self.prog} --help")
 
     def refuse(self, argument: str) -> NoReturn:
         """Raises UserError for an unknown argument, with the nearest known one."""
         name = argument.partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
         self.error(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
@@ -467,9 +505,11 @@ def build_parser() -> Parser:
         return made.add_argument
 
     # Arguments that several commands share.
-    config.add_argument("config", metavar="CONFIG.toml", nargs="?", help="default: the embedded config")
+    config.add_argument(
+        "config", metavar="CONFIG.toml", type=expand_home, nargs="?", help="default: the embedded config"
+    )
     _add_config_fields(config)
-    model.add_argument("path", metavar="PATH", help="a run folder, or a Hugging Face folder")
+    model.add_argument("path", metavar="PATH", type=expand_home, help="a run folder, or a Hugging Face folder")
     prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
     loading.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
@@ -483,54 +523,56 @@ def build_parser() -> Parser:
         ("--frequency-penalty", 0.0, "the same, times the count of the token"),
     ):
         sampling.add_argument(name, metavar="F", type=float, default=default, help=text)
-    sampling.add_argument("--top-k", metavar="N", type=int, default=0, help="sample from the N likeliest tokens only")
-    sampling.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed gives the same text")
+    sampling.add_argument(
+        "--top-k", metavar="N", type=_count, default=0, help="sample from the N likeliest tokens only"
+    )
+    sampling.add_argument("--seed", metavar="N", type=_count, default=0, help="the same seed gives the same text")
 
     add("train", train, config)
 
     argument = add("generate", generate, model, prompt, sampling, loading)
-    argument("--max-new-tokens", metavar="N", type=int, default=500)
-    argument("--num-samples", metavar="N", type=int, default=1, help="number of texts, generated at once")
+    argument("--max-new-tokens", metavar="N", type=_count, default=500)
+    argument("--num-samples", metavar="N", type=_count, default=1, help="number of texts, generated at once")
     argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
     argument("--no-stream", action="store_true", help="print when the whole text is generated")
-    argument("--prompt-lookup", metavar="N", type=int, default=0, help="draft N tokens from the text: faster")
-    argument("--draft", metavar="PATH", help="draft tokens with this smaller model: faster")
+    argument("--prompt-lookup", metavar="N", type=_count, default=0, help="draft N tokens from the text: faster")
+    argument("--draft", metavar="PATH", type=expand_home, help="draft tokens with this smaller model: faster")
 
     argument = add("chat", chat, sampling, loading)
-    argument("path", metavar="PATH", help="a Hugging Face folder with a chat template")
+    argument("path", metavar="PATH", type=expand_home, help="a Hugging Face folder with a chat template")
     argument("--system", metavar="TEXT", help="the system message")
-    argument("--max-new-tokens", metavar="N", type=int, default=1000, help="per answer")
+    argument("--max-new-tokens", metavar="N", type=_count, default=1000, help="per answer")
 
     argument = add("eval", evaluate, model, loading)
-    argument("file", metavar="FILE", help="a text")
+    argument("file", metavar="FILE", type=expand_home, help="a text")
     argument("--json", action="store_true", help="print one JSON object")
 
     argument = add("lens", lens, model, prompt, loading)
-    argument("--out", metavar="FILE.html", type=Path, required=True, help="the page; an existing file is replaced")
-    argument("--max-new-tokens", metavar="N", type=int, default=0, help="first append N greedy tokens to the text")
+    argument("--out", metavar="FILE.html", type=_path, required=True, help="the page; an existing file is replaced")
+    argument("--max-new-tokens", metavar="N", type=_count, default=0, help="first append N greedy tokens to the text")
 
     argument = add("convert", convert, allow_nan)
-    argument("source", metavar="SRC", help="a run folder, or a Hugging Face folder")
-    argument("destination", metavar="DST", help="a new folder of the other kind")
+    argument("source", metavar="SRC", type=expand_home, help="a run folder, or a Hugging Face folder")
+    argument("destination", metavar="DST", type=expand_home, help="a new folder of the other kind")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )
 
     argument = add("compare", compare, model, allow_nan)
-    argument("--steps", metavar="N", type=int, default=0, help="also compare N steps of AdamW")
-    argument("--json", metavar="FILE", type=Path, help="also write the rows to a file")
-    argument("--batch-size", metavar="N", type=int, default=2, help="sequences per batch, an even number")
-    argument("--length", metavar="N", type=int, help="tokens per sequence")
-    argument("--seed", metavar="N", type=int, default=0, help="of the random tokens")
+    argument("--steps", metavar="N", type=_count, default=0, help="also compare N steps of AdamW")
+    argument("--json", metavar="FILE", type=_path, help="also write the rows to a file")
+    argument("--batch-size", metavar="N", type=_count, default=2, help="sequences per batch, an even number")
+    argument("--length", metavar="N", type=_count, help="tokens per sequence")
+    argument("--seed", metavar="N", type=_count, default=0, help="of the random tokens")
 
     argument = add("verify", verify)
-    argument("path", metavar="PATH", help="a run folder")
+    argument("path", metavar="PATH", type=expand_home, help="a run folder")
 
     argument = add("plan", plan, config)
     argument(
         "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; default: this machine"
     )
-    argument("--json", metavar="FILE", type=Path, help="also write the numbers to a file")
+    argument("--json", metavar="FILE", type=_path, help="also write the numbers to a file")
 
     add("doctor", doctor, config)
 
@@ -539,8 +581,22 @@ def build_parser() -> Parser:
     return parser
 
 
+def _count(text: str, alternatives: str = "") -> int:
+    """A whole number of at most 32 bits, which may be written as 1e3."""
+    for read in (int, float):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = read(text)
+            if number == int(number) and abs(number) < 2**32:
+                return int(number)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number{alternatives}")
+
+
 def _step(text: str) -> str | int:
-    return text if text in ("best", "latest") else int(text)
+    return text if text in ("best", "latest") else _count(text, ", best or latest")
+
+
+def _path(text: str) -> Path:
+    return Path(expand_home(text))
 
 
 def _add_config_fields(parser: Parser) -> None:
@@ -566,11 +622,6 @@ def _kind(annotation: Any) -> str:
         return "|".join(words)
     names = [getattr(part, "__name__", "") for part in (*words, annotation)]
     return next((name.upper() for name in names if name in ("int", "float", "bool", "str")), "LIST")
-
-
-def _with_hyphens(arguments: Sequence[str]) -> list[str]:
-    """Replaces underscores by hyphens in the names of arguments."""
-    return [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
 
 
 def _keep_compilations() -> None:
@@ -604,8 +655,7 @@ def cache_folder() -> Path:
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if given.is_absolute():  # the specification says to ignore others
         return given
-    # For an empty HOME expanduser returns the root folder, for an unknown one "~" itself.
-    home = "~" if os.environ.get("HOME") == "" else os.path.expanduser("~")
-    if not (os.path.isabs(home) and os.path.isdir(home)):
-        raise FileNotFoundError(errno.ENOENT, "there is no such home folder", home)
+    home = expand_home("~")
+    if home == "~":
+        raise FileNotFoundError(errno.ENOENT, "there is no such home folder", os.environ.get("HOME", home))
     return Path(home) / ".cache"

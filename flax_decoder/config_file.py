@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.errors import UserError, as_path, require_type
-from flax_decoder.io.files import open_regular
+from flax_decoder.io.files import expand_home, open_regular
 from flax_decoder.io.strict_json import shown
 
 
@@ -23,7 +23,8 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
     Args:
         path: the file; None is the embedded default.
         overrides: values that take precedence, by dotted name: `{"model.num_layers": 2}`. Hyphens are the same as
-            underscores. A string for a field of another type is parsed as TOML, as on the command line.
+            underscores. A string for a field of another type is parsed as TOML, as on the command line, where `1e3` is
+            a count too, `yes`, `on`, `no` and `off` are switches, and `none` takes the value of the file back.
 
     Returns:
         The checked config. `run.folder` is filled in; `model.vocab_size` stays None if the tokenizer decides it. A
@@ -44,11 +45,25 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         if isinstance(values, dict):
             values[field] = _parse_override(section, field, value)
     overridden = {override.replace("-", "_") for override in overrides or {}}
+    for section, field in _PATHS:
+        values = settings.get(section)
+        if isinstance(values, dict) and field in values:
+            values[field] = _with_home(values[field])
     config = config_of(settings, source, overridden)
     if config.run.folder is None or (_is_inside_a_run(path) and "run.folder" not in overridden):
         run = dataclasses.replace(config.run, folder=str(_default_folder(path)))
         config = dataclasses.replace(config, run=run)
     return config
+
+
+# The fields that are paths. A shell leaves the `~` of --run.folder=~/texts to the program.
+_PATHS = (("data", "path"), ("data", "tokenizer"), ("run", "folder"))
+
+
+def _with_home(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_with_home(part) for part in value]
+    return expand_home(value) if isinstance(value, str) else value
 
 
 def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[str] = ()) -> Config:
@@ -144,21 +159,46 @@ def _find_field(name: str) -> tuple[str, str]:
 
 
 def _parse_override(section: str, field: str, value: Any) -> Any:
-    """The value of an override; a string that the field does not accept as it is, is parsed as TOML."""
+    """The value of an override: of the ways to read a string, the first that the field accepts."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if not isinstance(value, str):
         is_number = hasattr(value, "dtype") and getattr(value, "shape", None) == ()
         return value.item() if is_number else value  # a number of NumPy or JAX as Python's
+    adapter = TypeAdapter(fields_of(section)[field].rebuild_annotation())
+    readings = list(_readings(value))
+    for reading in readings:
+        try:
+            adapter.validate_python(reading, strict=True)
+            return reading
+        except ValidationError:
+            pass
+    return readings[-1]
+
+
+_WORDS = {"none": None} | dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """The ways to read a string of the command line; the last one is for messages."""
+    word = text.strip().lower()
+    if word == "none":  # before the text itself: it takes back the text of a file
+        yield None
+    if not text.startswith("["):  # a list of paths, not a path
+        yield text
+    if word in _WORDS:
+        yield _WORDS[word]
     try:
-        if not value.startswith("["):  # a list of paths, not a path
-            return TypeAdapter(fields_of(section)[field].annotation).validate_python(value, strict=True)
-    except ValidationError:
-        pass
-    try:
-        return _parse_toml(f"value = {value}")["value"]
+        value = _parse_toml(f"value = {text}")["value"]
     except ValueError:
-        return value
+        yield text
+        return
+    if isinstance(value, float) and value.is_integer():  # 1e3
+        yield int(value)
+    if isinstance(value, list):
+        yield value
+        yield text
+    yield value
 
 
 def _first_error(error: ValidationError, section: str, source: str, overridden: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from limits import HANGS_SECONDS
 
-from flax_decoder.cli import main
+from flax_decoder.cli import build_parser, main
 from flax_decoder.config import SECTIONS, fields_of
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
@@ -119,6 +119,51 @@ def test_underscores_and_hyphens_are_the_same(tmp_path, monkeypatch, capsys):
         # Refused only after the value is understood.
         assert main(["train", argument, "--training.accumulation_steps", "2"]) == 2
         assert "training.batch_size = 7 is not a multiple of accumulation_steps = 2" in capsys.readouterr().err
+
+
+# Values that look like options, and how they can be given.
+ODD_VALUES = ("--- a_b/c_d", "--a_b c_d", "-- a_b", "- a_b")
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "dest"),
+    [
+        ("generate x", "--prompt", "prompt"),
+        ("generate x", "--stop", "stop"),
+        ("generate x", "--draft", "draft"),
+        ("chat x", "--system", "system"),
+        ("train", "--data.path", "data.path"),
+        ("train", "--lens.prompt", "lens.prompt"),
+        ("eval x", "", "file"),
+    ],
+)
+def test_a_value_that_looks_like_an_option_stays_as_it_is(command, name, dest):
+    for value in (*ODD_VALUES, "--a_b", "--max_new_tokens=5 a_b", "--num_layers=2", "--", "-1_0", "a_b"):
+        given = [[name, value]] if name and value in ODD_VALUES else []
+        given += [[f"{name}={value}"]] if name else [["--", value]] if value != "--" else []
+        for words in given:
+            options, unknown = build_parser().parse_known_args([*command.split(), *words])
+            assert unknown == [] and getattr(options, dest) in (value, [value]), words
+
+
+def test_a_value_that_may_be_an_option_is_refused_with_the_way_to_give_it(refused):
+    for value in ("--a_b", "--max_new_tokens", "-x"):
+        error = refused("generate", "nowhere", "--prompt", value)
+        assert error.startswith("argument --prompt: expected one argument; ") and "write --prompt=TEXT\n" in error
+    assert "unknown argument --num_sample; did you mean --num-samples?" in refused("generate", "x", "--num_sample", "2")
+
+
+def test_counts_and_paths_as_people_type_them(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["generate", "~/x", "--max-new-tokens=1e3", "--num-samples=2.0", "--seed=-1", "--step=1e2", "--draft=~/y"]
+    options = build_parser().parse_args(words)
+    assert (options.max_new_tokens, options.num_samples, options.seed, options.step) == (1000, 2, -1, 100)
+    assert (options.path, options.draft) == (f"{tmp_path}/x", f"{tmp_path}/y")
+    assert build_parser().parse_args(["lens", "x", "--out=~/x.html"]).out == tmp_path / "x.html"
+    for number in ("1.5", "1k", "inf", "nan", "1e400", "", "--seed=1"):
+        assert "is not a whole number" in refused("generate", "x", f"--max-new-tokens={number}")
+    assert "is not a whole number" in refused("generate", "x", f"--seed={2**32}")
+    assert "--step: 'newest' is not a whole number, best or latest" in refused("generate", "x", "--step=newest")
 
 
 def generated(capsys, *arguments):

@@ -82,6 +82,20 @@ def test_an_override_can_repair_what_the_file_says(write):
         ("data.path", Path("texts") / "a.txt", "texts/a.txt"),
         ("run.folder", "true", "true"),
         ("data.tokenizer", "byte", "byte"),
+        ("training.num_steps", "1e3", 1000),
+        ("training.num_steps", "1.5e3", 1500),
+        ("optimizer.learning_rate", "1e1", 10.0),
+        *(("model.scan_layers", word, True) for word in ("True", "TRUE", "yes", "on")),
+        *(("model.tied_head", word, False) for word in ("False", "no", "Off")),
+        ("model.num_kv_heads", "none", None),
+        ("training.loss_chunk_tokens", "None", None),
+        ("data.path", "none", None),
+        ("run.wandb", "none", None),
+        ("model.qk_norm", "none", "none"),
+        ("data.tokenizer", "no", "no"),
+        ("run.folder", "[2024]", "[2024]"),
+        ("run.folder", "[a, b", "[a, b"),
+        ("data.path", "[2024]", "[2024]"),
     ],
 )
 def test_text_is_read_as_toml_where_the_field_is_no_text(name, text, value):
@@ -89,6 +103,42 @@ def test_text_is_read_as_toml_where_the_field_is_no_text(name, text, value):
     config = load_config(overrides={name: text, "model.window": "3"})
     assert getattr(getattr(config, section), field) == value
     assert type(getattr(getattr(config, section), field)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("training.num_steps", "1.5"),
+        ("training.num_steps", "1e400"),
+        ("training.num_steps", "yes"),
+        ("training.num_steps", "none"),
+        ("training.num_steps", "1,000"),
+        ("model.scan_layers", "maybe"),
+        ("model.scan_layers", "2"),
+        ("model.positions", "on"),
+    ],
+)
+def test_text_that_has_no_certain_meaning_is_refused(name, text):
+    assert f"{name} = " in refusal(overrides={name: text})
+
+
+def test_none_takes_the_value_of_the_file_back(write):
+    path = write('[model]\nwindow = 3\n[data]\npath = "a.txt"\n[run]\nwandb = "plays"\n')
+    config = load_config(path, {"model.window": "none", "data.path": "none", "run.wandb": "none"})
+    assert config.model.window is config.data.path is config.run.wandb is None
+
+
+def test_a_tilde_is_the_home_folder(write, tmp_path, monkeypatch):
+    text = '[data]\npath = ["~/a.txt", "b~"]\ntokenizer = "~/t.json"\n[run]\nfolder = "~/x"\n'
+    path = write(text)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(path)
+    assert config.data == DataConfig(path=(f"{tmp_path}/a.txt", "b~"), tokenizer=f"{tmp_path}/t.json")
+    assert config.run.folder == f"{tmp_path}/x"
+    assert load_config(None, {"data.path": "~/texts", "run.folder": "~"}).data.path == f"{tmp_path}/texts"
+    for home in ("", "relative", str(tmp_path / "missing")):
+        monkeypatch.setenv("HOME", home)
+        assert load_config(path).run.folder == "~/x"
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)

@@ -2,6 +2,7 @@ import json
 import math
 import sys
 import types
+import unittest.mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -69,23 +70,69 @@ def test_a_reporter_that_is_not_installed_is_named_with_the_way_to_get_it(monkey
         require_reporters(config)
 
 
-def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
-    written = []
+def fake_tensorboard(monkeypatch, written, flush):
+    """Stands in for the parts of tensorboardX that are used, which write into a list."""
 
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            written.append((folder, purge_step))
+    class EventsWriter:
+        def __init__(self, prefix):
+            written.append(prefix)
 
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
+        def write_event(self, event):
+            written.append((event["step"], *event.get("summary", ["start"])))
 
         def flush(self):
-            written.append("flush")
+            flush()
 
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    parts = {
+        "event_file_writer": {"EventsWriter": EventsWriter},
+        "proto.event_pb2": {"Event": lambda **fields: fields, "SessionLog": unittest.mock.Mock()},
+        "summary": {"scalar": lambda name, value: (name, value)},
+    }
+    for name in ("tensorboardX", "tensorboardX.proto"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for name, content in parts.items():
+        monkeypatch.setitem(sys.modules, f"tensorboardX.{name}", types.SimpleNamespace(**content))
+
+
+def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
+    written = []
+    fake_tensorboard(monkeypatch, written, lambda: written.append("flush"))
     MetricsLog(RunConfig(tensorboard=True), tmp_path, 2).add({"step": 3, "train_loss": 1.5})
+    prefix = str(tmp_path / "tensorboard" / "events")
     # Lines from step 3 on that are there already, of a run that was killed, are to be forgotten.
-    assert written == [(str(tmp_path / "tensorboard"), 3), ("step", 3, 3), ("train_loss", 1.5, 3), "flush"]
+    assert written == [prefix, (3, "start"), (3, "step", 3), (3, "train_loss", 1.5), "flush"]
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+def fail(*args, **options):
+    raise OSError(28, "No space left on device\n\x1b[2Jmore")
+
+
+@pytest.mark.parametrize("when", ["opened", "told"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_reporter_that_fails_is_switched_off_with_a_line(tmp_path, monkeypatch, capsys, name, when):
+    asked = []
+
+    def log(row=None, step=None):
+        asked.append(step)
+        raise RuntimeError("the network is gone\nand more")
+
+    fake_tensorboard(monkeypatch, asked, log if when == "told" else None)
+    run = types.SimpleNamespace(log=log)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=(lambda **_: run) if when == "told" else fail))
+    if when == "opened" and name == "tensorboard":
+        monkeypatch.setattr("pathlib.Path.mkdir", fail)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    log = MetricsLog(
+        RunConfig(**{"tensorboard": {"tensorboard": True}, "wandb": {"wandb": "plays"}}[name]), tmp_path, 0
+    )
+    for row in ROWS:
+        log.add(row)
+    assert read_metrics(tmp_path / "metrics.jsonl") == ROWS
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: run.{name} is switched off, training goes on: ")
+    assert ("No space left" if when == "opened" else "gone") in line and "more" not in line
+    assert len(asked) == len(set(map(str, asked)))  # and is asked no more
 
 
 def test_other_reporters_get_no_words(tmp_path, monkeypatch):

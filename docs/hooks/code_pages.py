@@ -39,8 +39,9 @@ def config_page() -> str:
     """Every field of a config: what it may be, what it is by default, and what it means."""
     parts = [
         f"{FOUND_FIRST}# Every setting\n\nA setting is a line in its section of a TOML file, or an argument of a "
-        "command: `num_layers = 6` under `[model]` is `--model.num-layers 6`. Settings that do not go together are "
-        "refused with the reason."
+        "command: `num_layers = 6` under `[model]` is `--model.num-layers 6`. There, `1e3` is a count too, `yes`, "
+        "`on`, `no` and `off` are switches, and `none` takes the value of the file back. `~` at the start of a path is "
+        "your home folder. Settings that do not go together are refused with the reason."
     ]
     fixed = fixed_fields()
     for section, home in SECTIONS.items():

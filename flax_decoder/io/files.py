@@ -39,6 +39,15 @@ def open_regular(path: str | os.PathLike[str], *, follow_links: bool = True) -> 
     raise OSError(errno.EINVAL, f"is {kind}", os.fspath(path))
 
 
+def expand_home(path: str) -> str:
+    """The path with the user's home folder in place of a `~` at its start; the same path if there is no such folder."""
+    if os.environ.get("HOME") == "":  # for which expanduser returns the root folder
+        return path
+    expanded = os.path.expanduser(path)
+    home = os.path.expanduser(path.partition("/")[0])
+    return expanded if os.path.isabs(home) and os.path.isdir(home) else path
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file that atomically replaces `path` when the block ends without an error and it is on disk."""

@@ -1,10 +1,12 @@
-"""Turns SIGINT and SIGTERM into a request that the training loop grants at the end of a step."""
+"""Turns SIGINT, SIGTERM and a failing output into a request that the training loop grants at the end of a step."""
 
 import os
 import signal
+import sys
 import threading
 from typing import Any, Self
 
+from flax_decoder.io.terminal import guarded
 from flax_decoder.parallel.processes import max_over_processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -16,12 +18,16 @@ class Interruption:
     Python runs its signal handlers between two bytecode instructions, but compiling can be one instruction that takes
     minutes. So a thread listens to the wakeup file descriptor, to which Python's C handler writes at once.
 
+    A standard output that cannot be written counts as SIGPIPE. Nothing is printed any more.
+
     Attributes:
         signal: the signal that was received, or None.
+        output_error: why standard output cannot be written; None if it can, or if its reader has just closed the pipe.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.output_error: OSError | None = None
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def requested(self) -> bool:
@@ -38,9 +44,12 @@ class Interruption:
             self._handlers_before[number] = signal.signal(number, lambda number, frame: self._note(number))
         self._thread = threading.Thread(target=self._listen, args=(read_end,), daemon=True)
         self._thread.start()
+        self._stdout_before = sys.stdout
+        sys.stdout = guarded(sys.stdout, self._note_output_error)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        sys.stdout = self._stdout_before
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
@@ -49,6 +58,11 @@ class Interruption:
 
     def _note(self, number: int) -> None:
         self.signal = self.signal or signal.Signals(number)
+
+    def _note_output_error(self, error: OSError) -> None:
+        self._note(signal.SIGPIPE)
+        if not isinstance(error, BrokenPipeError):
+            self.output_error = self.output_error or error
 
     def _listen(self, read_end: int) -> None:
         is_second = False

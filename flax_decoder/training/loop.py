@@ -130,7 +130,10 @@ def train_from(
         write_results(training, folder, model, state.params, tokenizer, log)
     if interruption.signal is None:
         return 0
-    print(f"stopped by {interruption.signal.name}: saved at step {int(state.step)}; the same command continues")
+    saved = f"saved at step {int(state.step)}; the same command continues"
+    if interruption.output_error is not None:
+        raise FaultError(f"standard output: {interruption.output_error.strerror}; {saved}")
+    print(f"stopped by {interruption.signal.name}: {saved}")
     return 128 + interruption.signal
 
 
@@ -272,8 +275,16 @@ def describe_mesh(mesh: Mesh) -> str:
 def write_results(
     training: TrainingConfig, folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer, log: MetricsLog
 ) -> None:
-    """Prints the best loss and advice, and writes a sample and the loss curve."""
+    """Writes a sample and the loss curve, then prints the best loss, advice and the sample."""
     sample, curve = (folder / name for name in RESULTS)
+    if training.sample_tokens > 0:
+        params = processes.all_gather(params)
+    if not processes.is_first():
+        return
+    if training.sample_tokens > 0:
+        text = generate_sample(training, model, params, tokenizer)
+        write_text(sample, text)
+    plot_losses(log.rows, curve)
     evaluated = [row for row in log.rows if "val_loss" in row]
     if evaluated:
         best = min(evaluated, key=lambda row: row["val_loss"])
@@ -283,14 +294,7 @@ def write_results(
         )
         print(advice(log.rows))
     if training.sample_tokens > 0:
-        params = processes.all_gather(params)
-    if not processes.is_first():
-        return
-    if training.sample_tokens > 0:
-        text = generate_sample(training, model, params, tokenizer)
-        write_text(sample, text)
         print_escaped(f"a sample, also in {sample}:\n\n{text}")
-    plot_losses(log.rows, curve)
 
 
 def generate_sample(training: TrainingConfig, model: Decoder, params: Any, tokenizer: Tokenizer) -> str:

@@ -6,6 +6,8 @@ import math
 import os
 import re
 import secrets
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import open_regular, write_text
 from flax_decoder.io.strict_json import Limits, parse_object, shown
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
 
@@ -53,7 +56,11 @@ class MetricsLog:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: LogRow) -> None:
-        """Writes a line to disk, and its known numbers to the other reporters. Raises FaultError if it cannot."""
+        """Writes a line to disk, and its known numbers to the other reporters, of which one that fails is switched off.
+
+        Raises:
+            FaultError: the line cannot be written to disk.
+        """
         self.rows.append(row)
         if self._writes:
             try:
@@ -62,8 +69,12 @@ class MetricsLog:
             except OSError as error:
                 raise FaultError(f"{self._path}: cannot be written: {error.strerror}") from error
         numbers = {name: value for name, value in row.items() if value != UNKNOWN}
-        for report in self._reporters:
-            report(numbers)
+        for report in list(self._reporters):
+            try:
+                report(numbers)
+            except Exception as error:  # of another library: of any kind
+                self._reporters.remove(report)
+                _tell_switched_off(report.__name__.removeprefix("to_"), error)
 
     def seconds(self) -> float:
         """Training time of the run up to the last line, in seconds."""
@@ -119,7 +130,7 @@ def require_reporters(config: RunConfig) -> None:
 
 
 def open_reporters(config: RunConfig, folder: Path, step: int, last_step: int) -> list[Callable[[LogRow], None]]:
-    """A function per reporter in the config, to be called with each line.
+    """A function per reporter in the config, to be called with each line; one that cannot be opened is left out.
 
     Args:
         config: which reporters.
@@ -131,32 +142,60 @@ def open_reporters(config: RunConfig, folder: Path, step: int, last_step: int) -
         BrokenError: the id of the run at a reporter cannot be read.
     """
     reporters: list[Callable[[LogRow], None]] = []
-    if config.tensorboard:
-        from tensorboardX import SummaryWriter
-
-        # TensorBoard then forgets the lines that come again.
-        writer = SummaryWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1)
-
-        def to_tensorboard(row: LogRow) -> None:
-            for name, value in row.items():
-                writer.add_scalar(name, value, row["step"])
-            writer.flush()
-
-        reporters.append(to_tensorboard)
-    if config.wandb is not None:
-        import wandb
-
-        is_known, id = _wandb_id(folder / "wandb_id")
-        run = wandb.init(project=config.wandb, name=folder.name, id=id, dir=folder, resume="allow")
-        # The server knows which steps it has and drops those that come again; without it, none may come again.
-        num_sent = last_step if is_known and run.offline else 0
-
-        def to_wandb(row: LogRow) -> None:
-            if row["step"] > num_sent:
-                run.log(dict(row), step=int(row["step"]))
-
-        reporters.append(to_wandb)
+    for name, is_on, open_reporter in (
+        ("tensorboard", config.tensorboard, lambda: _open_tensorboard(folder, step)),
+        ("wandb", config.wandb is not None, lambda: _open_wandb(config, folder, last_step)),
+    ):
+        try:
+            if is_on:
+                reporters.append(open_reporter())
+        except (FaultError, UserError):
+            raise
+        except Exception as error:  # of another library: of any kind
+            _tell_switched_off(name, error)
     return reporters
+
+
+def _open_tensorboard(folder: Path, step: int) -> Callable[[LogRow], None]:
+    # Not its SummaryWriter, whose thread writes later: where the disk is full, it ends with a traceback, and the
+    # training then waits for it for ever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+
+    events = folder / "tensorboard"
+    events.mkdir(exist_ok=True)
+    writer = EventsWriter(os.fspath(events / "events"))
+    # TensorBoard then forgets the lines that come again.
+    start = SessionLog(status=SessionLog.START)
+    writer.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def to_tensorboard(row: LogRow) -> None:
+        for name, value in row.items():
+            writer.write_event(Event(wall_time=time.time(), step=int(row["step"]), summary=scalar(name, value)))
+        writer.flush()
+
+    return to_tensorboard
+
+
+def _open_wandb(config: RunConfig, folder: Path, last_step: int) -> Callable[[LogRow], None]:
+    import wandb
+
+    is_known, id = _wandb_id(folder / "wandb_id")
+    run = wandb.init(project=config.wandb, name=folder.name, id=id, dir=folder, resume="allow")
+    # The server knows which steps it has and drops those that come again; without it, none may come again.
+    num_sent = last_step if is_known and run.offline else 0
+
+    def to_wandb(row: LogRow) -> None:
+        if row["step"] > num_sent:
+            run.log(dict(row), step=int(row["step"]))
+
+    return to_wandb
+
+
+def _tell_switched_off(name: str, error: Exception) -> None:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    print_escaped(f"warning: run.{name} is switched off, training goes on: {reason}", file=sys.stderr)
 
 
 def _wandb_id(path: Path) -> tuple[bool, str]:
