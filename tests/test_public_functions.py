@@ -217,6 +217,12 @@ def without(name):
     return lambda params: {other: params[other] for other in params if other != name}
 
 
+def with_biases(params):
+    attention = params["layers"]["attention"]
+    out = attention["out"] | {"bias": np.zeros((2, 8), np.float32)}
+    return params | {"layers": params["layers"] | {"attention": attention | {"out": out}}}
+
+
 PARAMS = {
     "numpy": (lambda params: jax.tree.map(np.asarray, params), None),
     "tuple": (fd.unstack_layers, None),
@@ -229,6 +235,8 @@ PARAMS = {
     "integers": (lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.int32), params), "floating-point.*int32"),
     "complex": (lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.complex64), params), "point.*complex64"),
     "a head too many": (lambda params: params | {"head": np.zeros((8, V), np.float32)}, "'head'.* does not read"),
+    "a bias too many": (lambda params: params | {"head_bias": np.zeros(V, np.float32)}, "'head_bias'.* does not read"),
+    "biases of layers": (with_biases, "attention/out/bias'.* does not read"),
     "variables": (lambda params: {"params": params}, "extra params layer|must be those of a Decoder.*dict of params"),
     "nothing": (lambda params: None, "should be a dictionary|must be those of a Decoder.*NoneType"),
     "no layers": (without("layers"), "layers|must be those of a Decoder"),
@@ -244,17 +252,25 @@ OF_PARAMS = {
         fd.TrainState.create(apply_fn=make()[1].apply, params=params, tx=optax.sgd(0.1)), BATCH
     ),
 }
+TOO_MANY = ("a head too many", "a bias too many", "biases of layers")
 CASES_OF_PARAMS = [
     (name, form)
     for name in OF_PARAMS
     for form in PARAMS
     # Only where there is a model are there dtypes and sizes to compare with.
-    if not (name == "unstack_layers" and form in ("one layer", "integers", "complex", "a head too many", "float64"))
+    if not (name == "unstack_layers" and form in ("one layer", "integers", "complex", "float64", *TOO_MANY))
 ]
 
 
 @pytest.mark.short(
-    *("apply-integers", "apply-complex", "apply-a head too many", "generate-list", "generate-by number"),
+    *(
+        "apply-integers",
+        "apply-complex",
+        "apply-a head too many",
+        "apply-biases of layers",
+        "generate-list",
+        "generate-by number",
+    ),
     *("generate-variables", "capture-list", "unstack_layers-by number", "create-variables", "create-nothing"),
 )
 @pytest.mark.parametrize(("name", "form"), CASES_OF_PARAMS, ids=[f"{name}-{form}" for name, form in CASES_OF_PARAMS])

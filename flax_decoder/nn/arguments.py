@@ -17,6 +17,16 @@ from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit, check_edits
 from flax_decoder.nn.precision import check_float64
 
+# How the paths of parameters end that only some models read, and the setting of those.
+READ_WITH = {
+    "final_norm/scale": "final_norm",
+    "head_bias": "head_bias",
+    "norm/bias": "norm_bias",
+    **{f"{name}/bias": "attention_in_bias" for name in ("query", "key", "value")},
+    "out/bias": "attention_out_bias",
+    **{f"{name}/bias": "mlp_bias" for name in ("up", "gate", "down")},
+}
+
 
 def checked_arguments(
     config: ModelConfig,
@@ -59,9 +69,12 @@ def checked_arguments(
 def check_params(config: ModelConfig, params: Any) -> None:
     """Raises ValueError for parameters that would be rounded or passed over without a word; Flax checks the shapes."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for end, field in READ_WITH.items():
+            if name.endswith(end) and not getattr(config, field):
+                raise ValueError(f"the params have {name!r}, which a model with {field} = false does not read")
         dtype = getattr(leaf, "dtype", None)
         if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             found = dtype if isinstance(dtype, np.dtype) else f"a {type(leaf).__name__}"
             raise ValueError(f"the parameter {name} must be an array of floating-point numbers, not {found}")
     for name, is_read, setting in (
