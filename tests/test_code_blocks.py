@@ -83,7 +83,7 @@ def test_commands_parse(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(ROOT)
     ours = of_ours(list(command))
     if ours is not None:
-        options = cli.build_parser().parse_args(cli._with_hyphens(ours))  # UserError for what it does not know
+        options = cli.build_parser().parse_args(ours)  # UserError for what it does not know
         if hasattr(options, "config"):
             cli._config_of(options)  # UserError for a wrong value
     elif command[0] == "pip":

@@ -129,5 +129,5 @@ def test_documents_do_not_go_with_a_cache():
     params = reference.random_params(model)
     with pytest.raises(ValueError, match="one document per row"):
         model.apply({"params": params}, TOKENS_BT, empty_cache(model.config, B, 144), segments_BT=SEGMENTS_BT)
-    with pytest.raises(ValueError, match=r"segments_BT has the shape \(144,\), but the tokens have \(2, 144\)"):
+    with pytest.raises(ValueError, match=r"segments_BT has the shape \(144,\), but must have \(2, 144\)"):
         model.apply({"params": params}, TOKENS_BT, segments_BT=SEGMENTS_BT[0])

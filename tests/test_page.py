@@ -123,8 +123,10 @@ def guesses(name):
     model, params = make(name)
     config, seen = model.config, look(name)
     streams = np.concatenate([seen["embeddings"], seen["residual"][:, 0]])
-    normed = np.array([[reference.norm(x, params["final_norm"], config) for x in stream] for stream in streams])
-    logits = normed @ np.asarray(params["embedding"].T if config.tied_head else params["head"])
+    if config.final_norm:
+        streams = np.array([[reference.norm(x, params["final_norm"], config) for x in stream] for stream in streams])
+    logits = streams @ np.asarray(params["embedding"].T if config.tied_head else params["head"])
+    logits += np.asarray(params["head_bias"]) if config.head_bias else 0.0
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * np.tanh(logits / config.logit_soft_cap)
     shares = np.exp(logits - logits.max(-1, keepdims=True))

@@ -72,11 +72,14 @@ def standard_streams() -> Iterator[None]:
             os.fstat(descriptor)
         except OSError:
             _open_nothing()  # which takes the lowest number that is free
+    before = sys.stdin, sys.stdout, sys.stderr
     sys.stdin = sys.stdin or os.fdopen(_open_nothing(), "r")
     sys.stdout = sys.stdout or os.fdopen(_open_nothing(), "w")
     sys.stderr = sys.stderr or os.fdopen(_open_nothing(), "w")
+    opened = [now for now, was in zip((sys.stdin, sys.stdout, sys.stderr), before, strict=True) if was is None]
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="strict")
+        with contextlib.suppress(io.UnsupportedOperation):  # somebody has read from it, who has decided
+            sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="strict")
     outputs = sys.stdout, sys.stderr
     for stream in outputs:
         # Other ways to handle errors, which PYTHONIOENCODING may ask for, do not fail.
@@ -86,12 +89,14 @@ def standard_streams() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = outputs
+        sys.stdin, sys.stdout, sys.stderr = before
         for stream in outputs:
             try:
                 stream.flush()
             except OSError:  # Python would try again at exit, complain, and exit with 120
                 os.dup2(_open_nothing(), stream.fileno())
+        for stream in opened:
+            stream.close()
 
 
 def _open_nothing() -> int:

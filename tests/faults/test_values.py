@@ -17,7 +17,7 @@ CASES = [
     (["model.embed_dim=16", "model.num_heads=3"], "embed_dim = 16 is not a multiple of num_heads = 3"),
     (["model.context_length=0"], "model.context_length = 0"),
     (["model.vocab_size=1000000000000"], "model.vocab_size = 1000000000000"),
-    (["training.num_stepz=10"], "training.num-stepz"),
+    (["training.num_stepz=10"], "training.num_stepz"),
 ]
 # Runs each line of stdin as a command; prints its exit code and whether JAX or NumPy was imported.
 RUN_ALL = """
