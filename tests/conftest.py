@@ -27,7 +27,6 @@ import pytest
 from fault_matrix import count_cases, pytest_runtest_makereport, pytest_terminal_summary  # noqa: F401
 
 from flax_decoder.cli import main
-from flax_decoder.training.step import TrainState
 
 # Tracing makes many objects and few cycles: looking for cycles after each 700 takes a twentieth of all work.
 gc.set_threshold(20_000, 20, 20)
@@ -76,18 +75,6 @@ _num_tests = 0
 def resident_bytes() -> int:
     """What this process has in memory."""
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-_apply_gradients = TrainState.apply_gradients
-
-
-def _apply_gradients_leniently(state: TrainState, **arguments: Any) -> TrainState:
-    """Optax itself promotes: it multiplies counts, which are integers, with rates."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return _apply_gradients(state, **arguments)
-
-
-TrainState.apply_gradients = _apply_gradients_leniently
 
 
 @pytest.fixture(autouse=True)

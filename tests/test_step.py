@@ -356,6 +356,52 @@ def test_bfloat16_is_for_computing_only():
     assert float(metrics["loss"]) != in_float32
 
 
+@pytest.mark.short("float16-changes1")
+@pytest.mark.parametrize("changes", [{}, {"training__batch_size": B, "training__accumulation_steps": 2}])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_step_of_narrow_params_is_the_wide_one_rounded(dtype, changes):
+    """Moments in float16 would lose Adam's epsilon, and a gradient of zero would make a parameter NaN."""
+    wide, batch = make_state(**changes), make_batch()
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), wide.params)
+    settings = {"apply_fn": wide.apply_fn, "tx": optax.adamw(0.01), "accumulation_steps": wide.accumulation_steps}
+    state = fd.TrainState.create(params=narrow, **settings)
+    same = fd.TrainState.create(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow), **settings)
+    (after, metrics), (expected, expected_metrics) = (jax.jit(fd.train_step)(start, batch) for start in (state, same))
+    assert metrics["applied"] and float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), after.opt_state, expected.opt_state)
+    for leaf, exact in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected.params), strict=True):
+        assert leaf.dtype == dtype
+        np.testing.assert_allclose(leaf.astype(np.float32), exact, rtol=float(jnp.finfo(dtype).eps))
+
+
+OPTIMIZERS = {
+    "plain": optax.adamw(0.01),
+    "momentum": optax.sgd(0.01, 0.9),
+    "plateau": optax.chain(optax.adam(0.01), optax.contrib.reduce_on_plateau()),  # needs the loss, as `value`
+    "sam": optax.contrib.sam(optax.sgd(0.01), optax.sgd(0.1)),  # accepts nothing more
+    "finite": optax.apply_if_finite(optax.adamw(0.01), 3),
+}
+
+
+@pytest.mark.short("plain-float32", "plateau-bfloat16", "sam-float32", "finite-float16")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_keeps_all_dtypes_with_optimizers_of_optax(name, dtype):
+    """Traced only, with strict promotion of dtypes and ranks, as in all tests."""
+    model, params = make_state().apply_fn, jax.tree.map(lambda leaf: leaf.astype(dtype), make_state().params)
+    state = fd.TrainState.create(apply_fn=model, params=params, tx=OPTIMIZERS[name])
+    after, _ = jax.eval_shape(fd.train_step, state, make_batch())
+    jax.tree.map(lambda new, old: (new.shape, new.dtype) == (old.shape, old.dtype) or pytest.fail(), after, state)
+
+
+def test_a_state_of_narrow_moments_keeps_them():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), make_state().params)
+    state = fd.TrainState.create(apply_fn=make_state().apply_fn, params=params, tx=optax.adam(0.01))
+    state = state.replace(opt_state=state.tx.init(params))
+    after, _ = jax.eval_shape(fd.train_step, state, make_batch())
+    assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "primitive"),

@@ -1,5 +1,8 @@
 """The dtypes that numbers are computed in."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -9,6 +12,13 @@ from flax_decoder.errors import UserError
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of norms, angles, scores and logits for activations in `dtype`: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def widened(params: Any) -> Any:
+    """Params of which those in bfloat16 and float16 are in float32, exactly the same numbers; a tree like `params`."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf, params
+    )
 
 
 def check_float64(dtype: str) -> None:

@@ -1,6 +1,7 @@
 """Learning rate schedules, the optimizers, and which parameters have weight decay."""
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from flax_decoder.config import OptimizerConfig, default_warmup_steps
 from flax_decoder.nn.axes import PROJECTIONS
+from flax_decoder.nn.precision import widened
 from flax_decoder.training.moments import with_bfloat16_moments
 from flax_decoder.training.spikes import remember_losses
 
@@ -84,6 +86,34 @@ def make_optimizer(
         update = with_bfloat16_moments(update)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
     return optax.chain(clip, update, remember_losses()) if remembers_losses else optax.chain(clip, update)
+
+
+def apply_update(
+    tx: optax.GradientTransformation, gradients: Any, opt_state: Any, params: Any, loss: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """The parameters and the optimizer's state after one update, computed in at least float32.
+
+    Args:
+        tx: the optimizer; one that takes `value`, as optax names the loss, gets it.
+        gradients: a tree like the parameters.
+        opt_state: the optimizer's state.
+        params: the parameters.
+        loss: mean loss of the batch, if it is known.
+
+    Returns:
+        Both with the dtypes they had.
+    """
+    update = optax.with_extra_args_support(tx).update
+    arguments = inspect.signature(update).parameters
+    takes_value = "value" in arguments or any(one.kind == one.VAR_KEYWORD for one in arguments.values())
+    extra = {"value": loss} if takes_value and loss is not None else {}
+    # Optax promotes: it multiplies counts, which are integers, with rates.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        wide = widened(params)
+        updates, new_state = update(widened(gradients), opt_state, wide, **extra)
+        new = optax.apply_updates(wide, updates), new_state
+    result: tuple[Any, Any] = jax.tree.map(lambda new, old: jnp.astype(new, old.dtype), new, (params, opt_state))
+    return result
 
 
 def num_updates(opt_state: Any) -> int:

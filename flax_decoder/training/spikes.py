@@ -27,11 +27,11 @@ def remember_losses() -> optax.GradientTransformationExtraArgs:
         return LossMemory(jnp.zeros((), jnp.float32))
 
     def update(
-        updates: Any, state: LossMemory, params: Any = None, *, loss: jax.Array | None = None, **others: Any
+        updates: Any, state: LossMemory, params: Any = None, *, value: jax.Array | None = None, **others: Any
     ) -> tuple[Any, LossMemory]:
-        if loss is None:
+        if value is None:
             return updates, state
-        before, loss = state.usual_loss, loss.astype(jnp.float32)
+        before, loss = state.usual_loss, value.astype(jnp.float32)
         return updates, LossMemory(jnp.where(before == 0, loss, DECAY * before + (1 - DECAY) * loss))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -17,10 +17,11 @@ from flax_decoder.nn.arguments import check_key
 from flax_decoder.nn.axes import logical_axes, num_parts
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import head_params, layers_of
+from flax_decoder.nn.precision import widened
 from flax_decoder.parallel.mesh import compiler_options, sharding_of
 from flax_decoder.training.batch import Batch, checked_batch
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
-from flax_decoder.training.optimizer import make_optimizer
+from flax_decoder.training.optimizer import apply_update, make_optimizer
 from flax_decoder.training.spikes import is_spike
 
 Metrics = dict[str, jax.Array]
@@ -50,16 +51,18 @@ class TrainState(train_state.TrainState):
     def create(
         cls, *, apply_fn: Callable[..., Any], params: Any, tx: optax.GradientTransformation, **settings: Any
     ) -> Self:
-        """The state before the first step, as in Flax; `step` is an array, so that the second step compiles nothing."""
+        """The state before the first step, as in Flax.
+
+        `step` is an array, so that the second step compiles nothing. The optimizer's state is in at least float32 where
+        params are in fewer bits: its squares and its epsilon would be lost there.
+        """
         layers_of(params)
-        state: Self = super().create(apply_fn=apply_fn, params=params, tx=tx, **settings)
-        return state.replace(step=jnp.zeros((), jnp.int32))
+        state: Self = super().create(apply_fn=apply_fn, params=widened(params), tx=tx, **settings)
+        return state.replace(step=jnp.zeros((), jnp.int32), params=params)
 
     def apply_gradients(self, *, grads: Any, loss: jax.Array | None = None, **changes: Any) -> Self:
-        """The state after one update by the optimizer, which also gets the loss if it is given."""
-        update = optax.with_extra_args_support(self.tx).update
-        updates, opt_state = update(grads, self.opt_state, self.params, loss=loss)
-        params = optax.apply_updates(self.params, updates)
+        """The state after one update by the optimizer, which gets the loss if it takes one; see `apply_update`."""
+        params, opt_state = apply_update(self.tx, grads, self.opt_state, self.params, loss)
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
 
 
@@ -158,6 +161,7 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
 def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None) -> tuple[Any, Metrics]:
     """Gradients of the mean loss over a batch, a tree like the parameters, and its metrics; see `train_step`."""
     batch = checked_batch(batch, state.params["embedding"].shape[0], state.accumulation_steps)
+    state = state.replace(params=widened(state.params))  # so gradients are not rounded before they are summed
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if axis_name is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
