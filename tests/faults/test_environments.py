@@ -115,6 +115,8 @@ def test_a_run_whose_output_fails_is_saved(trained, tmp_path, monkeypatch, capsy
     assert 0 < step == last_step(folder) < 12
     saved = f"{TOLD}; saved at step {step}; the same command continues\n"
     assert (code, told) == ((141, "") if error is PIPE else (1, saved))
+    if num_bytes == 0:  # that it goes on is shown by the other cases
+        return
     assert main(arguments) == 0
     rows, expected = losses(folder), losses(trained[0])
     assert {number: rows[number] for number in expected} == expected
@@ -223,7 +225,9 @@ def test_a_command(russian, tmp_path, surroundings, name):
         assert errors.startswith(TOLD), errors
     if name == "train":
         assert newest_verified(out) == last_step(out) > 0
-        assert main(words) == 0
+        again = [sys.executable, "-m", "flax_decoder", *words]
+        code, _, errors = finish(again, JAX_COMPILATION_CACHE_DIR=str(russian / "cache"))
+        assert code == 0, errors
         expected = losses(russian / "run")
         assert {number: losses(out)[number] for number in expected} == expected
         assert (out / "loss.png").exists() and leftovers(out) == []
