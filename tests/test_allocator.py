@@ -52,19 +52,31 @@ def run(**settings):
     return int(faults), states, int(later_faults)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
-def test_freed_memory_is_kept_unless_the_user_has_decided_otherwise():
+NEEDS_GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
+
+
+@NEEDS_GLIBC
+def test_freed_memory_is_kept():
     faults, states, later_faults = run()
     assert faults < 2 * PAGES and states[:2] == [allocator.KEPT] * 2
     # Not in a process that has grown large.
     assert later_faults > 9 * PAGES and states[2].startswith("given back to the system")
-    for settings, expected in (
+
+
+@NEEDS_GLIBC
+@pytest.mark.short("switch")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
         ({allocator.SWITCH: "0"}, "given back to the system (FLAX_DECODER_KEEP_MEMORY=0)"),
         ({"MALLOC_TRIM_THRESHOLD_": "100000"}, "as MALLOC_TRIM_THRESHOLD_ says"),
         ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=100000"}, "as GLIBC_TUNABLES says"),
-    ):
-        faults, states, _ = run(**settings)
-        assert faults > 9 * PAGES and states == [expected] * 3
+    ],
+    ids=["switch", "variable", "tunable"],
+)
+def test_the_user_decides(settings, expected):
+    faults, states, _ = run(**settings)
+    assert faults > 9 * PAGES and states == [expected] * 3
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

@@ -32,7 +32,7 @@ def state():
 # --- Dtypes ---
 
 
-@pytest.mark.short("uint8")
+@pytest.mark.full  # a case of each entry point is in test_public_functions.py
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_the_dtype_of_ids_changes_no_number(state, dtype):
     batch = {name: ids.astype(dtype) for name, ids in make_batch().items()}

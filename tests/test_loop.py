@@ -143,7 +143,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_pa
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
-@pytest.mark.short("adamw")
+@pytest.mark.full
 def test_a_run_stopped_where_it_would_evaluate_loses_no_evaluation(finished, text, tmp_path, monkeypatch):
     expected, name = finished
     with monkeypatch.context() as patch:

@@ -87,7 +87,7 @@ WEIGHTS_BTV = np.random.default_rng(1).standard_normal((*TOKENS_BT.shape, V)).as
 WINDOWED = {"positions": "alibi", "window": 20}
 
 
-@pytest.mark.short("blockwise-rotary", "splash-rotary", "ring-rotary")
+@pytest.mark.short("blockwise-rotary", "ring-rotary")
 @pytest.mark.parametrize(
     "settings",
     [{"positions": "rotary"}, {"positions": "learned"}, WINDOWED],

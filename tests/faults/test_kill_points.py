@@ -159,7 +159,7 @@ def hugging_face(tmp_path_factory):
 
 
 @pytest.mark.fault("SIGKILL in an export")
-@pytest.mark.parametrize("to_run", [False, True])
+@pytest.mark.parametrize("to_run", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("at_each", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_an_export_that_is_killed(finished, hugging_face, tmp_path, count_cases, to_run, at_each):
     """At the third file that is written or, with --full, at each one, until there are no more."""

@@ -153,8 +153,8 @@ def test_a_run_of_it_is_the_same_when_it_is_resumed(write_text, name, kind):
     assert main(["verify", "parts"]) == 0
 
 
+@pytest.mark.full
 @pytest.mark.fault(ROW)
-@pytest.mark.short("byte-Russian")
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 def test_a_run_of_it_answers(write_text, capsys, name, kind):
