@@ -1,11 +1,13 @@
 """The commands, one function each. They import JAX themselves: help and bad input do not wait for it."""
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
 import errno
 import functools
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -489,9 +491,25 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
+class _Version(argparse.Action):
+    """Prints the version of the package, that of JAX, and the devices."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Prints, and ends the command."""
+        import jax
+
+        kinds = collections.Counter(device.device_kind for device in jax.devices())
+        devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        print(
+            f"flax-decoder {importlib.metadata.version('flax-decoder')}, jax {jax.__version__}, {devices}", flush=True
+        )
+        parser.exit()
+
+
 def build_parser() -> Parser:
     """The command line of `flax-decoder`."""
     parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and the devices")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     config, model, prompt, sampling, allow_nan = (Parser(add_help=False) for _ in range(5))
     allow_nan.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")

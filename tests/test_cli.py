@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 from limits import HANGS_SECONDS
 
@@ -101,6 +102,13 @@ def test_generate_and_eval_refuse_what_is_no_run_or_no_text(refused, run):
 def test_a_command_is_needed(refused):
     assert "COMMAND" in refused()
     assert "fly" in refused("fly")
+
+
+def test_version_names_the_devices_too(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0
+    assert re.fullmatch(rf"flax-decoder \S+, jax {re.escape(jax.__version__)}, 8 x cpu\n", capsys.readouterr().out)
 
 
 def test_help_lists_every_field(capsys):
