@@ -1,3 +1,4 @@
+import copy
 import functools
 import math
 import re
@@ -354,6 +355,14 @@ def test_bfloat16_is_for_computing_only():
     # bfloat16 has 8 bits; it must differ, and by little.
     assert float(metrics["loss"]) == pytest.approx(in_float32, rel=0.01)
     assert float(metrics["loss"]) != in_float32
+
+
+def test_a_deep_copy_has_own_arrays_and_one_structure():
+    state = make_state()
+    copied = copy.deepcopy(state)
+    assert jax.tree.structure(copied) == jax.tree.structure(state) and bits(copied) == bits(state)
+    copied.params["embedding"].delete()  # as donating it does
+    assert not state.params["embedding"].is_deleted()
 
 
 @pytest.mark.short("float16-changes1")

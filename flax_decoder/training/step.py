@@ -1,5 +1,6 @@
 """One step of training: a pure function from state and batch to the next state."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -59,6 +60,11 @@ class TrainState(train_state.TrainState):
         layers_of(params)
         state: Self = super().create(apply_fn=apply_fn, params=widened(params), tx=tx, **settings)
         return state.replace(step=jnp.zeros((), jnp.int32), params=params)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of all arrays; model and optimizer are shared, so that both states are trees of one structure."""
+        copied: Self = jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
+        return copied
 
     def apply_gradients(self, *, grads: Any, loss: jax.Array | None = None, **changes: Any) -> Self:
         """The state after one update by the optimizer, which gets the loss if it takes one; see `apply_update`."""
