@@ -11,6 +11,7 @@ from flax_decoder.config_file import load_config, to_toml
 from flax_decoder.data.tokenizer import Tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError, as_path, require_type
 from flax_decoder.huggingface.choice import choose_family
+from flax_decoder.huggingface.family import Family
 from flax_decoder.huggingface.folder import (
     is_model_folder,
     read_family,
@@ -145,7 +146,6 @@ def compare(
 
         from flax_decoder.comparison.compare import compare_models
         from flax_decoder.comparison.torch_decoder import TABLE, TorchDecoder, make_twin
-        from flax_decoder.comparison.torch_side import open_model
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
@@ -160,29 +160,42 @@ def compare(
         saved_model, saved_params, tokenizer = model, params, None
     else:
         raise UserError("compare needs a folder, or both model and params")
-    config, notes, family = saved_model.config, [], None
-    if folder is not None and not _is_run_folder(folder):
-        family = read_family(folder)
-    elif isinstance(torch_model, TorchDecoder) or (path is None and torch_model is None):
-        family = TABLE
-    else:
-        try:
-            family = choose_family(config, str(path or "model"))
-        except UserError as error:
-            if torch_model is not None:
-                raise
-            family, notes = TABLE, [f"{error}. PyTorch's side is the twin in flax_decoder/comparison/torch_decoder.py."]
-    if torch_model is None and family is TABLE:
+    config, notes = saved_model.config, tuple[str, ...]()
+    model_folder = folder if folder is not None and not _is_run_folder(folder) else None
+    if torch_model is None and folder is None:
         torch_model = make_twin(config, saved_params)
-    elif torch_model is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            if folder is None or _is_run_folder(folder):
-                folder = Path(temporary)
-                write_folder(folder, config, saved_params, tokenizer, family)
-            torch_model = open_model(folder)
+    if isinstance(torch_model, TorchDecoder):
+        family = TABLE
+    elif torch_model is not None:
+        family = read_family(model_folder) if model_folder else choose_family(config, str(path or "model"))
+    else:
+        torch_model, family, notes = _pytorch_model(saved_model, saved_params, tokenizer, model_folder, str(path))
     model, params = model or saved_model, saved_params if params is None else params
     ledger = compare_models(model, params, torch_model, family, steps=steps, **settings)
     return dataclasses.replace(ledger, notes=(*notes, *ledger.notes))
+
+
+def _pytorch_model(
+    model: Decoder, params: Any, tokenizer: Tokenizer | None, model_folder: Path | None, source: str
+) -> tuple[Any, Family, tuple[str, ...]]:
+    """The model of transformers in a folder or, for a run, in which ours can be written; else the twin of ours.
+
+    Returns:
+        The model, the names of its tensors, and notes for the ledger.
+    """
+    from flax_decoder.comparison.torch_decoder import TABLE, make_twin
+    from flax_decoder.comparison.torch_side import open_model
+
+    if model_folder is not None:
+        return open_model(model_folder), read_family(model_folder), ()
+    try:
+        family = choose_family(model.config, source)
+    except UserError as error:
+        note = f"{error}. PyTorch's side is the twin in flax_decoder/comparison/torch_decoder.py."
+        return make_twin(model.config, params), TABLE, (note,)
+    with tempfile.TemporaryDirectory() as temporary:
+        write_folder(Path(temporary), model.config, params, tokenizer, family)
+        return open_model(Path(temporary)), family, ()
 
 
 def load_with_tokenizer(
