@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
+from flax_decoder.huggingface.families import linear_rules, norm_rules
 from flax_decoder.huggingface.family import Family, Rule
 from flax_decoder.huggingface.weights import export_tensors, flatten, split, tensor_specs
 from flax_decoder.nn.decoder import Decoder
@@ -29,20 +30,19 @@ ACTIVATIONS = {
     "geglu": F.gelu,
     "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_NORMS = ("attention_norm", "attention_output_norm", "feed_forward_norm", "feed_forward_output_norm")
+_NORMS = (
+    *("attention_norm", "attention_output_norm", "feed_forward_norm", "feed_forward_output_norm"),
+    *("attention/query_norm", "attention/key_norm"),
+)
 _PROJECTIONS = (
     *("attention/query", "attention/key", "attention/value", "attention/out"),
     *("feed_forward/gate", "feed_forward/up", "feed_forward/down"),
 )
 
 
-def _module(path: str, weight: str) -> tuple[Rule, ...]:
-    """The rules of a module of each layer: `weight` is what our parameter is called, scale or kernel."""
-    tensor = f"layers.{{}}.{path.replace('/', '.')}"
-    return (
-        Rule(f"{tensor}.weight", (f"layers/{path}/{weight}",), transposed=weight == "kernel"),
-        Rule(f"{tensor}.bias", (f"layers/{path}/bias",)),
-    )
+def _in_layers(path: str) -> str:
+    """The module of each layer that has our name."""
+    return f"layers.{{}}.{path.replace('/', '.')}"
 
 
 TABLE = Family(
@@ -53,11 +53,9 @@ TABLE = Family(
     rules=(
         Rule("embedding.weight", ("embedding",)),
         Rule("positions.weight", ("positions",)),
-        *(rule for name in _NORMS for rule in _module(name, "scale")),
-        *(rule for name in ("attention/query_norm", "attention/key_norm") for rule in _module(name, "scale")),
-        *(rule for name in _PROJECTIONS for rule in _module(name, "kernel")),
-        Rule("final_norm.weight", ("final_norm/scale",)),
-        Rule("final_norm.bias", ("final_norm/bias",)),
+        *(rule for path in _NORMS for rule in norm_rules(_in_layers(path), f"layers/{path}")),
+        *(rule for path in _PROJECTIONS for rule in linear_rules(_in_layers(path), path)),
+        *norm_rules("final_norm", "final_norm"),
         Rule("head.bias", ("head_bias",)),
     ),
     prefix="",

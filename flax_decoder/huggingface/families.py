@@ -75,39 +75,42 @@ _GEMMA2_SETTINGS = (
 # --- Tensors ---
 
 
-def _linear(tensor: str, *modules: str, transposed: bool = True, by_head: bool = False) -> tuple[Rule, ...]:
+def linear_rules(tensor: str, *modules: str, transposed: bool = True, by_head: bool = False) -> tuple[Rule, ...]:
     """The rules of a Linear that holds some modules of a layer; it has a bias if they have."""
     kernels, biases = (tuple(f"layers/{module}/{leaf}" for module in modules) for leaf in ("kernel", "bias"))
     return Rule(f"{tensor}.weight", kernels, transposed, by_head), Rule(f"{tensor}.bias", biases, by_head=by_head)
 
 
-def _norm(tensor: str, path: str, offset: float = 0.0) -> tuple[Rule, ...]:
+def norm_rules(tensor: str, path: str, offset: float = 0.0) -> tuple[Rule, ...]:
+    """The rules of a norm, whose parameters are at a path; it has a bias if they have."""
     return Rule(f"{tensor}.weight", (f"{path}/scale",), offset=offset), Rule(f"{tensor}.bias", (f"{path}/bias",))
 
 
 def _layer_norms(tensors: Mapping[str, str], offset: float = 0.0) -> tuple[Rule, ...]:
     """The rules of norms of a layer, given as our module -> their tensor."""
     pairs = tensors.items()
-    return tuple(rule for ours, tensor in pairs for rule in _norm(f"layers.{{}}.{tensor}", f"layers/{ours}", offset))
+    return tuple(
+        rule for ours, tensor in pairs for rule in norm_rules(f"layers.{{}}.{tensor}", f"layers/{ours}", offset)
+    )
 
 
 def _ends(offset: float = 0.0) -> tuple[Rule, ...]:
-    return Rule("embed_tokens.weight", ("embedding",)), *_norm("norm", "final_norm", offset)
+    return Rule("embed_tokens.weight", ("embedding",)), *norm_rules("norm", "final_norm", offset)
 
 
 _QKV = ("attention/query", "attention/key", "attention/value")
-_ATTENTION_OUT = _linear("layers.{}.self_attn.o_proj", "attention/out")
+_ATTENTION_OUT = linear_rules("layers.{}.self_attn.o_proj", "attention/out")
 _ATTENTION = (
-    *_linear("layers.{}.self_attn.q_proj", "attention/query"),
-    *_linear("layers.{}.self_attn.k_proj", "attention/key"),
-    *_linear("layers.{}.self_attn.v_proj", "attention/value"),
+    *linear_rules("layers.{}.self_attn.q_proj", "attention/query"),
+    *linear_rules("layers.{}.self_attn.k_proj", "attention/key"),
+    *linear_rules("layers.{}.self_attn.v_proj", "attention/value"),
     *_ATTENTION_OUT,
 )
-_MLP_DOWN = _linear("layers.{}.mlp.down_proj", "feed_forward/down")
+_MLP_DOWN = linear_rules("layers.{}.mlp.down_proj", "feed_forward/down")
 _MATRICES = (
     *_ATTENTION,
-    *_linear("layers.{}.mlp.gate_proj", "feed_forward/gate"),
-    *_linear("layers.{}.mlp.up_proj", "feed_forward/up"),
+    *linear_rules("layers.{}.mlp.gate_proj", "feed_forward/gate"),
+    *linear_rules("layers.{}.mlp.up_proj", "feed_forward/up"),
     *_MLP_DOWN,
 )
 _PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
@@ -142,14 +145,14 @@ GPT2 = Family(
     rules=(
         Rule("wte.weight", ("embedding",)),
         Rule("wpe.weight", ("positions",)),
-        *_norm("ln_f", "final_norm"),
-        *_norm("h.{}.ln_1", "layers/attention_norm"),
-        *_norm("h.{}.ln_2", "layers/feed_forward_norm"),
+        *norm_rules("ln_f", "final_norm"),
+        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
+        *norm_rules("h.{}.ln_2", "layers/feed_forward_norm"),
         # GPT-2 stores its matrices as (in, out), as we do.
-        *_linear("h.{}.attn.c_attn", *_QKV, transposed=False),
-        *_linear("h.{}.attn.c_proj", "attention/out", transposed=False),
-        *_linear("h.{}.mlp.c_fc", "feed_forward/up", transposed=False),
-        *_linear("h.{}.mlp.c_proj", "feed_forward/down", transposed=False),
+        *linear_rules("h.{}.attn.c_attn", *_QKV, transposed=False),
+        *linear_rules("h.{}.attn.c_proj", "attention/out", transposed=False),
+        *linear_rules("h.{}.mlp.c_fc", "feed_forward/up", transposed=False),
+        *linear_rules("h.{}.mlp.c_proj", "feed_forward/down", transposed=False),
     ),
     prefix="transformer.",
     tied=True,
@@ -215,12 +218,12 @@ GPT_NEOX = Family(
     ),
     rules=(
         Rule("embed_in.weight", ("embedding",)),
-        *_norm("final_layer_norm", "final_norm"),
+        *norm_rules("final_layer_norm", "final_norm"),
         *_layer_norms(_PRE_NORMS),
-        *_linear("layers.{}.attention.query_key_value", *_QKV, by_head=True),
-        *_linear("layers.{}.attention.dense", "attention/out"),
-        *_linear("layers.{}.mlp.dense_h_to_4h", "feed_forward/up"),
-        *_linear("layers.{}.mlp.dense_4h_to_h", "feed_forward/down"),
+        *linear_rules("layers.{}.attention.query_key_value", *_QKV, by_head=True),
+        *linear_rules("layers.{}.attention.dense", "attention/out"),
+        *linear_rules("layers.{}.mlp.dense_h_to_4h", "feed_forward/up"),
+        *linear_rules("layers.{}.mlp.dense_4h_to_h", "feed_forward/down"),
     ),
     prefix="gpt_neox.",
     head="embed_out.weight",
@@ -236,9 +239,9 @@ PHI3 = Family(
     rules=(
         *_ends(),
         *_layer_norms(_PRE_NORMS),
-        *_linear("layers.{}.self_attn.qkv_proj", *_QKV),
+        *linear_rules("layers.{}.self_attn.qkv_proj", *_QKV),
         *_ATTENTION_OUT,
-        *_linear("layers.{}.mlp.gate_up_proj", "feed_forward/gate", "feed_forward/up"),
+        *linear_rules("layers.{}.mlp.gate_up_proj", "feed_forward/gate", "feed_forward/up"),
         *_MLP_DOWN,
     ),
     rotary=Rotary(fraction="partial_rotary_factor", types=("default",)),
@@ -261,8 +264,8 @@ STARCODER2 = Family(
         *_ends(),
         *_layer_norms(_PRE_NORMS),
         *_ATTENTION,
-        *_linear("layers.{}.mlp.c_fc", "feed_forward/up"),
-        *_linear("layers.{}.mlp.c_proj", "feed_forward/down"),
+        *linear_rules("layers.{}.mlp.c_fc", "feed_forward/up"),
+        *linear_rules("layers.{}.mlp.c_proj", "feed_forward/down"),
     ),
     tied=True,
     windows=Windows("all"),
