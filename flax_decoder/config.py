@@ -512,7 +512,7 @@ def fixed_fields() -> list[tuple[str, str]]:
     ]
 
 
-def is_used(config: Config, section: str, name: str) -> bool:
-    """Whether anything depends on a field: muon_momentum counts for nothing where the optimizer is AdamW."""
-    marks = [mark for mark in fields_of(section)[name].metadata if isinstance(mark, UsedWhere)]
-    return all(mark.test(getattr(config, section)) for mark in marks)
+def is_used(section: Any, name: str) -> bool:
+    """Whether anything depends on a field of a section: muon_momentum counts for nothing if the optimizer is AdamW."""
+    marks = [mark for mark in _fields(section)[name].metadata if isinstance(mark, UsedWhere)]
+    return all(mark.test(section) for mark in marks)

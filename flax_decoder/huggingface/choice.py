@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from flax_decoder.config import ModelConfig
+from flax_decoder.config import ModelConfig, is_used
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.config import read_settings, write_settings
 from flax_decoder.huggingface.families import BIASES, FAMILIES
@@ -61,14 +61,11 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_width, "mlp_dim": config.mlp_width}
     values |= {"window": max(window or 0 for window in config.windows), "window_pattern": config.windows}
     values["attention_scale"] = config.attention_scale or config.head_width**-0.5
-    unused = set()
+    unused = {name for name in values if not is_used(config, name)}
     if config.positions != "rotary":
         unused |= {name for name in values if name.startswith("rotary_")}
     if config.rotary_scaling == "none":
-        unused |= {"rotary_scaling_factor"}
         values["rotary_window_base"] = config.rotary_window_base or config.rotary_base
-    if config.rotary_scaling != "llama3":
-        unused |= {"rotary_low_frequency_factor", "rotary_high_frequency_factor", "rotary_original_context"}
     if values["window"] == 0:
         unused |= {"rotary_window_base"}
     if None not in config.windows and config.rotary_window_base is not None:

@@ -138,7 +138,7 @@ def _guarded(asked: Config, saved: Config) -> list[tuple[str, Any, Any]]:
     return [
         (f"{section}.{name}", *(getattr(getattr(config, section), name) for config in (saved, asked)))
         for section, name in fixed_fields()
-        if is_used(asked, section, name)
+        if is_used(getattr(asked, section), name)
     ]
 
 
