@@ -211,9 +211,9 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
     steps = saved_steps(folder)
     if not steps:
         raise UserError(f"{folder}: has no checkpoint; train first: python train.py")
-    if not isinstance(wanted, str) or wanted not in ("latest", "best"):
-        if isinstance(wanted, str):
-            raise UserError(f'step = "{wanted}" must be "latest", "best" or the number of a step')
+    if isinstance(wanted, str) and wanted not in ("latest", "best"):
+        raise UserError(f'step = "{wanted}" must be "latest", "best" or the number of a step')
+    if not isinstance(wanted, str):
         wanted = as_whole_number("step", wanted, 0)
         if wanted not in steps:
             raise UserError(f"{folder}: has no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}")
