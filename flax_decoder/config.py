@@ -13,6 +13,9 @@ _RULES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attrib
 
 # Marks a field, or a whole section, that may change when a run is resumed: the losses of its steps do not depend on it.
 MAY_CHANGE = "may change on resume"
+# Marks a field that is a path, or several: in a file and on the command line, `~` at its start is the home folder. A
+# shell leaves that of --run.folder=~/texts to the program.
+IS_PATH = "is a path"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,9 +275,10 @@ class ModelConfig:
 class DataConfig:
     """The text, and how it becomes tokens."""
 
-    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), MAY_CHANGE] = None  # the text may not
+    # The text itself may not change.
+    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), MAY_CHANGE, IS_PATH] = None
     """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's help texts"""
-    tokenizer: str = "char"
+    tokenizer: Annotated[str, IS_PATH] = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
     bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24), _WITH_BPE] = 1024
     """number of tokens a bpe tokenizer is trained to have"""
@@ -418,7 +422,7 @@ class LensConfig:
 class RunConfig:
     """Where a run is kept, and where its metrics go."""
 
-    folder: str | None = None
+    folder: Annotated[str | None, IS_PATH] = None
     """the folder of the run; left out, runs/<name of the config file>"""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue where there is a checkpoint; never: refuse where there is one; must: refuse where there is none"""

@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from flax_decoder.config import SECTIONS, Config, fields_of
+from flax_decoder.config import IS_PATH, SECTIONS, Config, fields_of
 from flax_decoder.errors import UserError, as_path, require_type
 from flax_decoder.io.files import expand_home, open_regular
 from flax_decoder.io.strict_json import shown
@@ -45,19 +45,16 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         if isinstance(values, dict):
             values[field] = _parse_override(section, field, value)
     overridden = {override.replace("-", "_") for override in overrides or {}}
-    for section, field in _PATHS:
+    for section in SECTIONS:
         values = settings.get(section)
-        if isinstance(values, dict) and field in values:
-            values[field] = _with_home(values[field])
+        if isinstance(values, dict):
+            paths = [name for name, field in fields_of(section).items() if IS_PATH in field.metadata]
+            values |= {name: _with_home(values[name]) for name in paths if name in values}
     config = config_of(settings, source, overridden)
     if config.run.folder is None or (_is_inside_a_run(path) and "run.folder" not in overridden):
         run = dataclasses.replace(config.run, folder=str(_default_folder(path)))
         config = dataclasses.replace(config, run=run)
     return config
-
-
-# The fields that are paths. A shell leaves the `~` of --run.folder=~/texts to the program.
-_PATHS = (("data", "path"), ("data", "tokenizer"), ("run", "folder"))
 
 
 def _with_home(value: Any) -> Any:
