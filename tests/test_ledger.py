@@ -1,6 +1,5 @@
 """The ledger holds where PyTorch and ours agree, and names the first tensor and the cause where they do not."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -41,13 +40,6 @@ STEPS = 3
 OPTIMIZER = comparison.default_optimizer(STEPS)
 
 
-@contextlib.contextmanager
-def lenient():
-    """Optax itself promotes integers."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def compare(model_type, number, *, config=None, edit=None, only_forward=False, **settings):
     """A comparison in which our model has another config, or other parameters."""
     model, params, _ = loaded(model_type, number)
@@ -56,7 +48,7 @@ def compare(model_type, number, *, config=None, edit=None, only_forward=False, *
     if edit is not None:
         params = edit(jax.tree.map(np.array, params))
     # 2 x 19 tokens are enough to see all of a tiny model.
-    with lenient(), mock.patch.object(comparison, "observe", observe_forward if only_forward else observe):
+    with mock.patch.object(comparison, "observe", observe_forward if only_forward else observe):
         settings = {"length": 19} | settings
         return comparison.compare_models(
             model, params, torch_model(model_type, number), FAMILIES[model_type], **settings
@@ -104,20 +96,19 @@ def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type
     batches = [comparison._batch(model, 2, 19, seed) for seed in range(10)]
     worst = {}
     for exact in (False, True):
-        with lenient():
-            tx = make_optimizer(settings, 10)
-            ours = JaxSide(model, params, tx, settings, accumulation_steps=2, exact=exact)
-            theirs = PyTorchSide(
-                torch_model(model_type, number), FAMILIES[model_type], model.config, shapes, settings, 10, exact=exact
-            )
-            for observation in observe(ours, theirs, batches, 0 if exact else 10):
-                name = observation.name
-                kind = name.split()[-1 if name.startswith("step") else 0]
-                # Unless they are rotated, key biases move all scores of a query alike: their gradient is zero.
-                tensors = [t for t in observation.tensors if not (t[0] or name).endswith(("key.bias", "key/bias"))]
-                if tensors:
-                    row = comparison.compare_float32(dataclasses.replace(observation, tensors=tensors))
-                    worst[exact, kind] = max(worst.get((exact, kind), 0.0), row.relative)
+        tx = make_optimizer(settings, 10)
+        ours = JaxSide(model, params, tx, settings, accumulation_steps=2, exact=exact)
+        theirs = PyTorchSide(
+            torch_model(model_type, number), FAMILIES[model_type], model.config, shapes, settings, 10, exact=exact
+        )
+        for observation in observe(ours, theirs, batches, 0 if exact else 10):
+            name = observation.name
+            kind = name.split()[-1 if name.startswith("step") else 0]
+            # Unless they are rotated, key biases move all scores of a query alike: their gradient is zero.
+            tensors = [t for t in observation.tensors if not (t[0] or name).endswith(("key.bias", "key/bias"))]
+            if tensors:
+                row = comparison.compare_float32(dataclasses.replace(observation, tensors=tensors))
+                worst[exact, kind] = max(worst.get((exact, kind), 0.0), row.relative)
         if exact:
             rms = {"gpt2", "gpt_neox", "starcoder2"}.isdisjoint({model_type})
             assert any("RMSNorm" in name for name in theirs.casts) == rms
@@ -180,8 +171,7 @@ def random_case(seed):
 @pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(30) if seed != 3)])
 def test_no_false_alarms(seed, tmp_path):
     random_case(seed).save_pretrained(tmp_path)
-    with lenient():
-        result = fd.compare(tmp_path, steps=2, length=11 + seed % 5 * 2, seed=seed)
+    result = fd.compare(tmp_path, steps=2, length=11 + seed % 5 * 2, seed=seed)
     assert result.holds, result.conclusion
 
 
@@ -483,8 +473,7 @@ def test_a_fit_to_nan_is_nan():
 
 def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    with lenient():
-        assert cli.main(["compare", saved("gpt2", 0).name, "--steps", "1", "--json", str(file), "--length", "19"]) == 0
+    assert cli.main(["compare", saved("gpt2", 0).name, "--steps", "1", "--json", str(file), "--length", "19"]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     document = json.loads(file.read_text())
@@ -531,8 +520,7 @@ def test_run_folder(tmp_path):
     (folder / "config.toml").write_text(to_toml(config))
     (folder / "tokenizer.json").write_text(CharTokenizer("abc").to_json())
     save_params(folder, 0, params)
-    with lenient():
-        result = fd.compare(folder, steps=2)
+    result = fd.compare(folder, steps=2)
     assert result.holds, result.conclusion
     assert any("Dropout was left out" in note for note in result.notes)
     # Where the family has biases and the run has none, PyTorch's are zeros, and are not trained.

@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 # ruff: noqa: E402
 import reference
-from test_ledger import lenient
 
 import flax_decoder as fd
 from flax_decoder import cli
@@ -109,8 +108,7 @@ def pairwise(count):
 
 def compare(settings, **options):
     model = fd.Decoder(ModelConfig(**SIZES, **settings))
-    with lenient():
-        return fd.compare(model=model, params=reference.random_params(model), length=19, **options)
+    return fd.compare(model=model, params=reference.random_params(model), length=19, **options)
 
 
 def test_few_configs_have_every_value_of_every_setting_and_nearly_every_pair():
@@ -158,8 +156,7 @@ def test_another_network_is_found_at_its_first_tensor(change, row):
     model = fd.Decoder(ModelConfig(**SIZES, **PLAIN))
     params = reference.random_params(model)
     other = make_twin(ModelConfig(**SIZES, **PLAIN | change), params)
-    with lenient():
-        ledger = fd.compare(model=model, params=params, torch_model=other, length=19)
+    ledger = fd.compare(model=model, params=params, torch_model=other, length=19)
     assert ledger.first_failure.name == row and ledger.cause
 
 
@@ -187,8 +184,7 @@ def test_a_run_that_no_model_type_can_express_is_compared(tmp_path, capsys):
     settings |= {"training.sample_tokens": 0, "mesh.data": 1}
     assert cli.main(["train", *(f"--{name}={str(value).lower()}" for name, value in settings.items())]) == 0
     capsys.readouterr()
-    with lenient():
-        assert cli.main(["compare", str(tmp_path / "run"), "--steps", "2"]) == 0
+    assert cli.main(["compare", str(tmp_path / "run"), "--steps", "2"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "PyTorch's side is the twin in flax_decoder/comparison/torch_decoder.py" in output
     assert "rows hold" in output and "gradient head_bias" in output

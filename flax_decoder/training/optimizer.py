@@ -104,6 +104,7 @@ def apply_update(
         Both with the dtypes they had.
     """
     update = optax.with_extra_args_support(tx).update
+    # Some, such as optax.contrib.sam, are of the kind that takes more arguments, and refuse those they do not know.
     arguments = inspect.signature(update).parameters
     takes_value = "value" in arguments or any(one.kind == one.VAR_KEYWORD for one in arguments.values())
     extra = {"value": loss} if takes_value and loss is not None else {}
