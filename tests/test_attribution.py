@@ -154,7 +154,7 @@ def alone(part, model, params, seen):
     return (hidden_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT]
 
 
-@pytest.mark.short("post", "both")
+@pytest.mark.short("both")
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_part_is_what_it_gives_alone(order):
     model, params, parts = attributed(order)

@@ -109,7 +109,7 @@ def test_only_the_named_arrays_are_returned():
     close(few["weights"], seen["weights"])
 
 
-@pytest.mark.short("pieces1-default", "pieces1-sloped window")
+@pytest.mark.short("pieces1-sloped window")
 @pytest.mark.parametrize("name", ["default", "gemma", "sloped window", "llama4", "neox"])
 @pytest.mark.parametrize("pieces", [(T,), (4, 3), (1,) * T, (3, 1, 1, 2)])
 def test_a_cache_shows_the_same(name, pieces):

@@ -127,7 +127,7 @@ def record_prefill(monkeypatch):
     return counts
 
 
-@pytest.mark.short("12-learned", "30-rotary grouped", "12-alibi window", "30-window", "12-sinusoidal", "12-none")
+@pytest.mark.short("12-learned", "30-rotary grouped", "12-alibi window", "12-sinusoidal")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_prompt_tokens", [1, 11, 12, 30])
 def test_greedy_text_equals_a_plain_loop_past_the_context(kind, num_prompt_tokens):

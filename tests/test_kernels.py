@@ -82,7 +82,7 @@ def assert_equal(found, expected, tolerance=TOLERANCE):
 # --- Splash, interpreted on CPU ---
 
 
-@pytest.mark.short("sizes1-settings1", "sizes3-settings3")
+@pytest.mark.short("sizes3-settings3")
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize(
     ("sizes", "settings"),

@@ -117,7 +117,7 @@ def test_moments_take_half_the_memory_and_nothing_else_is_rounded(name):
     assert sizes["bfloat16"]["bfloat16"] == pytest.approx(sizes["float32"]["float32"] / 2, abs=64)
 
 
-@pytest.mark.short("adamw")
+@pytest.mark.full
 @NAMES
 def test_training_goes_as_with_float32_moments(name):
     exact, rounded = (trained(name, moments_dtype)[0] for moments_dtype in ("float32", "bfloat16"))

@@ -89,7 +89,7 @@ def run(changes, num_devices=NUM_DEVICES, **mesh):
 # --- The same numbers ---
 
 
-@pytest.mark.short("in parts on fsdp context tensor")
+@pytest.mark.full  # in the short suite, a run does it on two meshes, and test_step.py on one
 @pytest.mark.parametrize(
     ("architecture", "changes", "mesh"),
     [

@@ -111,7 +111,8 @@ LINES = {
 @pytest.mark.parametrize(
     ("kind", "line", "num_bytes"),
     [
-        *((kind, "words", 2_000_000) for kind in ("char", "byte", "bpe")),
+        *((kind, "words", 2_000_000) for kind in ("char", "byte")),
+        pytest.param("bpe", "words", 2_000_000, marks=pytest.mark.full),
         *(("bpe", line, 300_000) for line in LINES if line != "words"),
         *(pytest.param("bpe", line, 2_000_000, marks=pytest.mark.full) for line in LINES if line != "words"),
         *(pytest.param(kind, "words", NUM_LINE_BYTES, marks=pytest.mark.full) for kind in ("char", "byte")),
