@@ -9,6 +9,7 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
+from flax_decoder.errors import UserError
 from flax_decoder.generation.sampling import Sampling
 from flax_decoder.generation.steps import (
     DECODE_TOKENS,
@@ -440,3 +441,20 @@ def test_the_decode_loop_copies_no_cache():
 
     # Scores and weights of one layer at a time: 3 query heads in 8 rows, and what goes with them.
     assert temporary_bytes(4096) - temporary_bytes(1024) < 8 * 3072 * 4 * 3 * 6
+
+
+@pytest.mark.parametrize("name", ["generate", "complete", "prefill"])
+@pytest.mark.parametrize("traced", ["params", "prompt"])
+def test_inside_of_a_transformation_generation_says_where_it_runs(name, traced):
+    model, params = make()
+
+    def call(params, prompts_BT):
+        arguments = (prompts_BT[0],) if name == "prefill" else (prompts_BT, 3)
+        options = {} if name == "prefill" else {"temperature": 0.0}
+        return getattr(fd, name)(model, params, *arguments, **options)
+
+    with pytest.raises(UserError, match=f"{name} runs a compiled loop of its own: call it outside of jax.jit"):
+        if traced == "params":
+            jax.jit(lambda params: call(params, prompts(2, 5)))(params)
+        else:
+            jax.vmap(lambda prompts_BT: call(params, prompts_BT))(prompts(2, 5)[None])

@@ -83,6 +83,7 @@ def generate(
         ValueError: ids outside the vocabulary or of another kind than integers, an empty prompt, a negative number of
             tokens, no random key, params of another model, or a setting of `Sampling` out of range.
     """
+    refuse_tracers("generate", (params, prompt_tokens_BT, rng, sampling))
     prompts = as_prompts(prompt_tokens_BT, model.config)
     options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "draft": draft}
     new_BC = _decode_all(model, params, prompts, max_new_tokens, rng, Sampling(**sampling), **options).tokens_BC
@@ -112,6 +113,7 @@ def complete(
     Returns:
         The samples of each prompt.
     """
+    refuse_tracers("complete", (params, prompt_tokens_BT, rng, sampling))
     prompts = as_prompts(prompt_tokens_BT, model.config)
     top_logprobs = as_whole_number("top_logprobs", top_logprobs, 0, model.config.vocab_size)
     options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "num_top": top_logprobs}
@@ -161,6 +163,7 @@ def prefill(model: Decoder, params: Any, tokens: ArrayLike, *, prefix: Prefix | 
         ValueError: ids outside the vocabulary, no tokens, or more than the context with learned or sinusoidal
             positions.
     """
+    refuse_tracers("prefill", (params, tokens))
     (text,) = as_prompts([as_array(tokens, "the tokens")], model.config)
     config = model.config
     if not supports_rolling_context(config) and len(text) > config.context_length:
@@ -170,6 +173,15 @@ def prefill(model: Decoder, params: Any, tokens: ArrayLike, *, prefix: Prefix | 
         )
     cache, logits_BV = prefill_prompts(model, unstack_layers(params), [text], cache_capacity(config, len(text)), prefix)
     return Prefix(text, cache, logits_BV)
+
+
+def refuse_tracers(name: str, arguments: Any) -> None:
+    """Raises UserError inside of `jax.jit` and other transformations, where numbers are not known."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        raise UserError(
+            f"{name} runs a compiled loop of its own: call it outside of jax.jit, jax.vmap and other transformations, "
+            "with many prompts at once"
+        )
 
 
 def as_prompts(prompts: Prompts, config: ModelConfig) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError, as_one_line, require_type
+from flax_decoder.nn.axes import check_axis_types
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit, check_edits
 from flax_decoder.nn.precision import check_float64
@@ -50,6 +51,8 @@ def checked_arguments(
     check_params(config, params)
     B, T = check_shape(tokens_BT)
     tokens_BT = as_integers(check_tokens(tokens_BT, config.vocab_size))
+    # Without a cache, arrays that are in full on each device do no harm.
+    check_axis_types((params, tokens_BT, cache), split_only=cache is None)
     if config.positions == "learned" and T > config.context_length:
         raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
     if positions_BT is not None and cache is not None:

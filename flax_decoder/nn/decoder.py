@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             ValueError: ids outside the vocabulary or positions that do not exist (where they are known, that is outside
                 of jit), more positions than learned ones, positions or segments beside a cache, a cache or params of
                 another model, what is no array of integers or has another shape, float64 where JAX has it switched
-                off, or an edit of a name that does not exist.
+                off, arrays split over explicit axes of a mesh, or an edit of a name that does not exist.
         """
         config = self.config
         tokens_BT, positions_BT, segments_BT, num_tokens_B = checked_arguments(
