@@ -202,7 +202,8 @@ class Decoder(nn.Module):
         else:
             head_DV = self.get_variable("params", "head").astype(config.dtype)
         dtype = accumulation_dtype(x_BCD.dtype)
-        if config.tied_head and is_generating and 1 < x_BCD.shape[0] * x_BCD.shape[1] <= FEW_ROWS:
+        num_rows = x_BCD.shape[0] * x_BCD.shape[1]  # in `jax.export` not always a number
+        if config.tied_head and is_generating and isinstance(num_rows, int) and 1 < num_rows <= FEW_ROWS:
             # The same product the other way round: on CPU this reads a transposed matrix twice as fast for few rows.
             x_RD = x_BCD.reshape(-1, config.embed_dim)
             logits_BCV = jnp.dot(head_DV.T, x_RD.T, preferred_element_type=dtype).T.reshape(*x_BCD.shape[:2], -1)

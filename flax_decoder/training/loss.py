@@ -52,10 +52,12 @@ def chunk_size(num_tokens: int, vocab_size: int, chosen: int | None = None) -> i
     """Tokens per chunk of the loss; None means all at once.
 
     Args:
-        num_tokens: tokens per device.
+        num_tokens: tokens per device; if their number is free, as in `jax.export`, there are chunks only where chosen.
         vocab_size: logits per token on a device.
         chosen: the config's number of tokens, 0 for all, None for as many as fit into `LOGITS_BYTES`.
     """
+    if not isinstance(num_tokens, int):
+        return chosen or None
     size = max(LOGITS_BYTES // (4 * vocab_size), 1) if chosen is None else chosen
     return size if 0 < size < num_tokens else None
 
@@ -111,8 +113,9 @@ def _split(array: jax.Array, *, num_batch_parts: int, num_length_parts: int, chu
     array = array.reshape(X, B // X, Y, T // Y, *rest).swapaxes(1, 2).reshape(X, Y, num_tokens, *rest)
     num_chunks = -(-num_tokens // chunk_tokens)
     R = -(-num_tokens // num_chunks)
-    if num_chunks * R > num_tokens:
-        array = jnp.pad(array, [(0, 0), (0, 0), (0, num_chunks * R - num_tokens), *((0, 0) for _ in rest)])
+    padding = num_chunks * R - num_tokens
+    if not isinstance(padding, int) or padding > 0:
+        array = jnp.pad(array, [(0, 0), (0, 0), (0, padding), *((0, 0) for _ in rest)])
     array = jnp.moveaxis(array.reshape(X, Y, num_chunks, R, *rest), 2, 0)
     return constrain(array, None, "batch", "length", *(None for _ in array.shape[3:]))
 
