@@ -369,10 +369,12 @@ def test_a_step_of_narrow_params_is_the_wide_one_rounded(dtype, changes):
     same = fd.TrainState.create(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow), **settings)
     (after, metrics), (expected, expected_metrics) = (jax.jit(fd.train_step)(start, batch) for start in (state, same))
     assert metrics["applied"] and float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), after.opt_state, expected.opt_state)
+    for leaf, exact in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(expected.opt_state), strict=True):
+        np.testing.assert_allclose(leaf, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
     for leaf, exact in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected.params), strict=True):
         assert leaf.dtype == dtype
-        np.testing.assert_allclose(leaf.astype(np.float32), exact, rtol=float(jnp.finfo(dtype).eps))
+        # An update is 0.01. Of a gradient as small as Adam's epsilon, the order of a sum shows in it.
+        np.testing.assert_allclose(leaf.astype(np.float32), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-4)
 
 
 OPTIMIZERS = {
