@@ -589,6 +589,32 @@ def test_a_compiled_step_moves_nothing_between_host_and_device():
         step(state, batch)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("chunk_tokens", [0, 3])
+def test_a_hessian_vector_product_has_the_digits_of_its_dtype(chunk_tokens):
+    def product(dtype):
+        settings = {"model.dtype": dtype, "training.loss_chunk_tokens": chunk_tokens if dtype == "float32" else 0}
+        config = fd.load_config(overrides=SIZES | {"model.vocab_size": V} | settings)
+        model, drawn = fd.Decoder(config.model), np.random.default_rng(0)
+        state = fd.init_state(model, config, rng=jax.random.key(0))
+        params, changes = (
+            jax.tree.map(lambda leaf: drawn.normal(0, 0.1, leaf.shape).astype(np.float32).astype(dtype), state.params)
+            for _ in range(2)
+        )
+
+        def loss(params):
+            return fd.eval_step(state.replace(params=params), BATCH)["loss"]
+
+        leaves = jax.tree.leaves(
+            jax.jit(lambda p, change: jax.jvp(jax.grad(loss), (p,), (change,))[1])(params, changes)
+        )
+        return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
+
+    with jax.enable_x64(True):
+        ours, exact = product("float32"), product("float64")
+    assert 1e-9 < np.linalg.norm(ours - exact) / np.linalg.norm(exact) < 2e-6
+
+
 def test_every_public_function_is_in_a_table():
     """Or holds no array and is tested where it is: errors, configs, files that are read, and pictures of a log."""
     elsewhere = {"FaultError", "UserError", "Config", "ModelConfig", "History", "read_history", "plot_losses"}
