@@ -65,6 +65,8 @@ OF_IDS = {
     "complete": lambda ids: [
         sample.tokens for row in fd.complete(make()[1], make()[2].params, ids, 2, temperature=0) for sample in row
     ],
+    "score": lambda ids: fd.score(make()[1], make()[2].params, ids, IDS_BT)[0],
+    "score continuations": lambda ids: fd.score(make()[1], make()[2].params, IDS_BT, ids)[0],
     "capture": lambda ids: fd.capture(make()[1], make()[2].params, ids, names=("logits",)),
     "attribute": lambda ids: fd.attribute(make()[1], make()[2].params, ids, IDS_BT),
     "attribute targets": lambda ids: fd.attribute(make()[1], make()[2].params, IDS_BT, ids),
@@ -154,7 +156,7 @@ def cases_of_ids():
             in_jit = name.startswith("jit") and kind in NOT_IN_JIT | OF_VALUES_ONLY | OF_VALUES.keys()
             if in_jit or (kind in OF_VALUES and ("segments" in name or "positions" in name or "scores" in name)):
                 continue
-            if kind == "ragged" and name in ("generate", "complete"):
+            if kind == "ragged" and name in ("generate", "complete", "score", "score continuations"):
                 continue  # they take rows of different lengths
             if (name, kind) == ("head_scores", "beyond int32"):
                 message = "does not fit into int32"
