@@ -290,6 +290,21 @@ def compare(options: argparse.Namespace) -> int:
     return 0 if ledger.holds else 1
 
 
+def export(options: argparse.Namespace) -> int:
+    """Writes a model as one file of StableHLO, which JAX runs without this package."""
+    _check_file("FILE", options.file)
+    if options.file.exists():
+        raise UserError(f"{options.file}: exists; give a new file")
+    from flax_decoder.generation.export import write_stablehlo
+    from flax_decoder.loading import load
+
+    model, params, _ = load(options.path, step=options.step, allow_nan=options.allow_nan)
+    with _writing(options.file):
+        write_stablehlo(options.file, model, params)
+    print_escaped(f"{options.file}: written")
+    return 0
+
+
 def verify(options: argparse.Namespace) -> int:
     """Checks every checkpoint of a run, and the files it needs, against its manifest."""
     folder = Path(options.path)
@@ -582,6 +597,9 @@ def build_parser() -> Parser:
     argument("--batch-size", metavar="N", type=_count, default=2, help="sequences per batch, an even number")
     argument("--length", metavar="N", type=_count, help="tokens per sequence")
     argument("--seed", metavar="N", type=_count, default=0, help="of the random tokens")
+
+    argument = add("export", export, model, loading)
+    argument("file", metavar="FILE", type=_path, help="the new file")
 
     argument = add("verify", verify)
     argument("path", metavar="PATH", type=expand_home, help="a run folder")
