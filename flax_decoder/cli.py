@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.config_file import load_config
-from flax_decoder.errors import FaultError, InUseError, UserError
+from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hook_before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_resend_dropped_signal, hook_before)
     try:
-        with standard_streams():
+        with standard_streams(), _warnings_of_folders():
             return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
         sys.unraisablehook = hook_before
@@ -274,7 +274,8 @@ def convert(options: argparse.Namespace) -> int:
     """Converts a run folder to a Hugging Face folder, or a Hugging Face folder to a run folder."""
     from flax_decoder.loading import convert
 
-    convert(options.source, options.destination, model_type=options.model_type, allow_nan=options.allow_nan)
+    how = {name: getattr(options, name) for name in ("model_type", "allow_nan", "strict")}
+    convert(options.source, options.destination, **how)
     print_escaped(f"{options.destination}: written")
     return 0
 
@@ -284,7 +285,7 @@ def compare(options: argparse.Namespace) -> int:
     _check_file("--json", options.json)
     from flax_decoder.loading import compare
 
-    names = ("steps", "batch_size", "length", "seed", "allow_nan")
+    names = ("steps", "batch_size", "length", "seed", "allow_nan", "strict")
     ledger = compare(options.path, **{name: getattr(options, name) for name in names})
     _write_and_show(options.json, ledger.to_json(), ledger)
     return 0 if ledger.holds else 1
@@ -407,7 +408,7 @@ def _write_and_show(path: Path | None, content: str, shown: object) -> None:
 def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokenizer]":
     from flax_decoder.loading import load_with_tokenizer
 
-    return load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    return load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan, strict=options.strict)
 
 
 def _sampling_of(options: argparse.Namespace) -> "Sampling":
@@ -448,8 +449,25 @@ def _draft_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
         return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
     if options.prompt_lookup != 0:
         raise UserError("--draft and --prompt-lookup are two ways to draft tokens; give one of them")
-    model, params, _ = load(options.draft, allow_nan=options.allow_nan)
+    model, params, _ = load(options.draft, allow_nan=options.allow_nan, strict=options.strict)
     return Draft(model, params)
+
+
+@contextlib.contextmanager
+def _warnings_of_folders() -> Iterator[None]:
+    """Prints what is passed over in a model folder as one line; other warnings as before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", FolderWarning)
+        show = warnings.showwarning
+
+        def show_in_a_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, FolderWarning):
+                print_escaped(f"warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = show_in_a_line
+        yield
 
 
 def _config_of(options: argparse.Namespace) -> Config:
@@ -526,9 +544,10 @@ def build_parser() -> Parser:
     parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and the devices")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    config, model, prompt, sampling, allow_nan = (Parser(add_help=False) for _ in range(5))
-    allow_nan.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")
-    loading = Parser(add_help=False, parents=[allow_nan])
+    config, model, prompt, sampling, reading = (Parser(add_help=False) for _ in range(5))
+    reading.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")
+    reading.add_argument("--strict", action="store_true", help="refuse a config.json with any field that is not known")
+    loading = Parser(add_help=False, parents=[reading])
 
     def add(name: str, command: Callable[[argparse.Namespace], int], *shared: Parser) -> Callable[..., argparse.Action]:
         made: Parser = commands.add_parser(
@@ -584,14 +603,14 @@ def build_parser() -> Parser:
     argument("--out", metavar="FILE.html", type=_path, required=True, help="the page; an existing file is replaced")
     argument("--max-new-tokens", metavar="N", type=_count, default=0, help="first append N greedy tokens to the text")
 
-    argument = add("convert", convert, allow_nan)
+    argument = add("convert", convert, reading)
     argument("source", metavar="SRC", type=expand_home, help="a run folder, or a Hugging Face folder")
     argument("destination", metavar="DST", type=expand_home, help="a new folder of the other kind")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )
 
-    argument = add("compare", compare, model, allow_nan)
+    argument = add("compare", compare, model, reading)
     argument("--steps", metavar="N", type=_count, default=0, help="also compare N steps of AdamW")
     argument("--json", metavar="FILE", type=_path, help="also write the rows to a file")
     argument("--batch-size", metavar="N", type=_count, default=2, help="sequences per batch, an even number")

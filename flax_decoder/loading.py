@@ -37,6 +37,7 @@ def load(
     step: int | Literal["latest", "best"] = "latest",
     shardings: Any = None,
     allow_nan: bool = False,
+    strict: bool = False,
 ) -> tuple[Decoder, Any, Tokenizer | None]:
     """Loads a trained model.
 
@@ -46,6 +47,8 @@ def load(
         shardings: one `jax.sharding.Sharding` for all parameters, or a tree of them like the parameters; each parameter
             is read straight onto its devices. None means the default device.
         allow_nan: accept a Hugging Face folder with NaN or infinite weights; runs have none.
+        strict: refuse a Hugging Face folder with a setting that is not known, also where its name does not belong to
+            the network; by default such a setting is passed over with a `FolderWarning`.
 
     Returns:
         The model, its parameters, and its tokenizer: None for a Hugging Face folder without tokenizer.json.
@@ -66,7 +69,7 @@ def load(
         )
     if step != "latest":
         raise UserError(f"{folder}: is a Hugging Face folder and has no checkpoints to choose from; leave out --step")
-    return read_folder(folder, shardings, allow_nan=allow_nan)
+    return read_folder(folder, shardings, allow_nan=allow_nan, strict=strict)
 
 
 def convert(
@@ -75,6 +78,7 @@ def convert(
     *,
     model_type: str | None = None,
     allow_nan: bool = False,
+    strict: bool = False,
 ) -> None:
     """Converts a run folder to a Hugging Face folder, or the reverse.
 
@@ -83,6 +87,7 @@ def convert(
         destination: the new folder, which must not exist or be empty; it is written atomically.
         model_type: the Hugging Face model type to write; None means the one that fits the model best.
         allow_nan: see `load`.
+        strict: see `load`.
 
     Raises:
         UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
@@ -92,7 +97,7 @@ def convert(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: exists and is not empty; give a new folder to convert into")
     to_run = source.is_dir() and not _is_run_folder(source)
-    model, params, tokenizer = load(source, allow_nan=allow_nan)
+    model, params, tokenizer = load(source, allow_nan=allow_nan, strict=strict)
     if to_run and model_type is not None:
         raise UserError(f"{source}: is converted to a run folder, which has no model type; leave out --model-type")
     try:
@@ -114,6 +119,7 @@ def compare(
     params: Any = None,
     torch_model: Any = None,
     allow_nan: bool = False,
+    strict: bool = False,
     **settings: Any,
 ) -> "Ledger":
     """Compares a model with PyTorch, tensor by tensor: `assert fd.compare("my_model").holds`.
@@ -129,6 +135,7 @@ def compare(
         params: parameters to compare in place of those in `path`.
         torch_model: a model of `transformers` in place of the one in `path`; it is not changed.
         allow_nan: see `load`.
+        strict: see `load`.
         **settings: tx, optimizer, batch_size, length, accumulation_steps, seed; see `compare_models`.
 
     Returns:
@@ -155,7 +162,7 @@ def compare(
     if torch_model is not None:
         require_type("torch_model", torch_model, torch.nn.Module)
     if path is not None:
-        saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
+        saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan, strict=strict)
     elif model is not None and params is not None:
         saved_model, saved_params, tokenizer = model, params, None
     else:
@@ -199,10 +206,14 @@ def _pytorch_model(
 
 
 def load_with_tokenizer(
-    path: str | os.PathLike[str], step: int | Literal["latest", "best"], *, allow_nan: bool = False
+    path: str | os.PathLike[str],
+    step: int | Literal["latest", "best"],
+    *,
+    allow_nan: bool = False,
+    strict: bool = False,
 ) -> tuple[Decoder, Any, Tokenizer]:
     """As `load`, but raises UserError if there is no tokenizer."""
-    model, params, tokenizer = load(path, step=step, allow_nan=allow_nan)
+    model, params, tokenizer = load(path, step=step, allow_nan=allow_nan, strict=strict)
     return model, params, _required(tokenizer, Path(path))
 
 

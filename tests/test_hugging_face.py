@@ -305,6 +305,9 @@ def test_the_original_context_defaults_to_the_context():
     assert read_settings(document, "x").rotary_original_context == 17
 
 
+TWO_BASES = {"full_attention": {}, "sliding_attention": {"rope_theta": 8.0}}
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "part"),
     [
@@ -313,11 +316,25 @@ def test_the_original_context_defaults_to_the_context():
         ("llama", {"model_type": None}, "model_type = None"),
         ("llama", {"auto_map": {"AutoModel": "evil.Model"}}, "auto_map names Python code"),
         ("llama", {"number_of_experts": 8}, "number_of_experts = 8 is not known for llama"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"sliding_window": 4}, "sliding_window = 4"),
         ("llama", {"hidden_act": "mish"}, "hidden_act = 'mish' is not supported, only silu"),
         ("llama", {"hidden_act": 3}, "hidden_act = 3"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved = True"),
+        ("llama", {"is_causal": False}, "is_causal = False"),
+        ("llama", {"per_layer_config": {"0": {"num_attention_heads": 1}}}, "per_layer_config"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantised weights are not read"),
+        ("gpt2", {"hidden_size": 13}, "n_embd = 12, but hidden_size = 13, another name of it"),
+        ("gpt_neox", {"rope_theta": 3.0}, "rotary_emb_base = 10000.0, but rope_theta = 3.0"),
+        ("gpt_neox", {"partial_rotary_factor": 0.5}, "rotary_pct = 1.0, but partial_rotary_factor = 0.5"),
+        ("llama", {"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_scaling.rope_type = 'llama3'"),
+        (
+            "gemma3_text",
+            {
+                "rope_local_base_freq": 9.0,
+                "rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 8.0}},
+            },
+            "rope_local_base_freq = 9.0, but rope_parameters.sliding_attention.rope_theta = 8.0",
+        ),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
         ("llama", {"hidden_size": "14"}, "hidden_size = '14' must be a positive whole number"),
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads = 3"),
@@ -326,7 +343,11 @@ def test_the_original_context_defaults_to_the_context():
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, "mscale = 1.0"),
         ("llama", {"rope_scaling": [2.0]}, "rope_scaling = [2.0] must be an object"),
-        ("llama", {"rope_parameters": {"rope_theta": 3.0}}, "rope_theta is both 10000.0 and 3.0"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 3.0}},
+            "but rope_parameters.rope_theta = 3.0",
+        ),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window = 'yes'"),

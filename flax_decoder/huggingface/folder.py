@@ -47,7 +47,7 @@ def read_family(folder: Path) -> Family:
 
 
 def read_folder(
-    folder: Path, shardings: Any = None, *, allow_nan: bool = False
+    folder: Path, shardings: Any = None, *, allow_nan: bool = False, strict: bool = False
 ) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
     """Reads a model.
 
@@ -55,6 +55,7 @@ def read_folder(
         folder: holds config.json and the weights.
         shardings: where the parameters go; see `abstract_params`.
         allow_nan: also reads weights that are NaN or infinite.
+        strict: refuses each setting that is not known.
 
     Returns:
         The model, its parameters in float32, and its tokenizer; None without a tokenizer.json.
@@ -64,7 +65,7 @@ def read_folder(
     """
     document = _read_json(folder, "config.json", SETTINGS)
     source = str(folder / "config.json")
-    family, model = family_of(document, source), Decoder(read_settings(document, source))
+    family, model = family_of(document, source), Decoder(read_settings(document, source, strict=strict))
     with contextlib.ExitStack() as files:
         tensors = _find_tensors(folder, files)
         check_sizes(model.config, family, tensors, source)  # before abstract_params, which absurd sizes make slow
