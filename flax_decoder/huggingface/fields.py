@@ -25,7 +25,7 @@ _COMPUTING = {"dtype", "torch_dtype", "use_bfloat16", "torchscript", "tf_legacy_
 _COMPUTING |= {"_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "cache_implementation"}
 _COMPUTING |= {"_attn_implementation_internal", "_experts_implementation_internal", "experts_implementation"}
 _COMPUTING |= {"_flash_attn_2_enabled", "use_flash_attention", "use_flash_attn", "chunk_size_feed_forward"}
-_COMPUTING |= {"output_past"}
+_COMPUTING |= {"use_memory_efficient_attention", "output_past"}
 # Token ids, which the tokenizer's files or `generate` read, and texts around them.
 _TOKENS = {f"{name}_token_id" for name in ("bos", "eos", "pad", "sep", "unk", "cls", "mask", "decoder_start")}
 _TOKENS |= {"n_special", "predict_special_tokens", "prefix", "forced_bos_token_id", "forced_eos_token_id"}
