@@ -160,7 +160,8 @@ def generate(options: argparse.Namespace) -> int:
         end_ids=tokenizer.end_ids,
         draft=_draft_of(options),
     )
-    pieces = decode_streams(tokenizer, (part.tokens_BC for part in written), options.num_samples, options.stop)
+    new = (part.tokens_BC for part in written)
+    pieces = decode_streams(tokenizer, new, options.num_samples, options.stop, tokens if prompt else ())
     if options.no_stream:
         pieces = iter(list(pieces))
     num_prompts = 0

@@ -51,11 +51,14 @@ class Tokenizer(ABC):
         vocab_size: V; ids run from 0 to V - 1.
         start_id: the start-of-text token, or None.
         end_ids: the end-of-text tokens; may be empty.
+        lone_byte_id: of a tokenizer with tokens for bytes among those for text, the token of a byte that is no
+            character by itself.
     """
 
     vocab_size: int
     start_id: int | None = None
     end_ids: tuple[int, ...] = ()
+    lone_byte_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises UserError if it is no text, or a character is not in the vocabulary."""
@@ -178,6 +181,7 @@ class SubwordTokenizer(Tokenizer):
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # ids may have gaps
+        self.lone_byte_id = tokenizer.token_to_id("<0xF0>")
         added_tokens = tokenizer.get_added_tokens_decoder()
         special_ids = {token.content: id for id, token in added_tokens.items() if token.special}
         self.start_id = next((special_ids[name] for name in _START_TOKENS if name in special_ids), None)
