@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # Limit of a prompt from standard input, which may be endless: more than any model reads.
 MAX_PROMPT_BYTES = 16_000_000
+# Less random than 1, more varied than 0; for folders that say nothing.
+DEFAULT_TEMPERATURE = 0.8
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text and generate from it."
 
 
@@ -138,7 +140,7 @@ def generate(options: argparse.Namespace) -> int:
     from flax_decoder.generation.stream import stream
     from flax_decoder.generation.text import decode_streams
 
-    sampling = _sampling_of(options)
+    sampling, told = _sampling_of(options)
     prompt = _prompt_of(options)
     if options.num_samples < 1 or options.max_new_tokens < 0 or "" in options.stop:
         raise UserError("--num-samples must be at least 1, --max-new-tokens at least 0, and --stop a text")
@@ -146,6 +148,7 @@ def generate(options: argparse.Namespace) -> int:
     import numpy as np
 
     model, params, tokenizer = _load(options)
+    _tell(told)
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
@@ -176,7 +179,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def chat(options: argparse.Namespace) -> int:
     """Chats with a model that has a chat template; Ctrl-C stops an answer, a second one exits."""
-    sampling = _sampling_of(options)
+    sampling, told = _sampling_of(options)
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
     if not Path(options.path).is_dir():
@@ -189,6 +192,7 @@ def chat(options: argparse.Namespace) -> int:
     from flax_decoder.generation.chat import Chat
 
     model, params, tokenizer = _load(options)
+    _tell(told)
     talk = Chat(
         model,
         params,
@@ -228,17 +232,19 @@ def evaluate(options: argparse.Namespace) -> int:
         tokens = tokenizer.encode_array(text)
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from None
-    if len(tokens) < 2:
+    start = tokenizer.prompt_start()[: model.config.context_length]
+    if len(tokens) + len(start) < 2 or not len(tokens):
         raise UserError(f"{options.file}: is a single token; there is nothing to predict")
     # 4096 tokens keep two cores busy without taking much memory.
     batch_size = max(4096 // model.config.context_length, 1)
-    result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size)
+    result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size, start=start)
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(result | ({"window_start": start} if start else {})))
     else:
         print_escaped(
             f"{options.file}: loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
             f"{result['bits_per_byte']:.4f} bits per byte, over {result['num_tokens']:,} tokens"
+            + (f"; each window begins with {tokenizer.decode(start)}" if start else "")
         )
     return 0
 
@@ -412,12 +418,27 @@ def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokeni
     return load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan, strict=options.strict)
 
 
-def _sampling_of(options: argparse.Namespace) -> "Sampling":
-    """The arguments with the names of the fields of `Sampling`."""
+def _sampling_of(options: argparse.Namespace) -> "tuple[Sampling, str]":
+    """How to sample: as the arguments say, else generation_config.json; and a line about what comes from there."""
     from flax_decoder.generation.sampling import Sampling
+    from flax_decoder.huggingface.folder import read_sampling
 
-    given = vars(options)
-    return Sampling(**{field.name: given[field.name] for field in dataclasses.fields(Sampling) if field.name in given})
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    Sampling(**given)  # an argument that is wrong is no fault of the file
+    found = {name: value for name, value in read_sampling(Path(options.path)).items() if name not in given}
+    source = Path(options.path) / "generation_config.json"
+    told = f"sampling as {source} says: " + ", ".join(f"{name} = {value}" for name, value in found.items())
+    try:
+        return Sampling(**{"temperature": DEFAULT_TEMPERATURE, **found, **given}), told if found else ""
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _tell(line: str) -> None:
+    """Prints a line on standard error, if there is one."""
+    if line:
+        print_escaped(line, file=sys.stderr)
 
 
 def _prompt_of(options: argparse.Namespace) -> str:
@@ -567,18 +588,20 @@ def build_parser() -> Parser:
     loading.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
     )
-    for name, default, text in (
-        ("--temperature", 0.8, "0 always takes the likeliest token"),
-        ("--top-p", 1.0, "sample from the likeliest tokens with a total probability of F"),
-        ("--min-p", 0.0, "sample from tokens at least F times as likely as the likeliest"),
-        ("--repetition-penalty", 1.0, "over 1: tokens of the text so far become less likely"),
-        ("--presence-penalty", 0.0, "subtracted from the logits of tokens in the new text"),
-        ("--frequency-penalty", 0.0, "the same, times the count of the token"),
+    for name, kind, default, text in (
+        ("--temperature", float, DEFAULT_TEMPERATURE, "0 always takes the likeliest token"),
+        ("--top-k", _count, 0, "sample from the N likeliest tokens only"),
+        ("--top-p", float, 1, "sample from the likeliest tokens with a total probability of F"),
+        ("--min-p", float, 0, "sample from tokens at least F times as likely as the likeliest"),
+        ("--repetition-penalty", float, 1, "over 1: tokens of the text so far become less likely"),
     ):
-        sampling.add_argument(name, metavar="F", type=float, default=default, help=text)
-    sampling.add_argument(
-        "--top-k", metavar="N", type=_count, default=0, help="sample from the N likeliest tokens only"
-    )
+        text += f"; default: what generation_config.json says, else {default}"
+        sampling.add_argument(name, metavar="N" if kind is _count else "F", type=kind, help=text)
+    for name, text in (
+        ("--presence-penalty", "subtracted from the logits of tokens in the new text"),
+        ("--frequency-penalty", "the same, times the count of the token"),
+    ):
+        sampling.add_argument(name, metavar="F", type=float, default=0.0, help=text)
     sampling.add_argument("--seed", metavar="N", type=_count, default=0, help="the same seed gives the same text")
 
     add("train", train, config)

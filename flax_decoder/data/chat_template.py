@@ -15,9 +15,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flax_decoder.data.corpus import decode_text
+from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content
-from flax_decoder.io.strict_json import LISTING, parse_object
 
 _MAX_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
 
@@ -70,10 +70,7 @@ def load_chat_template(folder: Path) -> ChatTemplate:
         UserError: there is none, or it cannot be used.
     """
     path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    document: dict[str, Any] = {}
-    if os.path.lexists(path):
-        content = read_content(open_inside(folder, path.name), LISTING.num_bytes, str(path))
-        document = parse_object(content, str(path), LISTING)
+    document = read_tokenizer_config(folder)
     source = document.get("chat_template")
     if os.path.lexists(file):
         content = read_content(open_inside(folder, file.name), _MAX_TEMPLATE_BYTES, str(file))
@@ -86,12 +83,7 @@ def load_chat_template(folder: Path) -> ChatTemplate:
             f"{folder}: has no chat template: no chat_template.jinja, no chat_template in tokenizer_config.json;\n"
             f"a model that was not trained on conversations can continue a text: flax-decoder generate {folder}"
         )
-    special_tokens = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in document.items()
-        if name.endswith("_token")
-        and (isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str)))
-    }
+    special_tokens = read_special_tokens(folder, document)
     return ChatTemplate(source, special_tokens, str(file if os.path.lexists(file) else path))
 
 

@@ -68,6 +68,14 @@ class Tokenizer(ABC):
         """The ids of a prompt: the text, after what the tokenizer.json puts before it, such as a start token."""
         return self.encode(text)
 
+    def prompt_start(self) -> list[int]:
+        """The tokens that `encode_prompt` puts before a text."""
+        return []
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token with a text of its own, such as "</s>"; None if there is none."""
+        return None
+
     def encode_array(self, text: str, dtype: DTypeLike = np.int32) -> np.ndarray:
         """The token ids as an array, for whole corpora: memory is that of text and array, and of encoding one piece.
 
@@ -196,6 +204,16 @@ class SubwordTokenizer(Tokenizer):
             end = self._find_cut(text, start + _PIECE_CHARACTERS)
             yield np.array(self._encode_piece(text[start:end]), np.int32)
             start = end
+
+    def prompt_start(self) -> list[int]:
+        """Those before one letter: without any text, what is before it cannot be told."""
+        with_start = self.encode_prompt("a")
+        return with_start[: len(with_start) - len(self.encode("a"))]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, special or not, by its text in the vocabulary."""
+        id: int | None = self._tokenizer.token_to_id(token)
+        return id
 
     def encode_prompt(self, text: str) -> list[int]:
         """Other than `encode`, with the special tokens before the text; those after it would end it."""
