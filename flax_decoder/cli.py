@@ -266,8 +266,9 @@ def lens(options: argparse.Namespace) -> int:
     if options.max_new_tokens > 0:
         from flax_decoder.generation.generate import complete
 
+        greedy: dict[str, Any] = {"temperature": 0.0, "vocab_size": tokenizer.vocab_size}
         ((written,),) = complete(
-            model, params, [np.asarray(tokens)], options.max_new_tokens, end_ids=tokenizer.end_ids, temperature=0.0
+            model, params, [np.asarray(tokens)], options.max_new_tokens, end_ids=tokenizer.end_ids, **greedy
         )
         tokens += written.tokens.tolist()
     history = read_history(options.path)

@@ -345,6 +345,16 @@ def test_completions_know_their_log_probabilities():
         assert not completion.ended
 
 
+def test_padding_of_the_vocabulary_is_not_among_the_likeliest():
+    model, params = make("rotary grouped")
+    texts, num_ids = [prompts(1, 3)[0] % 4], 5
+    ((completion,),) = fd.complete(model, params, texts, 5, temperature=0.0, top_logprobs=num_ids, vocab_size=num_ids)
+    assert (np.sort(completion.top_tokens) == np.arange(num_ids)).all() and np.isfinite(completion.top_logprobs).all()
+    assert (completion.top_tokens[:, 0] == completion.tokens).all()
+    with pytest.raises(fd.UserError, match="top_logprobs"):
+        fd.complete(model, params, texts, 5, temperature=0.0, top_logprobs=num_ids + 1, vocab_size=num_ids)
+
+
 def test_a_completion_is_cut_behind_its_end():
     model, params = make()
     new = np.asarray(fd.generate(model, params, prompts(1, 3), 20, temperature=0.0))[0, 3:]

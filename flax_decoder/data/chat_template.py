@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -31,7 +31,7 @@ Message = Mapping[str, str]
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`: marks what the model is trained to write. It changes nothing of the text."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """The statements up to `{% endgeneration %}`, in a scope of their own."""

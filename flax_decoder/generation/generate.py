@@ -5,6 +5,7 @@ position sees the last `context_length` positions, or the window of its layer. L
 the context: when it is full, its last half is prefilled again as a new text, and decoding continues from there.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,16 +109,18 @@ def complete(
     """Like `generate`, with log-probabilities, and each row cut after its end token. Other arguments: see `generate`.
 
     Args:
-        top_logprobs: number of likeliest tokens to report at each step.
+        top_logprobs: number of likeliest tokens to report at each step, of those below the `vocab_size` of `sampling`.
 
     Returns:
         The samples of each prompt.
     """
     refuse_tracers("complete", (params, prompt_tokens_BT, rng, sampling))
     prompts = as_prompts(prompt_tokens_BT, model.config)
-    top_logprobs = as_whole_number("top_logprobs", top_logprobs, 0, model.config.vocab_size)
+    how = Sampling(**sampling)
+    num_ids = min(how.vocab_size or sys.maxsize, model.config.vocab_size or 0)
+    top_logprobs = as_whole_number("top_logprobs", top_logprobs, 0, num_ids)
     options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "num_top": top_logprobs}
-    new = _decode_all(model, params, prompts, max_new_tokens, rng, Sampling(**sampling), **options)
+    new = _decode_all(model, params, prompts, max_new_tokens, rng, how, **options)
     B = len(prompts) * num_samples
     rows = [_completion(jax.tree.map(lambda array, row=row: array[row], new), end_ids) for row in range(B)]
     return [rows[start : start + num_samples] for start in range(0, B, num_samples)]
