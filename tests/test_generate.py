@@ -345,6 +345,7 @@ def test_completions_know_their_log_probabilities():
         assert not completion.ended
 
 
+@pytest.mark.full
 def test_padding_of_the_vocabulary_is_not_among_the_likeliest():
     model, params = make("rotary grouped")
     texts, num_ids = [prompts(1, 3)[0] % 4], 5

@@ -481,9 +481,11 @@ def test_a_command_says_what_it_passes_over_and_strict_refuses(tmp_path, capsys)
 
     folder = make_folder(tmp_path / "model")
     change(folder / "config.json", colour="green", num_labels=3)
-    command = ["convert", str(folder), str(tmp_path / "run")]
+    (folder / "tokenizer.json").unlink()  # ends the command once the model is read
+    command = ["eval", str(folder), str(folder / "config.json")]
     assert main([*command, "--strict"]) == 2
-    assert "colour = 'green' is not known for llama" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    assert main(command) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"warning: {folder / 'config.json'}: colour = 'green' is not known")
+    assert "colour = 'green' is not known for llama" in capsys.readouterr().err
+    assert main(command) == 2
+    warning, error, _ = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {folder / 'config.json'}: colour = 'green' is not known for llama")
+    assert error.startswith(f"error: {folder}: has no tokenizer.json")
