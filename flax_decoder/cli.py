@@ -307,7 +307,7 @@ def export(options: argparse.Namespace) -> int:
     from flax_decoder.generation.export import write_stablehlo
     from flax_decoder.loading import load
 
-    model, params, _ = load(options.path, step=options.step, allow_nan=options.allow_nan)
+    model, params, _ = load(options.path, step=options.step, allow_nan=options.allow_nan, strict=options.strict)
     with _writing(options.file):
         write_stablehlo(options.file, model, params)
     print_escaped(f"{options.file}: written")
