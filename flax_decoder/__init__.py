@@ -13,6 +13,7 @@ from flax_decoder.allocator import keep_freed_memory
 from flax_decoder.config import Config, ModelConfig
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, UserError
+from flax_decoder.version import __version__
 
 if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test compares the two
     from flax_decoder.generation.generate import complete, generate, prefill

@@ -4,10 +4,8 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import difflib
 import errno
 import functools
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -16,6 +14,8 @@ import re
 import signal
 import sys
 import threading
+import types
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.config_file import load_config
-from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError
+from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError, did_you_mean
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
 from flax_decoder.parallel.launchers import find_job, in_a_job
+from flax_decoder.version import __version__
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -507,8 +508,26 @@ def _config_of(options: argparse.Namespace) -> Config:
     return config
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Shows defaults; in the usage, one word stands for all fields of a config."""
+
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        """Adds the usage, without the fields of a config."""
+        own = [action for action in actions if "." not in action.dest]
+        if len(own) < len(actions):
+            own.append(argparse.Action(["--SECTION.FIELD"], "", metavar="VALUE"))
+        super().add_usage(usage, own, groups, prefix)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.default == []
+        return (action.help or "") + ("" if hidden else " (default: %(default)s)")
+
+
 class Parser(argparse.ArgumentParser):
     """Reports an error in one line, and how to get help in a second."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": _Formatter} | options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Also accepts underscores in the names of options. Every other word stays as it is."""
@@ -543,8 +562,7 @@ class Parser(argparse.ArgumentParser):
         """Raises UserError for an unknown argument, with the nearest known one."""
         name = argument.partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-        self.error(f"unknown argument {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        self.error(f"unknown argument {name}{did_you_mean(name.replace('_', '-'), known)}")
 
 
 class _Version(argparse.Action):
@@ -556,9 +574,7 @@ class _Version(argparse.Action):
 
         kinds = collections.Counter(device.device_kind for device in jax.devices())
         devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-        print(
-            f"flax-decoder {importlib.metadata.version('flax-decoder')}, jax {jax.__version__}, {devices}", flush=True
-        )
+        print(f"flax-decoder {__version__}, jax {jax.__version__}, {devices}", flush=True)
         parser.exit()
 
 
@@ -581,14 +597,17 @@ def build_parser() -> Parser:
 
     # Arguments that several commands share.
     config.add_argument(
-        "config", metavar="CONFIG.toml", type=expand_home, nargs="?", help="default: the embedded config"
+        "config",
+        metavar="CONFIG.toml",
+        type=expand_home,
+        nargs="?",
+        help="a file of the settings below, num_layers = 6 under [model] for --model.num-layers 6; NAME alone is "
+        "configs/NAME.toml; without one, settings have their defaults",
     )
     _add_config_fields(config)
     model.add_argument("path", metavar="PATH", type=expand_home, help="a run folder, or a Hugging Face folder")
     prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
-    loading.add_argument(
-        "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
-    )
+    loading.add_argument("--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint")
     for name, kind, default, text in (
         ("--temperature", float, DEFAULT_TEMPERATURE, "0 always takes the likeliest token"),
         ("--top-k", _count, 0, "sample from the N likeliest tokens only"),
@@ -608,11 +627,13 @@ def build_parser() -> Parser:
     add("train", train, config)
 
     argument = add("generate", generate, model, prompt, sampling, loading)
-    argument("--max-new-tokens", metavar="N", type=_count, default=500)
+    argument("--max-new-tokens", metavar="N", type=_count, default=500, help="per text")
     argument("--num-samples", metavar="N", type=_count, default=1, help="number of texts, generated at once")
     argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
     argument("--no-stream", action="store_true", help="print when the whole text is generated")
-    argument("--prompt-lookup", metavar="N", type=_count, default=0, help="draft N tokens from the text: faster")
+    argument(
+        "--prompt-lookup", metavar="N", type=_count, default=0, help="draft N tokens from the text: faster; 0 is off"
+    )
     argument("--draft", metavar="PATH", type=expand_home, help="draft tokens with this smaller model: faster")
 
     argument = add("chat", chat, sampling, loading)
@@ -625,7 +646,8 @@ def build_parser() -> Parser:
     argument("--json", action="store_true", help="print one JSON object")
 
     argument = add("lens", lens, model, prompt, loading)
-    argument("--out", metavar="FILE.html", type=_path, required=True, help="the page; an existing file is replaced")
+    page = Path("lens.html")
+    argument("--out", metavar="FILE.html", type=_path, default=page, help="the page; an existing file is replaced")
     argument("--max-new-tokens", metavar="N", type=_count, default=0, help="first append N greedy tokens to the text")
 
     argument = add("convert", convert, reading)
@@ -650,7 +672,7 @@ def build_parser() -> Parser:
 
     argument = add("plan", plan, config)
     argument(
-        "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; default: this machine"
+        "--topology", metavar="NAME", default="local", help="v5p:4x4x4, v5e:4x4, h100:8, ...; local is this machine"
     )
     argument("--json", metavar="FILE", type=_path, help="also write the numbers to a file")
 
@@ -681,27 +703,30 @@ def _path(text: str) -> Path:
 
 def _add_config_fields(parser: Parser) -> None:
     """Adds an argument for every config field; values are TOML, strings without quotes."""
-    for section in SECTIONS:
-        group = parser.add_argument_group(f"[{section}]")
+    for section, home in SECTIONS.items():
+        group = parser.add_argument_group(f"[{section}]", home.__doc__)
         for name, field in fields_of(section).items():
             shown = field.default if isinstance(field.default, str) else json.dumps(field.default)
-            default = "" if field.default is None else f" ({shown})"
+            default = "" if field.default is None else f" (default: {shown})"
             group.add_argument(
                 f"--{section}.{name}".replace("_", "-"),
                 dest=f"{section}.{name}",
-                metavar=_kind(field.annotation),
+                metavar="|".join(_kinds(field.annotation)),
                 default=argparse.SUPPRESS,
                 help=(field.description + default).replace("%", "%%"),
             )
 
 
-def _kind(annotation: Any) -> str:
-    """The metavar of a field, such as INT or pre|post."""
-    words = getattr(annotation, "__args__", ())
-    if words and all(isinstance(word, str) for word in words):
-        return "|".join(words)
-    names = [getattr(part, "__name__", "") for part in (*words, annotation)]
-    return next((name.upper() for name in names if name in ("int", "float", "bool", "str")), "LIST")
+def _kinds(annotation: Any) -> list[str]:
+    """What a field may be, such as ["INT"] or ["pre", "post"]; None is left out."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kinds(parts[0])
+    if origin is typing.Literal:
+        return list(parts)
+    if origin in (typing.Union, types.UnionType):
+        return [kind for part in parts if part is not types.NoneType for kind in _kinds(part)]
+    return ["LIST" if origin is tuple else annotation.__name__.upper()]
 
 
 def _keep_compilations() -> None:

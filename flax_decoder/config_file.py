@@ -1,8 +1,8 @@
 """Reads and writes the TOML file of a run."""
 
 import dataclasses
-import difflib
 import os
+import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from flax_decoder.config import IS_PATH, SECTIONS, Config, fields_of
-from flax_decoder.errors import UserError, as_path, require_type
+from flax_decoder.errors import UserError, as_path, did_you_mean, require_type
 from flax_decoder.io.files import expand_home, open_regular
 from flax_decoder.io.strict_json import shown
 
@@ -21,7 +21,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
     """Reads a config from a TOML file.
 
     Args:
-        path: the file; None is the embedded default.
+        path: the file, or its name in `configs/` without the ending; None is the embedded default.
         overrides: values that take precedence, by dotted name: `{"model.num_layers": 2}`. Hyphens are the same as
             underscores. A string for a field of another type is parsed as TOML, as on the command line, where `1e3` is
             a count too, `yes`, `on`, `no` and `off` are switches, and `none` takes the value of the file back.
@@ -37,8 +37,9 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
     require_type("overrides", overrides or {}, Mapping, 'such as {"model.num_layers": 2}')
     settings, source = {}, "the default config"
     if path is not None:
-        source = as_path(path)
-        settings = _read_toml(Path(path))
+        path = _find_file(Path(as_path(path)))
+        source = str(path)
+        settings = _read_toml(path)
     for name, value in (overrides or {}).items():
         section, field = _find_field(name)
         values = settings.setdefault(section, {})
@@ -77,7 +78,8 @@ def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[s
     parts = {}
     for section, values in settings.items():
         if section not in SECTIONS:
-            raise UserError(f"{source}: there is no section [{section}]{_nearest(section, list(SECTIONS))}")
+            near = did_you_mean(section, SECTIONS) or _choices(SECTIONS)
+            raise UserError(f"{source}: there is no section [{section}]{near}")
         if not isinstance(values, dict):
             raise UserError(f"{source}: {section} must be a table, [{section}]")
         for field, value in values.items():
@@ -108,12 +110,26 @@ def to_toml(config: Config) -> str:
 _MAX_CONFIG_BYTES = 1_000_000
 
 
+# The current folder, and that of the checkout.
+_CONFIG_FOLDERS = (Path("configs"), Path(__file__).parent.parent / "configs")
+
+
+def _find_file(path: Path) -> Path:
+    """The file that a path names; the name alone of a file in configs/ will do."""
+    if path.exists() or len(path.parts) != 1:
+        return path
+    found = [folder / f"{path.name.removesuffix('.toml')}.toml" for folder in _CONFIG_FOLDERS]
+    return next((file for file in found if file.is_file()), path)
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             content = file.read(_MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such config file") from None
+        names = {file.stem for folder in _CONFIG_FOLDERS for file in folder.glob("*.toml")}
+        near = did_you_mean(path.name, sorted(names))
+        raise UserError(f"{path}: there is no such config file{near}") from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; give a TOML file, such as configs/tiny.toml"
@@ -127,7 +143,16 @@ def _read_toml(path: Path) -> dict[str, Any]:
         byte = content[error.start]
         raise UserError(f"{path}: is not UTF-8 (byte 0x{byte:02X} at offset {error.start}, line {line})") from None
     except ValueError as error:
-        raise UserError(f"{path}: is not valid TOML: {error}") from None
+        raise UserError(f"{path}: {_other_format(path, content) or f'is not valid TOML: {error}'}") from None
+
+
+def _other_format(path: Path, content: bytes) -> str:
+    """What to say of a config that is YAML or JSON, by its name or else by its first line; nothing of another one."""
+    first = next((line for line in content.splitlines() if line.strip() and not line.startswith(b"#")), b"").strip()
+    found = {".json": "JSON", ".yaml": "YAML", ".yml": "YAML"}.get(path.suffix.lower())
+    if found is None and path.suffix.lower() != ".toml":
+        found = "JSON" if first.startswith(b"{") else "YAML" if re.match(rb"[\w.]+:(\s|$)", first) else None
+    return f"is {found}, not TOML; in TOML, num_layers of the model is num_layers = 4 under [model]" if found else ""
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
@@ -150,8 +175,7 @@ def _find_field(name: str) -> tuple[str, str]:
     require_type("the name of an override", name, str, 'such as "model.num_layers"')
     section, _, field = name.replace("-", "_").partition(".")
     if section not in SECTIONS or field not in fields_of(section):
-        known = [f"{s}.{f}" for s in SECTIONS for f in fields_of(s)]
-        raise UserError(f"{name}: there is no such setting{_nearest(name.replace('-', '_'), known)}")
+        raise UserError(f"{name}: there is no such setting{did_you_mean(name.replace('-', '_'), _settings())}")
     return section, field
 
 
@@ -204,7 +228,8 @@ def _first_error(error: ValidationError, section: str, source: str, overridden: 
     name = ".".join(part for part in (section, *fields) if part)
     source = _source_of(name, source, overridden)
     if first["type"] == "unexpected_keyword_argument":
-        what = f"there is no setting {name}{_nearest(fields[0], list(fields_of(section)))}"
+        near = did_you_mean(name, _settings()) or _choices(fields_of(section))
+        what = f"there is no setting {name}{near}"
     elif first["type"] == "value_error":
         what = f"{name}: {first['msg']}".replace("Value error, ", "").removeprefix(": ")
     else:
@@ -217,9 +242,12 @@ def _source_of(name: str, source: str, overridden: Collection[str]) -> str:
     return "the command line or overrides" if name in overridden else source
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}" if len(known) < 20 else ""
+def _settings() -> list[str]:
+    return [f"{section}.{field}" for section in SECTIONS for field in fields_of(section)]
+
+
+def _choices(known: Collection[str]) -> str:
+    return f"; there are: {', '.join(known)}" if len(known) < 20 else ""
 
 
 def _default_folder(path: str | os.PathLike[str] | None) -> Path:

@@ -1,7 +1,9 @@
 """The exceptions of the package, and the exit code of a command that ends with one."""
 
+import difflib
 import operator
 import os
+from collections.abc import Iterable
 from types import NoneType
 from typing import Any, get_args
 
@@ -32,6 +34,31 @@ class InUseError(RuntimeError):
 def as_one_line(value: Any) -> str:
     """The beginning of a value, for a message."""
     return f"{' '.join(repr(value).split()):.60}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing if none is near.
+
+    Of SECTION.FIELD, the field must be near, as all fields of a section share its name; in another section it must be
+    the same.
+    """
+
+    def parts_of(word: str) -> tuple[str, str]:
+        section, _, field = word.lstrip("-").replace("_", "-").rpartition(".")
+        return section, field
+
+    def likeness(word: str) -> float:
+        (section, field), (known_section, known_field) = parts_of(name), parts_of(word)
+        whole = difflib.SequenceMatcher(None, name, word).ratio() / 100  # decides between equal fields
+        if field == known_field:
+            return 1 + whole
+        if section not in ("", known_section) or not field:
+            return 0
+        is_part = known_field.startswith(f"{field}-") or known_field.endswith(f"-{field}")
+        return max(difflib.SequenceMatcher(None, field, known_field).ratio(), 0.75 * is_part) + whole
+
+    nearest = max(known, key=likeness, default="")
+    return f"; did you mean {nearest}?" if nearest and likeness(nearest) >= 0.75 else ""
 
 
 def require_type(name: str, value: Any, kind: Any, example: str = "") -> None:

@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import code_pages
 import jax
 import pytest
 from limits import HANGS_SECONDS
@@ -119,6 +120,23 @@ def test_help_lists_every_field(capsys):
     names = [f"--{section}.{name}".replace("_", "-") for section in SECTIONS for name in fields_of(section)]
     assert len(names) > 50
     assert [name for name in names if f"{name} " not in shown] == []
+    usage, *_ = shown.partition("\n\n")
+    assert len(usage.splitlines()) == 1 and "[--SECTION.FIELD VALUE]" in usage
+    kinds = dict(re.findall(r"^  --(\S+) (\S+)", shown, re.MULTILINE))
+    assert kinds["model.num-layers"] == kinds["model.num-kv-heads"] == kinds["mesh.data"] == "INT"
+    assert kinds["model.logit-soft-cap"] == "FLOAT" and kinds["model.window-pattern"] == "LIST"
+    assert kinds["model.qk-norm"] == "none|head|all" and kinds["data.path"] == "STR|LIST"
+    assert "[mesh]:\n  How devices share the work" in shown and "number of blocks (default: 4)" in shown
+
+
+def test_help_tells_defaults():
+    commands = code_pages.commands_of(build_parser())
+    shown = " ".join(commands["generate"].format_help().split())
+    for part in ("(default: 500)", "(default: latest)", "(default: 1)", "(default: 0)", "else 0.8"):
+        assert part in shown
+    assert "(default: lens.html)" in " ".join(commands["lens"].format_help().split())
+    for command in commands.values():
+        assert not [action.dest for action in command._actions if not action.help]
 
 
 def test_underscores_and_hyphens_are_the_same(tmp_path, monkeypatch, capsys):
@@ -412,9 +430,10 @@ def test_lens_writes_a_page(run, tmp_path, capsys):
 
 
 def test_lens_takes_the_prompt_from_standard_input(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"To")))
-    assert main(["lens", run, "--out", str(tmp_path / "x.html"), "--step", "4"]) == 0
-    assert len(lens_data(tmp_path / "x.html")["tokens"]) == 2
+    assert main(["lens", run, "--step", "4"]) == 0
+    assert len(lens_data("lens.html")["tokens"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -422,7 +441,6 @@ def test_lens_takes_the_prompt_from_standard_input(run, tmp_path, monkeypatch):
     [
         (["--prompt", "To", "--out", "."], ["--out .", "must name a file in a folder that exists"]),
         (["--prompt", "To", "--out", "missing/x.html"], ["--out missing/x.html"]),
-        (["--prompt", "To"], ["--out"]),
         (["--prompt", "", "--out", "x.html"], ["--prompt must be a text"]),
         (["--prompt", "To", "--out", "x.html", "--max-new-tokens", "-1"], ["--max-new-tokens at least 0"]),
         (["--prompt", "To be, or", "--out", "x.html"], ["9 tokens", "8 learned positions"]),

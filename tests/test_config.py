@@ -17,7 +17,7 @@ from flax_decoder.config import (
     fields_of,
 )
 from flax_decoder.config_file import load_config, to_toml
-from flax_decoder.errors import UserError
+from flax_decoder.errors import UserError, did_you_mean
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -352,7 +352,8 @@ def test_values_out_of_bounds_are_refused(name, value, write):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("[model]\nnum_layer = 2\n", ["there is no setting model.num_layer", "did you mean num_layers?"]),
+        ("[model]\nnum_layer = 2\n", ["there is no setting model.num_layer", "did you mean model.num_layers?"]),
+        ("[training]\nlearning_rate = 2\n", ["did you mean optimizer.learning_rate?"]),
         ("[run]\nxyzzy = 2\n", ["there is no setting run.xyzzy", "there are: folder, resume"]),
         ("[modle]\nnum_layers = 2\n", ["there is no section [modle]", "did you mean model?"]),
         ("num_layers = 2\n", ["there is no section [num_layers]"]),
@@ -367,6 +368,59 @@ def test_a_file_that_makes_no_sense_is_refused(text, parts, write):
     assert message.startswith(f"{path}: ")
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("a.yaml", "model:\n  num_layers: 4\n", "YAML"),
+        ("a.YML", "# A run.\nmodel:\n  num_layers: 4\n", "YAML"),
+        ("a", "training: {num_steps: 4}\n", "YAML"),
+        ("a.json", '{"model": {"num_layers": 4}}', "JSON"),
+        ("a.config", '\n{"model": {}}', "JSON"),
+        ("a", "model = = 4\n", None),
+        ("a.toml", "model: 4\n", None),
+    ],
+)
+def test_a_config_in_another_format_is_called_that(write, name, text, kind):
+    message = refusal(write(text, name))
+    assert message.startswith(str(write(text, name)))
+    assert (f"is {kind}, not TOML; in TOML" in message) if kind else ("is not valid TOML" in message)
+
+
+def test_the_name_alone_of_a_file_in_configs_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("tiny") == load_config("tiny.toml") == load_config(CONFIG_FILES[0].parent / "tiny.toml")
+    assert load_config("tiny").run.folder == "runs/tiny"
+    assert "tini: there is no such config file; did you mean tiny?" in refusal("tini")
+    assert "other/tiny: there is no such config file" in refusal("other/tiny")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny.toml").write_text("[model]\nnum_layers = 7\n")
+    assert load_config("tiny").model.num_layers == 7  # that of the current folder comes first
+    (tmp_path / "tiny").write_text("[model]\nnum_layers = 3\n")
+    assert load_config("tiny").model.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("--training.num-stepz", "--training.num-steps"),
+        ("--training.steps", "--training.num-steps"),
+        ("--training.learning-rate", "--optimizer.learning-rate"),
+        ("--batch-size", "--training.batch-size"),
+        ("modle.num_layers", "model.num_layers"),
+        ("model.vocab", "model.vocab_size"),
+        ("--training.early-stopping", None),
+        ("--optimizer.type", None),
+        ("--model.block-size", None),
+        ("--data.file", None),
+        ("--lr", None),
+    ],
+)
+def test_only_what_is_near_is_suggested(name, meant):
+    settings = [f"{section}.{field}" for section in SECTIONS for field in fields_of(section)]
+    known = [*settings, *(f"--{setting}".replace("_", "-") for setting in settings), "--help"]
+    assert did_you_mean(name, known) == (f"; did you mean {meant}?" if meant else "")
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,12 @@ def test_the_page_of_commands_has_every_option():
             names = action.option_strings or [action.metavar]
             (row,) = [row for row in rows if re.match(rf"\| `{re.escape(names[0])}[ `]", row)]
             assert (action.help or "").replace("|", "\\|").split("%")[0] in row
-            assert action.default in (None, False) or action.default == [] or f"`{action.default}`" in row
+            assert (
+                action.default is None
+                or action.default is False
+                or action.default == []
+                or f"`{action.default}`" in row
+            )
         assert ("config.md" in part) == takes_config
         options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
         fields = {f"--{section}.{field}".replace("_", "-") for section in SECTIONS for field in fields_of(section)}

@@ -14,7 +14,7 @@ PACKAGE = Path(flax_decoder.__file__).parent
 
 # Bottom to top. Names on one floor may not import each other, except within one package.
 FLOORS = [
-    {"allocator", "errors"},
+    {"allocator", "errors", "version"},
     {"io"},
     {"config"},
     {"config_file"},
@@ -104,6 +104,7 @@ def test_every_public_name_is_there():
     (block,) = [node for node in ast.parse(inspect.getsource(flax_decoder)).body if isinstance(node, ast.If)]
     for_type_checkers = {alias.name: node.module for node in block.body for alias in node.names}
     assert for_type_checkers == {name: f"flax_decoder.{module}" for name, module in flax_decoder._MODULE_OF.items()}
+    assert flax_decoder.__version__ in (PACKAGE / "version.py").read_text(encoding="utf-8")
     assert {"Decoder", "load", "load_config", "generate", "init_state", "train_step"} <= set(dir(flax_decoder))
     with pytest.raises(AttributeError, match="no attribute 'Decodre'"):
         flax_decoder.Decodre  # noqa: B018

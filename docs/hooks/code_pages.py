@@ -155,8 +155,9 @@ def _call_of(action: argparse.Action) -> str:
 
 
 def _default_of_action(action: argparse.Action) -> str:
-    default = action.default
-    return "" if default in (None, False, []) or default is argparse.SUPPRESS else f"`{default}`"
+    default = action.default  # 0 is one, and equals False
+    hidden = any(default is value for value in (None, False, argparse.SUPPRESS)) or default == []
+    return "" if hidden else f"`{default}`"
 
 
 def _help_of(parser: argparse.ArgumentParser, action: argparse.Action) -> str:

@@ -28,8 +28,9 @@ from flax_decoder.training.checkpoint import Checkpoints, choose_step, restore_s
 from flax_decoder.training.hardware import describe_cpu
 from flax_decoder.training.placement import device_bytes
 from flax_decoder.training.step import TrainState, eval_step, init_state, state_maker, train_step
+from flax_decoder.version import __version__
 
-PACKAGES = ("flax-decoder", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 NUM_SEQUENCES = 4  # to memorize
 MAX_STEPS, MAX_SECONDS = 400, 20.0  # of memorizing; with the rest, the command stays under a minute
@@ -64,7 +65,8 @@ def examine(config: Config) -> Iterator[Finding]:
     Raises:
         UserError: the text or the model cannot be used on these devices.
     """
-    versions = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
+    versions = [f"python {platform.python_version()}", f"flax-decoder {__version__}"]
+    versions += [f"{name} {version(name)}" for name in PACKAGES]
     yield Finding("versions", "ok", ", ".join(versions))
     yield Finding("processor", "ok", describe_cpu())
     yield Finding("memory", "ok", f"freed memory is {describe_freed_memory()}")

@@ -27,13 +27,14 @@ from flax_decoder.io.files import flush_names
 from flax_decoder.parallel.processes import is_first
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
 from flax_decoder.training.step import TrainState
+from flax_decoder.version import __version__
 
 PARAMS, OPTIMIZER = "params", "optimizer"
 # Prefixes of folders that are being written or deleted: not the name of a step, so never taken for a checkpoint.
 _NEW, _OLD = ".new-", ".old-"
 # Manifest entries of a run about which nothing is known.
 NO_FACTS: Mapping[str, Any] = {"seed": None, "config": None, "inputs": {}}
-_PACKAGES = ("flax-decoder", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpoints:
@@ -309,7 +310,8 @@ def _describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, tree in arrays.items()
     }
-    return {"arrays": described, "versions": {package: version(package) for package in _PACKAGES}}
+    versions = {"flax-decoder": __version__} | {package: version(package) for package in _PACKAGES}
+    return {"arrays": described, "versions": versions}
 
 
 def _losses(folder: Path) -> dict[int, float | None]:
