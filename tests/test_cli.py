@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -261,7 +262,22 @@ def test_without_a_text_there_is_one(tmp_path, monkeypatch, capsys):
     assert main(["train", *ARGUMENTS, "--training.eval-batches=1"]) == 0
     out = capsys.readouterr().out
     assert "Python's own help texts" in out and "input.txt" in out
+    assert " flax-decoder lens runs/default --prompt " in out.splitlines()[-1]
     assert (tmp_path / "runs" / "default" / "sample.txt").exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_without_the_packages_a_line_says_how_to_install_them(monkeypatch, capsys, old):
+    for module in ("flax_decoder.cli", "flax_decoder.config_file"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "tomli_w", None)  # as if it were not installed
+    if old:
+        monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(Path(__file__).parents[1] / "train.py"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leaving.value.code == 2 and "venv" in line and line.endswith("pip install -e .")
+    assert ("too old" in line) if old else ("tomli_w is not installed" in line)
 
 
 def test_exit_codes_reach_the_shell(tmp_path):

@@ -221,6 +221,8 @@ def test_the_first_step_may_be_logged(text, tmp_path, capsys):
     """The only step timed so far includes compilation."""
     assert train(tmp_path / "run", text, training__log_every=1, training__num_steps=3, training__eval_every=3) == 0
     assert list(rows_without_times(tmp_path / "run")) == [1, 2, 3]
+    *_, generate, lens = capsys.readouterr().out.splitlines()
+    assert f" flax-decoder generate {tmp_path / 'run'} --prompt " in generate and " flax-decoder lens " in lens
 
 
 def test_a_run_stopped_before_its_first_evaluation_can_be_ended_there(text, tmp_path, monkeypatch, capsys):

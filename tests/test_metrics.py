@@ -13,7 +13,6 @@ from flax_decoder.errors import BrokenError, UserError
 from flax_decoder.training import metrics
 from flax_decoder.training.metrics import (
     MetricsLog,
-    advice,
     bits_per_byte,
     log_row,
     plot_losses,
@@ -188,30 +187,6 @@ def test_a_damaged_id_of_a_chart_is_told(tmp_path, wandb):
     with pytest.raises(BrokenError, match=r"wandb_id: is damaged: .*delete it to begin a new chart"):
         MetricsLog(RunConfig(wandb="plays"), tmp_path, 0)
     assert wandb.calls == []
-
-
-def validation(*losses):
-    """Rows with these validation losses, at steps 100, 200 and so on; between them, lines without."""
-    rows = []
-    for number, loss in enumerate(losses, 1):
-        rows += [{"step": 100 * number - 50, "train_loss": 1.0}, {"step": 100 * number, "val_loss": loss}]
-    return rows
-
-
-@pytest.mark.parametrize(
-    ("losses", "parts"),
-    [
-        ((3.0, 2.5, 2.2, 2.0, 1.9), ["falling", "--training.num-steps 1000"]),
-        ((3.0, 2.0, 2.2, 2.4, 2.6), ["risen since step 200", "overfitting", "200 steps"]),
-        ((3.0, 2.0, 1.999, 1.998, 1.997), ["settled"]),
-        ((3.0, 2.0, 2.0, 2.0, 2.001), ["settled"]),
-        ((), ["Only one evaluation"]),
-        ((2.0,), ["Only one evaluation"]),
-    ],
-)
-def test_advice_follows_the_validation_loss(losses, parts):
-    text = advice(validation(*losses))
-    assert all(part in text for part in parts)
 
 
 def rows_to_draw(evaluated):

@@ -27,6 +27,7 @@ from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
+from flax_decoder.training.advice import advice, next_commands
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,
@@ -40,7 +41,7 @@ from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
-from flax_decoder.training.metrics import MetricsLog, advice, log_row, plot_losses, require_reporters
+from flax_decoder.training.metrics import MetricsLog, log_row, plot_losses, require_reporters
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
@@ -294,7 +295,8 @@ def write_results(
         )
         print(advice(log.rows))
     if training.sample_tokens > 0:
-        print_escaped(f"a sample, also in {sample}:\n\n{text}")
+        print_escaped(f"a sample, also in {sample}:\n\n{text}\n")
+        print_escaped(next_commands(folder, text))
 
 
 def generate_sample(training: TrainingConfig, model: Decoder, params: Any, tokenizer: Tokenizer) -> str:

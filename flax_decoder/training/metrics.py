@@ -255,24 +255,6 @@ def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.Path
     save_picture(figure, path)
 
 
-def advice(rows: list[LogRow]) -> str:
-    """One line on what to try next, given the course of the validation loss."""
-    losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    if len(losses) < 2:
-        return "Only one evaluation so far: train longer to see a trend."
-    (best_step, best), (last_step, last) = min(losses, key=lambda point: point[1]), losses[-1]
-    if last > best * 1.005:
-        return (
-            f"Validation loss has risen since step {best_step}: overfitting. Try more text, model.dropout, "
-            f"a smaller model, or {best_step} steps."
-        )
-    # Settled: less than half a percent below the loss a fifth of the run ago.
-    before = [loss for step, loss in losses if step <= 0.8 * last_step] or [losses[0][1]]
-    if last < before[-1] * 0.995:
-        return f"Still falling: train longer, for example --training.num-steps {2 * last_step}."
-    return "The loss has settled: a larger model or more text would take it further."
-
-
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
     """Loss in bits per byte of text, which unlike nats per token can be compared between tokenizers.
 

@@ -22,9 +22,10 @@ from flax_decoder.data.tokenizer import load_tokenizer
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.io.lock import LOCK, FolderLock
 from flax_decoder.lens.history import read_history
+from flax_decoder.training.advice import advice
 from flax_decoder.training.checkpoint import choose_step
 from flax_decoder.training.manifest import read_manifest
-from flax_decoder.training.metrics import MetricsLog, advice
+from flax_decoder.training.metrics import MetricsLog
 from flax_decoder.training.run_folder import require_same_inputs, require_same_model, saved_config
 
 pytestmark = pytest.mark.fault("Own files with any value in any place")
