@@ -84,11 +84,37 @@ def _run(arguments: Sequence[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print_escaped(f"fault: {where}{error.strerror or error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
+        told = _shortage(error, options)
+        if told is None:
+            raise
+        print_escaped(f"fault: {told}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except Terminated:
         return 128 + signal.SIGTERM
+
+
+def _shortage(error: Exception, options: argparse.Namespace) -> str | None:
+    """What is said of an error if memory does not suffice, and what to change; None for other errors."""
+    from flax_decoder.training.out_of_memory import describe_shortage, is_out_of_memory, smaller_settings
+
+    if not is_out_of_memory(error):
+        return None
+    change = "give fewer samples or less text at once, or take a device with more memory"
+    if hasattr(options, "config"):
+        import jax
+
+        with warnings.catch_warnings(action="ignore"):
+            config = _read_config(options)
+        change = f"in this order: {', '.join(smaller_settings(config, jax.device_count()))}"
+        if options.command is train:
+            change += "; with another --run.folder, but for remat and chunks"
+        if options.command is not plan:
+            change += f"; flax-decoder plan {options.config or ''}".rstrip() + " says what fits"
+    return f"{describe_shortage(error)};\n{change}"
 
 
 class Terminated(BaseException):
@@ -501,11 +527,15 @@ def _config_of(options: argparse.Namespace) -> Config:
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        config = load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+        config = _read_config(options)
     if find_job(config.distributed, os.environ)[1] in (None, 0):
         for warning in caught:
             print_escaped(f"warning: {warning.message}", file=sys.stderr)
     return config
+
+
+def _read_config(options: argparse.Namespace) -> Config:
+    return load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
 
 
 class _Formatter(argparse.HelpFormatter):

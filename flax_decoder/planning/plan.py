@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +20,7 @@ from flax_decoder.planning.roofline import Roofline, memory_bytes, product_flops
 from flax_decoder.planning.speed import DEFAULT_VOCAB_SIZE
 from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.hardware import chip_of
+from flax_decoder.training.out_of_memory import size_after
 from flax_decoder.training.step import TrainState, jit_step, state_maker, state_shardings
 
 
@@ -231,11 +231,10 @@ def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
 
 def _refused_temporaries(error: Exception, state_bytes: int) -> int:
     """The temporaries of a step, from the compiler's out-of-memory error; raises any other error again."""
-    size = r"([\d.]+)([KMGT]?)"
-    if found := re.search(rf"HLO temporaries \({size}\)", str(error)):
-        state_bytes = 0
-    else:
-        found = re.search(rf"Used {size} of", str(error))
-    if found is None:
+    temporaries = size_after("HLO temporaries", str(error))
+    if temporaries is not None:
+        return temporaries
+    used = size_after("Used", str(error))
+    if used is None:
         raise error
-    return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) - state_bytes
+    return used - state_bytes
