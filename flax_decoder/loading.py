@@ -3,8 +3,11 @@
 import dataclasses
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from flax_decoder.config import Config, DataConfig
 from flax_decoder.config_file import load_config, to_toml
@@ -20,6 +23,7 @@ from flax_decoder.huggingface.folder import (
     write_folder,
     write_special_tokens,
 )
+from flax_decoder.huggingface.weights import flatten
 from flax_decoder.io.files import new_folder, write_text
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
@@ -113,13 +117,15 @@ def compare(
     model: Decoder | None = None,
     params: Any = None,
     torch_model: Any = None,
+    names: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
     allow_nan: bool = False,
     **settings: Any,
 ) -> "Ledger":
     """Compares a model with PyTorch, tensor by tensor: `assert fd.compare("my_model").holds`.
 
     PyTorch's side is the model of `transformers`. What no model type there can express is compared with its twin in
-    `comparison/torch_decoder.py`; so is a model without a folder.
+    `comparison/torch_decoder.py`; so is a model without a folder. With `torch_model` it is that: your own module, say.
 
     Args:
         path: a Hugging Face folder, or a run folder, which is first written as one to a temporary folder. None compares
@@ -127,7 +133,13 @@ def compare(
         steps: AdamW steps to compare, after the forward pass and the gradients.
         model: a model to compare in place of the one in `path`.
         params: parameters to compare in place of those in `path`.
-        torch_model: a model of `transformers` in place of the one in `path`; it is not changed.
+        torch_model: a model of `transformers` in place of the one in `path`; or any `torch.nn.Module` that takes ids
+            (B, T) and gives logits (B, T, V), alone, first in a tuple, or as `.logits`; or a function that makes it,
+            with which float64 is exact in what a module computes when it is made. It is not changed.
+        names: what belongs to what in a module of your own: the name of its tensor, with {} for the number of the
+            layer -> the path of our parameter, or several where a tensor holds them one after the other:
+            `{"blocks.{}.qkv.weight": ["layers/attention/query/kernel", ...]}`. None proposes it.
+        checkpoint: a state dict that your module loads first.
         allow_nan: see `load`.
         **settings: tx, optimizer, batch_size, length, accumulation_steps, seed; see `compare_models`.
 
@@ -136,15 +148,18 @@ def compare(
 
     Raises:
         UserError: `path` cannot be read, or is left out without a model and params; a setting cannot be compared;
-            `torch_model` is of another architecture; or PyTorch is not installed.
+            `torch_model` is of another architecture, or has a matrix without a counterpart, or the reverse; or PyTorch
+            is not installed.
     """
     folder = None if path is None else Path(as_path(path))
     if model is not None:
         require_type("model", model, Decoder)
     try:
         import torch
+        import transformers
 
         from flax_decoder.comparison.compare import compare_models
+        from flax_decoder.comparison.module_side import open_module
         from flax_decoder.comparison.torch_decoder import TABLE, TorchDecoder, make_twin
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
@@ -152,7 +167,7 @@ def compare(
         raise UserError(
             f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
         ) from None
-    if torch_model is not None:
+    if torch_model is not None and not callable(torch_model):  # modules can be called, too
         require_type("torch_model", torch_model, torch.nn.Module)
     if path is not None:
         saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
@@ -161,16 +176,23 @@ def compare(
     else:
         raise UserError("compare needs a folder, or both model and params")
     config, notes = saved_model.config, tuple[str, ...]()
+    if torch_model is None and not (names is None and checkpoint is None):
+        raise UserError("names and checkpoint are those of a module of your own: give it as torch_model")
     model_folder = folder if folder is not None and not _is_run_folder(folder) else None
     if torch_model is None and folder is None:
         torch_model = make_twin(config, saved_params)
-    if isinstance(torch_model, TorchDecoder):
+    model, params = model or saved_model, saved_params if params is None else params
+    is_known = torch_model is None or isinstance(torch_model, TorchDecoder | transformers.PreTrainedModel)
+    if not is_known or names is not None or checkpoint is not None:
+        leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+        torch_model = open_module(torch_model, model.config, leaves, names, checkpoint)
+        family, notes = torch_model.family, torch_model.notes
+    elif isinstance(torch_model, TorchDecoder):
         family = TABLE
     elif torch_model is not None:
         family = read_family(model_folder) if model_folder else choose_family(config, str(path or "model"))
     else:
         torch_model, family, notes = _pytorch_model(saved_model, saved_params, tokenizer, model_folder, str(path))
-    model, params = model or saved_model, saved_params if params is None else params
     ledger = compare_models(model, params, torch_model, family, steps=steps, **settings)
     return dataclasses.replace(ledger, notes=(*notes, *ledger.notes))
 
