@@ -282,10 +282,21 @@ def convert(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace) -> int:
     """Compares a model with PyTorch, tensor by tensor."""
     _check_file("--json", options.json)
+    if options.torch is None and (options.checkpoint or options.names):
+        raise UserError("--checkpoint and --names belong to a module of your own: give --torch FILE.py:FUNCTION")
     from flax_decoder.loading import compare
 
-    names = ("steps", "batch_size", "length", "seed", "allow_nan")
-    ledger = compare(options.path, **{name: getattr(options, name) for name in names})
+    names = ("steps", "batch_size", "length", "seed", "allow_nan", "checkpoint")
+    settings = {name: getattr(options, name) for name in names}
+    if options.names is not None:
+        from flax_decoder.huggingface.names import read_names
+
+        settings["names"] = read_names(options.names)
+    if options.torch is not None:
+        from flax_decoder.comparison.user_file import function_of
+
+        settings["torch_model"] = function_of(options.torch)
+    ledger = compare(options.path, **settings)
     _write_and_show(options.json, ledger.to_json(), ledger)
     return 0 if ledger.holds else 1
 
@@ -582,6 +593,14 @@ def build_parser() -> Parser:
     argument("--batch-size", metavar="N", type=_count, default=2, help="sequences per batch, an even number")
     argument("--length", metavar="N", type=_count, help="tokens per sequence")
     argument("--seed", metavar="N", type=_count, default=0, help="of the random tokens")
+    argument(
+        "--torch",
+        metavar="FILE.py:FUNCTION",
+        type=expand_home,
+        help="compare with the torch.nn.Module that this function makes; runs the file, so it must be one you trust",
+    )
+    argument("--checkpoint", metavar="FILE", type=_path, help="a .pt file that the module of --torch loads first")
+    argument("--names", metavar="FILE.toml", type=_path, help="which tensor of the module of --torch is which of ours")
 
     argument = add("verify", verify)
     argument("path", metavar="PATH", type=expand_home, help="a run folder")

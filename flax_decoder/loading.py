@@ -23,6 +23,7 @@ from flax_decoder.huggingface.folder import (
     write_folder,
     write_special_tokens,
 )
+from flax_decoder.huggingface.torch_file import find_state_dict, read_torch_file
 from flax_decoder.huggingface.weights import flatten
 from flax_decoder.io.files import new_folder, write_text
 from flax_decoder.nn.decoder import Decoder
@@ -118,7 +119,7 @@ def compare(
     params: Any = None,
     torch_model: Any = None,
     names: Mapping[str, Any] | None = None,
-    checkpoint: Mapping[str, Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     allow_nan: bool = False,
     **settings: Any,
 ) -> "Ledger":
@@ -139,7 +140,7 @@ def compare(
         names: what belongs to what in a module of your own: the name of its tensor, with {} for the number of the
             layer -> the path of our parameter, or several where a tensor holds them one after the other:
             `{"blocks.{}.qkv.weight": ["layers/attention/query/kernel", ...]}`. None proposes it.
-        checkpoint: a state dict that your module loads first.
+        checkpoint: a file of `torch.save` with the state dict that your module loads first; nothing in it is run.
         allow_nan: see `load`.
         **settings: tx, optimizer, batch_size, length, accumulation_steps, seed; see `compare_models`.
 
@@ -185,7 +186,11 @@ def compare(
     is_known = torch_model is None or isinstance(torch_model, TorchDecoder | transformers.PreTrainedModel)
     if not is_known or names is not None or checkpoint is not None:
         leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
-        torch_model = open_module(torch_model, model.config, leaves, names, checkpoint)
+        state = None
+        if checkpoint is not None:
+            file = Path(as_path(checkpoint))
+            state = find_state_dict(read_torch_file(file), file)
+        torch_model = open_module(torch_model, model.config, leaves, names, state)
         family, notes = torch_model.family, torch_model.notes
     elif isinstance(torch_model, TorchDecoder):
         family = TABLE

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 # ruff: noqa: E402
 import reference
+from test_ledger import observe_forward
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
 import flax_decoder as fd
+from flax_decoder.comparison import compare as comparison
 from flax_decoder.config import ModelConfig
 from flax_decoder.huggingface.weights import flatten
 
-V, C, L, D, N = 31, 24, 2, 16, 4
+V, C, L, D, N = 31, 23, 2, 24, 4
 SIZES = {"vocab_size": V, "context_length": C, "num_layers": L, "embed_dim": D, "num_heads": N}
 BIASES = dict.fromkeys(("norm_bias", "attention_in_bias", "attention_out_bias", "mlp_bias"), True)
 PLAIN = {"tied_head": False, **BIASES, "embed_scale": math.sqrt(D)}
@@ -197,3 +201,298 @@ def test_the_decoder_of_tutorials(kinds):
     assert wanted <= rows.keys()
     assert {f"gradient {name}" for name in ("embedding", "head", "layers.1.attention.out.bias")} <= rows.keys()
     assert not ledger.notes or "lifted" in str(ledger.notes), ledger.notes
+
+
+# --- Planted mistakes ---
+
+
+class NoMask(MultiHeadAttention):
+    def __init__(self, fused):
+        super().__init__(fused)
+        self.mask = torch.ones(C, C)
+
+
+class Peek(MultiHeadAttention):
+    def __init__(self, fused):
+        super().__init__(fused)
+        self.mask = torch.tril(torch.ones(C, C), diagonal=1)
+
+
+class Swapped(MultiHeadAttention):
+    def project(self, x):
+        q, k, v = super().project(x)
+        return q, v, k
+
+
+class Attend(MultiHeadAttention):
+    """Attention whose steps can be replaced."""
+
+    scale, axis = 1 / math.sqrt(D // N), -1
+
+    def forward(self, x):
+        T = x.shape[1]
+        q, k, v = (self.split(y) for y in self.project(x))
+        scores = (q @ k.transpose(-2, -1) * self.scale).masked_fill(self.mask[:T, :T] == 0, float("-inf"))
+        weights = F.softmax(scores, dim=self.axis)
+        return self.w_o(self.merge(torch.nan_to_num(weights) @ v))
+
+    def split(self, y):
+        return y.view(*y.shape[:2], N, D // N).transpose(1, 2)
+
+    def merge(self, heads):
+        B, _, T, _ = heads.shape
+        return heads.transpose(1, 2).reshape(B, T, D)
+
+
+class NoScale(Attend):
+    scale = 1.0
+
+
+class WidthScale(Attend):
+    scale = 1 / math.sqrt(D)
+
+
+class OverQueries(Attend):
+    axis = -2
+
+
+class NoTranspose(Attend):
+    def merge(self, heads):
+        B, _, T, _ = heads.shape
+        return heads.reshape(B, T, D)
+
+
+class MixedSplit(Attend):
+    def split(self, y):
+        return y.view(y.shape[0], N, y.shape[1], D // N)
+
+
+class MeanOfHeads(Attend):
+    def merge(self, heads):
+        return heads.mean(1).repeat(1, 1, N)
+
+
+class Dropping(FeedForward):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.1)
+
+
+class NoResidual(Block):
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return self.ff(self.norm2(x))
+
+
+class SameNorm(Block):
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.ff(self.norm1(x))
+
+
+class HalvesSwapped(PositionalEncoding):
+    def __init__(self):
+        super().__init__()
+        self.pe = torch.stack([self.pe[..., 1::2], self.pe[..., 0::2]], -1).reshape(1, C, D)
+
+
+class FromOne(PositionalEncoding):
+    def __init__(self):
+        super().__init__()
+        self.pe = sinusoids(C + 1, D)[None, 1:]
+
+
+class Unscaled(Tutorial):
+    def forward(self, ids):
+        x = self.positions(self.embed(ids))
+        for block in self.blocks:
+            x = block(x)
+        return self.fc_out(self.norm(x))
+
+
+class OverPositions(nn.Module):
+    """A LayerNorm over the axis of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(D)), nn.Parameter(torch.zeros(D))
+
+    def forward(self, x):
+        centred = x - x.mean(1, keepdim=True)
+        return centred / torch.sqrt(x.var(1, keepdim=True, unbiased=False) + 1e-5) * self.weight + self.bias
+
+
+def replacing(name, kind):
+    """Puts a class of its own into every layer of a module, before it gets its numbers."""
+
+    def edit(module):
+        for block in module.blocks:
+            old = getattr(block, name)
+            setattr(block, name, kind(old.fused) if isinstance(old, MultiHeadAttention) else kind())
+
+    return edit
+
+
+def of_class(kind, name):
+    """Changes the class of a part: its layers, or the positions."""
+
+    def edit(module):
+        parts = module.blocks if name == "blocks" else [module.get_submodule(name)]
+        for part in parts:
+            part.__class__ = kind
+
+    return edit
+
+
+def set_parts(name, make):
+    def edit(module):
+        for block in module.blocks:
+            owner, _, last = name.rpartition(".")
+            setattr(block.get_submodule(owner), last, make(block.get_submodule(name)))
+
+    return edit
+
+
+def without_bias(name):
+    def edit(module):
+        module.get_submodule(name).bias = None
+
+    return edit
+
+
+def tie(module):
+    module.fc_out.weight = module.embed.weight
+
+
+def swap_weights(module):
+    attention = module.blocks[1].attn
+    with torch.no_grad():
+        for key, value in zip(attention.w_k.parameters(), attention.w_v.parameters(), strict=True):
+            kept = key.clone()
+            key.copy_(value)
+            value.copy_(kept)
+
+
+def change_one(module):
+    with torch.no_grad():
+        module.blocks[1].attn.w_o.weight.mul_(1.01)
+
+
+def transpose_weight(module):
+    with torch.no_grad():
+        module.blocks[0].attn.w_o.weight.copy_(module.blocks[0].attn.w_o.weight.clone().T)
+
+
+def set_class(kind):
+    def edit(module):
+        module.__class__ = kind
+
+    return edit
+
+
+def set_positions(kind):
+    def edit(module):
+        module.positions = kind()
+
+    return edit
+
+
+def in_first(name):
+    return f"layers.0.{name}"
+
+
+SCORES, HIDDEN = in_first("attention.scores"), in_first("feed_forward.hidden")
+# Of each: how the module is made (before and after it has our numbers), how its classes differ, the row, and the cause.
+PLANTED = {
+    "no scale": (
+        replacing("attn", NoScale),
+        None,
+        SCORES,
+        "not divided by the root of the head width, 2.449, in PyTorch",
+    ),
+    "scale of the width": (replacing("attn", WidthScale), None, SCORES, "ours are 2 times PyTorch's"),
+    "no mask": (replacing("attn", NoMask), None, SCORES, "the mask: PyTorch lets positions see later ones"),
+    "mask off by one": (replacing("attn", Peek), None, SCORES, "the mask: PyTorch lets positions see later ones"),
+    "softmax over queries": (
+        *(replacing("attn", OverQueries), None, in_first("attention.weights")),
+        "weights of PyTorch do not add up to 1",
+    ),
+    "keys and values swapped in code": (
+        *(replacing("attn", Swapped), None, SCORES),
+        "keys and values are swapped behind their projections in PyTorch",
+    ),
+    "keys and values swapped in weights": (None, swap_weights, "layers.1.attention.k", "keys and values are swapped"),
+    "one weight differs": (None, change_one, "layers.1.attention.out", "the weights differ"),
+    "a weight is transposed": (None, transpose_weight, in_first("attention.out"), "the matrix is transposed"),
+    "no transposition after attention": (
+        *(replacing("attn", NoTranspose), None, in_first("attention.heads")),
+        "PyTorch reshapes the heads without transposing them before",
+    ),
+    "heads split without transposition": (replacing("attn", MixedSplit), None, SCORES, None),
+    "mean of heads": (replacing("attn", MeanOfHeads), None, in_first("attention.heads"), None),
+    "dropout left on": (set_parts("ff", lambda ff: _as(ff, Dropping)), None, in_first("residual"), None),
+    "no residual": (
+        of_class(NoResidual, "blocks"),
+        None,
+        in_first("residual"),
+        "what goes into feed-forward is not added in PyTorch",
+    ),
+    "one norm for both": (of_class(SameNorm, "blocks"), None, in_first("feed_forward.up"), None),
+    "sinusoids swapped": (set_positions(HalvesSwapped), None, "embeddings", "the vectors of positions differ"),
+    "positions from one": (set_positions(FromOne), None, "embeddings", "or are counted from another number"),
+    "no embedding scale": (set_class(Unscaled), None, "embeddings", "by 4.89898 in ours, by 1 in PyTorch"),
+    "no bias of queries": (
+        without_bias("blocks.0.attn.w_q"),
+        None,
+        in_first("attention.q"),
+        "a bias is missing in PyTorch",
+    ),
+    "no bias of the head": (without_bias("fc_out"), None, "logits", "a bias differs, or is missing"),
+    "tied by accident": (None, tie, "logits", "tied head: PyTorch takes the embedding for its head"),
+    "epsilon": (
+        *(set_parts("norm1", lambda _: nn.LayerNorm(D, eps=1e-3)), None, in_first("attention_norm")),
+        "epsilon of the norm: ours 1e-05, PyTorch's 0.001",
+    ),
+    "GELU for ReLU": (
+        *(set_parts("ff.net.1", lambda _: nn.GELU()), None, HIDDEN),
+        "the activation: ours is ReLU, PyTorch's GELU by erf",
+    ),
+    "norm over positions": (set_parts("norm1", lambda _: OverPositions()), None, in_first("attention_norm"), None),
+}
+
+
+def _as(part, kind):
+    part.__class__ = kind
+    return part
+
+
+def planted(before, after, **kinds):
+    model, params, _ = sides(**kinds)
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+
+    def make():
+        module = Tutorial(**kinds)
+        for edit in (before, lambda module: load(module, leaves), after):
+            if edit is not None:
+                edit(module)
+        return module
+
+    with mock.patch.object(comparison, "observe", observe_forward):
+        return fd.compare(model=model, params=params, torch_model=make, length=19)
+
+
+@pytest.mark.short("no mask", "keys and values swapped in weights", "no transposition after attention")
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_mistake_in_a_module_is_found_at_its_row(name):
+    before, after, row, cause = PLANTED[name]
+    ledger = planted(before, after)
+    assert ledger.first_failure is not None and ledger.first_failure.name == row, str(ledger)
+    assert cause is None or cause in ledger.cause, ledger.cause
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("post", "row"), [(False, "layers.0.attention.q"), (True, "layers.0.attention_norm")])
+def test_post_for_pre_is_found(post, row):
+    model, params, _ = sides(post=not post)
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    ledger = fd.compare(model=model, params=params, torch_model=load(Tutorial(post=post), leaves), length=19)
+    assert ledger.first_failure.name == row and "the place of the norm: in PyTorch" in ledger.cause, ledger.conclusion

@@ -24,8 +24,6 @@ from flax_decoder.huggingface.weights import Shape, TensorSpec, tensor_specs
 from flax_decoder.nn.positions import rotary_frequencies
 
 _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
-# Scores below this whose weight is exactly 0 are masked: not everybody masks with minus infinity.
-_LOW_SCORE = -1000.0
 _WANTED = "it must take token ids (B, T) and give logits (B, T, V)"
 
 
@@ -62,7 +60,7 @@ def open_module(
         config: our model.
         params: its parameters, by path.
         names: theirs -> ours, as `family_of_names` takes it; None proposes one.
-        state: a state dict for the module to load; a prefix of all its names is taken off.
+        state: a state dict for the module to load.
 
     Raises:
         UserError: it is no such module, a matrix has no counterpart on the other side, `state` does not fit, or the
@@ -118,18 +116,18 @@ class ModuleSide(PyTorchSide):
     may_hide = True
 
     def __init__(self, model: ForeignModule, *arguments: Any, **settings: Any) -> None:
-        self.foreign, self._layer, self._batch_shape = model, -1, (0, 0)
+        self.make, self.absent, self._layer, self._batch_shape = model.make, model.absent, -1, (0, 0)
         super().__init__(model.module, *arguments, **settings)
 
     def _copy(self, model: Any, exact: bool) -> Any:
         if not exact:
             return copy.deepcopy(model)
-        if self.foreign.make is None:
+        if self.make is None:
             result = copy.deepcopy(model).double()
             self.inexact = _compute_again(result, self.config)
             return result
         with _default_float64(), Lift():
-            result = _made(self.foreign.make).double()
+            result = _made(self.make).double()
         exact_parameters = dict(result.named_parameters(remove_duplicate=False))
         for name, parameter in model.named_parameters(remove_duplicate=False):
             with torch.no_grad():
@@ -147,7 +145,7 @@ class ModuleSide(PyTorchSide):
 
     def array(self, kind: str, path: str) -> np.ndarray:
         """See `PyTorchSide.array`; a parameter that the module does not have is 0, a scale 1, and has no gradient."""
-        if path not in self.foreign.absent:
+        if path not in self.absent:
             return super().array(kind, path)
         dtype = np.float64 if self.lift else np.float32
         return np.full(self.shapes[path], float(kind == "params" and path.endswith("scale")), dtype)
@@ -275,9 +273,7 @@ class _AttentionCalls(TorchFunctionMode):
     def _record_softmax(self, scores: torch.Tensor, weights: torch.Tensor) -> None:
         shape = self.side.scores_shape(tuple(scores.shape))
         if shape is not None:
-            masked = (weights == 0) & (scores < _LOW_SCORE)
-            scores = scores.masked_fill(masked, -torch.inf)
-            self.record({"scores": scores.reshape(shape), "weights": weights.reshape(shape)})
+            self.record({"scores": _masked(scores, weights).reshape(shape), "weights": weights.reshape(shape)})
 
     def _record_product(
         self,
@@ -310,8 +306,12 @@ class _AttentionCalls(TorchFunctionMode):
         weights = scores.softmax(-1)
         group = key.shape[1] // self.side.config.kv_heads  # where query heads share keys, these may be copies
         rotated = {"q_rotated": query.transpose(1, 2), "k_rotated": key[:, :: max(group, 1)].transpose(1, 2)}
-        masked = (weights == 0) & (scores < _LOW_SCORE)
-        self.record({**rotated, "scores": scores.masked_fill(masked, -torch.inf), "weights": weights})
+        self.record({**rotated, "scores": _masked(scores, weights), "weights": weights})
+
+
+def _masked(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The scores, with minus infinity where they are masked by another low number, such as -1e4 or -1e9."""
+    return scores.masked_fill((scores < -9000) | ((weights == 0) & (scores < -100)), -torch.inf)
 
 
 def call(module: Any, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -390,17 +390,11 @@ def _default_float64() -> Iterator[None]:
 
 
 def _load(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """Loads a state dict whose names may all have prefixes, such as those of torch.compile and of DataParallel."""
-    own = module.state_dict().keys()
-    names = {name: name for name in state}
-    for prefix in ("_orig_mod.", "module.", "model."):
-        if names and all(name.startswith(prefix) for name in names) and not any(name in own for name in names):
-            names = {name.removeprefix(prefix): full for name, full in names.items()}
     try:
-        module.load_state_dict({name: state[full] for name, full in names.items()})
+        module.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"checkpoint: does not fit the module:\n{reason:.300}") from None
+        raise UserError(f"checkpoint: does not fit {type(module).__name__}:\n{reason:.300}") from None
 
 
 def _aliases(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]) -> set[str]:

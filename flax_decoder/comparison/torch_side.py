@@ -56,9 +56,11 @@ class PyTorchSide:
         learning_rate: learning rate of the last update.
         may_hide: some tensors of a forward pass may not be recorded; they have no row.
         inexact: names of buffers that are float32 numbers in a float64 model.
+        absent: paths of our parameters that the model does not have: biases that count as 0, scales as 1.
     """
 
     may_hide = False
+    absent: frozenset[str] = frozenset()
     inexact: tuple[str, ...] = ()
 
     def __init__(
