@@ -1,7 +1,10 @@
 """Any module of PyTorch, written as its users write it, is compared as the models of transformers are."""
 
+import dataclasses
 import itertools
 import math
+import pickle
+import sys
 from unittest import mock
 
 import numpy as np
@@ -16,9 +19,14 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import flax_decoder as fd
+from flax_decoder import cli
 from flax_decoder.comparison import compare as comparison
 from flax_decoder.config import ModelConfig
+from flax_decoder.config_file import to_toml
+from flax_decoder.data.tokenizer import CharTokenizer
+from flax_decoder.errors import UserError
 from flax_decoder.huggingface.weights import flatten
+from flax_decoder.training.checkpoint import save_params
 
 V, C, L, D, N = 31, 23, 2, 24, 4
 SIZES = {"vocab_size": V, "context_length": C, "num_layers": L, "embed_dim": D, "num_heads": N}
@@ -496,3 +504,136 @@ def test_post_for_pre_is_found(post, row):
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     ledger = fd.compare(model=model, params=params, torch_model=load(Tutorial(post=post), leaves), length=19)
     assert ledger.first_failure.name == row and "the place of the norm: in PyTorch" in ledger.cause, ledger.conclusion
+
+
+# --- Names, modules that do not fit, and the command ---
+
+
+class Own(nn.Module):
+    """Names that say nothing, and matrices of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(V, D), nn.Linear(D, V)
+        self.parts = nn.ModuleList(nn.ModuleDict({x: nn.Linear(D, D) for x in "abcd"}) for _ in range(L))
+
+    def forward(self, ids):
+        return self.b(self.a(ids))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.rnn, self.fc_out = nn.Embedding(V, D), nn.LSTM(D, D, batch_first=True), nn.Linear(D, V)
+
+    def forward(self, ids):
+        return self.fc_out(self.rnn(self.embed(ids))[0])
+
+
+class Failing(Tutorial):
+    def forward(self, ids, mask):
+        return super().forward(ids)
+
+
+class Last(Tutorial):
+    def forward(self, ids):
+        return super().forward(ids)[:, -1]
+
+
+class Small(Tutorial):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc_out = nn.Embedding(V + 1, D), nn.Linear(D, V + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Own, "could be .*: neither names nor numbers tell"),
+        (Recurrent, r"of theirs rnn.weight_ih_l0 \(96, 24\).*; of ours layers/attention/key/kernel .*\ngive a map"),
+        (Failing, "Failing cannot be called; it must take token ids .*\nTypeError: .*mask"),
+        (Last, "Last gives"),
+        (Small, r"of theirs embed.weight \(32, 24\)"),
+        (lambda: 3, "must be a torch.nn.Module, or a function that makes one, not 3"),
+        (lambda: 1 / 0, "failed:\nZeroDivisionError"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_refused(make, message):
+    model, params, _ = sides()
+    with pytest.raises(UserError, match=message) as refused:
+        fd.compare(model=model, params=params, torch_model=make)
+    assert len(str(refused.value).splitlines()) <= 2
+
+
+def test_the_module_stays_as_it_is_and_a_map_may_be_given():
+    model, params, make = sides()
+    module = make().train()
+    module.embed.weight.grad = torch.ones(V, D)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    names = {
+        name if name.endswith("weight") else f"{name}.weight": (
+            path if path in ("embedding", "head") else f"{path}/scale" if path.endswith("norm") else f"{path}/kernel"
+        )
+        for name, path in NAMES.items()
+        if isinstance(path, str) and path not in ("positions", "head_bias")
+    }
+    with mock.patch.object(comparison, "observe", observe_forward):
+        ledger = fd.compare(model=model, params=params, torch_model=module, names=names, length=19)
+    # The map has no biases: those of the module are used, but not compared.
+    assert ledger.holds, ledger.conclusion
+    assert "Only PyTorch's module has" in ledger.notes[0] and "a bias counts as 0" in ledger.notes[1]
+    assert module.training and not module._forward_hooks and (module.embed.weight.grad == 1).all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def saved_run(folder, model, params):
+    folder.mkdir()
+    config = fd.load_config(None, {"data.tokenizer": "byte"})
+    (folder / "config.toml").write_text(to_toml(dataclasses.replace(config, model=model.config)))
+    (folder / "tokenizer.json").write_text(CharTokenizer("abc").to_json())
+    save_params(folder, 0, params)
+    return str(folder)
+
+
+def test_the_command_runs_the_users_file(tmp_path, capsys, monkeypatch):
+    model, params, make = sides()
+    run = saved_run(tmp_path / "run", model, params)
+    torch.save({"model": {f"_orig_mod.{name}": t for name, t in make().state_dict().items()}}, tmp_path / "ckpt.pt")
+    file = tmp_path / "my_own_model.py"
+    file.write_text("from test_any_module import Tutorial\ndef make_model():\n    return Tutorial()\nNUMBER = 1\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(comparison, "observe", observe_forward)
+    torch_arguments = ["compare", run, "--length", "19", "--torch", f"{file}:make_model"]
+    assert cli.main([*torch_arguments, "--checkpoint", str(tmp_path / "ckpt.pt")]) == 0
+    assert "rows hold" in capsys.readouterr().out
+    names = tmp_path / "names.toml"
+    names.write_text('[names]\n"embed.weight" = "embeding"\n')
+    (tmp_path / "bad.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "hostile.pt").write_bytes(pickle.dumps({"model": Canary()}))
+    for arguments, message in (
+        ([*torch_arguments, "--names", str(names)], "names: embed.weight: the model has no parameter embeding"),
+        ([*torch_arguments, "--checkpoint", str(tmp_path / "hostile.pt")], "hostile.pt: is not a file of torch.save"),
+        (["compare", run, "--torch", f"{file}:make"], "has no function make; it has make_model"),
+        (["compare", run, "--torch", f"{file}"], "must be FILE.py:FUNCTION"),
+        (["compare", run, "--torch", "none.py:make"], "there is no file none.py"),
+        (["compare", run, "--torch", f"{tmp_path / 'bad.py'}:make"], "failed, line 2:\nSystemExit: 3"),
+        (["compare", run, "--names", str(names)], "give --torch FILE.py:FUNCTION"),
+    ):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) <= 2, error
+    assert not Canary.was_run
+
+
+class Canary:
+    """A pickle of it calls `run` where it is read."""
+
+    was_run = False
+
+    def __reduce__(self):
+        return run_canary, ()
+
+
+def run_canary():
+    Canary.was_run = True
+    return {}

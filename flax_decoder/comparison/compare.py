@@ -1,12 +1,14 @@
 """Compares PyTorch and JAX tensor by tensor: which is the first that differs, and why."""
 
 import dataclasses
+import gc
 from typing import Any
 
 import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
+from flax_decoder.allocator import return_freed_memory
 from flax_decoder.comparison.causes import IMPRECISE, explain
 from flax_decoder.comparison.jax_side import JaxSide
 from flax_decoder.comparison.ledger import Ledger, Row, Verdict
@@ -91,6 +93,8 @@ def compare_models(
     rows = [compare_float32(observation) for observation in observe(*sides(False), batches, steps)]
     notes, cause = _notes(model, length), None
     if any(row.relative > row.floor for row in rows):
+        gc.collect()  # the sides of float32 take gigabytes, and may be parts of cycles
+        return_freed_memory()
         ours, theirs = sides(True)
         for number, observation in enumerate(observe(ours, theirs, batches, steps)):
             rows[number] = row = compare_float64(rows[number], observation)

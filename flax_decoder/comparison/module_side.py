@@ -74,7 +74,7 @@ def open_module(
     if isinstance(module, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
         module = module.module
     with _reported(f"{source}: {type(module).__name__} cannot be copied; give a function that makes it"):
-        copied = copy.deepcopy(module).eval().float()
+        copied = (module if make else copy.deepcopy(module)).eval().float()
     if state is not None:
         _load(copied, state)
     tensors = dict(copied.named_parameters(remove_duplicate=False))
@@ -87,10 +87,11 @@ def open_module(
         functools.partial(_is_transposed, copied),
     )
     agreement = agreement_of(lambda name: tensors[name].detach().cpu().numpy(), params)
+    names_source = source if names is None else "names"
     if names is None:
         names = propose_names(patterns, shapes, agreement, source)
     known = {name: pattern.transposed for name, pattern in patterns.items() if pattern.transposed is not None}
-    family = family_of_names(names, found, shapes, source, layouts=known, agreement=agreement)
+    family = family_of_names(names, found, shapes, names_source, layouts=known, agreement=agreement)
     left = left_over(family, found, shapes)
     mapped = {id(tensors[spec.name]) for spec in tensor_specs(family, shapes)}
     for name in list(left.theirs):  # a tied head has two names, and what is not trained is no parameter
