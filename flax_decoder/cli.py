@@ -263,7 +263,7 @@ def lens(options: argparse.Namespace) -> int:
             model, params, [np.asarray(tokens)], options.max_new_tokens, end_ids=tokenizer.end_ids, temperature=0.0
         )
         tokens += written.tokens.tolist()
-    history = read_history(options.path)
+    history = read_history(options.path) if Path(options.path).is_dir() else None
     with _writing(options.out):
         write_lens_page(options.out, model, params, tokenizer, np.asarray(tokens), history)
     print_escaped(f"{options.out}: written")
@@ -271,10 +271,11 @@ def lens(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Converts a run folder to a Hugging Face folder, or a Hugging Face folder to a run folder."""
+    """Converts a run folder to a Hugging Face folder or a checkpoint of nanoGPT, or one of these to a run folder."""
     from flax_decoder.loading import convert
 
-    convert(options.source, options.destination, model_type=options.model_type, allow_nan=options.allow_nan)
+    names = ("model_type", "to", "allow_nan", "tokenizer")
+    convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     print_escaped(f"{options.destination}: written")
     return 0
 
@@ -392,7 +393,7 @@ def _write_and_show(path: Path | None, content: str, shown: object) -> None:
 def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokenizer]":
     from flax_decoder.loading import load_with_tokenizer
 
-    return load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    return load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan, tokenizer=options.tokenizer)
 
 
 def _sampling_of(options: argparse.Namespace) -> "Sampling":
@@ -511,9 +512,14 @@ def build_parser() -> Parser:
     parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and the devices")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    config, model, prompt, sampling, allow_nan = (Parser(add_help=False) for _ in range(5))
-    allow_nan.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")
-    loading = Parser(add_help=False, parents=[allow_nan])
+    config, model, prompt, sampling, allow_nan, tokenizer = (Parser(add_help=False) for _ in range(6))
+    allow_nan.add_argument("--allow-nan", action="store_true", help="also read NaN weights, if not those of a run")
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="char:FILE|PATH",
+        help="of a model without one: the characters of a text, or a tokenizer.json",
+    )
+    loading = Parser(add_help=False, parents=[allow_nan, tokenizer])
 
     def add(name: str, command: Callable[[argparse.Namespace], int], *shared: Parser) -> Callable[..., argparse.Action]:
         made: Parser = commands.add_parser(
@@ -527,7 +533,8 @@ def build_parser() -> Parser:
         "config", metavar="CONFIG.toml", type=expand_home, nargs="?", help="default: the embedded config"
     )
     _add_config_fields(config)
-    model.add_argument("path", metavar="PATH", type=expand_home, help="a run folder, or a Hugging Face folder")
+    kinds = "a run folder, a Hugging Face folder, or a ckpt.pt of nanoGPT"
+    model.add_argument("path", metavar="PATH", type=expand_home, help=kinds)
     prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
     loading.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
@@ -569,9 +576,10 @@ def build_parser() -> Parser:
     argument("--out", metavar="FILE.html", type=_path, required=True, help="the page; an existing file is replaced")
     argument("--max-new-tokens", metavar="N", type=_count, default=0, help="first append N greedy tokens to the text")
 
-    argument = add("convert", convert, allow_nan)
-    argument("source", metavar="SRC", type=expand_home, help="a run folder, or a Hugging Face folder")
-    argument("destination", metavar="DST", type=expand_home, help="a new folder of the other kind")
+    argument = add("convert", convert, allow_nan, tokenizer)
+    argument("source", metavar="SRC", type=expand_home, help=kinds)
+    argument("destination", metavar="DST", type=expand_home, help="a new run folder, or of a run the other kind")
+    argument("--to", metavar="nanogpt", help="write a ckpt.pt of nanoGPT instead of a Hugging Face folder")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )

@@ -37,17 +37,18 @@ def family_of(document: dict[str, Any], source: str) -> Family:
     return FAMILIES[model_type]
 
 
-def read_settings(document: dict[str, Any], source: str) -> ModelConfig:
-    """The model that a config.json describes.
+def read_settings(document: dict[str, Any], source: str, family: Family | None = None) -> ModelConfig:
+    """The model that a config.json, or another table of settings, describes.
 
     Args:
         document: the content of config.json.
         source: how error messages begin.
+        family: its table; None means the one that config.json names.
 
     Raises:
         UserError: the family or a setting is unknown or not supported.
     """
-    family = family_of(document, source)
+    family = family_of(document, source) if family is None else family
     ignored = _IGNORED | family.ignored | {"auto_map"}  # `family_of` refuses an auto_map that is not empty
     rest = {name: value for name, value in document.items() if name not in ignored}
     values = dict(family.constants)

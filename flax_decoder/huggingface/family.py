@@ -87,7 +87,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers.
+    """A model type of transformers, or another source of models with tables of the same kind.
 
     Attributes:
         model_type: its name in config.json.
@@ -97,7 +97,7 @@ class Family:
         rules: the tensors, except the head.
         prefix: prefix of all tensor names except the head's.
         head: tensor name of the head.
-        tied: default of `tie_word_embeddings`.
+        tied: default of `tie_word_embeddings`; None if there is no such setting, and all heads are the embedding.
         rotary: names of the rotary settings; None if positions are learned.
         windows: which layers have a window; None if none has.
         supported: fields of config.json of which the network supports only these values; the first is the default.
@@ -114,7 +114,7 @@ class Family:
     rules: tuple[Rule, ...]
     prefix: str = "model."
     head: str = "lm_head.weight"
-    tied: bool = False
+    tied: bool | None = False
     rotary: Rotary | None = Rotary()
     windows: Windows | None = None
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -125,8 +125,9 @@ class Family:
 
     @property
     def all_settings(self) -> tuple[Setting, ...]:
-        """The settings, and the one that every family has."""
-        return *self.settings, Setting("tie_word_embeddings", ("tied_head",), self.tied)
+        """The settings, and the one that every family of Hugging Face has."""
+        tied = () if self.tied is None else (Setting("tie_word_embeddings", ("tied_head",), self.tied),)
+        return *self.settings, *tied
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
