@@ -131,5 +131,6 @@ class Family:
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
-        """The rules, and that of the head."""
-        return *self.rules, Rule(self.head, ("head",), transposed=True)
+        """The rules, and that of the head, unless it is one of them or has no name."""
+        has_head = any("head" in rule.paths for rule in self.rules)
+        return self.rules if has_head or not self.head else (*self.rules, Rule(self.head, ("head",), transposed=True))

@@ -81,7 +81,7 @@ def tensor_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec
         prefix = "" if rule.tensor == family.head else family.prefix
         in_layer = "{}" in rule.tensor
         param_shapes = [shapes[path][1:] if in_layer else shapes[path] for path in rule.paths]
-        matrices = [_matrix_shape(path, shape) for path, shape in zip(rule.paths, param_shapes, strict=True)]
+        matrices = [matrix_shape(path, shape) for path, shape in zip(rule.paths, param_shapes, strict=True)]
         shape = (*matrices[0][:-1], sum(matrix[-1] for matrix in matrices))
         shape = shape[::-1] if rule.transposed else shape
         for layer in range(shapes[rule.paths[0]][0]) if in_layer else [None]:
@@ -249,14 +249,14 @@ def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.nd
         heads, width = shapes[0][-2:]
         parts = list(np.moveaxis(matrix.reshape(*matrix.shape[:-1], heads, len(shapes), width), -2, 0))
     else:
-        widths = [_matrix_shape(path, shape)[-1] for path, shape in zip(rule.paths, shapes, strict=True)]
+        widths = [matrix_shape(path, shape)[-1] for path, shape in zip(rule.paths, shapes, strict=True)]
         parts = np.split(matrix, np.cumsum(widths)[:-1], axis=-1)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The tensor in which parameters are stored; inverse of `split`."""
-    matrices = [array.reshape(_matrix_shape(path, array.shape)) for path, array in zip(rule.paths, arrays, strict=True)]
+    matrices = [array.reshape(matrix_shape(path, array.shape)) for path, array in zip(rule.paths, arrays, strict=True)]
     if rule.by_head:
         by_head = [m.reshape(*m.shape[:-1], *array.shape[-2:]) for m, array in zip(matrices, arrays, strict=True)]
         matrix = np.stack(by_head, axis=-2).reshape(*matrices[0].shape[:-1], -1)
@@ -267,7 +267,7 @@ def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
     return matrix.T if rule.transposed else matrix
 
 
-def _matrix_shape(path: str, shape: Shape) -> Shape:
+def matrix_shape(path: str, shape: Shape) -> Shape:
     """The shape with heads and their width merged: (in, out) of a matrix or table, (out,) of a bias or scale."""
     if path.endswith(("bias", "scale")):
         return (math.prod(shape),)
