@@ -274,7 +274,7 @@ def convert(options: argparse.Namespace) -> int:
     """Converts a run folder to a Hugging Face folder or a checkpoint of nanoGPT, or one of these to a run folder."""
     from flax_decoder.loading import convert
 
-    names = ("model_type", "to", "allow_nan", "tokenizer")
+    names = ("model_type", "to", "allow_nan", "tokenizer", "names")
     convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     print_escaped(f"{options.destination}: written")
     return 0
@@ -579,6 +579,9 @@ def build_parser() -> Parser:
     argument = add("convert", convert, allow_nan, tokenizer)
     argument("source", metavar="SRC", type=expand_home, help=kinds)
     argument("destination", metavar="DST", type=expand_home, help="a new run folder, or of a run the other kind")
+    argument(
+        "--names", metavar="FILE.toml", type=expand_home, help="what the tensors of your own PyTorch model are in ours"
+    )
     argument("--to", metavar="nanogpt", help="write a ckpt.pt of nanoGPT instead of a Hugging Face folder")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"

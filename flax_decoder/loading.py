@@ -23,12 +23,14 @@ from flax_decoder.huggingface.folder import (
     write_special_tokens,
 )
 from flax_decoder.huggingface.nanogpt import model_entries, read_model, write_checkpoint
+from flax_decoder.huggingface.own_layout import read_own_model
 from flax_decoder.huggingface.torch_file import read_torch_file
 from flax_decoder.io.files import expand_home, new_folder, replacing, write_text
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.nn.params import abstract_params
 from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
+from flax_decoder.training.nanogpt_entries import training_entries
 from flax_decoder.training.run_folder import facts_of, require_same_inputs, require_same_model
 
 if TYPE_CHECKING:
@@ -142,6 +144,7 @@ def convert(
     to: str | None = None,
     allow_nan: bool = False,
     tokenizer: str | None = None,
+    names: str | os.PathLike[str] | None = None,
 ) -> None:
     """Converts a Hugging Face folder or a checkpoint of PyTorch to a run folder, or a run folder to one of them.
 
@@ -152,6 +155,7 @@ def convert(
         to: "nanogpt" writes a ckpt.pt of nanoGPT instead of a Hugging Face folder.
         allow_nan: see `load`.
         tokenizer: see `load`.
+        names: for a file of PyTorch that is not of nanoGPT: a TOML file that says what is in it; see `read_own_model`.
 
     Raises:
         UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
@@ -172,7 +176,13 @@ def convert(
             raise UserError(f"{source}: is converted to a run folder, which has no model type; leave out {what}")
     if to and model_type:
         raise UserError("--to and --model-type are two formats; give one of them")
-    model, params, found = load(source, allow_nan=allow_nan, tokenizer=tokenizer)
+    if names is not None:
+        if source.is_dir():
+            raise UserError(f"{source}: is a folder, which has its own names; leave out --names")
+        model, params = read_own_model(read_torch_file(source), source, Path(as_path(names)), allow_nan=allow_nan)
+        found = None if tokenizer is None else _named_tokenizer(tokenizer, model.config.vocab_size)
+    else:
+        model, params, found = load(source, allow_nan=allow_nan, tokenizer=tokenizer)
     try:
         if to:
             _write_nanogpt(destination, source, model, params)
@@ -332,5 +342,7 @@ def _write_nanogpt(path: Path, source: Path, model: Decoder, params: Any) -> Non
     """Writes the model of a run as a new checkpoint of nanoGPT, from which its `train.py` goes on."""
     require_expressible(model.config, NANOGPT, str(source))
     document = model_entries(model.config, params)
+    config = load_config(source / "config.toml")
+    document |= training_entries(source, choose_step(source, "latest"), config, document["model"])
     with replacing(path) as file:
         write_checkpoint(file, document)

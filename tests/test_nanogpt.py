@@ -2,14 +2,17 @@
 
 import jax
 import numpy as np
+import optax
 import plain_gpt
 import pytest
 import torch
 
 import flax_decoder as fd
 from flax_decoder.cli import main
+from flax_decoder.config_file import to_toml
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
 from flax_decoder.loading import convert
+from flax_decoder.training.checkpoint import Checkpoints
 
 TOKENS_BT = np.array([[0, 3, 1, 4, 2, 2, 0, 1, 3, 4, 0], [1, 1, 0, 2, 4, 3, 3, 0, 2, 1, 4]])
 
@@ -124,6 +127,55 @@ def test_a_round_trip_gives_the_same_bits(here):
         torch.testing.assert_close(again["model"][name.removeprefix("_orig_mod.")], tensor, rtol=0, atol=0)
     jax.tree.map(np.testing.assert_array_equal, fd.load("again.pt")[1], params)
     assert fd.load("again.pt")[0].config == model.config
+
+
+def trained_run(folder, name="adamw", **model):
+    """A run after one step: its config, and the state."""
+    folder.mkdir()
+    sizes = {"vocab_size": 5, "context_length": 11, "num_layers": 1, "embed_dim": 14, "num_heads": 2} | model
+    changes = {f"model.{field}": value for field, value in sizes.items()} | {"optimizer.name": name}
+    config = fd.load_config(None, {**changes, "data.path": "letters/input.txt"})
+    state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(3))
+    state = state.apply_gradients(grads=jax.tree.map(lambda leaf: leaf + 0.5, state.params))
+    (folder / "config.toml").write_text(to_toml(config))
+    (folder / "tokenizer.json").write_text(CharTokenizer("abcde").to_json())
+    with Checkpoints(folder, keep_newest=1) as checkpoints:
+        checkpoints.save(state, 1.25)
+    return config, state
+
+
+@pytest.mark.short("some biases")
+@pytest.mark.parametrize("model", [{}, {"mlp_bias": True}], ids=["no biases", "some biases"])
+def test_nanogpt_goes_on_where_a_run_stands(model, here):
+    """Biases that only nanoGPT has are zeros, and so are their moments."""
+    _, state = trained_run(here / "run", **model)
+    assert main(["convert", "run", "out.pt", "--to", "nanogpt"]) == 0
+    content = torch.load("out.pt", weights_only=True)
+    assert content["iter_num"] == 1 and content["best_val_loss"] == 1.25
+    assert content["config"]["learning_rate"] == 1e-3 and content["config"]["dataset"] == "letters"
+    assert content["model_args"]["bias"] == bool(model)
+    module = plain_gpt.PlainGPT(**content["model_args"])
+    module.load_state_dict(content["model"])
+    optimizer = plain_gpt.make_optimizer(module)
+    optimizer.load_state_dict(content["optimizer"])
+    weight = module.transformer["h"][0].mlp["c_fc"].weight
+    row = optimizer.state[weight]
+    up_DF = optax.tree.get(state.opt_state, "mu")["layers"]["feed_forward"]["up"]["kernel"][0]
+    np.testing.assert_array_equal(row["exp_avg"].numpy(), up_DF.T)
+    assert all(float(optimizer.state[p]["step"]) == 1 for p in module.parameters())
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1 and optimizer.param_groups[1]["weight_decay"] == 0.0
+    if model:
+        assert not optimizer.state[module.transformer["ln_f"].bias]["exp_avg"].any()
+
+
+@pytest.mark.full
+def test_what_has_no_adamw_starts_a_new_one(here):
+    trained_run(here / "run", name="muon")
+    convert("run", "out.pt", to="nanogpt")
+    assert torch.load("out.pt", weights_only=True)["optimizer"]["state"] == {}
+    convert("ckpt.pt", "converted", tokenizer="char:input.txt")
+    convert("converted", "again.pt", to="nanogpt")
+    assert torch.load("again.pt", weights_only=True)["optimizer"]["state"] == {}
 
 
 REFUSED = {

@@ -43,7 +43,8 @@ def read_model(
     settings = document.get("model_args")
     if settings is None:
         raise UserError(
-            f"{path}: has no model_args, as a ckpt.pt of nanoGPT has, so it does not say which model its tensors are of"
+            f"{path}: has no model_args, as a ckpt.pt of nanoGPT has, so it does not say what its tensors are;\n"
+            "say it in a file: flax-decoder convert CKPT.pt RUN --names FILE.toml"
         )
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise UserError(f"{path}: model_args = {shown(settings)} must be a table of settings")

@@ -156,7 +156,7 @@ def check_sizes(config: ModelConfig, family: Family, tensors: Mapping[str, Store
     for fields, count in needed.items():
         available, what = (len(tensors), "tensors") if fields == ("num_layers",) else (num_numbers, "numbers")
         if count > available:
-            wrong = ", ".join(names[field] for field in fields if field in names)
+            wrong = ", ".join([names[field] for field in fields if field in names] or fields)
             raise UserError(
                 f"{source}: {wrong} ask for at least {count:,} {what}, but the files hold {available:,}; get the whole "
                 "model again"
