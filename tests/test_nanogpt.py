@@ -34,7 +34,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.short("biases")
+@pytest.mark.full
 @pytest.mark.parametrize("bias", [True, False], ids=["biases", "no biases"])
 def test_logits_are_those_of_pytorch(bias, tmp_path):
     module = save(tmp_path / "ckpt.pt", bias=bias)
@@ -91,7 +91,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(kind, here, refused):
     assert part in refused("convert", "ckpt.pt", "run", *arguments)
 
 
-@pytest.mark.short("generate")
+@pytest.mark.full
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -194,7 +194,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.short("missing", "huge", "shape")
+@pytest.mark.short("missing", "shape")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_settings_that_do_not_fit_are_refused(kind, tmp_path, refused):
     changes, part = REFUSED[kind]

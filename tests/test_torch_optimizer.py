@@ -128,7 +128,7 @@ def test_the_whole_here_is_the_whole_in_pytorch():
     np.testing.assert_allclose(jax_steps(start(), range(STEPS))[1], reference_losses(), atol=1e-5)
 
 
-@pytest.mark.short("float32")
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_there_and_back_gives_the_same_bits(dtype):
     state = from_torch(make_state(moments_dtype=dtype), *half_in_pytorch()[:2])
