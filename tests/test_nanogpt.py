@@ -45,6 +45,7 @@ def test_logits_are_those_of_pytorch(bias, tmp_path):
     np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, TOKENS_BT), expected_BTV, atol=2e-6)
 
 
+@pytest.mark.full
 def test_the_mask_in_old_checkpoints_is_no_weight(tmp_path):
     model, model_args = plain_gpt.make_gpt()
     content = plain_gpt.checkpoint(model, model_args)
@@ -79,6 +80,7 @@ TOKENIZERS = {
 }
 
 
+@pytest.mark.short("none", "too many")
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_tokenizer_that_does_not_fit_is_refused(kind, here, refused):
     (here / "other.txt").write_text("abcdef")
@@ -144,7 +146,7 @@ def trained_run(folder, name="adamw", **model):
     return config, state
 
 
-@pytest.mark.short("some biases")
+@pytest.mark.full
 @pytest.mark.parametrize("model", [{}, {"mlp_bias": True}], ids=["no biases", "some biases"])
 def test_nanogpt_goes_on_where_a_run_stands(model, here):
     """Biases that only nanoGPT has are zeros, and so are their moments."""
@@ -202,7 +204,7 @@ def test_settings_that_do_not_fit_are_refused(kind, tmp_path, refused):
         changed = plain_gpt.MODEL_ARGS | changes
         changes = {"model_args": {name: value for name, value in changed.items() if value is not None}}
     save(tmp_path / "ckpt.pt", **changes)
-    message = refused("compare", "ckpt.pt")
+    message = refused("convert", "ckpt.pt", "run")
     assert part in message and message.startswith("ckpt.pt: ")
 
 
@@ -226,7 +228,7 @@ TENSORS = {
 def test_tensors_that_do_not_fit_are_refused(kind, tmp_path, refused):
     name, tensor, part = TENSORS[kind]
     save(tmp_path / "ckpt.pt", **with_tensor(name, tensor))
-    assert part in refused("compare", "ckpt.pt")
+    assert part in refused("convert", "ckpt.pt", "run")
 
 
 @pytest.mark.parametrize(

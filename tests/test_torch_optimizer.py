@@ -19,6 +19,7 @@ B, STEPS, HALF = 4, 50, 25
 MODEL = {
     **{"vocab_size": 5, "context_length": 11, "num_layers": 2, "embed_dim": 14, "num_heads": 2},
     **dict.fromkeys(("norm_bias", "attention_in_bias", "attention_out_bias", "mlp_bias"), True),
+    "scan_layers": True,  # compiles one block
 }
 OPTIMIZER = {
     **{"learning_rate": 3e-3, "final_fraction": 1 / 3, "warmup_steps": 0, "beta2": 0.95},
@@ -117,6 +118,7 @@ def test_half_in_pytorch_and_half_here_is_the_whole():
     np.testing.assert_allclose(losses, reference_losses(), atol=1e-5)
 
 
+@pytest.mark.full
 def test_half_here_and_half_in_pytorch_is_the_whole():
     state, losses = jax_steps(start(), range(HALF))
     losses += torch_steps(*to_torch(state), range(HALF, STEPS))
