@@ -110,6 +110,7 @@ def to_torch(state):
     return module, optimizer
 
 
+@pytest.mark.full
 def test_half_in_pytorch_and_half_here_is_the_whole():
     state = from_torch(start(), *half_in_pytorch()[:2])
     assert int(state.step) == num_updates(state.opt_state) == HALF
@@ -130,7 +131,7 @@ def test_the_whole_here_is_the_whole_in_pytorch():
     np.testing.assert_allclose(jax_steps(start(), range(STEPS))[1], reference_losses(), atol=1e-5)
 
 
-@pytest.mark.full
+@pytest.mark.short("float32")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_there_and_back_gives_the_same_bits(dtype):
     state = from_torch(make_state(moments_dtype=dtype), *half_in_pytorch()[:2])
@@ -154,7 +155,11 @@ def test_an_optimizer_of_optax_and_a_map_of_names_do_as_well():
     named = {"lm_head.weight" if name.endswith("wte.weight") else name: p for name, p in named.items()}
     plain = fd.TrainState.create(apply_fn=start().apply_fn, params=start().params, tx=optax.adamw(1e-3))
     state = fd.adamw_from_torch(plain, optimizer.state_dict(), named, "nanogpt")
-    assert num_updates(state.opt_state) == HALF
+    assert num_updates(state.opt_state) == int(state.step) == HALF
+    row = optimizer.state[module.transformer["h"][1].mlp["c_fc"].weight]
+    for moment, theirs in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
+        up_LDF = optax.tree.get(state.opt_state, moment)["layers"]["feed_forward"]["up"]["kernel"]
+        np.testing.assert_array_equal(up_LDF[1], row[theirs].numpy().T)
     layer = "transformer.h.{}."
     names = {
         **{"transformer.wte.weight": "embedding", "transformer.wpe.weight": "positions"},
