@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import replacing
+from flax_decoder.io.files import make_folder, replacing
 from flax_decoder.lens import history
 from flax_decoder.lens.capture import capture
 from flax_decoder.nn.decoder import Decoder
@@ -114,6 +114,7 @@ class Watch:
             kept = [one for one in snapshots if one % self.every == 0 or one == self._last_step]
             snapshots = {one: snapshots[one] for one in kept}
         if self._writes and step in snapshots:
+            make_folder(self._folder)
             with replacing(self._folder / f"{step}.npy") as file:
                 file.write(content)
         self._snapshots = snapshots

@@ -14,7 +14,7 @@ from typing import Any
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import open_regular, write_text
+from flax_decoder.io.files import make_folder, open_regular, without_links, write_text
 from flax_decoder.io.strict_json import Limits, parse_object, shown
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.pictures import picture_path, save_picture
@@ -64,7 +64,7 @@ class MetricsLog:
         self.rows.append(row)
         if self._writes:
             try:
-                with open(self._path, "a", encoding="utf-8") as file:
+                with open(self._path, "a", encoding="utf-8", opener=without_links) as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
                 raise FaultError(f"{self._path}: cannot be written: {error.strerror}") from error
@@ -164,7 +164,7 @@ def _open_tensorboard(folder: Path, step: int) -> Callable[[LogRow], None]:
     from tensorboardX.summary import scalar
 
     events = folder / "tensorboard"
-    events.mkdir(exist_ok=True)
+    make_folder(events)
     writer = EventsWriter(os.fspath(events / "events"))
     # TensorBoard then forgets the lines that come again.
     start = SessionLog(status=SessionLog.START)
