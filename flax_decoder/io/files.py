@@ -169,9 +169,9 @@ def flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with open_regular(path) as file:
+def sha256_of(path: Path, *, follow_links: bool = True) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; raises OSError as `open_regular`."""
+    with open_regular(path, follow_links=follow_links) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -18,6 +18,7 @@ from flax_decoder.io.lock import LOCK, FolderLock, refuse_if_in_use
 from flax_decoder.lens.history import Index, write_index
 from flax_decoder.training import checkpoint, run_folder
 from flax_decoder.training.checkpoint import Checkpoints, saved_steps
+from flax_decoder.training.manifest import read_manifest, write_manifest
 from flax_decoder.training.metrics import MetricsLog
 from flax_decoder.training.verification import verify_run
 
@@ -259,3 +260,45 @@ def test_the_run_folder_itself_may_be_a_link(trained, tmp_path, text, capsys):
     run_folder.require_plain(tmp_path / "run")
     assert all(result.passed is not False for result in verify_run(tmp_path / "run"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "run"]
+
+
+# A place for a value that the manifest of the checkpoint does not name, and what is put there.
+UNNAMED = {
+    "link": (lambda path, outside: path.symlink_to(outside / "canary.txt"), "is a link"),
+    "link to a folder": (lambda path, outside: path.symlink_to(outside / "folder"), "is a link"),
+    "FIFO": (lambda path, outside: os.mkfifo(path), "is not a regular file"),
+    "file": (lambda path, outside: path.write_text("more"), "is not in the manifest"),
+}
+
+
+@pytest.mark.fault("A checkpoint with links, pipes and files that its manifest does not name")
+@pytest.mark.short("link-True", "file-False", "FIFO-False")
+@pytest.mark.parametrize(("kind", "listed"), [*((kind, False) for kind in UNNAMED), ("link", True), ("FIFO", True)])
+def test_only_the_regular_files_of_the_manifest_are_read(run, outside, capsys, kind, listed):
+    """A value file of the arrays is moved away, and a forged manifest has it or not: Orbax would open what is there."""
+    step = run / "checkpoints" / "12"
+    shutil.rmtree(run / "checkpoints" / "8")
+    path = max((step / "params" / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    act, message = UNNAMED[kind]
+    if listed:
+        shutil.copy(path, outside / "canary.txt")  # with the same bytes, so that only its kind tells
+        path.unlink()
+    else:
+        write_manifest_without(step, path)
+    act(path, outside)
+    before = snapshot(outside)
+    asked = [["generate", str(run), "--prompt=To"], ["convert", str(run), str(run.parent / "converted")]]
+    for words in [*asked, ["verify", str(run)]]:
+        assert main(words) == 1
+        shown = "".join(capsys.readouterr())
+        assert f"{path}: {message}" in shown.replace(f"{step}: ", ""), shown
+        assert not (run.parent / "converted").exists()
+    assert snapshot(outside) == before
+
+
+def write_manifest_without(step: Path, path: Path) -> None:
+    """Deletes a file of a checkpoint and makes a manifest that does not have it."""
+    facts = read_manifest(step)
+    path.unlink()
+    (step / "manifest.json").unlink()
+    write_manifest(step, {name: value for name, value in facts.items() if name not in ("files", "format")})
