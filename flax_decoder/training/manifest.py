@@ -97,9 +97,6 @@ def verify(folder: Path) -> Manifest:
         files = _files(folder)
     except OSError as error:
         raise BrokenError(f"{folder}: cannot be read: {error.strerror}") from error
-    for name, path in files.items():
-        if name not in manifest["files"] and path.name not in _LEFT_BY_SYSTEMS:
-            raise BrokenError(f"{path}: is not in the manifest, so no save has written it; delete it")
 
     def check(name: str) -> None:
         path, wanted = folder / name, manifest["files"][name]
@@ -117,6 +114,9 @@ def verify(folder: Path) -> Manifest:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(check, manifest["files"]))
+    for name, path in files.items():
+        if name not in manifest["files"] and path.name not in _LEFT_BY_SYSTEMS:
+            raise BrokenError(f"{path}: is not in the manifest, so no save has written it; delete it")
     return manifest
 
 
