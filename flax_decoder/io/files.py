@@ -136,7 +136,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     # The name has host and process, so that two processes do not share a folder; the first to finish gets the path.
     prefix = f".{path.name}.new-{socket.gethostname()}-"
     for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _is_another_process(leftover.name.removeprefix(prefix)):
+        if not is_another_process(leftover.name.removeprefix(prefix)):
             shutil.rmtree(leftover, ignore_errors=True)  # of a crash; another process may be removing it too
     unfinished = path.with_name(f"{prefix}{os.getpid()}")
     try:
@@ -180,7 +180,7 @@ def is_sha256(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _is_another_process(process_id: str) -> bool:
+def is_another_process(process_id: str) -> bool:
     """Whether another process on this machine has this id."""
     if process_id == str(os.getpid()):  # left by an earlier process: in a container each start may have the same id
         return False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from flax_decoder.errors import FaultError, InUseError, UserError
-from flax_decoder.io.files import open_regular, without_links
+from flax_decoder.io.files import is_another_process, open_regular, without_links
 from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 LOCK = ".lock"
@@ -95,6 +95,8 @@ def _owner_in(path: Path) -> str:
         with open_regular(path) as file:
             owner = parse_object(file.read(SETTINGS.num_bytes), str(path), SETTINGS)
         text = f"process {owner['pid']} on {owner['host']} since {owner['since']} ({owner['command']})"
+        if owner["host"] == socket.gethostname() and not is_another_process(str(owner["pid"])):
+            text += ", which has ended: another process that does not say its name"
         return " ".join(text.split())[:_MAX_SHOWN_CHARACTERS]
     except (OSError, UserError, KeyError):  # it has not announced itself yet
         return "another process"

@@ -120,7 +120,8 @@ def read_files(folder: Path) -> tuple[Index | None, list[np.ndarray]]:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     with open_regular(path, follow_links=False) as file:
-        return file.read(max_bytes + 1)
+        # Python reserves at once what is asked for.
+        return file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
 
 
 def _index_of(content: bytes, path: Path) -> Index:

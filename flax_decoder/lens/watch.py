@@ -18,6 +18,7 @@ from flax_decoder.config import Config
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import make_folder, replacing
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens import history
 from flax_decoder.lens.capture import capture
 from flax_decoder.nn.decoder import Decoder
@@ -98,7 +99,9 @@ class Watch:
                 names = (f"{self._folder}.{count}" for count in itertools.count(1))
                 free_name = next(name for name in names if not os.path.lexists(name))
                 os.rename(self._folder, free_name)
-                print(f"{error};\n{self._folder} is now {os.path.basename(free_name)}, and a new history begins")
+                print_escaped(
+                    f"{error};\n{self._folder} is now {os.path.basename(free_name)}, and a new history begins"
+                )
         if index is not None:
             self._snapshots = {earlier: digest for earlier, digest in index.snapshots.items() if earlier <= step}
             factor, rest = divmod(index.every, self.every)

@@ -24,6 +24,7 @@ from jax.sharding import SingleDeviceSharding
 
 from flax_decoder.errors import BrokenError, FaultError, UserError, as_whole_number
 from flax_decoder.io.files import flush_names, make_folder
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import is_first
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
 from flax_decoder.training.step import TrainState
@@ -203,7 +204,7 @@ def quarantine(path: Path) -> None:
     names = (f"{path.name}.broken{count}" for count in ("", *range(2, 1_000_000)))
     aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     os.rename(path, aside)
-    print(f"{path}: not a valid checkpoint; renamed to {aside.name}")
+    print_escaped(f"{path}: not a valid checkpoint; renamed to {aside.name}")
 
 
 def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
@@ -241,7 +242,7 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
             return step
         except BrokenError as error:
             if os.path.lexists(steps_folder(folder) / str(step)):  # else a running training has just pruned it
-                print(f"warning: {error}; trying another checkpoint", file=sys.stderr)
+                print_escaped(f"warning: {error}; trying another checkpoint", file=sys.stderr)
     if saved_steps(folder) != sorted(steps):
         return choose_step(folder, wanted)
     raise BrokenError(

@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +82,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[LogRow]:
-    """The lines of a metrics.jsonl, without a last one cut short by a crash; none if there is no file.
+    """The lines of a metrics.jsonl, as `metrics_rows`."""
+    return list(metrics_rows(path))
+
+
+def metrics_rows(path: Path) -> Iterator[LogRow]:
+    """Yields the lines of a metrics.jsonl, without a last one cut short by a crash; none if there is no file.
 
     Raises:
         BrokenError: the file cannot be read, or a line is damaged.
     """
-    rows = []
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_LINE.num_bytes + 1), b""), start=1):
                 if line.endswith(b"\n") or len(line) > _LINE.num_bytes:
-                    rows.append(_row_of(line, f"{path}: line {number}"))
+                    yield _row_of(line, f"{path}: line {number}")
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise BrokenError(f"{path}: cannot be read: {error.strerror}; repair or delete it") from None
     except UserError as error:
         raise BrokenError(str(error)) from None
-    return rows
 
 
 def _row_of(line: bytes, source: str) -> LogRow:

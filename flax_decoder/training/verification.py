@@ -13,7 +13,7 @@ from flax_decoder.lens.history import FOLDER as LENS
 from flax_decoder.lens.history import read_history
 from flax_decoder.training.checkpoint import saved_steps, steps_folder
 from flax_decoder.training.manifest import verify
-from flax_decoder.training.metrics import read_metrics
+from flax_decoder.training.metrics import metrics_rows
 from flax_decoder.training.run_folder import FOREIGN, require_same_inputs, require_same_model
 
 
@@ -53,7 +53,7 @@ def verify_run(folder: Path) -> Iterator[CheckResult]:
     yield _check(folder / "tokenizer.json", _tokenizer)
     if (folder / "corpus").exists():  # a converted model has no corpus and no log
         yield _check(folder / "corpus", _corpus)
-        yield _check(folder / "metrics.jsonl", lambda path: f"{len(read_metrics(path)):,} lines")
+        yield _check(folder / "metrics.jsonl", lambda path: f"{sum(1 for _ in metrics_rows(path)):,} lines")
     if (folder / LENS).exists():
         yield _check(folder / LENS, _history)
 

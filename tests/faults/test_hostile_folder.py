@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from flax_decoder.lens.history import Index, write_index
 from flax_decoder.training import checkpoint, run_folder
 from flax_decoder.training.checkpoint import Checkpoints, saved_steps
 from flax_decoder.training.manifest import read_manifest, write_manifest
-from flax_decoder.training.metrics import MetricsLog
+from flax_decoder.training.metrics import MetricsLog, read_metrics
 from flax_decoder.training.verification import verify_run
 
 pytestmark = pytest.mark.fault("Links and pipes in a run folder: nothing outside changes")
@@ -302,3 +303,21 @@ def write_manifest_without(step: Path, path: Path) -> None:
     path.unlink()
     (step / "manifest.json").unlink()
     write_manifest(step, {name: value for name, value in facts.items() if name not in ("files", "format")})
+
+
+@pytest.mark.full
+@pytest.mark.fault("A log of very many lines")
+def test_verify_keeps_no_lines_of_the_log(run):
+    (run / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.5, "seconds": 3.5}\n' * 9000)
+    (run / "tokenizer.json").unlink()  # for which more is reserved than for this log
+    tracemalloc.start()
+    try:
+        found = {result.path.name: result.message for result in verify_run(run)}
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        rows = read_metrics(run / "metrics.jsonl")
+        _, whole_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found["metrics.jsonl"] == "9,000 lines" and len(rows) == 9000
+    assert peak_bytes < whole_bytes / 2, (peak_bytes, whole_bytes)
