@@ -16,6 +16,7 @@ from flax_decoder.errors import FaultError, UserError
 
 if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test compares the two
     from flax_decoder.generation.generate import complete, generate, prefill
+    from flax_decoder.generation.score import score
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.lens.attribution import Attribution, attribute
     from flax_decoder.lens.capture import capture
@@ -37,6 +38,7 @@ keep_freed_memory()
 # These modules import JAX, so they are imported when a name is first used: `--help` and bad input do not wait for JAX.
 _LAZY = {
     "generation.generate": ("complete", "generate", "prefill"),
+    "generation.score": ("score",),
     "generation.speculative": ("Draft", "PromptLookup"),
     "lens.attribution": ("Attribution", "attribute"),
     "lens.capture": ("capture",),

@@ -43,6 +43,7 @@ def load(
     step: int | Literal["latest", "best"] = "latest",
     shardings: Any = None,
     allow_nan: bool = False,
+    strict: bool = False,
     tokenizer: str | None = None,
 ) -> tuple[Decoder, Any, Tokenizer | None]:
     """Loads a trained model.
@@ -54,6 +55,8 @@ def load(
         shardings: one `jax.sharding.Sharding` for all parameters, or a tree of them like the parameters; each parameter
             is read straight onto its devices. None means the default device.
         allow_nan: accept NaN or infinite weights of a Hugging Face folder or a file; runs have none.
+        strict: refuse a Hugging Face folder with a setting that is not known, also where its name does not belong to
+            the network; by default such a setting is passed over with a `FolderWarning`.
         tokenizer: that of a model that comes without one: "char:FILE", the characters of a text, sorted, as nanoGPT
             numbers them; or the path of a tokenizer.json, or of a folder with one.
 
@@ -80,7 +83,7 @@ def load(
         )
     if step != "latest":
         raise UserError(f"{folder}: is a Hugging Face folder and has no checkpoints to choose from; leave out --step")
-    model, params, own_tokenizer = read_folder(folder, shardings, allow_nan=allow_nan)
+    model, params, own_tokenizer = read_folder(folder, shardings, allow_nan=allow_nan, strict=strict)
     if tokenizer is None:
         return model, params, own_tokenizer
     if own_tokenizer is not None:
@@ -143,6 +146,7 @@ def convert(
     model_type: str | None = None,
     to: str | None = None,
     allow_nan: bool = False,
+    strict: bool = False,
     tokenizer: str | None = None,
     names: str | os.PathLike[str] | None = None,
 ) -> None:
@@ -154,6 +158,7 @@ def convert(
         model_type: the Hugging Face model type to write; None means the one that fits the model best.
         to: "nanogpt" writes a ckpt.pt of nanoGPT instead of a Hugging Face folder.
         allow_nan: see `load`.
+        strict: see `load`.
         tokenizer: see `load`.
         names: for a file of PyTorch that is not of nanoGPT: a TOML file that says what is in it; see `read_own_model`.
 
@@ -182,7 +187,7 @@ def convert(
         model, params = read_own_model(read_torch_file(source), source, Path(as_path(names)), allow_nan=allow_nan)
         found = None if tokenizer is None else _named_tokenizer(tokenizer, model.config.vocab_size)
     else:
-        model, params, found = load(source, allow_nan=allow_nan, tokenizer=tokenizer)
+        model, params, found = load(source, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
     try:
         if to:
             _write_nanogpt(destination, source, model, params)
@@ -205,6 +210,7 @@ def compare(
     params: Any = None,
     torch_model: Any = None,
     allow_nan: bool = False,
+    strict: bool = False,
     **settings: Any,
 ) -> "Ledger":
     """Compares a model with PyTorch, tensor by tensor: `assert fd.compare("my_model").holds`.
@@ -220,6 +226,7 @@ def compare(
         params: parameters to compare in place of those in `path`.
         torch_model: a model of `transformers` in place of the one in `path`; it is not changed.
         allow_nan: see `load`.
+        strict: see `load`.
         **settings: tx, optimizer, batch_size, length, accumulation_steps, seed; see `compare_models`.
 
     Returns:
@@ -246,7 +253,7 @@ def compare(
     if torch_model is not None:
         require_type("torch_model", torch_model, torch.nn.Module)
     if path is not None:
-        saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan)
+        saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan, strict=strict)
     elif model is not None and params is not None:
         saved_model, saved_params, tokenizer = model, params, None
     else:
@@ -294,10 +301,11 @@ def load_with_tokenizer(
     step: int | Literal["latest", "best"],
     *,
     allow_nan: bool = False,
+    strict: bool = False,
     tokenizer: str | None = None,
 ) -> tuple[Decoder, Any, Tokenizer]:
     """As `load`, but raises UserError if there is no tokenizer."""
-    model, params, found = load(path, step=step, allow_nan=allow_nan, tokenizer=tokenizer)
+    model, params, found = load(path, step=step, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
     return model, params, _required(found, Path(path))
 
 
