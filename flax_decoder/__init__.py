@@ -16,6 +16,7 @@ from flax_decoder.errors import FaultError, UserError
 
 if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test compares the two
     from flax_decoder.generation.generate import complete, generate, prefill
+    from flax_decoder.generation.score import score
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.lens.attribution import Attribution, attribute
     from flax_decoder.lens.capture import capture
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test
     from flax_decoder.nn.params import unstack_layers
     from flax_decoder.training.metrics import plot_losses
     from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
+    from flax_decoder.training.torch_optimizer import adamw_from_torch, adamw_to_torch
 
 # Before JAX computes anything: its threads keep the settings that they start with.
 keep_freed_memory()
@@ -36,6 +38,7 @@ keep_freed_memory()
 # These modules import JAX, so they are imported when a name is first used: `--help` and bad input do not wait for JAX.
 _LAZY = {
     "generation.generate": ("complete", "generate", "prefill"),
+    "generation.score": ("score",),
     "generation.speculative": ("Draft", "PromptLookup"),
     "lens.attribution": ("Attribution", "attribute"),
     "lens.capture": ("capture",),
@@ -49,6 +52,7 @@ _LAZY = {
     "nn.params": ("unstack_layers",),
     "training.metrics": ("plot_losses",),
     "training.step": ("TrainState", "eval_step", "init_state", "train_step"),
+    "training.torch_optimizer": ("adamw_from_torch", "adamw_to_torch"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -60,12 +60,6 @@ def limit_kept_memory() -> None:
         _state = f"given back to the system (from {MAX_FRACTION:.0%} of its memory on)"
 
 
-def return_freed_memory() -> None:
-    """Returns what is free now to the system, once; for work in stages of different sizes."""
-    if _state == KEPT:
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def describe_freed_memory() -> str:
     """Whether freed memory is kept, and if not, why."""
     return _state

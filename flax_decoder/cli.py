@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, fields_of
 from flax_decoder.config_file import load_config
-from flax_decoder.errors import FaultError, InUseError, UserError
+from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # Limit of a prompt from standard input, which may be endless: more than any model reads.
 MAX_PROMPT_BYTES = 16_000_000
+# Less random than 1, more varied than 0; for folders that say nothing.
+DEFAULT_TEMPERATURE = 0.8
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text and generate from it."
 
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hook_before = sys.unraisablehook
     sys.unraisablehook = functools.partial(_resend_dropped_signal, hook_before)
     try:
-        with standard_streams():
+        with standard_streams(), _warnings_of_folders():
             return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
         sys.unraisablehook = hook_before
@@ -138,7 +140,7 @@ def generate(options: argparse.Namespace) -> int:
     from flax_decoder.generation.stream import stream
     from flax_decoder.generation.text import decode_streams
 
-    sampling = _sampling_of(options)
+    sampling, told = _sampling_of(options)
     prompt = _prompt_of(options)
     if options.num_samples < 1 or options.max_new_tokens < 0 or "" in options.stop:
         raise UserError("--num-samples must be at least 1, --max-new-tokens at least 0, and --stop a text")
@@ -146,6 +148,7 @@ def generate(options: argparse.Namespace) -> int:
     import numpy as np
 
     model, params, tokenizer = _load(options)
+    _tell(told)
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
@@ -160,7 +163,8 @@ def generate(options: argparse.Namespace) -> int:
         end_ids=tokenizer.end_ids,
         draft=_draft_of(options),
     )
-    pieces = decode_streams(tokenizer, (part.tokens_BC for part in written), options.num_samples, options.stop)
+    new = (part.tokens_BC for part in written)
+    pieces = decode_streams(tokenizer, new, options.num_samples, options.stop, tokens if prompt else ())
     if options.no_stream:
         pieces = iter(list(pieces))
     num_prompts = 0
@@ -175,7 +179,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def chat(options: argparse.Namespace) -> int:
     """Chats with a model that has a chat template; Ctrl-C stops an answer, a second one exits."""
-    sampling = _sampling_of(options)
+    sampling, told = _sampling_of(options)
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
     if not Path(options.path).is_dir():
@@ -188,6 +192,7 @@ def chat(options: argparse.Namespace) -> int:
     from flax_decoder.generation.chat import Chat
 
     model, params, tokenizer = _load(options)
+    _tell(told)
     talk = Chat(
         model,
         params,
@@ -227,17 +232,19 @@ def evaluate(options: argparse.Namespace) -> int:
         tokens = tokenizer.encode_array(text)
     except UserError as error:
         raise UserError(f"{options.file}: {error}") from None
-    if len(tokens) < 2:
+    start = tokenizer.prompt_start()[: model.config.context_length]
+    if len(tokens) + len(start) < 2 or not len(tokens):
         raise UserError(f"{options.file}: is a single token; there is nothing to predict")
     # 4096 tokens keep two cores busy without taking much memory.
     batch_size = max(4096 // model.config.context_length, 1)
-    result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size)
+    result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size, start=start)
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(result | ({"window_start": start} if start else {})))
     else:
         print_escaped(
             f"{options.file}: loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
             f"{result['bits_per_byte']:.4f} bits per byte, over {result['num_tokens']:,} tokens"
+            + (f"; each window begins with {tokenizer.decode(start)}" if start else "")
         )
     return 0
 
@@ -259,11 +266,12 @@ def lens(options: argparse.Namespace) -> int:
     if options.max_new_tokens > 0:
         from flax_decoder.generation.generate import complete
 
+        greedy: dict[str, Any] = {"temperature": 0.0, "vocab_size": tokenizer.vocab_size}
         ((written,),) = complete(
-            model, params, [np.asarray(tokens)], options.max_new_tokens, end_ids=tokenizer.end_ids, temperature=0.0
+            model, params, [np.asarray(tokens)], options.max_new_tokens, end_ids=tokenizer.end_ids, **greedy
         )
         tokens += written.tokens.tolist()
-    history = read_history(options.path)
+    history = read_history(options.path) if Path(options.path).is_dir() else None
     with _writing(options.out):
         write_lens_page(options.out, model, params, tokenizer, np.asarray(tokens), history)
     print_escaped(f"{options.out}: written")
@@ -271,10 +279,11 @@ def lens(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Converts a run folder to a Hugging Face folder, or a Hugging Face folder to a run folder."""
+    """Converts a run folder to a Hugging Face folder or a checkpoint of nanoGPT, or one of these to a run folder."""
     from flax_decoder.loading import convert
 
-    convert(options.source, options.destination, model_type=options.model_type, allow_nan=options.allow_nan)
+    names = ("model_type", "to", "allow_nan", "strict", "tokenizer", "names")
+    convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     print_escaped(f"{options.destination}: written")
     return 0
 
@@ -286,12 +295,12 @@ def compare(options: argparse.Namespace) -> int:
         raise UserError("--checkpoint and --names belong to a module of your own: give --torch FILE.py:FUNCTION")
     from flax_decoder.loading import compare
 
-    names = ("steps", "batch_size", "length", "seed", "allow_nan", "checkpoint")
+    names = ("steps", "batch_size", "length", "seed", "allow_nan", "strict", "checkpoint")
     settings = {name: getattr(options, name) for name in names}
     if options.names is not None:
-        from flax_decoder.huggingface.names import read_names
+        from flax_decoder.huggingface.names import read_layout
 
-        settings["names"] = read_names(options.names)
+        settings["names"] = read_layout(options.names)["names"]
     if options.torch is not None:
         from flax_decoder.comparison.user_file import function_of
 
@@ -299,6 +308,21 @@ def compare(options: argparse.Namespace) -> int:
     ledger = compare(options.path, **settings)
     _write_and_show(options.json, ledger.to_json(), ledger)
     return 0 if ledger.holds else 1
+
+
+def export(options: argparse.Namespace) -> int:
+    """Writes a model as one file of StableHLO, which JAX runs without this package."""
+    _check_file("FILE", options.file)
+    if options.file.exists():
+        raise UserError(f"{options.file}: exists; give a new file")
+    from flax_decoder.generation.export import write_stablehlo
+    from flax_decoder.loading import load
+
+    model, params, _ = load(options.path, step=options.step, allow_nan=options.allow_nan, strict=options.strict)
+    with _writing(options.file):
+        write_stablehlo(options.file, model, params)
+    print_escaped(f"{options.file}: written")
+    return 0
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -403,15 +427,31 @@ def _write_and_show(path: Path | None, content: str, shown: object) -> None:
 def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokenizer]":
     from flax_decoder.loading import load_with_tokenizer
 
-    return load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan)
+    how = {name: getattr(options, name) for name in ("allow_nan", "strict", "tokenizer")}
+    return load_with_tokenizer(options.path, options.step, **how)
 
 
-def _sampling_of(options: argparse.Namespace) -> "Sampling":
-    """The arguments with the names of the fields of `Sampling`."""
+def _sampling_of(options: argparse.Namespace) -> "tuple[Sampling, str]":
+    """How to sample: as the arguments say, else generation_config.json; and a line about what comes from there."""
     from flax_decoder.generation.sampling import Sampling
+    from flax_decoder.huggingface.folder import read_sampling
 
-    given = vars(options)
-    return Sampling(**{field.name: given[field.name] for field in dataclasses.fields(Sampling) if field.name in given})
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    Sampling(**given)  # an argument that is wrong is no fault of the file
+    found = {name: value for name, value in read_sampling(Path(options.path)).items() if name not in given}
+    source = Path(options.path) / "generation_config.json"
+    told = f"sampling as {source} says: " + ", ".join(f"{name} = {value}" for name, value in found.items())
+    try:
+        return Sampling(**{"temperature": DEFAULT_TEMPERATURE, **found, **given}), told if found else ""
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _tell(line: str) -> None:
+    """Prints a line on standard error, if there is one."""
+    if line:
+        print_escaped(line, file=sys.stderr)
 
 
 def _prompt_of(options: argparse.Namespace) -> str:
@@ -444,8 +484,25 @@ def _draft_of(options: argparse.Namespace) -> "Draft | PromptLookup | None":
         return None if options.prompt_lookup == 0 else PromptLookup(options.prompt_lookup)
     if options.prompt_lookup != 0:
         raise UserError("--draft and --prompt-lookup are two ways to draft tokens; give one of them")
-    model, params, _ = load(options.draft, allow_nan=options.allow_nan)
+    model, params, _ = load(options.draft, allow_nan=options.allow_nan, strict=options.strict)
     return Draft(model, params)
+
+
+@contextlib.contextmanager
+def _warnings_of_folders() -> Iterator[None]:
+    """Prints what is passed over in a model folder as one line; other warnings as before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", FolderWarning)
+        show = warnings.showwarning
+
+        def show_in_a_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, FolderWarning):
+                print_escaped(f"warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = show_in_a_line
+        yield
 
 
 def _config_of(options: argparse.Namespace) -> Config:
@@ -522,9 +579,15 @@ def build_parser() -> Parser:
     parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and the devices")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    config, model, prompt, sampling, allow_nan = (Parser(add_help=False) for _ in range(5))
-    allow_nan.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")
-    loading = Parser(add_help=False, parents=[allow_nan])
+    config, model, prompt, sampling, reading, tokenizer = (Parser(add_help=False) for _ in range(6))
+    reading.add_argument("--allow-nan", action="store_true", help="also read NaN weights, if not those of a run")
+    reading.add_argument("--strict", action="store_true", help="refuse a config.json with any field that is not known")
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="char:FILE|PATH",
+        help="of a model without one: the characters of a text, or a tokenizer.json",
+    )
+    loading = Parser(add_help=False, parents=[reading, tokenizer])
 
     def add(name: str, command: Callable[[argparse.Namespace], int], *shared: Parser) -> Callable[..., argparse.Action]:
         made: Parser = commands.add_parser(
@@ -538,23 +601,26 @@ def build_parser() -> Parser:
         "config", metavar="CONFIG.toml", type=expand_home, nargs="?", help="default: the embedded config"
     )
     _add_config_fields(config)
-    model.add_argument("path", metavar="PATH", type=expand_home, help="a run folder, or a Hugging Face folder")
+    kinds = "a run folder, a Hugging Face folder, or a ckpt.pt of nanoGPT"
+    model.add_argument("path", metavar="PATH", type=expand_home, help=kinds)
     prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
     loading.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
     )
-    for name, default, text in (
-        ("--temperature", 0.8, "0 always takes the likeliest token"),
-        ("--top-p", 1.0, "sample from the likeliest tokens with a total probability of F"),
-        ("--min-p", 0.0, "sample from tokens at least F times as likely as the likeliest"),
-        ("--repetition-penalty", 1.0, "over 1: tokens of the text so far become less likely"),
-        ("--presence-penalty", 0.0, "subtracted from the logits of tokens in the new text"),
-        ("--frequency-penalty", 0.0, "the same, times the count of the token"),
+    for name, kind, default, text in (
+        ("--temperature", float, DEFAULT_TEMPERATURE, "0 always takes the likeliest token"),
+        ("--top-k", _count, 0, "sample from the N likeliest tokens only"),
+        ("--top-p", float, 1, "sample from the likeliest tokens with a total probability of F"),
+        ("--min-p", float, 0, "sample from tokens at least F times as likely as the likeliest"),
+        ("--repetition-penalty", float, 1, "over 1: tokens of the text so far become less likely"),
     ):
-        sampling.add_argument(name, metavar="F", type=float, default=default, help=text)
-    sampling.add_argument(
-        "--top-k", metavar="N", type=_count, default=0, help="sample from the N likeliest tokens only"
-    )
+        text += f"; default: what generation_config.json says, else {default}"
+        sampling.add_argument(name, metavar="N" if kind is _count else "F", type=kind, help=text)
+    for name, text in (
+        ("--presence-penalty", "subtracted from the logits of tokens in the new text"),
+        ("--frequency-penalty", "the same, times the count of the token"),
+    ):
+        sampling.add_argument(name, metavar="F", type=float, default=0.0, help=text)
     sampling.add_argument("--seed", metavar="N", type=_count, default=0, help="the same seed gives the same text")
 
     add("train", train, config)
@@ -580,14 +646,18 @@ def build_parser() -> Parser:
     argument("--out", metavar="FILE.html", type=_path, required=True, help="the page; an existing file is replaced")
     argument("--max-new-tokens", metavar="N", type=_count, default=0, help="first append N greedy tokens to the text")
 
-    argument = add("convert", convert, allow_nan)
-    argument("source", metavar="SRC", type=expand_home, help="a run folder, or a Hugging Face folder")
-    argument("destination", metavar="DST", type=expand_home, help="a new folder of the other kind")
+    argument = add("convert", convert, reading, tokenizer)
+    argument("source", metavar="SRC", type=expand_home, help=kinds)
+    argument("destination", metavar="DST", type=expand_home, help="a new run folder, or of a run the other kind")
+    argument(
+        "--names", metavar="FILE.toml", type=expand_home, help="what the tensors of your own PyTorch model are in ours"
+    )
+    argument("--to", metavar="nanogpt", help="write a ckpt.pt of nanoGPT instead of a Hugging Face folder")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )
 
-    argument = add("compare", compare, model, allow_nan)
+    argument = add("compare", compare, model, reading)
     argument("--steps", metavar="N", type=_count, default=0, help="also compare N steps of AdamW")
     argument("--json", metavar="FILE", type=_path, help="also write the rows to a file")
     argument("--batch-size", metavar="N", type=_count, default=2, help="sequences per batch, an even number")
@@ -601,6 +671,9 @@ def build_parser() -> Parser:
     )
     argument("--checkpoint", metavar="FILE", type=_path, help="a .pt file that the module of --torch loads first")
     argument("--names", metavar="FILE.toml", type=_path, help="which tensor of the module of --torch is which of ours")
+
+    argument = add("export", export, model, loading)
+    argument("file", metavar="FILE", type=_path, help="the new file")
 
     argument = add("verify", verify)
     argument("path", metavar="PATH", type=expand_home, help="a run folder")

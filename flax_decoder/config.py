@@ -31,6 +31,7 @@ _WITH_LLAMA3_SCALING = UsedWhere(lambda model: model.rotary_scaling == "llama3")
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
 _WITH_MUON = UsedWhere(lambda optimizer: optimizer.name == "muon")
 _WITH_WSD = UsedWhere(lambda optimizer: optimizer.schedule == "wsd")
+_WITH_WEIGHT_DECAY = UsedWhere(lambda optimizer: optimizer.weight_decay > 0)
 _WITH_A_FALL = UsedWhere(lambda optimizer: optimizer.schedule != "constant")
 
 # Bounds far beyond sensible values, for what a device cannot compute: float32 rounds 1 - 1e-8 to 1 and 1e-50 to 0, the
@@ -314,7 +315,7 @@ class OptimizerConfig:
     """added to the root in AdamW's denominator"""
     weight_decay: NonNegative = 0.1
     """decoupled weight decay, times the learning rate"""
-    decay: Literal["matrices", "all"] = "matrices"
+    decay: Annotated[Literal["matrices", "all"], _WITH_WEIGHT_DECAY] = "matrices"
     """what decays: matrices and embeddings only, or biases and norms too"""
     clip_norm: NonNegative = 1.0
     """gradients with a larger global norm are scaled down to this norm; 0 is off"""

@@ -21,6 +21,10 @@ class BrokenError(FaultError):
     """A damaged file: a bit has changed, or a part is missing. Exit code 1."""
 
 
+class FolderWarning(UserWarning):
+    """Something in a model folder that is passed over, and said on one line."""
+
+
 class InUseError(RuntimeError):
     """Another process uses the run folder. Exit code 73."""
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from chat_templates import PUBLISHED
 from limits import HANGS_SECONDS
 from test_generate import record_prefill
 
@@ -86,6 +87,45 @@ def test_templates_render_as_in_transformers(source):
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     expected, _ = utils.render_jinja_template([MESSAGES], chat_template=source, add_generation_prompt=True, **special)
     assert ChatTemplate(source, special).render(MESSAGES) == expected[0]
+
+
+TALKS = [
+    MESSAGES,
+    MESSAGES[1:],
+    MESSAGES[1:2],
+    MESSAGES[:2],
+    [{"role": "user", "content": "  \u9f98 <think>x</think>\n\ny \U0001f996 "}],
+    [{"role": "assistant", "content": "first"}, {"role": "user", "content": "so"}],
+    [{"role": role, "content": f"{role} {n}"} for n in range(3) for role in ("user", "assistant")],
+    [{"role": "user", "content": "<s>{{ 1 }}</s>"}, {"role": "user", "content": ""}],
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_formats_render_as_in_transformers(name):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    source, special = PUBLISHED[name], {"bos_token": "<s>", "eos_token": "</s>"}
+    template, rendered = ChatTemplate(source, special), 0
+    for talk in TALKS:
+        try:
+            ((expected,), _) = utils.render_jinja_template(
+                [talk], chat_template=source, add_generation_prompt=True, **special
+            )
+        except Exception:
+            with pytest.raises(UserError):
+                template.render(talk)
+            continue
+        assert template.render(talk) == expected
+        rendered += 1
+    assert rendered >= 3
+
+
+def test_special_tokens_of_a_template_come_from_either_file(tmp_path):
+    config = {"chat_template": "{{ bos_token }}{{ eos_token }}{{ pad_token }}", "bos_token": "<s>", "eos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    more = {"bos_token": "<other>", "eos_token": {"content": "</s>"}, "additional_special_tokens": ["<x>"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(more))
+    assert load_chat_template(tmp_path).render([]) == "<s></s>"
 
 
 def test_a_template_is_found_in_either_file(tmp_path):

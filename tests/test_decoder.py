@@ -13,6 +13,7 @@ import reference
 from flax import linen as nn
 
 from flax_decoder.config import ModelConfig, fields_of
+from flax_decoder.nn.cache import empty_cache
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import unstack_layers
 from flax_decoder.nn.stack import stacked_or_tuple
@@ -378,6 +379,26 @@ def test_float64_is_exact_throughout(norm):
         logits_BTV = np.asarray(jax.jit(model.apply)({"params": exact}, TOKENS_BT))
     # One float32 on the way would leave 1e-8.
     np.testing.assert_allclose(logits_BTV, reference.decode(params, TOKENS_BT, model.config), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.short("False-settings1")
+@pytest.mark.parametrize("settings", [{"positions": "rotary", "window": 5}, {"attention": "blockwise"}])
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_a_model_can_be_exported_with_a_free_batch_and_length(has_cache, settings):
+    model, params = make(**settings)
+    B, T = jax.export.symbolic_shape("B, T", constraints=[f"T<={TOKENS_BT.shape[1]}"])
+    cache = empty_cache(model.config, len(TOKENS_BT), TOKENS_BT.shape[1]) if has_cache else None
+    leaves, structure = jax.tree.flatten(cache)
+    free = [jax.ShapeDtypeStruct((B, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+
+    @jax.jit
+    def logits_of(params, tokens_BT, leaves):
+        result = model.apply({"params": params}, tokens_BT, jax.tree.unflatten(structure, leaves))
+        return result[0] if has_cache else result
+
+    exported = jax.export.export(logits_of)(params, jax.ShapeDtypeStruct((B, T), jnp.int32), free)
+    logits_BTV = exported.call(params, TOKENS_BT, leaves)
+    np.testing.assert_allclose(logits_BTV, logits_of(params, TOKENS_BT, leaves), rtol=1e-5, atol=1e-6)
 
 
 # --- A look inside ---

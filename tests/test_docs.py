@@ -8,10 +8,13 @@ import code_pages
 import pytest
 import scripts
 import sources
+import what_opens
 
 import flax_decoder
 from flax_decoder.cli import build_parser
 from flax_decoder.config import SECTIONS, fields_of
+from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.huggingface.fields import NO_BEARING, ONLY, QUANTIZED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,6 +196,19 @@ def test_the_page_of_commands_has_every_option():
         fields = {f"--{section}.{field}".replace("_", "-") for section in SECTIONS for field in fields_of(section)}
         shown = set(re.findall(r"\| `(--[\w-]+)", part))
         assert options == (shown | fields if takes_config else shown)
+
+
+def test_the_page_of_what_opens_has_every_field_of_the_tables():
+    page = what_opens.what_opens_page()
+    names = {*FAMILIES, *NO_BEARING, *ONLY, *QUANTIZED}
+    for family in FAMILIES.values():
+        names |= family.ignored | family.supported.keys()
+    assert all(f"`{name}`" in page for name in names)
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert all(row.count("|") in (3, 4, 6) for row in rows)
+    (row,) = [row for row in rows if row.startswith("| `qwen2` | `silu`")]
+    assert "`llama3`" in row and "max_window_layers" in row and "`num_attention_heads`" in row
+    assert "reference/what_opens.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def test_every_package_and_every_public_name_has_its_place():

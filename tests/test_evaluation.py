@@ -43,6 +43,24 @@ def test_each_token_but_the_first_is_predicted_once(model_and_params, num_tokens
     assert result["bits_per_byte"] == pytest.approx(mean / math.log(2) * num_tokens / 100, rel=1e-6)
 
 
+@pytest.mark.short("29-start2")
+@pytest.mark.parametrize(("num_tokens", "start"), [(1, [6]), (31, [6]), (29, [6, 2, 1])])
+def test_with_a_start_the_first_token_is_predicted_too(model_and_params, num_tokens, start):
+    """Each window begins with the start, and predicts what follows its last token."""
+    model, params = model_and_params
+    tokens, losses = np.random.default_rng(0).integers(0, V, num_tokens, np.int32), []
+    size, forward = T - len(start) + 1, jax.jit(model.apply)
+    for first in range(0, num_tokens, size):
+        window = tokens[first : first + size]
+        inputs = np.pad([*start, *window], (0, T))[:T].astype(np.int32)
+        logits_TV = np.asarray(forward({"params": params}, inputs[None])[0], np.float64)
+        for logits_V, target in zip(logits_TV[len(start) - 1 :], window, strict=False):
+            losses.append(math.log(np.exp(logits_V).sum()) - logits_V[target])
+    result = evaluate(model, params, tokens, 100, batch_size=3, start=start)
+    assert result["num_tokens"] == num_tokens == len(losses)
+    assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
 def test_a_limit_reads_some_batches(model_and_params):
     tokens = np.random.default_rng(0).integers(0, V, 48, np.int32)
     losses = loss_of_each(*model_and_params, tokens)

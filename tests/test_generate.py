@@ -9,6 +9,7 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
+from flax_decoder.errors import UserError
 from flax_decoder.generation.sampling import Sampling
 from flax_decoder.generation.steps import (
     DECODE_TOKENS,
@@ -344,6 +345,17 @@ def test_completions_know_their_log_probabilities():
         assert not completion.ended
 
 
+@pytest.mark.full
+def test_padding_of_the_vocabulary_is_not_among_the_likeliest():
+    model, params = make("rotary grouped")
+    texts, num_ids = [prompts(1, 3)[0] % 4], 5
+    ((completion,),) = fd.complete(model, params, texts, 5, temperature=0.0, top_logprobs=num_ids, vocab_size=num_ids)
+    assert (np.sort(completion.top_tokens) == np.arange(num_ids)).all() and np.isfinite(completion.top_logprobs).all()
+    assert (completion.top_tokens[:, 0] == completion.tokens).all()
+    with pytest.raises(fd.UserError, match="top_logprobs"):
+        fd.complete(model, params, texts, 5, temperature=0.0, top_logprobs=num_ids + 1, vocab_size=num_ids)
+
+
 def test_a_completion_is_cut_behind_its_end():
     model, params = make()
     new = np.asarray(fd.generate(model, params, prompts(1, 3), 20, temperature=0.0))[0, 3:]
@@ -440,3 +452,20 @@ def test_the_decode_loop_copies_no_cache():
 
     # Scores and weights of one layer at a time: 3 query heads in 8 rows, and what goes with them.
     assert temporary_bytes(4096) - temporary_bytes(1024) < 8 * 3072 * 4 * 3 * 6
+
+
+@pytest.mark.parametrize("name", ["generate", "complete", "prefill"])
+@pytest.mark.parametrize("traced", ["params", "prompt"])
+def test_inside_of_a_transformation_generation_says_where_it_runs(name, traced):
+    model, params = make()
+
+    def call(params, prompts_BT):
+        arguments = (prompts_BT[0],) if name == "prefill" else (prompts_BT, 3)
+        options = {} if name == "prefill" else {"temperature": 0.0}
+        return getattr(fd, name)(model, params, *arguments, **options)
+
+    with pytest.raises(UserError, match=f"{name} runs a compiled loop of its own: call it outside of jax.jit"):
+        if traced == "params":
+            jax.jit(lambda params: call(params, prompts(2, 5)))(params)
+        else:
+            jax.vmap(lambda prompts_BT: call(params, prompts_BT))(prompts(2, 5)[None])

@@ -31,7 +31,7 @@ from flax_decoder.huggingface import tensor_file, weights
 from flax_decoder.huggingface.choice import choose_family
 from flax_decoder.huggingface.config import read_settings, write_settings
 from flax_decoder.huggingface.families import FAMILIES
-from flax_decoder.huggingface.folder import write_folder
+from flax_decoder.huggingface.folder import read_sampling, read_tokenizer, write_folder
 from flax_decoder.huggingface.tensor_file import Tensor
 from flax_decoder.loading import convert
 from flax_decoder.nn.decoder import Decoder
@@ -94,6 +94,38 @@ def test_a_folder_is_enough_to_generate_and_evaluate(folder, capsys):
     text.write_text("To be, or not to be. " * 5)
     assert main(["eval", str(folder), str(text), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 104
+
+
+def test_commands_sample_as_generation_config_says_and_start_as_the_tokenizer_does(folder, capsys):
+    import tokenizers
+
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<s>": 2}, []))
+    library.add_special_tokens(["<s>"])
+    library.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 2)])
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.4, "top_k": 1}')
+    command = ["generate", str(folder), "--prompt", "ab", "--max-new-tokens", "5"]
+
+    def output(*more):
+        assert main([*command, *more]) == 0
+        return capsys.readouterr()
+
+    told = f"sampling as {folder / 'generation_config.json'} says: temperature = 0.4, top_k = 1\n"
+    as_told, greedy, given = output(), output("--temperature", "0"), output("--temperature", "9", "--top-k", "0")
+    assert as_told.out == greedy.out != given.out
+    assert (as_told.err, greedy.err, given.err) == (told, told.replace("temperature = 0.4, ", ""), "")
+    (folder / "generation_config.json").write_text('{"top_p": 7}')
+    message = refusal(capsys, *command)
+    assert f"{folder / 'generation_config.json'}: top_p = 7" in message
+
+    (folder / "generation_config.json").unlink()
+    text = folder.parent / "text.txt"
+    text.write_text("abba" * 20)
+    assert main(["eval", str(folder), str(text)]) == 0
+    assert capsys.readouterr().out.endswith("over 80 tokens; each window begins with <s>\n")
+    assert main(["eval", str(folder), str(text), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_tokens"] == 80 and result["window_start"] == [2]
 
 
 def test_a_round_trip_through_a_run_folder_is_exact(folder, capsys):
@@ -213,23 +245,57 @@ def test_convert_refuses_what_it_cannot_do(folder, capsys):
     assert {path.name for path in parent.iterdir()} == {"model", "run"}
 
 
-def test_special_tokens_come_from_generation_config(folder):
+def test_special_tokens_come_from_all_files(folder):
     def special_tokens(path):
         tokenizer = fd.load(path)[2]
         return tokenizer.start_id, tokenizer.end_ids
 
-    assert special_tokens(folder)[1] == ()
+    assert special_tokens(folder) == (None, ())
     change(folder / "config.json", eos_token_id=5, bos_token_id=3)
-    (folder / "generation_config.json").unlink()
     assert special_tokens(folder) == (3, (5,))
     # 999 is outside of the vocabulary.
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 11, 999], "bos_token_id": 2}')
-    assert special_tokens(folder) == (2, (7, 11))
+    assert special_tokens(folder) == (2, (7, 11, 5))
     convert(folder, folder.parent / "run")
-    assert special_tokens(folder.parent / "run") == (2, (7, 11))
+    assert special_tokens(folder.parent / "run") == (2, (7, 11, 5))
     (folder / "generation_config.json").write_text('{"eos_token_id": "end"}')
     with pytest.raises(fd.UserError, match="eos_token_id = 'end' must be a token id"):
         fd.load(folder)
+
+
+def test_special_tokens_come_by_their_texts_too_and_by_guess_last(folder):
+    """As in chat models that name the end of an answer in tokenizer_config.json only."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|im_end|>", "<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    def special_tokens():
+        found = read_tokenizer(folder)
+        return found.start_id, found.end_ids
+
+    assert special_tokens() == (2, (3,))  # guessed
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>", "bos_token": {"content": "a"}}')
+    assert special_tokens() == (0, (5,))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}, "bos_token": null}')
+    assert special_tokens() == (0, (4,))
+    change(folder / "config.json", eos_token_id=1)
+    assert special_tokens() == (0, (1, 4))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "no such token"}')
+    assert special_tokens() == (0, (1,))
+
+
+def test_sampling_of_generation_config(folder):
+    assert read_sampling(folder) == {}
+    path = folder / "generation_config.json"
+    path.write_text('{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": null, "max_length": 4096}')
+    assert read_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
+    change(path, do_sample=False, repetition_penalty=1.1)
+    assert read_sampling(folder) == {"temperature": 0, "top_p": 0.9, "repetition_penalty": 1.1}
+    change(path, top_p="much")
+    with pytest.raises(fd.UserError, match=r"generation_config.json: top_p = 'much' must be a number"):
+        read_sampling(folder)
 
 
 # --- config.json ---
@@ -305,6 +371,9 @@ def test_the_original_context_defaults_to_the_context():
     assert read_settings(document, "x").rotary_original_context == 17
 
 
+TWO_BASES = {"full_attention": {}, "sliding_attention": {"rope_theta": 8.0}}
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "part"),
     [
@@ -313,11 +382,25 @@ def test_the_original_context_defaults_to_the_context():
         ("llama", {"model_type": None}, "model_type = None"),
         ("llama", {"auto_map": {"AutoModel": "evil.Model"}}, "auto_map names Python code"),
         ("llama", {"number_of_experts": 8}, "number_of_experts = 8 is not known for llama"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"sliding_window": 4}, "sliding_window = 4"),
         ("llama", {"hidden_act": "mish"}, "hidden_act = 'mish' is not supported, only silu"),
         ("llama", {"hidden_act": 3}, "hidden_act = 3"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved = True"),
+        ("llama", {"is_causal": False}, "is_causal = False"),
+        ("llama", {"per_layer_config": {"0": {"num_attention_heads": 1}}}, "per_layer_config"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantised weights are not read"),
+        ("gpt2", {"hidden_size": 13}, "n_embd = 12, but hidden_size = 13, another name of it"),
+        ("gpt_neox", {"rope_theta": 3.0}, "rotary_emb_base = 10000.0, but rope_theta = 3.0"),
+        ("gpt_neox", {"partial_rotary_factor": 0.5}, "rotary_pct = 1.0, but partial_rotary_factor = 0.5"),
+        ("llama", {"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_scaling.rope_type = 'llama3'"),
+        (
+            "gemma3_text",
+            {
+                "rope_local_base_freq": 9.0,
+                "rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 8.0}},
+            },
+            "rope_local_base_freq = 9.0, but rope_parameters.sliding_attention.rope_theta = 8.0",
+        ),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
         ("llama", {"hidden_size": "14"}, "hidden_size = '14' must be a positive whole number"),
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads = 3"),
@@ -326,7 +409,11 @@ def test_the_original_context_defaults_to_the_context():
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, "mscale = 1.0"),
         ("llama", {"rope_scaling": [2.0]}, "rope_scaling = [2.0] must be an object"),
-        ("llama", {"rope_parameters": {"rope_theta": 3.0}}, "rope_theta is both 10000.0 and 3.0"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 3.0}},
+            "but rope_parameters.rope_theta = 3.0",
+        ),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window = 'yes'"),

@@ -94,6 +94,46 @@ def test_chunks_change_neither_loss_nor_gradient(chunk_tokens):
     assert both[0][0][0] != both[0][0][1] and np.abs(both[0][2][0]["head"]).min() > 1e-4
 
 
+def by_jvp(compute, arguments, directions):
+    return jax.jvp(compute, arguments, directions)[1]
+
+
+def by_linearize(compute, arguments, directions):
+    return jax.linearize(compute, *arguments)[1](*directions)
+
+
+def by_jvp_of_grad(compute, arguments, directions):
+    return jax.jvp(jax.grad(compute, argnums=(0, 1)), arguments, directions)[1]
+
+
+def by_grad_of_jvp(compute, arguments, directions):
+    return jax.grad(lambda *arguments: by_jvp(compute, arguments, directions), argnums=(0, 1))(*arguments)
+
+
+def by_grad_of_grad(compute, arguments, directions):
+    def slope(*arguments):
+        gradients = jax.grad(compute, argnums=(0, 1))(*arguments)
+        return sum(jax.tree.leaves(jax.tree.map(lambda one, other: (one * other).sum(), gradients, directions)))
+
+    return jax.grad(slope, argnums=(0, 1))(*arguments)
+
+
+@pytest.mark.short("by_jvp", "by_jvp_of_grad")
+@pytest.mark.parametrize("derive", [by_jvp, by_linearize, by_jvp_of_grad, by_grad_of_jvp, by_grad_of_grad])
+def test_chunks_change_no_derivative_forward_or_of_second_order(derive):
+    rng = np.random.default_rng(4)
+    directions = {"head": rng.normal(size=(D, V)).astype(np.float32)}, rng.normal(size=X.shape).astype(np.float32)
+
+    def derivative(compute):
+        return jax.jit(functools.partial(derive, lambda head, x_BTD: compute(head, x_BTD, TARGETS, MASK)[0]))(
+            (HEAD, X), directions
+        )
+
+    both = derivative(functools.partial(in_chunks, chunk_tokens=4)), derivative(at_once)
+    for ours, expected in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_chunks_pass_on_what_follows_the_sum_and_only_that():
     def gradients(factor, other):
         def loss(head, x_BTD):
@@ -126,24 +166,34 @@ def test_chunks_sum_the_gradient_of_a_bfloat16_head_in_float32():
     np.testing.assert_allclose(of_all, chunks * of_one, rtol=1e-5)
 
 
-def arrays_in(jaxpr):
-    """The shapes of all arrays in a program, inside of its loops too."""
+def equations_in(jaxpr):
+    """All equations of a program, inside of its loops too."""
     for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
+        yield equation
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                yield from arrays_in(inner)
+                yield from equations_in(inner)
 
 
 def test_chunks_never_hold_all_logits():
     def most_logits(compute):
         program = jax.make_jaxpr(jax.value_and_grad(compute, argnums=(0, 1), has_aux=True))(HEAD, X, TARGETS, MASK)
-        shapes = [shape for shape in arrays_in(program.jaxpr) if shape[-1:] == (V,) and shape[-2:] != (D, V)]
+        results = (variable for equation in equations_in(program.jaxpr) for variable in equation.outvars)
+        shapes = [array.aval.shape for array in results]
+        shapes = [shape for shape in shapes if shape[-1:] == (V,) and shape[-2:] != (D, V)]
         return max(map(math.prod, shapes))
 
     assert most_logits(at_once) == B * T * V
     assert most_logits(functools.partial(in_chunks, chunk_tokens=2)) == 2 * V
+
+
+def test_a_loop_over_chunks_is_given_nothing_as_large_as_logits():
+    """JAX would take constants out of the loop, and then keep them in memory."""
+    compute = functools.partial(in_chunks, chunk_tokens=2)
+    program = jax.make_jaxpr(jax.value_and_grad(compute, argnums=(0, 1), has_aux=True))(HEAD, X, TARGETS, MASK)
+    (loop,) = (equation for equation in equations_in(program.jaxpr) if equation.primitive.name == "scan")
+    assert {variable.aval.shape for variable in loop.invars[: loop.params["num_consts"]]} == {(D, V)}
 
 
 def test_a_chunk_is_chosen_by_what_its_logits_take():

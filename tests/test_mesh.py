@@ -3,12 +3,14 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.errors import UserError
-from flax_decoder.parallel.mesh import AXES, make_mesh, mesh_of, mesh_sizes, sharding_of
+from flax_decoder.nn.cache import empty_cache
+from flax_decoder.parallel.mesh import AXES, make_mesh, mesh_of, mesh_sizes, sharding_of, use_mesh
 
 NUM_DEVICES = 8
 SIZES = {
@@ -144,3 +146,48 @@ def test_shardings_by_logical_axes():
         assert sharding_of(mesh, *axes).spec == spec
     placed = jax.device_put(np.arange(8.0).reshape(8, 1), sharding_of(mesh, "batch", None))
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1)}
+
+
+PLACES = {
+    "data": (P(), P("data")),
+    "fsdp": (P(None, "fsdp"), P("data")),
+    "tensor": (P("tensor"), P()),
+}
+REFUSED = r"make it with axis_types=\(jax.sharding.AxisType.Auto,\) \* 3"
+
+
+@pytest.mark.short("fsdp")
+@pytest.mark.parametrize("place", PLACES)
+def test_explicit_axes_are_refused_and_automatic_ones_are_not(place):
+    """Traced only. The embedding is split, or the batch, or both; `jax.make_mesh` makes explicit axes by default."""
+    config = make_config(model__num_layers=1)
+    model = fd.Decoder(config.model)
+    state = fd.init_state(model, config, rng=jax.random.key(0))
+    tokens_BT = np.zeros((24, 32), np.int32)
+
+    def step(mesh):
+        of_embedding, of_batch = (NamedSharding(mesh, spec) for spec in PLACES[place])
+        params = state.params | {"embedding": jax.device_put(state.params["embedding"], of_embedding)}
+        batch = dict.fromkeys(("inputs", "targets"), jax.device_put(tokens_BT, of_batch))
+        return jax.eval_shape(fd.train_step, state.replace(params=params), batch)[1]["loss"]
+
+    shape, names = (2, 2, 2), ("data", "fsdp", "tensor")
+    with pytest.raises(UserError, match=REFUSED):
+        step(jax.make_mesh(shape, names))
+    assert step(jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3)).shape == ()
+
+
+def test_explicit_axes_are_refused_for_a_new_state_the_rules_and_a_cache():
+    config = make_config(model__num_layers=1)
+    model = fd.Decoder(config.model)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    with pytest.raises(UserError, match=REFUSED):
+        fd.init_state(model, config, rng=jax.random.key(0), mesh=mesh)
+    params = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))
+    with use_mesh(mesh), pytest.raises(UserError, match=REFUSED):
+        jax.eval_shape(model.apply, params, np.zeros((2, 3), np.int32))
+    # In full on each device: a cache would have to follow it at each write.
+    tokens_BT = jax.device_put(np.zeros((1, 1), np.int32), NamedSharding(mesh, P()))
+    with pytest.raises(UserError, match=REFUSED):
+        jax.eval_shape(model.apply, params, tokens_BT, empty_cache(config.model, 1, 8))
+    assert jax.eval_shape(model.apply, params, tokens_BT).shape == (1, 1, 48)

@@ -6,7 +6,7 @@ import reference
 
 import flax_decoder as fd
 from flax_decoder.errors import UserError
-from flax_decoder.huggingface.names import family_of_names, left_over, read_names
+from flax_decoder.huggingface.names import family_of_names, left_over, read_layout
 from flax_decoder.huggingface.weights import export_tensors, flatten, split, tensor_specs
 
 L, D, N, H, V, T = 2, 12, 3, 4, 17, 11
@@ -132,17 +132,17 @@ def test_a_wrong_map_is_refused(names, message, shapes):
 def test_a_map_is_a_table_of_a_file(tmp_path):
     file = tmp_path / "names.toml"
     file.write_text('[names]\n"h.{}.attn.weight" = ["a", "b"]\n"wte.weight" = "embedding"\n')
-    assert read_names(file) == {"h.{}.attn.weight": ["a", "b"], "wte.weight": "embedding"}
+    assert read_layout(file)["names"] == {"h.{}.attn.weight": ["a", "b"], "wte.weight": "embedding"}
     for content, message in (
-        ("[name]\n", "must hold one table"),
+        ("[name]\n", "must hold a table"),
         ("[names", "is not TOML"),
-        ("names = 1", "one table"),
+        ("names = 1", "must hold a table"),
     ):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
-            read_names(file)
+            read_layout(file)
     with pytest.raises(UserError, match="cannot be read"):
-        read_names(tmp_path / "none.toml")
+        read_layout(tmp_path / "none.toml")
 
 
 def test_tensors_of_a_map_hold_the_parameters(leaves, shapes):

@@ -4,6 +4,7 @@ The table is generated: functions of token ids x kinds of ids, params x forms, a
 transformations of JAX. A few of each stay in the short suite.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -13,10 +14,13 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, PartitionSpec
 
 import flax_decoder as fd
 from flax_decoder.data.tokenizer import ByteTokenizer, make_tokenizer
+from flax_decoder.nn.arguments import READ_WITH, check_params
+from flax_decoder.nn.params import abstract_params
 
 SIZES = {"model.num_layers": 2, "model.embed_dim": 8, "model.num_heads": 2, "model.context_length": 7}
 B, T, V = 2, 5, 320  # a vocabulary beyond the largest int8 and uint8
@@ -61,6 +65,8 @@ OF_IDS = {
     "complete": lambda ids: [
         sample.tokens for row in fd.complete(make()[1], make()[2].params, ids, 2, temperature=0) for sample in row
     ],
+    "score": lambda ids: fd.score(make()[1], make()[2].params, ids, IDS_BT)[0],
+    "score continuations": lambda ids: fd.score(make()[1], make()[2].params, IDS_BT, ids)[0],
     "capture": lambda ids: fd.capture(make()[1], make()[2].params, ids, names=("logits",)),
     "attribute": lambda ids: fd.attribute(make()[1], make()[2].params, ids, IDS_BT),
     "attribute targets": lambda ids: fd.attribute(make()[1], make()[2].params, IDS_BT, ids),
@@ -150,7 +156,7 @@ def cases_of_ids():
             in_jit = name.startswith("jit") and kind in NOT_IN_JIT | OF_VALUES_ONLY | OF_VALUES.keys()
             if in_jit or (kind in OF_VALUES and ("segments" in name or "positions" in name or "scores" in name)):
                 continue
-            if kind == "ragged" and name in ("generate", "complete"):
+            if kind == "ragged" and name in ("generate", "complete", "score", "score continuations"):
                 continue  # they take rows of different lengths
             if (name, kind) == ("head_scores", "beyond int32"):
                 message = "does not fit into int32"
@@ -218,12 +224,6 @@ def without(name):
     return lambda params: {other: params[other] for other in params if other != name}
 
 
-def with_biases(params):
-    attention = params["layers"]["attention"]
-    out = attention["out"] | {"bias": np.zeros((2, 8), np.float32)}
-    return params | {"layers": params["layers"] | {"attention": attention | {"out": out}}}
-
-
 PARAMS = {
     "numpy": (lambda params: jax.tree.map(np.asarray, params), None),
     "tuple": (fd.unstack_layers, None),
@@ -237,7 +237,6 @@ PARAMS = {
     "complex": (lambda params: jax.tree.map(lambda leaf: leaf.astype(jnp.complex64), params), "point.*complex64"),
     "a head too many": (lambda params: params | {"head": np.zeros((8, V), np.float32)}, "'head'.* does not read"),
     "a bias too many": (lambda params: params | {"head_bias": np.zeros(V, np.float32)}, "'head_bias'.* does not read"),
-    "biases of layers": (with_biases, "attention/out/bias'.* does not read"),
     "variables": (lambda params: {"params": params}, "extra params layer|must be those of a Decoder.*dict of params"),
     "nothing": (lambda params: None, "should be a dictionary|must be those of a Decoder.*NoneType"),
     "no layers": (without("layers"), "layers|must be those of a Decoder"),
@@ -253,7 +252,7 @@ OF_PARAMS = {
         fd.TrainState.create(apply_fn=make()[1].apply, params=params, tx=optax.sgd(0.1)), BATCH
     ),
 }
-TOO_MANY = ("a head too many", "a bias too many", "biases of layers")
+TOO_MANY = ("a head too many", "a bias too many")
 CASES_OF_PARAMS = [
     (name, form)
     for name in OF_PARAMS
@@ -263,12 +262,33 @@ CASES_OF_PARAMS = [
 ]
 
 
+def test_params_of_another_model_are_refused_whatever_it_is_that_this_one_does_not_read():
+    """All parameters that any model has, each given to every model that does not have it."""
+    # Between them these have every parameter, and each is without some.
+    others = [
+        *({"norm_position": value} for value in ("pre", "post", "both", "output")),
+        {"feed_forward": "swiglu", "qk_norm": "head", "tied_head": False, "head_bias": True, "final_norm": False},
+        {"positions": "rotary", "norm_bias": True},
+        {"attention_in_bias": True, "attention_out_bias": True, "mlp_bias": True, "feed_forward": "geglu"},
+    ]
+    plain = {"norm_bias": False, "attention_in_bias": False, "attention_out_bias": False, "mlp_bias": False}
+    configs = [dataclasses.replace(make()[0].model, **plain | other) for other in others]
+    own = [flatten_dict(abstract_params(fd.Decoder(config)), sep="/") for config in configs]
+    everything = {path: np.zeros((), np.float32) for params in own for path in params}
+    assert all(any(path.endswith(end) for path in everything) for end in READ_WITH)
+    for config, params in zip(configs, own, strict=True):
+        check_params(config, unflatten_dict({path: everything[path] for path in params}, sep="/"))
+        for path in everything.keys() - params:
+            with pytest.raises(ValueError, match=f"{path}.* does not read"):
+                check_params(config, unflatten_dict({path: everything[path]}, sep="/"))
+
+
 @pytest.mark.short(
     *(
         "apply-integers",
         "apply-complex",
         "apply-a head too many",
-        "apply-biases of layers",
+        "apply-a bias too many",
         "generate-list",
         "generate-by number",
     ),
@@ -571,10 +591,37 @@ def test_a_compiled_step_moves_nothing_between_host_and_device():
         step(state, batch)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("chunk_tokens", [0, 3])
+def test_a_hessian_vector_product_has_the_digits_of_its_dtype(chunk_tokens):
+    def product(dtype):
+        settings = {"model.dtype": dtype, "training.loss_chunk_tokens": chunk_tokens if dtype == "float32" else 0}
+        config = fd.load_config(overrides=SIZES | {"model.vocab_size": V} | settings)
+        model, drawn = fd.Decoder(config.model), np.random.default_rng(0)
+        state = fd.init_state(model, config, rng=jax.random.key(0))
+        params, changes = (
+            jax.tree.map(lambda leaf: drawn.normal(0, 0.1, leaf.shape).astype(np.float32).astype(dtype), state.params)
+            for _ in range(2)
+        )
+
+        def loss(params):
+            return fd.eval_step(state.replace(params=params), BATCH)["loss"]
+
+        leaves = jax.tree.leaves(
+            jax.jit(lambda p, change: jax.jvp(jax.grad(loss), (p,), (change,))[1])(params, changes)
+        )
+        return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves])
+
+    with jax.enable_x64(True):
+        ours, exact = product("float32"), product("float64")
+    assert 1e-9 < np.linalg.norm(ours - exact) / np.linalg.norm(exact) < 2e-6
+
+
 def test_every_public_function_is_in_a_table():
     """Or holds no array and is tested where it is: errors, configs, files that are read, and pictures of a log."""
     elsewhere = {"FaultError", "UserError", "Config", "ModelConfig", "History", "read_history", "plot_losses"}
     elsewhere |= {"Attribution", "KVCache", "Draft", "PromptLookup", "write_lens_page"}
+    elsewhere |= {"adamw_from_torch", "adamw_to_torch"}
     tables = {*OF_IDS, *OF_PARAMS, *ARGUMENTS, *SWITCHED, "TrainState"}
     names = {re.sub(" .*", "", name) for name in tables}
     assert set(fd.__all__) - names - elsewhere == set()

@@ -205,6 +205,7 @@ UNUSED = {
     "optimizer.muon_momentum": (0.5, {}),
     "optimizer.decay_fraction": (0.5, {}),
     "optimizer.final_fraction": (0.5, {"optimizer.schedule": "constant"}),
+    "optimizer.decay": ("all", {"optimizer.weight_decay": 0.0}),
 }
 
 
@@ -237,7 +238,7 @@ def test_what_is_not_in_use_changes_no_number(here, name):
 
 
 def test_each_field_that_is_used_only_beside_another_is_tried():
-    config = fd.load_config(None, {"optimizer.schedule": "constant"})
+    config = fd.load_config(None, {"optimizer.schedule": "constant", "optimizer.weight_decay": 0.0})
     unused = {f"{section}.{name}" for section, name in fixed_fields() if not is_used(getattr(config, section), name)}
     assert unused == set(UNUSED)
 

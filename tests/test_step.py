@@ -357,14 +357,6 @@ def test_bfloat16_is_for_computing_only():
     assert float(metrics["loss"]) != in_float32
 
 
-def test_a_deep_copy_has_own_arrays_and_one_structure():
-    state = make_state()
-    copied = copy.deepcopy(state)
-    assert jax.tree.structure(copied) == jax.tree.structure(state) and bits(copied) == bits(state)
-    copied.params["embedding"].delete()  # as donating it does
-    assert not state.params["embedding"].is_deleted()
-
-
 @pytest.mark.short("float16-changes1")
 @pytest.mark.parametrize("changes", [{}, {"training__batch_size": B, "training__accumulation_steps": 2}])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -377,10 +369,12 @@ def test_a_step_of_narrow_params_is_the_wide_one_rounded(dtype, changes):
     same = fd.TrainState.create(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow), **settings)
     (after, metrics), (expected, expected_metrics) = (jax.jit(fd.train_step)(start, batch) for start in (state, same))
     assert metrics["applied"] and float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-6)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), after.opt_state, expected.opt_state)
+    for leaf, exact in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(expected.opt_state), strict=True):
+        np.testing.assert_allclose(leaf, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
     for leaf, exact in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected.params), strict=True):
         assert leaf.dtype == dtype
-        np.testing.assert_allclose(leaf.astype(np.float32), exact, rtol=float(jnp.finfo(dtype).eps))
+        # An update is 0.01. Of a gradient as small as Adam's epsilon, the order of a sum shows in it.
+        np.testing.assert_allclose(leaf.astype(np.float32), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-4)
 
 
 OPTIMIZERS = {
@@ -409,6 +403,32 @@ def test_a_state_of_narrow_moments_keeps_them():
     state = state.replace(opt_state=state.tx.init(params))
     after, _ = jax.eval_shape(fd.train_step, state, make_batch())
     assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.short("B, 5-7")
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
+@pytest.mark.parametrize("shape", ["B, T", "8, T", "B, 5"])
+def test_a_step_can_be_exported_with_a_free_batch_and_length(shape, chunk_tokens):
+    state = make_state(training__loss_chunk_tokens=chunk_tokens)
+    leaves, structure = jax.tree.flatten(state)
+    constraints = [f"T<={T}"] if "T" in shape else []
+    tokens_BT = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, constraints=constraints), jnp.int32)
+
+    @jax.jit
+    def loss_of(leaves, batch):
+        return fd.train_step(jax.tree.unflatten(structure, leaves), batch)[1]["loss"]
+
+    exported = jax.export.export(loss_of)(leaves, dict.fromkeys(("inputs", "targets"), tokens_BT))
+    expected = float(take_step(make_state(), make_batch())[1]["loss"])
+    assert float(exported.call(leaves, make_batch())) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_deep_copy_has_own_arrays_and_one_structure():
+    state = make_state()
+    copied = copy.deepcopy(state)
+    assert jax.tree.structure(copied) == jax.tree.structure(state) and bits(copied) == bits(state)
+    copied.params["embedding"].delete()  # as donating it does
+    assert not state.params["embedding"].is_deleted()
 
 
 @pytest.mark.full

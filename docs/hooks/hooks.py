@@ -6,6 +6,7 @@ from typing import Any
 import code_pages
 import scripts
 import sources
+import what_opens
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -18,6 +19,7 @@ def on_files(files: Files, config: Any) -> Files:
         "reference/config.md": code_pages.config_page(),
         "reference/commands.md": code_pages.commands_page(),
         "reference/api.md": code_pages.api_page(ROOT),
+        "reference/what_opens.md": what_opens.what_opens_page(),
         **code_pages.package_pages(ROOT),
     }
     for script in sorted((ROOT / "docs/notebooks").glob("*.py")):

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
-from flax_decoder.allocator import return_freed_memory
 from flax_decoder.comparison.causes import IMPRECISE, explain
 from flax_decoder.comparison.jax_side import JaxSide
 from flax_decoder.comparison.ledger import Ledger, Row, Verdict
@@ -94,7 +93,6 @@ def compare_models(
     notes, cause = _notes(model, length), None
     if any(row.relative > row.floor for row in rows):
         gc.collect()  # the sides of float32 take gigabytes, and may be parts of cycles
-        return_freed_memory()
         ours, theirs = sides(True)
         for number, observation in enumerate(observe(ours, theirs, batches, steps)):
             rows[number] = row = compare_float64(rows[number], observation)

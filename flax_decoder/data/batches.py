@@ -5,7 +5,7 @@ window once, in an order that depends only on (seed, epoch). A batch is the next
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def train_batch(
 
 
 def validation_batches(
-    tokens: np.ndarray, *, batch_size: int, context_length: int, limit: int = 0
+    tokens: np.ndarray, *, batch_size: int, context_length: int, limit: int = 0, start: Sequence[int] = ()
 ) -> Iterator[dict[str, np.ndarray]]:
     """The validation split in order, each target once, in batches of one shape (one compilation).
 
@@ -58,27 +58,33 @@ def validation_batches(
         batch_size: B, windows per batch.
         context_length: T, tokens per window.
         limit: yields at most this many batches, evenly spaced; 0 yields all.
+        start: tokens that every window begins with, at most T; after them the first token is predicted too.
 
     Yields:
         `inputs` and `targets`, int32 [B, T], and `mask`, float32 [B, T]: 1 for a target, 0 for padding.
 
     Raises:
-        ValueError: fewer than two tokens, so no target.
+        ValueError: no target: fewer than two tokens, or none after a start.
     """
-    B, T = batch_size, context_length
-    num_targets = len(tokens) - 1
+    B, T, num_before = batch_size, context_length, len(start) - 1
+    num_targets = len(tokens) - (0 if start else 1)
     if num_targets < 1:
         raise ValueError(f"a validation split needs at least 2 tokens, this one has {len(tokens)}")
-    num_batches = -(-num_targets // (B * T))
+    stride = T - max(num_before, 0)
+    num_batches = -(-num_targets // (B * stride))
     num_chosen = min(limit, num_batches) if limit > 0 else num_batches
+    first_T = np.resize(np.array([*start] or [0]), T)
     for choice in range(num_chosen):
         batch = choice * num_batches // num_chosen
-        indices_BT = batch * B * T + np.arange(B * T).reshape(B, T)
-        mask_BT = indices_BT < num_targets
+        windows_B1 = batch * B + np.arange(B)[:, None]
+        positions_1T = np.arange(T)[None, :]
+        indices_BT = windows_B1 * stride + positions_1T - num_before  # of the targets
+        mask_BT = (positions_1T >= num_before) & (indices_BT < len(tokens))
         indices_BT = np.where(mask_BT, indices_BT, 0)
+        inputs_BT = np.where(mask_BT, tokens[np.maximum(indices_BT - 1, 0)], 0)
         yield {
-            "inputs": np.where(mask_BT, tokens[indices_BT], 0).astype(np.int32),
-            "targets": np.where(mask_BT, tokens[indices_BT + 1], 0).astype(np.int32),
+            "inputs": np.where(positions_1T <= num_before, first_T, inputs_BT).astype(np.int32),
+            "targets": np.where(mask_BT, tokens[indices_BT], 0).astype(np.int32),
             "mask": mask_BT.astype(np.float32),
         }
 

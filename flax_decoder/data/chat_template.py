@@ -12,17 +12,32 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flax_decoder.data.corpus import decode_text
+from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content
-from flax_decoder.io.strict_json import LISTING, parse_object
 
 _MAX_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
 
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`: marks what the model is trained to write. It changes nothing of the text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The statements up to `{% endgeneration %}`, in a scope of their own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [jinja2.nodes.Scope(body, lineno=line)]
 
 
 class ChatTemplate:
@@ -41,7 +56,7 @@ class ChatTemplate:
         """
         self._name, self._special_tokens = name, dict(special_tokens)
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
@@ -58,7 +73,9 @@ class ChatTemplate:
             UserError: the template refuses the messages, for example a system message, or fails.
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            # Templates ask whether there are tools and documents, which a conversation here never has.
+            variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special_tokens}
+            return self._template.render(messages=messages, **variables)
         except Exception as error:  # a template is a program: anything can fail
             raise UserError(f"{self._name}: refuses these messages: {error}") from None
 
@@ -70,10 +87,7 @@ def load_chat_template(folder: Path) -> ChatTemplate:
         UserError: there is none, or it cannot be used.
     """
     path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    document: dict[str, Any] = {}
-    if os.path.lexists(path):
-        content = read_content(open_inside(folder, path.name), LISTING.num_bytes, str(path))
-        document = parse_object(content, str(path), LISTING)
+    document = read_tokenizer_config(folder)
     source = document.get("chat_template")
     if os.path.lexists(file):
         content = read_content(open_inside(folder, file.name), _MAX_TEMPLATE_BYTES, str(file))
@@ -86,17 +100,18 @@ def load_chat_template(folder: Path) -> ChatTemplate:
             f"{folder}: has no chat template: no chat_template.jinja, no chat_template in tokenizer_config.json;\n"
             f"a model that was not trained on conversations can continue a text: flax-decoder generate {folder}"
         )
-    special_tokens = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in document.items()
-        if name.endswith("_token")
-        and (isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str)))
-    }
+    special_tokens = read_special_tokens(folder, document)
     return ChatTemplate(source, special_tokens, str(file if os.path.lexists(file) else path))
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -51,11 +51,14 @@ class Tokenizer(ABC):
         vocab_size: V; ids run from 0 to V - 1.
         start_id: the start-of-text token, or None.
         end_ids: the end-of-text tokens; may be empty.
+        lone_byte_id: of a tokenizer with tokens for bytes among those for text, the token of a byte that is no
+            character by itself.
     """
 
     vocab_size: int
     start_id: int | None = None
     end_ids: tuple[int, ...] = ()
+    lone_byte_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises UserError if it is no text, or a character is not in the vocabulary."""
@@ -64,6 +67,14 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt: the text, after what the tokenizer.json puts before it, such as a start token."""
         return self.encode(text)
+
+    def prompt_start(self) -> list[int]:
+        """The tokens that `encode_prompt` puts before a text."""
+        return []
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token with a text of its own, such as "</s>"; None if there is none."""
+        return None
 
     def encode_array(self, text: str, dtype: DTypeLike = np.int32) -> np.ndarray:
         """The token ids as an array, for whole corpora: memory is that of text and array, and of encoding one piece.
@@ -178,6 +189,7 @@ class SubwordTokenizer(Tokenizer):
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # ids may have gaps
+        self.lone_byte_id = tokenizer.token_to_id("<0xF0>")
         added_tokens = tokenizer.get_added_tokens_decoder()
         special_ids = {token.content: id for id, token in added_tokens.items() if token.special}
         self.start_id = next((special_ids[name] for name in _START_TOKENS if name in special_ids), None)
@@ -192,6 +204,16 @@ class SubwordTokenizer(Tokenizer):
             end = self._find_cut(text, start + _PIECE_CHARACTERS)
             yield np.array(self._encode_piece(text[start:end]), np.int32)
             start = end
+
+    def prompt_start(self) -> list[int]:
+        """Those before one letter: without any text, what is before it cannot be told."""
+        with_start = self.encode_prompt("a")
+        return with_start[: len(with_start) - len(self.encode("a"))]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, special or not, by its text in the vocabulary."""
+        id: int | None = self._tokenizer.token_to_id(token)
+        return id
 
     def encode_prompt(self, text: str) -> list[int]:
         """Other than `encode`, with the special tokens before the text; those after it would end it."""

@@ -5,6 +5,7 @@ position sees the last `context_length` positions, or the window of its layer. L
 the context: when it is full, its last half is prefilled again as a new text, and decoding continues from there.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ def generate(
         ValueError: ids outside the vocabulary or of another kind than integers, an empty prompt, a negative number of
             tokens, no random key, params of another model, or a setting of `Sampling` out of range.
     """
+    refuse_tracers("generate", (params, prompt_tokens_BT, rng, sampling))
     prompts = as_prompts(prompt_tokens_BT, model.config)
     options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "draft": draft}
     new_BC = _decode_all(model, params, prompts, max_new_tokens, rng, Sampling(**sampling), **options).tokens_BC
@@ -107,15 +109,18 @@ def complete(
     """Like `generate`, with log-probabilities, and each row cut after its end token. Other arguments: see `generate`.
 
     Args:
-        top_logprobs: number of likeliest tokens to report at each step.
+        top_logprobs: number of likeliest tokens to report at each step, of those below the `vocab_size` of `sampling`.
 
     Returns:
         The samples of each prompt.
     """
+    refuse_tracers("complete", (params, prompt_tokens_BT, rng, sampling))
     prompts = as_prompts(prompt_tokens_BT, model.config)
-    top_logprobs = as_whole_number("top_logprobs", top_logprobs, 0, model.config.vocab_size)
+    how = Sampling(**sampling)
+    num_ids = min(how.vocab_size or sys.maxsize, model.config.vocab_size or 0)
+    top_logprobs = as_whole_number("top_logprobs", top_logprobs, 0, num_ids)
     options = {"num_samples": num_samples, "end_ids": end_ids, "prefix": prefix, "num_top": top_logprobs}
-    new = _decode_all(model, params, prompts, max_new_tokens, rng, Sampling(**sampling), **options)
+    new = _decode_all(model, params, prompts, max_new_tokens, rng, how, **options)
     B = len(prompts) * num_samples
     rows = [_completion(jax.tree.map(lambda array, row=row: array[row], new), end_ids) for row in range(B)]
     return [rows[start : start + num_samples] for start in range(0, B, num_samples)]
@@ -161,6 +166,7 @@ def prefill(model: Decoder, params: Any, tokens: ArrayLike, *, prefix: Prefix | 
         ValueError: ids outside the vocabulary, no tokens, or more than the context with learned or sinusoidal
             positions.
     """
+    refuse_tracers("prefill", (params, tokens))
     (text,) = as_prompts([as_array(tokens, "the tokens")], model.config)
     config = model.config
     if not supports_rolling_context(config) and len(text) > config.context_length:
@@ -170,6 +176,15 @@ def prefill(model: Decoder, params: Any, tokens: ArrayLike, *, prefix: Prefix | 
         )
     cache, logits_BV = prefill_prompts(model, unstack_layers(params), [text], cache_capacity(config, len(text)), prefix)
     return Prefix(text, cache, logits_BV)
+
+
+def refuse_tracers(name: str, arguments: Any) -> None:
+    """Raises UserError inside of `jax.jit` and other transformations, where numbers are not known."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+        raise UserError(
+            f"{name} runs a compiled loop of its own: call it outside of jax.jit, jax.vmap and other transformations, "
+            "with many prompts at once"
+        )
 
 
 def as_prompts(prompts: Prompts, config: ModelConfig) -> list[np.ndarray]:

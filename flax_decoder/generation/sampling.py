@@ -91,6 +91,7 @@ class Sampling:
             top_p=number(self.top_p, greedy or self.top_p == 1),
             min_p=number(self.min_p, greedy or self.min_p == 0),
             forced_F=forced_F if len(forced_F) else None,
+            num_ids=None if (self.vocab_size or vocab_size) >= vocab_size else np.asarray(self.vocab_size, np.int32),
         )
 
 
@@ -122,6 +123,7 @@ class Filters(struct.PyTreeNode):
     Attributes:
         penalties: for repetition, presence and frequency.
         max_top_k: top_k rounded up to a power of two, since the number of tokens to look for must be static.
+        num_ids: ids from this one on are padding, which no list of likeliest tokens has; None if there is none.
     """
 
     allowed_V: np.ndarray | None
@@ -132,6 +134,7 @@ class Filters(struct.PyTreeNode):
     min_p: np.ndarray | None
     forced_F: np.ndarray | None
     max_top_k: int = struct.field(pytree_node=False)
+    num_ids: np.ndarray | None
 
 
 class TokenCounts(struct.PyTreeNode):

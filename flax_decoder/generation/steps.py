@@ -123,7 +123,7 @@ def decode_chunk(
         token_rngs_B = None if rngs_B is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(rngs_B, index)
         token_B = sample(state.logits_BV, filters, state.counts, token_rngs_B, index)
         token_B = jnp.where(state.ended_B, state.token_B, token_B)
-        column = with_logprobs(token_B, state.logits_BV, state.ended_B, num_top)
+        column = with_logprobs(token_B, state.logits_BV, state.ended_B, num_top, filters.num_ids)
         chunk = jax.tree.map(
             lambda columns, one: jax.lax.dynamic_update_index_in_dim(columns, one, i, axis=1), chunk, column
         )
@@ -136,19 +136,28 @@ def decode_chunk(
         i, state, _ = carry
         return (i < num_tokens) if end_ids is None else (i < num_tokens) & ~state.ended_B.all()
 
-    column = jax.eval_shape(lambda: with_logprobs(state.token_B, state.logits_BV, state.ended_B, num_top))
+    column = jax.eval_shape(
+        lambda: with_logprobs(state.token_B, state.logits_BV, state.ended_B, num_top, filters.num_ids)
+    )
     chunk = jax.tree.map(lambda one: jnp.zeros((B, C, *one.shape[1:]), one.dtype), column)
     i, state, chunk = jax.lax.while_loop(is_unfinished, next_token, (jnp.int32(0), state, chunk))
     is_decoded_1C = jnp.arange(C)[None] < i
     return state, chunk.replace(tokens_BC=jnp.where(is_decoded_1C, chunk.tokens_BC, state.token_B[:, None]))
 
 
-def with_logprobs(token_B: jax.Array, logits_BV: jax.Array, ended_B: jax.Array, num_top: int | None) -> TokenChunk:
-    """One token per row and, with `num_top`, its log-probability, 0 after the end, and the likeliest tokens."""
+def with_logprobs(
+    token_B: jax.Array, logits_BV: jax.Array, ended_B: jax.Array, num_top: int | None, num_ids: Any
+) -> TokenChunk:
+    """One token per row and, with `num_top`, its log-probability, 0 after the end, and the likeliest tokens.
+
+    `num_ids`, if it is not None, is the number of ids that are no padding.
+    """
     if num_top is None:
         return TokenChunk(token_B)
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)[:, 0]
+    if num_ids is not None:
+        logprobs_BV = jnp.where(jnp.arange(logprobs_BV.shape[1])[None] < num_ids, logprobs_BV, -jnp.inf)
     top_logprobs_BK, top_tokens_BK = jax.lax.top_k(logprobs_BV, num_top)
     return TokenChunk(token_B, jnp.where(ended_B, 0, logprob_B), top_tokens_BK.astype(jnp.int32), top_logprobs_BK)
 

@@ -1,27 +1,20 @@
-"""config.json <-> `ModelConfig`. Every field of config.json is read, known not to matter, or refused by name."""
+"""config.json <-> `ModelConfig`. Every field of config.json is read, known not to matter, or told of by name."""
 
 import dataclasses
+import itertools
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.errors import UserError
+from flax_decoder.errors import FolderWarning, UserError
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.family import REQUIRED, Family, Setting
+from flax_decoder.huggingface.fields import NO_BEARING, ONLY, QUANTIZED, is_of_network
 from flax_decoder.huggingface.positions import read_rotary, read_windows, write_rotary, write_windows
 from flax_decoder.io.strict_json import shown
-
-# Fields that do not affect the logits.
-_NOTES = {"architectures", "model_type", "name_or_path", "_name_or_path", "transformers_version"}
-_NOTES |= {"dtype", "torch_dtype", "transformers.js_config", "_attn_implementation_autoset", "task_specific_params"}
-_GENERATION = {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "use_cache"}
-_OUTPUTS = {"output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "is_decoder"}
-_OUTPUTS |= {"is_encoder_decoder", "chunk_size_feed_forward", "summary_activation", "summary_first_dropout"}
-_OUTPUTS |= {"summary_proj_to_labels", "summary_type", "summary_use_proj"}
-_TRAINING = {"initializer_range", "gradient_checkpointing", "attention_dropout", "attn_pdrop", "embd_pdrop"}
-_TRAINING |= {"resid_pdrop", "hidden_dropout", "classifier_dropout", "residual_dropout", "embedding_dropout"}
-_IGNORED = _NOTES | _GENERATION | _OUTPUTS | _TRAINING
 
 
 def family_of(document: dict[str, Any], source: str) -> Family:
@@ -37,28 +30,32 @@ def family_of(document: dict[str, Any], source: str) -> Family:
     return FAMILIES[model_type]
 
 
-def read_settings(document: dict[str, Any], source: str) -> ModelConfig:
-    """The model that a config.json describes.
+def read_settings(
+    document: dict[str, Any], source: str, family: Family | None = None, *, strict: bool = False
+) -> ModelConfig:
+    """The model that a config.json, or another table of settings, describes.
 
     Args:
         document: the content of config.json.
         source: how error messages begin.
+        family: its table; None means the one that config.json names.
+        strict: refuse every field that is not known, instead of warning of those that hardly matter.
 
     Raises:
         UserError: the family or a setting is unknown or not supported.
     """
-    family = family_of(document, source)
-    ignored = _IGNORED | family.ignored | {"auto_map"}  # `family_of` refuses an auto_map that is not empty
+    family = family_of(document, source) if family is None else family
+    if name := next((name for name in QUANTIZED if document.get(name)), None):
+        raise UserError(
+            f"{source}: {name} = {shown(document[name])}: quantised weights are not read;\n"
+            "get the model in float32, bfloat16 or float16"
+        )
+    ignored = (NO_BEARING | family.ignored | {*QUANTIZED}) - family.names_read
     rest = {name: value for name, value in document.items() if name not in ignored}
     values = dict(family.constants)
     for setting in family.all_settings:
         values |= dict.fromkeys(setting.fields, _read_setting(setting, rest, source))
-    for name, supported in family.supported.items():
-        value = rest.pop(name, supported[0])
-        if value not in supported:
-            raise UserError(
-                f"{source}: {name} = {shown(value)} is not supported for {family.model_type}, only {supported[0]}"
-            )
+    _read_supported(rest, family, family.supported, source)
     if family.rotary is not None:
         values |= read_rotary(rest, family.rotary, values["context_length"], source)
     if family.windows is not None:
@@ -67,12 +64,8 @@ def read_settings(document: dict[str, Any], source: str) -> ModelConfig:
         values.pop("rotary_window_base", None)
     if family.scales_embedding:
         values["embed_scale"] = values["embed_dim"] ** 0.5
-    if rest:
-        name, value = next(iter(rest.items()))
-        raise UserError(
-            f"{source}: {name} = {shown(value)} is not known for {family.model_type}; it may change the numbers, so "
-            "the model is not read"
-        )
+    _read_supported(rest, family, ONLY, source)
+    _check_unknown(rest, family, source, strict)
     return _validated(values, family, source)
 
 
@@ -98,8 +91,45 @@ def write_settings(config: ModelConfig, family: Family) -> dict[str, Any]:
     return document
 
 
+def _read_supported(
+    rest: dict[str, Any], family: Family, supported: Mapping[str, tuple[Any, ...]], source: str
+) -> None:
+    """Removes from `rest` the fields that are supported with some values only. Raises UserError for another value."""
+    for name, values in supported.items():
+        value = rest.pop(name, values[0])
+        if value not in values:
+            raise UserError(
+                f"{source}: {name} = {shown(value)} is not supported for {family.model_type}, only {values[0]}"
+            )
+
+
+def _check_unknown(rest: dict[str, Any], family: Family, source: str, strict: bool) -> None:
+    """Warns of fields that nobody knows. Raises UserError if one belongs to the network, or, if strict, for any."""
+    unknown = {name: value for name, value in rest.items() if value is not None or strict}
+    for name, value in unknown.items():
+        told = f"{source}: {name} = {shown(value)} is not known for {family.model_type}"
+        if strict or is_of_network(name):
+            raise UserError(f"{told}; it may change the numbers, so the model is not read")
+    if unknown:
+        told = ", ".join(f"{name} = {shown(value)}" for name, value in itertools.islice(unknown.items(), 5))
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        verb = "is" if len(unknown) == 1 else "are"
+        warnings.warn(
+            f"{source}: {told}{more} {verb} not known for {family.model_type}, and passed over; --strict refuses",
+            FolderWarning,
+            stacklevel=2,
+        )
+
+
 def _read_setting(setting: Setting, rest: dict[str, Any], source: str) -> Any:
-    value = rest.pop(setting.name, setting.default)
+    given = {name: rest.pop(name) for name in (setting.name, *setting.also) if name in rest}
+    name, value = next(iter(given.items()), (setting.name, setting.default))
+    for other, second in given.items():
+        if second != value:
+            raise UserError(
+                f"{source}: {name} = {shown(value)}, but {other} = {shown(second)}, another name of it; keep the right "
+                "one"
+            )
     if value is REQUIRED or (value is None and setting.default is REQUIRED):
         raise UserError(f"{source}: {setting.name} is missing, but required")
     if value is None:
@@ -111,7 +141,7 @@ def _read_setting(setting: Setting, rest: dict[str, Any], source: str) -> Any:
             raise ValueError(f"is not supported, only {', '.join(setting.values)}")
         return setting.values[value]
     except ValueError as error:
-        raise UserError(f"{source}: {setting.name} = {shown(value)} {error}") from None
+        raise UserError(f"{source}: {name} = {shown(value)} {error}") from None
 
 
 def _write_setting(setting: Setting, config: ModelConfig) -> Any:

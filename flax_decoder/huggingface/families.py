@@ -14,10 +14,15 @@ BIASES = ("norm_bias", "attention_in_bias", "attention_out_bias", "mlp_bias")
 
 # --- Settings ---
 
-_PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# All names that transformers has for one function; the first is written.
+_GELU = ("gelu", "gelu_python")
+_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
+_PLAIN = {**dict.fromkeys(_GELU, "gelu"), "gelu_new": "gelu_tanh", **dict.fromkeys(_TANH, "gelu_tanh")}
 _PLAIN |= {"relu": "relu", "relu2": "relu_squared"}
-_TANH_GATED = {"gelu_pytorch_tanh": "geglu_tanh"}
-_GATED = {"silu": "swiglu", "gelu": "geglu", **_TANH_GATED}
+_TANH_GATED = dict.fromkeys(_TANH, "geglu_tanh")
+# In Gemma's first releases "gelu" means its approximation, also to transformers.
+_GEMMA_ACT = {**_TANH_GATED, "gelu": "geglu_tanh"}
+_GATED = {"silu": "swiglu", "swish": "swiglu", **dict.fromkeys(_GELU, "geglu"), **_TANH_GATED}
 
 
 def _activation(name: str, values: Mapping[str, str], default: Any = REQUIRED) -> Setting:
@@ -36,8 +41,8 @@ def _num_layers(value: Any) -> int:
     return _positive(value, 10_000)  # the deepest models have under 200
 
 
-def _size(name: str, field: str, default: Any = REQUIRED) -> Setting:
-    return Setting(name, (field,), default, read=_positive)
+def _size(name: str, field: str, default: Any = REQUIRED, also: tuple[str, ...] = ()) -> Setting:
+    return Setting(name, (field,), default, read=_positive, also=also)
 
 
 def _with_defaults(settings: tuple[Setting, ...], **defaults: Any) -> tuple[Setting, ...]:
@@ -56,9 +61,18 @@ _SIZES = (
 _GROUPED_SIZES = (*_SIZES, _size("num_key_value_heads", "num_kv_heads", None), _size("head_dim", "head_dim", None))
 _RMS_EPSILON = Setting("rms_norm_eps", ("norm_epsilon",))
 _ATTENTION_BIAS = Setting("attention_bias", ("attention_in_bias", "attention_out_bias"), False)
-_LLAMA_SETTINGS = (*_GROUPED_SIZES, _RMS_EPSILON, _activation("hidden_act", _GATED))
+_LLAMA_SETTINGS = _with_defaults(
+    (*_GROUPED_SIZES, _RMS_EPSILON, _activation("hidden_act", _GATED)),
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+)
 _GEMMA_SETTINGS = _with_defaults(
-    (*_GROUPED_SIZES, _RMS_EPSILON, _ATTENTION_BIAS), num_key_value_heads=REQUIRED, head_dim=REQUIRED
+    (*_GROUPED_SIZES, _RMS_EPSILON, _ATTENTION_BIAS),
+    num_key_value_heads=REQUIRED,
+    head_dim=REQUIRED,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-6,
 )
 _GEMMA2_SETTINGS = (
     *_GEMMA_SETTINGS,
@@ -128,32 +142,37 @@ _QK_NORMS = {"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "
 
 # --- The families, in the order in which `choose_family` prefers them ---
 
+
+def _gpt2_rules(*, transposed: bool) -> tuple[Rule, ...]:
+    """The tensors of GPT-2, whose matrices are (in, out) as ours, or transposed."""
+    return (
+        Rule("wte.weight", ("embedding",)),
+        Rule("wpe.weight", ("positions",)),
+        *norm_rules("ln_f", "final_norm"),
+        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
+        *norm_rules("h.{}.ln_2", "layers/feed_forward_norm"),
+        *linear_rules("h.{}.attn.c_attn", *_QKV, transposed=transposed),
+        *linear_rules("h.{}.attn.c_proj", "attention/out", transposed=transposed),
+        *linear_rules("h.{}.mlp.c_fc", "feed_forward/up", transposed=transposed),
+        *linear_rules("h.{}.mlp.c_proj", "feed_forward/down", transposed=transposed),
+    )
+
+
 GPT2 = Family(
     "gpt2",
     "GPT2LMHeadModel",
     constants={"positions": "learned", **dict.fromkeys(BIASES, True)},
     settings=(
         _size("vocab_size", "vocab_size"),
-        _size("n_embd", "embed_dim"),
-        Setting("n_layer", ("num_layers",), read=_num_layers),
-        _size("n_head", "num_heads"),
+        _size("n_embd", "embed_dim", also=("hidden_size",)),
+        Setting("n_layer", ("num_layers",), read=_num_layers, also=("num_hidden_layers",)),
+        _size("n_head", "num_heads", also=("num_attention_heads",)),
         _size("n_inner", "mlp_dim", None),
-        _size("n_positions", "context_length"),
-        Setting("layer_norm_epsilon", ("norm_epsilon",)),
+        _size("n_positions", "context_length", 1024, also=("max_position_embeddings",)),
+        Setting("layer_norm_epsilon", ("norm_epsilon",), 1e-5),
         _activation("activation_function", _PLAIN, "gelu_new"),
     ),
-    rules=(
-        Rule("wte.weight", ("embedding",)),
-        Rule("wpe.weight", ("positions",)),
-        *norm_rules("ln_f", "final_norm"),
-        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
-        *norm_rules("h.{}.ln_2", "layers/feed_forward_norm"),
-        # GPT-2 stores its matrices as (in, out), as we do.
-        *linear_rules("h.{}.attn.c_attn", *_QKV, transposed=False),
-        *linear_rules("h.{}.attn.c_proj", "attention/out", transposed=False),
-        *linear_rules("h.{}.mlp.c_fc", "feed_forward/up", transposed=False),
-        *linear_rules("h.{}.mlp.c_proj", "feed_forward/down", transposed=False),
-    ),
+    rules=_gpt2_rules(transposed=False),
     prefix="transformer.",
     tied=True,
     rotary=None,
@@ -162,7 +181,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
-    ignored=frozenset({"n_ctx", "reorder_and_upcast_attn"}),
+    ignored=frozenset({"reorder_and_upcast_attn"}),
     ignored_tensors=r"h\.\d+\.attn\.(bias|masked_bias)",
 )
 
@@ -172,16 +191,14 @@ LLAMA = Family(
     constants={"positions": "rotary", "norm": "rmsnorm"},
     settings=(*_LLAMA_SETTINGS, _ATTENTION_BIAS, Setting("mlp_bias", ("mlp_bias",), False)),
     rules=(*_ends(), *_layer_norms(_PRE_NORMS), *_MATRICES),
-    supported={"rope_interleaved": (False,)},
     divides_width=True,
-    ignored=frozenset({"pretraining_tp", "is_llama_config"}),
 )
 
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     constants={**LLAMA.constants, "attention_in_bias": True},
-    settings=_LLAMA_SETTINGS,
+    settings=_with_defaults(_LLAMA_SETTINGS, max_position_embeddings=32_768),
     rules=LLAMA.rules,
     windows=Windows("late", default=4096),
     supported={"use_mrope": (False,)},
@@ -191,7 +208,7 @@ MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     constants=LLAMA.constants,
-    settings=_with_defaults(_LLAMA_SETTINGS, num_key_value_heads=REQUIRED),
+    settings=_with_defaults(_LLAMA_SETTINGS, num_key_value_heads=REQUIRED, max_position_embeddings=131_072),
     rules=LLAMA.rules,
     windows=Windows("all", default=4096),
 )
@@ -200,7 +217,7 @@ QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
     constants={**LLAMA.constants, "qk_norm": "head"},
-    settings=(*_with_defaults(_LLAMA_SETTINGS, head_dim=128), _ATTENTION_BIAS),
+    settings=(*_with_defaults(_LLAMA_SETTINGS, head_dim=128, max_position_embeddings=32_768), _ATTENTION_BIAS),
     rules=(*LLAMA.rules, *_layer_norms(_QK_NORMS)),
     windows=Windows("late", default=4096),
 )
@@ -210,9 +227,9 @@ GPT_NEOX = Family(
     "GPTNeoXForCausalLM",
     constants={"positions": "rotary", "norm_bias": True, "mlp_bias": True},
     settings=(
-        *_SIZES,
-        Setting("layer_norm_eps", ("norm_epsilon",)),
-        _activation("hidden_act", _PLAIN),
+        *_with_defaults(_SIZES, max_position_embeddings=2048),
+        Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
+        _activation("hidden_act", _PLAIN, "gelu"),
         replace(_ATTENTION_BIAS, default=True),
         Setting("use_parallel_residual", ("parallel_residual",), True),
     ),
@@ -235,7 +252,7 @@ PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
     constants=LLAMA.constants,
-    settings=_LLAMA_SETTINGS,
+    settings=_with_defaults(_LLAMA_SETTINGS, max_position_embeddings=4096, rms_norm_eps=1e-5),
     rules=(
         *_ends(),
         *_layer_norms(_PRE_NORMS),
@@ -246,7 +263,6 @@ PHI3 = Family(
     ),
     rotary=Rotary(fraction="partial_rotary_factor", types=("default",)),
     windows=Windows("all"),
-    supported={"attention_bias": (False,)},
     ignored=frozenset({"original_max_position_embeddings"}),  # only longrope reads it, which is refused
 )
 
@@ -255,9 +271,9 @@ STARCODER2 = Family(
     "Starcoder2ForCausalLM",
     constants={"positions": "rotary", "norm_bias": True},
     settings=(
-        *_with_defaults(_GROUPED_SIZES, num_key_value_heads=REQUIRED),
-        Setting("norm_epsilon", ("norm_epsilon",)),
-        _activation("hidden_act", _PLAIN),
+        *_with_defaults(_GROUPED_SIZES, num_key_value_heads=REQUIRED, max_position_embeddings=4096),
+        Setting("norm_epsilon", ("norm_epsilon",), 1e-5),
+        _activation("hidden_act", _PLAIN, "gelu_pytorch_tanh"),
         Setting("use_bias", ("attention_in_bias", "attention_out_bias", "mlp_bias"), True),
     ),
     rules=(
@@ -280,7 +296,7 @@ OLMO2 = Family(
     "olmo2",
     "Olmo2ForCausalLM",
     constants={**LLAMA.constants, "qk_norm": "all", "norm_position": "output"},
-    settings=(*_LLAMA_SETTINGS, _ATTENTION_BIAS),
+    settings=(*_with_defaults(_LLAMA_SETTINGS, rms_norm_eps=1e-5), _ATTENTION_BIAS),
     rules=(*_ends(), *_layer_norms(_OUTPUT_NORMS), *_layer_norms(_QK_NORMS), *_MATRICES),
 )
 
@@ -288,8 +304,7 @@ GEMMA = Family(
     "gemma",
     "GemmaForCausalLM",
     constants=LLAMA.constants,
-    # In the first releases "gelu" means its approximation, also to transformers.
-    settings=(*_GEMMA_SETTINGS, _activation("hidden_act", {**_TANH_GATED, "gelu": "geglu_tanh"})),
+    settings=(*_GEMMA_SETTINGS, _activation("hidden_act", _GEMMA_ACT, "gelu_pytorch_tanh")),
     rules=(*_ends(1.0), *_layer_norms(_PRE_NORMS, 1.0), *_MATRICES),
     tied=True,
     supported={"hidden_activation": (None, "gelu_pytorch_tanh"), "use_bidirectional_attention": (None, False)},
@@ -310,7 +325,7 @@ GEMMA2 = Family(
     windows=Windows("periodic", default=4096, period=2),
     supported={"use_bidirectional_attention": (None, False)},
     # transformers reads hidden_activation and sliding_window instead of the first two.
-    ignored=frozenset({"hidden_act", "sliding_window_size", "cache_implementation"}),
+    ignored=frozenset({"hidden_act", "sliding_window_size"}),
     scales_embedding=True,
     divides_width=True,
 )
@@ -320,13 +335,38 @@ GEMMA3 = replace(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     constants={**GEMMA2.constants, "qk_norm": "head"},
-    settings=(*_GEMMA2_SETTINGS, Setting("final_logit_softcapping", ("logit_soft_cap",), None)),
+    settings=(
+        *_with_defaults(_GEMMA2_SETTINGS, max_position_embeddings=131_072),
+        Setting("final_logit_softcapping", ("logit_soft_cap",), None),
+    ),
     rules=(*_ends(1.0), *_layer_norms(_BOTH_NORMS, 1.0), *_layer_norms(_QK_NORMS, 1.0), *_MATRICES),
     rotary=Rotary(default_base=1_000_000.0, window_base="rope_local_base_freq"),
     windows=Windows("periodic", default=4096, period=6),
     supported={"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
-    ignored=frozenset({"cache_implementation"}),
+    ignored=frozenset({"hidden_act"}),
 )
 
 _ALL = (GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3)
 FAMILIES = {family.model_type: family for family in _ALL}
+
+# Not of Hugging Face: the settings are the `model_args` of a ckpt.pt. Its matrices are those of nn.Linear, its GELU is
+# the exact one, and its head is always the embedding.
+NANOGPT = Family(
+    "nanogpt",
+    "GPT",
+    constants={"positions": "learned", "feed_forward": "gelu", "norm_epsilon": 1e-5},
+    settings=(
+        _size("vocab_size", "vocab_size"),
+        _size("n_embd", "embed_dim"),
+        Setting("n_layer", ("num_layers",), read=_num_layers),
+        _size("n_head", "num_heads"),
+        _size("block_size", "context_length"),
+        Setting("bias", BIASES, True),
+        Setting("dropout", ("dropout",), 0.0),
+    ),
+    rules=_gpt2_rules(transposed=True),
+    prefix="transformer.",
+    tied=None,
+    rotary=None,
+    ignored_tensors=r"h\.\d+\.attn\.bias",  # the mask
+)

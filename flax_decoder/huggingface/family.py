@@ -19,6 +19,7 @@ class Setting:
         values: its value -> ours, if they differ; of several that mean the same, the first is written.
         read: its number -> ours; raises ValueError with the reason.
         write: our number -> its.
+        also: other names of the field, which transformers reads too.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Setting:
     values: Mapping[str, str] | None = None
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Any] = lambda value: value
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers.
+    """A model type of transformers, or another source of models with tables of the same kind.
 
     Attributes:
         model_type: its name in config.json.
@@ -97,11 +99,11 @@ class Family:
         rules: the tensors, except the head.
         prefix: prefix of all tensor names except the head's.
         head: tensor name of the head.
-        tied: default of `tie_word_embeddings`.
+        tied: default of `tie_word_embeddings`; None if there is no such setting, and all heads are the embedding.
         rotary: names of the rotary settings; None if positions are learned.
         windows: which layers have a window; None if none has.
         supported: fields of config.json of which the network supports only these values; the first is the default.
-        ignored: fields of config.json that do not affect the logits, beyond those ignored for all families.
+        ignored: fields of config.json that change no logit, beyond `fields.NO_BEARING`.
         ignored_tensors: regular expression of tensors, such as masks, that are not learned.
         scales_embedding: token embeddings are multiplied by sqrt(embed_dim).
         divides_width: transformers requires embed_dim to be a multiple of num_heads.
@@ -114,7 +116,7 @@ class Family:
     rules: tuple[Rule, ...]
     prefix: str = "model."
     head: str = "lm_head.weight"
-    tied: bool = False
+    tied: bool | None = False
     rotary: Rotary | None = Rotary()
     windows: Windows | None = None
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -125,8 +127,15 @@ class Family:
 
     @property
     def all_settings(self) -> tuple[Setting, ...]:
-        """The settings, and the one that every family has."""
-        return *self.settings, Setting("tie_word_embeddings", ("tied_head",), self.tied)
+        """The settings, and the one that every family of Hugging Face has."""
+        tied = () if self.tied is None else (Setting("tie_word_embeddings", ("tied_head",), self.tied),)
+        return *self.settings, *tied
+
+    @property
+    def names_read(self) -> frozenset[str]:
+        """The fields of config.json that are settings, or supported with some values only."""
+        settings = {name for setting in self.all_settings for name in (setting.name, *setting.also)}
+        return frozenset(settings | self.supported.keys())
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:

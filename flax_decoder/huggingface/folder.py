@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.data.tokenizer import Tokenizer, parse_tokenizer, write_tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.config import family_of, read_settings, write_settings
@@ -31,6 +32,9 @@ from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import abstract_params
 
 _WEIGHTS = "model.safetensors"
+_GENERATION = "generation_config.json"
+# Fields of it that are arguments of `Sampling`.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz")
 SHARD_BYTES = 5_000_000_000  # few files, but none too large for file systems and downloads
@@ -47,7 +51,7 @@ def read_family(folder: Path) -> Family:
 
 
 def read_folder(
-    folder: Path, shardings: Any = None, *, allow_nan: bool = False
+    folder: Path, shardings: Any = None, *, allow_nan: bool = False, strict: bool = False
 ) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
     """Reads a model.
 
@@ -55,6 +59,7 @@ def read_folder(
         folder: holds config.json and the weights.
         shardings: where the parameters go; see `abstract_params`.
         allow_nan: also reads weights that are NaN or infinite.
+        strict: refuses each setting that is not known.
 
     Returns:
         The model, its parameters in float32, and its tokenizer; None without a tokenizer.json.
@@ -64,7 +69,7 @@ def read_folder(
     """
     document = _read_json(folder, "config.json", SETTINGS)
     source = str(folder / "config.json")
-    family, model = family_of(document, source), Decoder(read_settings(document, source))
+    family, model = family_of(document, source), Decoder(read_settings(document, source, strict=strict))
     with contextlib.ExitStack() as files:
         tensors = _find_tensors(folder, files)
         check_sizes(model.config, family, tensors, source)  # before abstract_params, which absurd sizes make slow
@@ -104,48 +109,79 @@ def write_folder(
         shard_bytes: maximum size of a file of weights, unless a single tensor is larger.
     """
     document = write_settings(config, family)
-    # The family may have biases that the model does not have: they are zeros.
-    full_params = flatten(abstract_params(Decoder(read_settings(document, family.model_type))))
-    full_shapes = {path: leaf.shape for path, leaf in full_params.items()}
-    arrays = {path: np.broadcast_to(np.float32(0), shape) for path, shape in full_shapes.items()}
-    arrays |= {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    arrays = with_all_biases(document, params, family)
+    shapes = {path: array.shape for path, array in arrays.items()}
     special = _special_tokens(tokenizer)
     # Written as null if unknown: transformers has other defaults, such as token 50256 for gpt2.
     document |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special, "dtype": "float32"}
     write_text(folder / "config.json", _to_json(document))
-    write_text(folder / "generation_config.json", _to_json(special))
+    write_text(folder / _GENERATION, _to_json(special))
     if tokenizer is not None:
         write_tokenizer(folder / "tokenizer.json", tokenizer)
         # tokenizer.json decodes exactly; transformers must not change spaces afterwards.
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         write_text(folder / "tokenizer_config.json", _to_json(tokenizer_config))
-    _write_weights(folder, tensor_specs(family, full_shapes), arrays, shard_bytes)
+    _write_weights(folder, tensor_specs(family, shapes), arrays, shard_bytes)
+
+
+def with_all_biases(document: dict[str, Any], params: Any, family: Family) -> dict[str, np.ndarray]:
+    """Parameters by path, and zeros for the biases that only the family has.
+
+    Args:
+        document: the settings that are written.
+        params: of the model, or a tree like them.
+        family: what the model is written as.
+    """
+    full = flatten(abstract_params(Decoder(read_settings(document, family.model_type, family))))
+    arrays = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in full.items()}
+    return arrays | {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 
 
 def _read_special_tokens(folder: Path, tokenizer: Tokenizer) -> None:
-    """Sets a tokenizer's start and end tokens from generation_config.json or else config.json, if they name any."""
-    for name in ("generation_config.json", "config.json"):
+    """Sets a tokenizer's start token and end tokens, if the files around it name any.
+
+    A text ends at each end token that generation_config.json, config.json or the tokenizer's files name: the first may
+    name those of conversations, the others that of documents. The start token is the first that is named.
+    """
+    starts, ends = list[int](), list[int]()
+    for name in (_GENERATION, "config.json"):
         path = folder / name
         document = _read_json(folder, name, SETTINGS) if os.path.lexists(path) else {}
-        ids = {field: document.get(field) for field in ("bos_token_id", "eos_token_id")}
-        if ids["eos_token_id"] is None and ids["bos_token_id"] is None:
-            continue
-        for field, value in ids.items():
+        for field, found in (("bos_token_id", starts), ("eos_token_id", ends)):
+            value = document.get(field)
             values = value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(id) is int for id in values):
                 raise UserError(f"{path}: {field} = {shown(value)} must be a token id, or a list of them")
-            # Some files name ids outside of the vocabulary.
-            known = tuple(id for id in values if 0 <= id < tokenizer.vocab_size)
-            if known and field == "bos_token_id":
-                tokenizer.start_id = known[0]
-            elif known:
-                tokenizer.end_ids = known
-        return
+            found += values
+    texts = read_special_tokens(folder, read_tokenizer_config(folder))
+    for field, found in (("bos_token", starts), ("eos_token", ends)):
+        id = tokenizer.token_id(texts[field]) if field in texts else None
+        found += [] if id is None else [id]
+    # Some files name ids outside of the vocabulary.
+    starts, ends = ([id for id in dict.fromkeys(ids) if 0 <= id < tokenizer.vocab_size] for ids in (starts, ends))
+    tokenizer.start_id = starts[0] if starts else tokenizer.start_id
+    tokenizer.end_ids = tuple(ends) or tokenizer.end_ids
+
+
+def read_sampling(folder: Path) -> dict[str, float]:
+    """What the generation_config.json of a model folder says of sampling, with the names of `Sampling`.
+
+    Raises:
+        UserError: it cannot be used, or a value is no number.
+    """
+    path = folder / _GENERATION
+    document = _read_json(folder, path.name, SETTINGS) if os.path.lexists(path) else {}
+    values = {name: document[name] for name in _SAMPLING if document.get(name) is not None}
+    for name, value in values.items():
+        if type(value) not in (int, float):
+            raise UserError(f"{path}: {name} = {shown(value)} must be a number")
+    # As in transformers, which then passes over the temperature.
+    return values | ({"temperature": 0.0} if document.get("do_sample") is False else {})
 
 
 def write_special_tokens(folder: Path, tokenizer: Tokenizer) -> None:
     """Writes the generation_config.json from which `read_tokenizer` reads start and end tokens."""
-    write_text(folder / "generation_config.json", _to_json(_special_tokens(tokenizer)))
+    write_text(folder / _GENERATION, _to_json(_special_tokens(tokenizer)))
 
 
 def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:

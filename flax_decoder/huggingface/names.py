@@ -50,21 +50,21 @@ class LeftOver:
             )
 
 
-def read_names(path: Path) -> dict[str, Any]:
-    """The table [names] of a TOML file, for `family_of_names`.
+def read_layout(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file: [names], for `family_of_names`, and perhaps [model], settings of `ModelConfig`.
 
     Raises:
-        UserError: the file cannot be read, is no TOML, or has no such table, or another one beside it.
+        UserError: the file cannot be read, is no TOML, or has no [names], or tables of other names.
     """
     content = read_content(open_named(path), MAX_FILE_BYTES, str(path))
     try:
-        document = tomllib.loads(content.decode())
+        tables = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is not TOML: {error}") from None
-    names = document.get("names")
-    if not isinstance(names, dict) or len(document) != 1:
-        raise UserError(f"{path}: must hold one table, [names], of lines such as {EXAMPLE}")
-    return names
+    are_tables = all(isinstance(table, dict) for table in tables.values())
+    if not are_tables or not {"names"} <= tables.keys() <= {"model", "names"}:
+        raise UserError(f"{path}: must hold a table [names] of lines such as\n{EXAMPLE}; and at most [model] beside it")
+    return tables
 
 
 def family_of_names(

@@ -32,24 +32,30 @@ def read_rotary(rest: dict[str, Any], rotary: Rotary, context_length: int, sourc
     Raises:
         UserError: a setting is missing, unknown, or has two values.
     """
-    window_base = rest.pop(rotary.window_base, None) if rotary.window_base else None
-    old = {"rope_theta": rest.pop(rotary.base, None)}
-    if rotary.fraction is not None:
-        old["partial_rotary_factor"] = rest.pop(rotary.fraction, None)
+    own = {"rope_theta": rotary.base, "partial_rotary_factor": rotary.fraction or "partial_rotary_factor"}
+    given = [(ours, name, rest.pop(ours, None)) for name, ours in own.items()]
+    in_window = [(rotary.window_base, rest.pop(rotary.window_base, None))] if rotary.window_base else []
     scaling, new = (_table(rest.pop(name, None), name, source) for name in ("rope_scaling", "rope_parameters"))
     if rotary.window_base and "full_attention" in new:
-        in_window = _table(new.pop("sliding_attention", None), "sliding_attention", source)
-        window_base = in_window.pop("rope_theta", window_base)
+        local = _table(new.pop("sliding_attention", None), "sliding_attention", source)
+        in_window.append(("rope_parameters.sliding_attention.rope_theta", local.pop("rope_theta", None)))
         new = _table(new.pop("full_attention"), "full_attention", source) | new
-        if in_window and in_window != {"rope_type": "default"}:
+        if local and local != {"rope_type": "default"}:
             raise UserError(f"{source}: rope_parameters: layers with a window support rope_theta only")
-    rope = _merged([old, scaling, new], source)
+    given += [(f"rope_scaling.{name}", name, value) for name, value in scaling.items()]
+    given += [(f"rope_parameters.{name}", name, value) for name, value in new.items()]
+    rope = _merged(given, source)
+    # transformers 4.57 also writes the common names of what a family calls otherwise, but reads only the family's.
+    for name, default in (("rope_theta", rotary.default_base), ("partial_rotary_factor", rotary.default_fraction)):
+        value, copy = rope.get(name, default), rest.pop(name, None)
+        _merged([(own[name], name, value), (name, name, copy)], source)
     fraction = rope.pop("partial_rotary_factor", rotary.default_fraction)
     if rotary.fraction is None and fraction != 1:
         raise UserError(f"{source}: partial_rotary_factor = {shown(fraction)} is not supported for this type")
     values = {"rotary_base": rope.pop("rope_theta", rotary.default_base), "rotary_fraction": fraction}
     if rotary.window_base:
-        values["rotary_window_base"] = 10_000.0 if window_base is None else window_base
+        bases = _merged([(place, "base", value) for place, value in in_window], source)
+        values["rotary_window_base"] = bases.get("base", 10_000.0)
     return values | _read_scaling(rope, rotary.types, context_length, source)
 
 
@@ -61,15 +67,26 @@ def _table(value: Any, name: str, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: {name} = {shown(value)} must be an object")
     table = dict(value)
     old_type = table.pop("type", None)
-    return ({} if old_type is None else {"rope_type": old_type}) | table
+    kind = table.get("rope_type")
+    if None not in (old_type, kind) and old_type != kind:
+        raise UserError(
+            f"{source}: {name}.type = {shown(old_type)}, but {name}.rope_type = {shown(kind)}; keep the right one"
+        )
+    return table if old_type is None else table | {"rope_type": old_type}
 
 
-def _merged(tables: list[dict[str, Any]], source: str) -> dict[str, Any]:
-    """All values that are given; tables that give the same name must agree."""
+def _merged(given: list[tuple[str, str, Any]], source: str) -> dict[str, Any]:
+    """The value of each name, of all that are given as (place, name, value); those of one name must agree."""
     merged: dict[str, Any] = {}
-    for name, value in (item for table in tables for item in table.items() if item[1] is not None):
+    places: dict[str, str] = {}
+    for place, name, value in given:
+        if value is None:
+            continue
         if merged.setdefault(name, value) != value:
-            raise UserError(f"{source}: {name} is both {shown(merged[name])} and {shown(value)}; keep the right one")
+            raise UserError(
+                f"{source}: {places[name]} = {shown(merged[name])}, but {place} = {shown(value)}; keep the right one"
+            )
+        places.setdefault(name, place)
     return merged
 
 
@@ -106,7 +123,7 @@ def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
 
 def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source: str) -> dict[str, Any]:
     """Reads the window settings, and removes them from `rest`. Raises UserError if one is invalid."""
-    size = rest.pop("sliding_window", windows.default)
+    size = rest.pop("sliding_window", windows.default) or None  # 0 is none, too
     has_window = [True] * num_layers
     if windows.layers == "late":
         # The defaults of transformers: the window is off, and would begin at layer 28.
@@ -119,8 +136,8 @@ def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source
         has_window = [layer >= first for layer in range(num_layers)]
     elif windows.layers == "periodic":
         # transformers 5 writes the second name.
-        periods = [rest.pop(name, None) for name in ("sliding_window_pattern", "_sliding_window_pattern")]
-        period = next((period for period in periods if period is not None), windows.period)
+        names = ("sliding_window_pattern", "_sliding_window_pattern")
+        period = _merged([(name, "", rest.pop(name, None)) for name in names], source).get("", windows.period)
         if type(period) is not int or period < 1:
             raise UserError(f"{source}: sliding_window_pattern = {shown(period)} must be a positive whole number")
         has_window = [(layer + 1) % period != 0 for layer in range(num_layers)]

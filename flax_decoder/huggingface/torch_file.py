@@ -138,15 +138,20 @@ def find_state_dict(document: Mapping[str, Any], path: Path) -> dict[str, "torch
                 f"{path}: {name} is {type(tensor).__name__}, not a tensor, so this is no state dict; save "
                 f"model.state_dict(), alone or as {known}"
             )
-        plain = name
-        while plain.startswith(_PREFIXES):
-            plain = plain.partition(".")[2]
+        plain = plain_name(name)
         if plain in result:
             raise UserError(f"{path}: tensor {plain} is there twice, with and without a prefix; remove one")
         result[plain] = tensor
     if not result:
         raise UserError(f"{path}: has no tensors; save model.state_dict()")
     return result
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor without the prefixes of wrappers."""
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def stored_tensors(state_dict: Mapping[str, "torch.Tensor"], path: Path) -> dict[str, TorchTensor]:

@@ -57,9 +57,11 @@ def page_data(
     settings: dict[str, Any] = {"dtype": dtype.name, "attention": "reference", "remat": "none", "scan_layers": True}
     config = dataclasses.replace(model.config, **settings)
     tokens_BT = jnp.asarray(tokens_T)[None]
+    # Ids that the tokenizer lacks are padding of the vocabulary, which is not ranked.
+    num_ids = min(config.vocab_size or 0, config.vocab_size or 0 if tokenizer is None else tokenizer.vocab_size)
     # By default, TPUs and GPUs round the factors of float32 products.
     with jax.default_matmul_precision("highest"):
-        arrays = {name: np.asarray(array) for name, array in _compiled()(config, params, tokens_BT).items()}
+        arrays = {name: np.asarray(array) for name, array in _compiled()(config, num_ids, params, tokens_BT).items()}
     if not all(np.isfinite(array).all() for name, array in arrays.items() if name != "head_scores"):
         raise UserError("the model's numbers for this prompt are not finite: there is nothing to show")
     num_candidates = int(arrays.pop("num_candidates"))
@@ -73,7 +75,8 @@ def page_data(
         ids.append(history.tokens_T)
     packed = {name: _pack(name, array) for name, array in arrays.items()}
     return {
-        "model": _facts(config, params, packed) | {"num_candidates": num_candidates},
+        "model": _facts(config, params, packed)
+        | {"num_candidates": num_candidates, "pushes_all": num_ids <= SMALL_VOCABULARY},
         "tokens": tokens_T.tolist(),
         "texts": token_texts(tokenizer, np.unique(np.concatenate([part.ravel() for part in ids])), tokens_T),
         "history": history_facts,
@@ -98,7 +101,6 @@ def _facts(config: ModelConfig, params: Any, packed: dict[str, Any]) -> dict[str
         "windows": config.windows,
         "has_position_vectors": config.positions in ("learned", "sinusoidal"),
         "has_biases": config.norm_bias or config.attention_out_bias,
-        "pushes_all": (config.vocab_size or 0) <= SMALL_VOCABULARY,
         "digits": {name: min(packed[name]["decimals"], 3) for name in ("q", "k", "v")},
     }
 
@@ -129,17 +131,17 @@ def token_texts(tokenizer: Tokenizer | None, ids: np.ndarray, tokens_T: np.ndarr
 def _compiled() -> Any:
     """`_arrays`, compiled; on CPU without optimization: it runs once, and compiling takes longer than running."""
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(_arrays, static_argnums=0, compiler_options=quick)
+    return jax.jit(_arrays, static_argnums=(0, 1), compiler_options=quick)
 
 
-def _arrays(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> dict[str, jax.Array]:
-    """The arrays of the page for one text; of T x S, only the lower triangle."""
+def _arrays(config: ModelConfig, num_ids: int, params: Any, tokens_BT: jax.Array) -> dict[str, jax.Array]:
+    """The arrays of the page for one text; of T x S, only the lower triangle. Ids from `num_ids` on are padding."""
     model = Decoder(config)
     activations = capture(model, params, tokens_BT)
     T = tokens_BT.shape[1]
     rows, columns = np.tril_indices(T)
     streams_MTD = jnp.concatenate([activations["embeddings"], activations["residual"][:, 0]])
-    likeliest = jax.lax.top_k(activations["logits"], min(2, config.vocab_size or 0))[1]
+    likeliest = jax.lax.top_k(activations["logits"][..., :num_ids], min(2, num_ids))[1]
     first_BT, second_BT = likeliest[..., 0], likeliest[..., -1]
     # The second target is the next token; if there is none, or it is the likeliest one, the second likeliest.
     next_BT = jnp.concatenate([tokens_BT[:, 1:], second_BT[:, -1:]], axis=1)
@@ -150,9 +152,9 @@ def _arrays(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> dict[str,
     )
     # The page derives from the windows which scores are masked.
     scores_LBNTS = jnp.where(jnp.isneginf(activations["scores"]), 0.0, activations["scores"])
-    guess_tokens, guess_shares = _guesses(model, params, streams_MTD)
-    candidates_BC = _candidates(config, jnp.concatenate([guess_tokens[-1].ravel(), second_BT[0], tokens_BT[0]]))
-    num_pushed = min(NUM_PUSHED, config.vocab_size or 0)
+    guess_tokens, guess_shares = _guesses(model, params, streams_MTD, num_ids)
+    candidates_BC = _candidates(num_ids, jnp.concatenate([guess_tokens[-1].ravel(), second_BT[0], tokens_BT[0]]))
+    num_pushed = min(NUM_PUSHED, num_ids)
     push_indices, push_values = pushes(config, params, activations, candidates_BC, num_pushed)
     return {
         "q": activations["q_rotated"][:, 0].swapaxes(1, 2),
@@ -177,21 +179,21 @@ def _arrays(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> dict[str,
     }
 
 
-def _candidates(config: ModelConfig, tokens: jax.Array) -> jax.Array:
+def _candidates(num_ids: int, tokens: jax.Array) -> jax.Array:
     """The candidates for `pushes`, (1, C): the whole vocabulary, or if it is large these tokens, padded with -1."""
-    V = config.vocab_size or 0
-    if V <= SMALL_VOCABULARY:
-        return jnp.arange(V, dtype=jnp.int32)[None]
+    if num_ids <= SMALL_VOCABULARY:
+        return jnp.arange(num_ids, dtype=jnp.int32)[None]
+    tokens = jnp.where(tokens < num_ids, tokens, tokens[0])  # a prompt may have others; the first is a guess
     return jnp.unique(tokens, size=tokens.size, fill_value=-1).astype(jnp.int32)[None]
 
 
-def _guesses(model: Decoder, params: Any, streams_MTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _guesses(model: Decoder, params: Any, streams_MTD: jax.Array, num_ids: int) -> tuple[jax.Array, jax.Array]:
     """The logit lens: the likeliest next tokens after each layer and their probabilities, (M, T, NUM_GUESSES)."""
 
     def guess(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
         normed_BTD = normalise(model.config, params.get("final_norm"), x_TD[None])
         logits_BTV: Any = model.apply({"params": head_params(params)}, normed_BTD, method="logits")
-        shares, tokens = jax.lax.top_k(jax.nn.softmax(logits_BTV[0]), min(NUM_GUESSES, logits_BTV.shape[-1]))
+        shares, tokens = jax.lax.top_k(jax.nn.softmax(logits_BTV[0])[:, :num_ids], min(NUM_GUESSES, num_ids))
         return tokens, shares
 
     tokens, shares = jax.lax.map(guess, streams_MTD)

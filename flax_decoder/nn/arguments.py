@@ -3,6 +3,7 @@
 Values are checked where they are known, which they are not inside of `jax.jit`; dtypes and shapes always are.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +14,26 @@ from jax.typing import ArrayLike
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError, as_one_line, require_type
+from flax_decoder.nn.axes import check_axis_types
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit, check_edits
+from flax_decoder.nn.feed_forward import GATED
 from flax_decoder.nn.precision import check_float64
 
-# How the paths of parameters end that only some models read, and the setting of those.
-READ_WITH = {
-    "final_norm/scale": "final_norm",
-    "head_bias": "head_bias",
-    "norm/bias": "norm_bias",
-    **{f"{name}/bias": "attention_in_bias" for name in ("query", "key", "value")},
-    "out/bias": "attention_out_bias",
-    **{f"{name}/bias": "mlp_bias" for name in ("up", "gate", "down")},
+# How the paths of parameters end that only some models read: the setting that decides, and the values that read them.
+READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "head": ("tied_head", (False,)),
+    "head_bias": ("head_bias", (True,)),
+    "positions": ("positions", ("learned",)),
+    "final_norm/scale": ("final_norm", (True,)),
+    "norm/bias": ("norm_bias", (True,)),
+    **dict.fromkeys(("attention_norm/scale", "feed_forward_norm/scale"), ("norm_position", ("pre", "post", "both"))),
+    "output_norm/scale": ("norm_position", ("both", "output")),
+    **dict.fromkeys(("query_norm/scale", "key_norm/scale"), ("qk_norm", ("head", "all"))),
+    **{f"{name}/bias": ("attention_in_bias", (True,)) for name in ("query", "key", "value")},
+    "out/bias": ("attention_out_bias", (True,)),
+    "gate/kernel": ("feed_forward", GATED),
+    **{f"{name}/bias": ("mlp_bias", (True,)) for name in ("up", "gate", "down")},
 }
 
 
@@ -50,6 +59,8 @@ def checked_arguments(
     check_params(config, params)
     B, T = check_shape(tokens_BT)
     tokens_BT = as_integers(check_tokens(tokens_BT, config.vocab_size))
+    # Without a cache, arrays that are in full on each device do no harm.
+    check_axis_types((params, tokens_BT, cache), split_only=cache is None)
     if config.positions == "learned" and T > config.context_length:
         raise ValueError(f"{T} tokens are more than context_length = {config.context_length} learned positions")
     if positions_BT is not None and cache is not None:
@@ -70,19 +81,15 @@ def check_params(config: ModelConfig, params: Any) -> None:
     """Raises ValueError for parameters that would be rounded or passed over without a word; Flax checks the shapes."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for end, field in READ_WITH.items():
-            if name.endswith(end) and not getattr(config, field):
-                raise ValueError(f"the params have {name!r}, which a model with {field} = false does not read")
+        for end, (field, values) in READ_WITH.items():
+            value = getattr(config, field)
+            if name.endswith(end) and value not in values:
+                shown = json.dumps(value)
+                raise ValueError(f"the params have {name!r}, which a model with {field} = {shown} does not read")
         dtype = getattr(leaf, "dtype", None)
         if not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
             found = dtype if isinstance(dtype, np.dtype) else f"a {type(leaf).__name__}"
             raise ValueError(f"the parameter {name} must be an array of floating-point numbers, not {found}")
-    for name, is_read, setting in (
-        ("head", not config.tied_head, "tied_head = true"),
-        ("positions", config.positions == "learned", f'positions = "{config.positions}"'),
-    ):
-        if name in params and not is_read:
-            raise ValueError(f"the params have {name!r}, which a model with {setting} does not read")
 
 
 def check_shape(tokens_BT: ArrayLike, name: str = "token ids") -> tuple[int, int]:

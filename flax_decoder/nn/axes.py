@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from flax_decoder.errors import UserError
 
 # The axes of each projection: those it sums over, and those of its output. A kernel has both, a bias the second.
 PROJECTIONS = {
@@ -56,6 +58,30 @@ def mesh_axes(axis: str, *sizes: int) -> tuple[str, ...]:
 
 def _count(names: tuple[str, ...]) -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+
+
+def check_axis_types(arrays: Any, *, split_only: bool = False) -> None:
+    """Raises UserError for a mesh with explicit axes, where each operation would have to say how its result is split.
+
+    Args:
+        arrays: a tree of what the model computes with.
+        split_only: passes over arrays that each device has in full.
+    """
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(arrays)]
+    meshes = [one.mesh for one in shardings if not split_only or any(entry is not None for entry in one.spec)]
+    if nn.get_logical_axis_rules():
+        meshes.append(jax.sharding.get_abstract_mesh())
+    for mesh in meshes:
+        refuse_explicit_axes(mesh)
+
+
+def refuse_explicit_axes(mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError for a mesh that `jax.make_mesh` has made without `axis_types`."""
+    if AxisType.Explicit in mesh.axis_types:
+        raise UserError(
+            f"the mesh has explicit axes {mesh.axis_names}, but the compiler is to decide how arrays are split:\n"
+            f"make it with axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
+        )
 
 
 def logical_axes(params: Any) -> Any:

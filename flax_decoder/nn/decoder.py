@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             ValueError: ids outside the vocabulary or positions that do not exist (where they are known, that is outside
                 of jit), more positions than learned ones, positions or segments beside a cache, a cache or params of
                 another model, what is no array of integers or has another shape, float64 where JAX has it switched
-                off, or an edit of a name that does not exist.
+                off, arrays split over explicit axes of a mesh, or an edit of a name that does not exist.
         """
         config = self.config
         tokens_BT, positions_BT, segments_BT, num_tokens_B = checked_arguments(
@@ -202,7 +202,8 @@ class Decoder(nn.Module):
         else:
             head_DV = self.get_variable("params", "head").astype(config.dtype)
         dtype = accumulation_dtype(x_BCD.dtype)
-        if config.tied_head and is_generating and 1 < x_BCD.shape[0] * x_BCD.shape[1] <= FEW_ROWS:
+        num_rows = x_BCD.shape[0] * x_BCD.shape[1]  # in `jax.export` not always a number
+        if config.tied_head and is_generating and isinstance(num_rows, int) and 1 < num_rows <= FEW_ROWS:
             # The same product the other way round: on CPU this reads a transposed matrix twice as fast for few rows.
             x_RD = x_BCD.reshape(-1, config.embed_dim)
             logits_BCV = jnp.dot(head_DV.T, x_RD.T, preferred_element_type=dtype).T.reshape(*x_BCD.shape[:2], -1)

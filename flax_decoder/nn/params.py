@@ -27,7 +27,8 @@ def unstack_layers(params: Any) -> Any:
         params: the parameters of a `Decoder`, in either form.
 
     Returns:
-        The same, with a tuple of L trees under "layers"; for `model.apply` and generation, not for training.
+        The same, with a tuple of L trees under "layers"; for `model.apply` and generation, not for training. The other
+        arrays are shared: where `params` are donated to a step, they are deleted here too.
 
     Raises:
         ValueError: they are no parameters of a `Decoder`.

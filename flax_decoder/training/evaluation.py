@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,23 +27,25 @@ def evaluate(
     batch_size: int,
     limit: int = 0,
     loss_chunk_tokens: int | None = None,
+    start: Sequence[int] = (),
 ) -> dict[str, float]:
     """The loss on a text, in consecutive windows of the context length (or of the text, if that is shorter).
 
     Args:
         model: the network.
         params: its parameters.
-        tokens: the text, one-dimensional; each token but the first is predicted once.
+        tokens: the text, one-dimensional; each but the first is predicted once; with a start the first, too.
         num_bytes: size of the text in UTF-8.
         batch_size: windows per batch.
         limit: number of batches to evaluate, evenly spaced over the text; 0 evaluates all.
         loss_chunk_tokens: see `TrainingConfig`.
+        start: tokens that every window begins with, such as a start token that the model has always seen.
 
     Returns:
         "loss" in nats per token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" predicted.
     """
-    context_length = min(model.config.context_length, len(tokens) - 1)
-    batches = validation_batches(tokens, batch_size=batch_size, context_length=context_length, limit=limit)
+    context_length = min(model.config.context_length, len(tokens) - 1 + len(start))
+    batches = validation_batches(tokens, batch_size=batch_size, context_length=context_length, limit=limit, start=start)
     # One at a time: many programs in flight can deadlock the devices that one CPU simulates.
     sums = [jax.device_get(_loss_sums(model, params, batch, loss_chunk_tokens)) for batch in batches]
     # In float64 on the host: float32 would lose digits over a long text.

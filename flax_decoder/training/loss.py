@@ -52,10 +52,12 @@ def chunk_size(num_tokens: int, vocab_size: int, chosen: int | None = None) -> i
     """Tokens per chunk of the loss; None means all at once.
 
     Args:
-        num_tokens: tokens per device.
+        num_tokens: tokens per device; if their number is free, as in `jax.export`, there are chunks only where chosen.
         vocab_size: logits per token on a device.
         chosen: the config's number of tokens, 0 for all, None for as many as fit into `LOGITS_BYTES`.
     """
+    if not isinstance(num_tokens, int):
+        return chosen or None
     size = max(LOGITS_BYTES // (4 * vocab_size), 1) if chosen is None else chosen
     return size if 0 < size < num_tokens else None
 
@@ -111,13 +113,14 @@ def _split(array: jax.Array, *, num_batch_parts: int, num_length_parts: int, chu
     array = array.reshape(X, B // X, Y, T // Y, *rest).swapaxes(1, 2).reshape(X, Y, num_tokens, *rest)
     num_chunks = -(-num_tokens // chunk_tokens)
     R = -(-num_tokens // num_chunks)
-    if num_chunks * R > num_tokens:
-        array = jnp.pad(array, [(0, 0), (0, 0), (0, num_chunks * R - num_tokens), *((0, 0) for _ in rest)])
+    padding = num_chunks * R - num_tokens
+    if not isinstance(padding, int) or padding > 0:
+        array = jnp.pad(array, [(0, 0), (0, 0), (0, padding), *((0, 0) for _ in rest)])
     array = jnp.moveaxis(array.reshape(X, Y, num_chunks, R, *rest), 2, 0)
     return constrain(array, None, "batch", "length", *(None for _ in array.shape[3:]))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sum_of_chunks(
     chunk_losses: Callable[..., Sums], head: Any, x_IXYRD: jax.Array, labels: tuple[jax.Array, jax.Array]
 ) -> Sums:
@@ -131,10 +134,11 @@ def _sum_of_chunks(
     return jax.tree.map(jnp.sum, sums)
 
 
-def _forward(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_gradients(
     chunk_losses: Callable[..., Sums], head: Any, x_IXYRD: jax.Array, labels: tuple[jax.Array, jax.Array]
 ) -> tuple[Sums, Any]:
-    """The same sums, and the gradients of the first with respect to the head and x_IXYRD, as residuals."""
+    """The same sums, and the gradients of the first with respect to the head and x_IXYRD."""
     full_head = _gather_width(head, x_IXYRD.dtype)
     losses_and_gradients = jax.value_and_grad(chunk_losses, argnums=(0, 1), has_aux=True)
 
@@ -151,6 +155,12 @@ def _forward(
     return jax.tree.map(jnp.sum, sums), (head_gradient, x_gradients)
 
 
+@_with_gradients.defjvp
+def _second_derivative(chunk_losses: Callable[..., Sums], arguments: Any, tangents: Any) -> Any:
+    """What JAX does by itself. Only without a rule it would take constants, as large as the logits, out of the loop."""
+    return jax.jvp(functools.partial(_with_gradients.fun, chunk_losses), arguments, tangents)
+
+
 def _sum_of_devices(gradient: jax.Array, axes: PartitionSpec) -> jax.Array:
     """The sum of the gradients of X times Y devices, sharded like the parameter.
 
@@ -162,15 +172,12 @@ def _sum_of_devices(gradient: jax.Array, axes: PartitionSpec) -> jax.Array:
     return constrain(of_copies, "copies", "length", *axes).sum((0, 1))
 
 
-def _backward(chunk_losses: Callable[..., Sums], gradients: Any, cotangents: Sums) -> tuple[Any, jax.Array, None]:
-    """Scales the gradients, which the forward pass has computed, by the cotangent of the total."""
-    head_gradient, x_gradients = jax.tree.map(
-        lambda gradient: gradient * cotangents[0].astype(gradient.dtype), gradients
-    )
-    return head_gradient, x_gradients, None
-
-
-_sum_of_chunks.defvjp(_forward, _backward)
+@_sum_of_chunks.defjvp
+def _derivative(chunk_losses: Callable[..., Sums], arguments: Any, tangents: Any) -> tuple[Sums, Sums]:
+    """Also how the total changes: a linear function, so that the backward pass only scales the gradients."""
+    sums, gradients = _with_gradients(chunk_losses, *arguments)
+    changes = jax.tree.map(lambda one, other: (one * other).astype(sums[0].dtype).sum(), gradients, tangents[:2])
+    return sums, (jax.tree.reduce(jnp.add, changes), jnp.zeros_like(sums[1]))
 
 
 def _on_each_device(compute: Callable[..., Any]) -> Callable[..., Any]:

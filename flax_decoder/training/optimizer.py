@@ -71,7 +71,8 @@ def make_optimizer(
         config.beta2,
         config.epsilon,
         weight_decay=config.weight_decay,
-        mask=is_decayed if config.decay == "matrices" else None,
+        # Without weight decay the state has one structure, whatever would decay.
+        mask=None if config.decay == "all" and config.weight_decay > 0 else is_decayed,
     )
     if config.name == "muon":
         muon = optax.contrib.muon(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.errors import require_type
 from flax_decoder.nn.arguments import check_key
-from flax_decoder.nn.axes import logical_axes, num_parts
+from flax_decoder.nn.axes import logical_axes, num_parts, refuse_explicit_axes
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import head_params, layers_of
 from flax_decoder.nn.precision import widened
@@ -119,6 +119,7 @@ def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainSt
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     """The sharding of each array of a (possibly abstract) state; moments are sharded like their parameters."""
+    refuse_explicit_axes(mesh)
     return jax.tree.map(lambda axes: sharding_of(mesh, *axes), logical_axes(state))
 
 

@@ -68,6 +68,8 @@ def choose_attention(
     kernel = choose_kernel(config) if call.in_order and not (is_watched or has_dropout) else "reference"
     if kernel == "cudnn" and call.segments_BT is not None:
         kernel = "reference"  # JAX's interface to cuDNN has no documents
+    if kernel == "blockwise" and not isinstance(q_BTNH.shape[1], int):
+        kernel = "reference"  # with a free length, as in `jax.export`, the number of blocks is not known
     if kernel in FUSED:
         return functools.partial(on_each_device, functools.partial(FUSED[kernel], scale=scale, soft_cap=soft_cap))
 
