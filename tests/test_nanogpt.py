@@ -1,11 +1,13 @@
 """nanoGPT's ckpt.pt is a model like any other: loaded, generated from, compared, converted to a run and back."""
 
+import pytest
+
+torch = pytest.importorskip("torch")
+# ruff: noqa: E402
 import jax
 import numpy as np
 import optax
 import plain_gpt
-import pytest
-import torch
 
 import flax_decoder as fd
 from flax_decoder.cli import main

@@ -1,10 +1,12 @@
 """Weights of somebody's own module become a run, by a TOML file with settings and names."""
 
+import pytest
+
+torch = pytest.importorskip("torch")
+# ruff: noqa: E402
 import jax
 import numpy as np
 import plain_gpt
-import pytest
-import torch
 
 import flax_decoder as fd
 from flax_decoder.cli import main

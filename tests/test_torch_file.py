@@ -9,8 +9,9 @@ import zipfile
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
+torch = pytest.importorskip("torch")
+# ruff: noqa: E402
 import flax_decoder as fd
 from flax_decoder.huggingface.torch_file import find_state_dict, read_torch_file, stored_tensors
 

@@ -3,12 +3,14 @@
 import functools
 import math
 
+import pytest
+
+torch = pytest.importorskip("torch")
+# ruff: noqa: E402
 import jax
 import numpy as np
 import optax
 import plain_gpt
-import pytest
-import torch
 
 import flax_decoder as fd
 from flax_decoder.huggingface.nanogpt import model_entries, read_model

@@ -170,7 +170,8 @@ def _family(
             raise UserError(f"names = {names!r} is not known, only {', '.join(known)}; or give a map, theirs -> ours")
         return known[names]
     require_type("names", names, Mapping)
-    return family_of_names(names, tensors, shapes, source)
+    learned = {name: paths for name, paths in names.items() if paths != []}  # the rest are no parameters of theirs
+    return family_of_names(learned, tensors, shapes, source)
 
 
 def _checked_row(optimizer: Mapping[str, Any], index: Any, name: str, source: str) -> dict[str, Any]:
