@@ -99,9 +99,12 @@ def open_module(
             del left.theirs[name]
     left.matrices().refuse(f"{source} ({type(module).__name__})")
     notes = []
-    if left.theirs:
+    if left.ours and left.theirs:
+        both = _some(left.theirs), _some(left.ours)
+        notes.append("Without a counterpart, computed with but not compared: {} of PyTorch, {} of ours.".format(*both))
+    elif left.theirs:
         notes.append(f"Only PyTorch's module has {_some(left.theirs)}: ours has none, and they are not trained.")
-    if left.ours:
+    elif left.ours:
         notes.append(f"PyTorch's module has no {_some(left.ours)}: a bias counts as 0, a scale as 1.")
     _check_call(copied, config)
     return ForeignModule(copied, make, family, frozenset(left.ours), tuple(notes))
