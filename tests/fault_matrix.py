@@ -15,7 +15,8 @@ import pytest
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Notes the row of a test in its report, which is all that comes back from another worker."""
     outcome: Any = yield
-    for marker in item.iter_markers("fault"):
+    marker = item.get_closest_marker("fault")  # a test's own goes before that of its file
+    if marker is not None:
         outcome.get_result().user_properties.append(("fault", marker.args[0]))
 
 

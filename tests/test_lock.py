@@ -93,3 +93,22 @@ def test_a_lock_that_cannot_be_opened_is_a_fault(tmp_path):
     (tmp_path / LOCK).mkdir()
     with FolderLock() as lock, pytest.raises(FaultError, match=r"\.lock: cannot be locked: "):
         lock.take(tmp_path)
+
+
+def test_a_named_owner_that_has_ended_is_not_said_to_be_at_work(tmp_path, holder):
+    """Whoever may open the file can hold the lock; the name in it is that of an owner before."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    owner = json.loads((tmp_path / LOCK).read_bytes())
+    (tmp_path / LOCK).write_text(json.dumps(owner | {"pid": ended.pid}))
+    with pytest.raises(InUseError, match=rf"process {ended.pid} .* which has ended: another process"):
+        refuse_if_in_use(tmp_path)
+
+
+def test_a_lock_can_be_held_by_its_owner_alone(tmp_path):
+    with FolderLock() as lock:
+        lock.take(tmp_path)
+        assert (tmp_path / LOCK).stat().st_mode & 0o777 == 0o600
+        (tmp_path / LOCK).chmod(0o644)  # of an earlier version
+        lock.announce()
+        assert (tmp_path / LOCK).stat().st_mode & 0o777 == 0o600

@@ -41,6 +41,15 @@ def test_all_controls_but_newline_and_tab_are_shown():
     assert shown.count("\\x") == 63
 
 
+def test_text_that_is_turned_around_or_broken_is_shown():
+    turning = "\u202a\u202e\u2066\u2069\u2028\u2029"
+    terminal, pipe = Terminal(), io.StringIO()
+    for file in (terminal, pipe):
+        print_escaped(f"{turning} \u05d0\u200f", end="", file=file)
+    assert terminal.getvalue() == r"\u202a\u202e\u2066\u2069\u2028\u2029" + " \u05d0\u200f"
+    assert pipe.getvalue() == f"{turning} \u05d0\u200f"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model that writes control characters at random, as it knows little else."""

@@ -9,11 +9,13 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# Windows lacks it.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 # Without O_NONBLOCK, opening a FIFO waits for a writer. Windows lacks it, and needs O_BINARY.
 _READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -30,13 +32,71 @@ def open_regular(path: str | os.PathLike[str], *, follow_links: bool = True) -> 
     """
     mode = os.stat(path, follow_symlinks=follow_links).st_mode
     if stat.S_ISREG(mode):  # checked before opening, which alone has effects on some devices
-        descriptor = os.open(path, _READING if follow_links else _READING | getattr(os, "O_NOFOLLOW", 0))
+        descriptor = os.open(path, _READING if follow_links else _READING | _NO_LINK)
         mode = os.fstat(descriptor).st_mode  # the path may have been replaced in between
         if stat.S_ISREG(mode):
             return os.fdopen(descriptor, "rb")
         os.close(descriptor)
-    kind = "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
-    raise OSError(errno.EINVAL, f"is {kind}", os.fspath(path))
+    raise OSError(errno.EINVAL, f"is {_kind(mode)}", os.fspath(path))
+
+
+def without_links(path: str | os.PathLike[str], flags: int, mode: int = 0o666) -> int:
+    """An opener for `open`, for a file that is written in its place: never through a link to somewhere else.
+
+    Args:
+        path: of a regular file, or of none if `flags` has O_CREAT.
+        flags: as in `os.open`.
+        mode: permissions of a new file.
+
+    Raises:
+        OSError: a link, a FIFO or something else has the name; or as `os.open`.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _require(stat.S_ISREG, os.lstat(path).st_mode, path)
+    # Another process may have replaced it in between.
+    descriptor = os.open(path, flags | _NO_LINK | getattr(os, "O_NONBLOCK", 0), mode)
+    try:
+        _require(stat.S_ISREG, os.fstat(descriptor).st_mode, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder where there is none. Raises OSError if something else has the name, such as a link to one."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    _require(stat.S_ISDIR, os.lstat(path).st_mode, path)
+
+
+def not_plain(folder: Path, unread: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
+    """Yields what is neither a regular file nor a folder: links, FIFOs, devices. No link is followed.
+
+    Args:
+        folder: everything below it is looked at; it may be a link itself.
+        unread: names of folders in it whose content does not count.
+
+    Yields:
+        The path, and what it is: "a link" or "not a regular file".
+    """
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent, name) for name in sorted([*folders, *names])):
+            with contextlib.suppress(FileNotFoundError):  # another process may delete files
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                    yield path, _kind(mode)
+        if Path(parent) == folder:
+            folders[:] = [name for name in folders if name not in unread]
+
+
+def _require(is_wanted: Callable[[int], bool], mode: int, path: str | os.PathLike[str]) -> None:
+    if not is_wanted(mode):
+        raise OSError(errno.EINVAL, f"is {_kind(mode)}", os.fspath(path))
+
+
+def _kind(mode: int) -> str:
+    return "a folder" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "not a regular file"
 
 
 def expand_home(path: str) -> str:
@@ -50,10 +110,14 @@ def expand_home(path: str) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a new file that atomically replaces `path` when the block ends without an error and it is on disk."""
+    """Yields a new file that atomically replaces `path` when the block ends without an error and it is on disk.
+
+    A link at `path` is replaced itself; one that has the name of the temporary file is deleted.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a crash, or a link from whoever made the folder
+        with open(temporary, "xb") as file:
             yield file
             flush(file)
         os.replace(temporary, path)
@@ -66,13 +130,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that is renamed to `path` when the block ends without an error.
 
-    An empty folder at `path` is replaced; any other is an OSError.
+    An empty folder at `path` is replaced, and so is one to which a link at `path` leads; any other is an OSError.
     """
-    path = path.absolute()
+    path = path.resolve() if path.is_dir() else path.absolute()
     # The name has host and process, so that two processes do not share a folder; the first to finish gets the path.
     prefix = f".{path.name}.new-{socket.gethostname()}-"
     for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _is_another_process(leftover.name.removeprefix(prefix)):
+        if not is_another_process(leftover.name.removeprefix(prefix)):
             shutil.rmtree(leftover, ignore_errors=True)  # of a crash; another process may be removing it too
     unfinished = path.with_name(f"{prefix}{os.getpid()}")
     try:
@@ -105,9 +169,9 @@ def flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with open_regular(path) as file:
+def sha256_of(path: Path, *, follow_links: bool = True) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; raises OSError as `open_regular`."""
+    with open_regular(path, follow_links=follow_links) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -116,7 +180,7 @@ def is_sha256(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _is_another_process(process_id: str) -> bool:
+def is_another_process(process_id: str) -> bool:
     """Whether another process on this machine has this id."""
     if process_id == str(os.getpid()):  # left by an earlier process: in a container each start may have the same id
         return False

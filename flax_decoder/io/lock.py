@@ -1,17 +1,19 @@
 """Exclusive use of a folder, on one machine or, if the file system supports locks, across machines."""
 
+import contextlib
 import datetime
 import fcntl
 import json
 import os
 import shlex
 import socket
+import stat
 import sys
 from pathlib import Path
 from typing import Self
 
 from flax_decoder.errors import FaultError, InUseError, UserError
-from flax_decoder.io.files import open_regular
+from flax_decoder.io.files import is_another_process, open_regular, without_links
 from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 LOCK = ".lock"
@@ -37,7 +39,8 @@ class FolderLock:
         """
         path = folder / LOCK
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            # For its owner only: whoever may open the file can hold the lock for ever.
+            self._descriptor = without_links(path, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = _owner_in(path)
@@ -56,6 +59,10 @@ class FolderLock:
             "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": shlex.join(sys.argv),
         }
+        if os.fstat(self._descriptor).st_nlink > 1:  # what is written would be in a file elsewhere, too
+            return
+        with contextlib.suppress(OSError):  # the file of another user, or on a file system without permissions
+            os.fchmod(self._descriptor, 0o600)
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
 
@@ -74,7 +81,11 @@ class FolderLock:
 
 def refuse_if_in_use(folder: Path) -> None:
     """Raises InUseError if another process has locked the folder; changes nothing in it."""
-    if (folder / LOCK).is_file():
+    try:
+        is_file = stat.S_ISREG(os.lstat(folder / LOCK).st_mode)
+    except OSError:  # there is none
+        return
+    if is_file:
         with FolderLock() as lock:
             lock.take(folder)
 
@@ -84,6 +95,8 @@ def _owner_in(path: Path) -> str:
         with open_regular(path) as file:
             owner = parse_object(file.read(SETTINGS.num_bytes), str(path), SETTINGS)
         text = f"process {owner['pid']} on {owner['host']} since {owner['since']} ({owner['command']})"
+        if owner["host"] == socket.gethostname() and not is_another_process(str(owner["pid"])):
+            text += ", which has ended: another process that does not say its name"
         return " ".join(text.split())[:_MAX_SHOWN_CHARACTERS]
     except (OSError, UserError, KeyError):  # it has not announced itself yet
         return "another process"

@@ -9,13 +9,18 @@ from typing import Any, TextIO, cast
 
 # C0 except tab and newline, delete, and C1, which some terminals obey as well.
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+# Embeddings, overrides and isolates reverse the text around them, so that it reads as another one; and separators of
+# lines. The marks of Arabic and Hebrew texts, U+061C, U+200E and U+200F, reverse nothing but themselves.
+_BIDIRECTIONAL = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_ESCAPES |= {code: f"\\u{code:04x}" for code in (*_BIDIRECTIONAL, 0x2028, 0x2029)}
 
 
 def print_escaped(text: object, *, end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
     """Prints untrusted text: a prompt, generated text, a message that quotes a file.
 
     On a terminal a control character is printed as in Python, such as \\x1b for escape: a raw one could clear the
-    screen, hide a line or send keys to the shell. A file or a pipe gets the text as it is.
+    screen, hide a line or send keys to the shell. So are marks that reverse the text around them.
+    A file or a pipe gets the text as it is.
 
     Args:
         text: what to print.

@@ -19,7 +19,7 @@ import numpy as np
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import BrokenError
-from flax_decoder.io.files import is_sha256, open_regular, replacing
+from flax_decoder.io.files import is_sha256, make_folder, open_regular, replacing
 from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 FOLDER, INDEX = "lens", "history.json"
@@ -97,6 +97,8 @@ def read_files(folder: Path) -> tuple[Index | None, list[np.ndarray]]:
     records: list[np.ndarray] = []
     path = folder / INDEX
     try:
+        if folder.is_symlink():
+            raise ValueError(f"{folder} is a link")
         index = _index_of(_read(path, SETTINGS.num_bytes), path)
         for step, digest in sorted(index.snapshots.items()):
             path = folder / f"{step}.npy"
@@ -118,7 +120,8 @@ def read_files(folder: Path) -> tuple[Index | None, list[np.ndarray]]:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     with open_regular(path, follow_links=False) as file:
-        return file.read(max_bytes + 1)
+        # Python reserves at once what is asked for.
+        return file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
 
 
 def _index_of(content: bytes, path: Path) -> Index:
@@ -139,7 +142,7 @@ def _index_of(content: bytes, path: Path) -> Index:
 
 def write_index(folder: Path, index: Index) -> None:
     """Writes history.json, then deletes the snapshots that it does not list."""
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     snapshots = {str(step): digest for step, digest in index.snapshots.items()}
     with replacing(folder / INDEX) as file:
         file.write(_render({"format": FORMAT, "every": index.every, "tokens": index.tokens, "moments": snapshots}))

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import replacing
+from flax_decoder.io.files import make_folder, replacing
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens import history
 from flax_decoder.lens.capture import capture
 from flax_decoder.nn.decoder import Decoder
@@ -98,7 +99,9 @@ class Watch:
                 names = (f"{self._folder}.{count}" for count in itertools.count(1))
                 free_name = next(name for name in names if not os.path.lexists(name))
                 os.rename(self._folder, free_name)
-                print(f"{error};\n{self._folder} is now {os.path.basename(free_name)}, and a new history begins")
+                print_escaped(
+                    f"{error};\n{self._folder} is now {os.path.basename(free_name)}, and a new history begins"
+                )
         if index is not None:
             self._snapshots = {earlier: digest for earlier, digest in index.snapshots.items() if earlier <= step}
             factor, rest = divmod(index.every, self.every)
@@ -114,6 +117,7 @@ class Watch:
             kept = [one for one in snapshots if one % self.every == 0 or one == self._last_step]
             snapshots = {one: snapshots[one] for one in kept}
         if self._writes and step in snapshots:
+            make_folder(self._folder)
             with replacing(self._folder / f"{step}.npy") as file:
                 file.write(content)
         self._snapshots = snapshots

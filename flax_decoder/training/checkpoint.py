@@ -23,7 +23,8 @@ import tensorstore
 from jax.sharding import SingleDeviceSharding
 
 from flax_decoder.errors import BrokenError, FaultError, UserError, as_whole_number
-from flax_decoder.io.files import flush_names
+from flax_decoder.io.files import flush_names, make_folder
+from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import is_first
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
 from flax_decoder.training.step import TrainState
@@ -72,7 +73,7 @@ class Checkpoints:
         new = steps_folder(self._folder) / f"{_NEW}{step}"
         with as_fault_error(new.parent):
             if is_first():
-                new.parent.mkdir(exist_ok=True)
+                make_folder(new.parent)
             self._writer.save(new, args=ocp.args.Composite(**items))
         self._unfinished = self._thread.submit(self._finish, new, facts)
 
@@ -120,6 +121,7 @@ class Checkpoints:
 
 def commit(new: Path, facts: Mapping[str, Any]) -> None:
     """Adds the manifest to a folder with the arrays of a step, and renames the folder to the step."""
+    make_folder(new.parent)  # Orbax writes by path: it is still a folder, not a link to one
     write_manifest(new, facts)
     final = new.with_name(str(facts["step"]))
     quarantine(final)
@@ -158,7 +160,12 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints in a run folder, oldest first; they are not verified.
 
     Other names, such as 007, are ignored, and so are links, whose targets may be anywhere.
+
+    Raises:
+        UserError: the folder of the checkpoints is a link.
     """
+    if steps_folder(folder).is_symlink():
+        raise UserError(f"{steps_folder(folder)}: is a link, which is not followed; only a whole run folder may be one")
     try:
         names = [entry.name for entry in os.scandir(steps_folder(folder)) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
@@ -180,6 +187,7 @@ def remove_unfinished(folder: Path, step: int) -> None:
     Leftovers of killed saves are deleted. Later checkpoints were found to be damaged, or the run would continue from
     them: they are renamed, not deleted, in case their owner can still use them.
     """
+    saved_steps(folder)  # raises if the folder is a link
     with as_fault_error(steps_folder(folder)):
         for leftover in [*steps_folder(folder).glob(f"{_NEW}*"), *steps_folder(folder).glob(f"{_OLD}*")]:
             shutil.rmtree(leftover)
@@ -197,7 +205,7 @@ def quarantine(path: Path) -> None:
     names = (f"{path.name}.broken{count}" for count in ("", *range(2, 1_000_000)))
     aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     os.rename(path, aside)
-    print(f"{path}: not a valid checkpoint; renamed to {aside.name}")
+    print_escaped(f"{path}: not a valid checkpoint; renamed to {aside.name}")
 
 
 def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
@@ -235,7 +243,7 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
             return step
         except BrokenError as error:
             if os.path.lexists(steps_folder(folder) / str(step)):  # else a running training has just pruned it
-                print(f"warning: {error}; trying another checkpoint", file=sys.stderr)
+                print_escaped(f"warning: {error}; trying another checkpoint", file=sys.stderr)
     if saved_steps(folder) != sorted(steps):
         return choose_step(folder, wanted)
     raise BrokenError(

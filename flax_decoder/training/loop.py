@@ -254,7 +254,7 @@ def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, 
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
     num_params, config = sum(leaf.size for leaf in jax.tree.leaves(params)), model.config
-    print(
+    print_escaped(
         f"text: {built_in if corpus.source == BUILT_IN else corpus.source}\n"
         f"      {len(corpus.train_tokens):,} tokens to train on, {len(corpus.validation_tokens):,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"

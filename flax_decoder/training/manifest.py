@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from flax_decoder.errors import BrokenError
-from flax_decoder.io.files import flush, flush_names, is_sha256, replacing, sha256_of
+from flax_decoder.io.files import flush, flush_names, is_sha256, not_plain, replacing, sha256_of
 from flax_decoder.io.strict_json import shown
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 # The manifest of a thousand-layer model has a few hundred kilobytes.
 _MAX_BYTES = 100_000_000
+# What macOS and Windows leave in folders; no array has such a name.
+_LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 Manifest = dict[str, Any]
 
@@ -81,13 +83,17 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """Checks all files of a checkpoint folder against its manifest, which is returned.
 
-    Other files are ignored: a system may leave some (such as .DS_Store), which do no harm.
+    What a restore can open is exactly the files of the manifest: the arrays of a checkpoint say themselves which files
+    hold their values, so another file, or a link to one, could get in without a changed hash.
 
     Raises:
-        BrokenError: a file is missing or has changed; the message names it and both hashes.
+        BrokenError: a file is missing or has changed; the message names it and both hashes. Or there is a link, a FIFO,
+            a device, or a file that the manifest does not have.
     """
     manifest = read_manifest(folder)
     try:
+        for path, kind in not_plain(folder):
+            raise BrokenError(f"{path}: is {kind}, which no save writes")
         files = _files(folder)
     except OSError as error:
         raise BrokenError(f"{folder}: cannot be read: {error.strerror}") from error
@@ -100,7 +106,7 @@ def verify(folder: Path) -> Manifest:
             num_bytes = path.stat().st_size
             if num_bytes != wanted["bytes"]:
                 raise BrokenError(f"{path}: has {num_bytes:,} bytes, but was saved with {wanted['bytes']:,}")
-            actual = sha256_of(path)
+            actual = sha256_of(path, follow_links=False)
         except OSError as error:
             raise BrokenError(f"{path}: cannot be read: {error.strerror}") from error
         if actual != wanted["sha256"]:
@@ -108,6 +114,9 @@ def verify(folder: Path) -> Manifest:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(check, manifest["files"]))
+    for name, path in files.items():
+        if name not in manifest["files"] and path.name not in _LEFT_BY_SYSTEMS:
+            raise BrokenError(f"{path}: is not in the manifest, so no save has written it; delete it")
     return manifest
 
 

@@ -8,13 +8,13 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import open_regular, write_text
+from flax_decoder.io.files import make_folder, open_regular, without_links, write_text
 from flax_decoder.io.strict_json import Limits, parse_object, shown
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.pictures import picture_path, save_picture
@@ -64,7 +64,7 @@ class MetricsLog:
         self.rows.append(row)
         if self._writes:
             try:
-                with open(self._path, "a", encoding="utf-8") as file:
+                with open(self._path, "a", encoding="utf-8", opener=without_links) as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
                 raise FaultError(f"{self._path}: cannot be written: {error.strerror}") from error
@@ -82,24 +82,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[LogRow]:
-    """The lines of a metrics.jsonl, without a last one cut short by a crash; none if there is no file.
+    """The lines of a metrics.jsonl, as `metrics_rows`."""
+    return list(metrics_rows(path))
+
+
+def metrics_rows(path: Path) -> Iterator[LogRow]:
+    """Yields the lines of a metrics.jsonl, without a last one cut short by a crash; none if there is no file.
 
     Raises:
         BrokenError: the file cannot be read, or a line is damaged.
     """
-    rows = []
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_LINE.num_bytes + 1), b""), start=1):
                 if line.endswith(b"\n") or len(line) > _LINE.num_bytes:
-                    rows.append(_row_of(line, f"{path}: line {number}"))
+                    yield _row_of(line, f"{path}: line {number}")
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise BrokenError(f"{path}: cannot be read: {error.strerror}; repair or delete it") from None
     except UserError as error:
         raise BrokenError(str(error)) from None
-    return rows
 
 
 def _row_of(line: bytes, source: str) -> LogRow:
@@ -164,7 +167,7 @@ def _open_tensorboard(folder: Path, step: int) -> Callable[[LogRow], None]:
     from tensorboardX.summary import scalar
 
     events = folder / "tensorboard"
-    events.mkdir(exist_ok=True)
+    make_folder(events)
     writer = EventsWriter(os.fspath(events / "events"))
     # TensorBoard then forgets the lines that come again.
     start = SessionLog(status=SessionLog.START)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, write_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
-from flax_decoder.io.files import new_folder, sha256_of, write_text
+from flax_decoder.io.files import new_folder, not_plain, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
 
 # May change in one way: a warm-up that was shortened to fit few steps gets its full length when the run has more.
 WARMUP = "optimizer.warmup_steps"
+
+# Folders in a run folder in which another library writes, and makes links of its own.
+FOREIGN = ("wandb",)
 
 # Files that the checkpoints depend on, and their names in messages. corpus.json in turn has hashes of the token arrays.
 INPUTS = {"tokenizer.json": "tokenizer", "corpus/corpus.json": "corpus"}
@@ -51,6 +55,7 @@ def open_run(
     if config.run.resume == "never" and started:
         raise UserError(f'{folder}: already has a run, but run.resume = "never"; give another --run.folder')
     if started:
+        require_plain(folder)
         if lock is not None:
             lock.take(folder)
         require_same_inputs(folder)
@@ -79,6 +84,18 @@ def open_run(
             raise InUseError(f"{folder}: another process has just created it; give another --run.folder") from None
         raise FaultError(f"{folder}: cannot create the run folder: {error}") from error
     return config, tokenizer, load_corpus(folder / "corpus")
+
+
+def require_plain(folder: Path) -> None:
+    """Raises UserError if a run folder has a link, a FIFO or a device: it may come from somebody else.
+
+    Through a link, a run would write and delete outside of its folder. The folder itself may be a link.
+    """
+    for path, kind in not_plain(folder, FOREIGN):
+        raise UserError(
+            f"{path}: is {kind}, and a run folder has only files and folders: delete it, or, if you\n"
+            f"trust where its links lead, train in a copy without them: cp -rL {shlex.quote(str(folder))} NEW_FOLDER"
+        )
 
 
 def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Config:

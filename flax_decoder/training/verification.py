@@ -8,12 +8,13 @@ from flax_decoder.config_file import load_config
 from flax_decoder.data.corpus import load_corpus
 from flax_decoder.data.tokenizer import load_tokenizer
 from flax_decoder.errors import FaultError, UserError
+from flax_decoder.io.files import not_plain
 from flax_decoder.lens.history import FOLDER as LENS
 from flax_decoder.lens.history import read_history
 from flax_decoder.training.checkpoint import saved_steps, steps_folder
 from flax_decoder.training.manifest import verify
-from flax_decoder.training.metrics import read_metrics
-from flax_decoder.training.run_folder import require_same_inputs, require_same_model
+from flax_decoder.training.metrics import metrics_rows
+from flax_decoder.training.run_folder import FOREIGN, require_same_inputs, require_same_model
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ class CheckResult:
 
 def verify_run(folder: Path) -> Iterator[CheckResult]:
     """Checks all checkpoints of a run, oldest first, and the files they depend on; changes nothing."""
+    for path, kind in not_plain(folder, FOREIGN):
+        yield CheckResult(path, False, f"is {kind}; a run folder has only files and folders")
     steps = steps_folder(folder)
+    if steps.is_symlink():  # no link is followed
+        return
     checkpoints = [steps / str(step) for step in saved_steps(folder)]
     for path in checkpoints:
         yield _check(path, _checkpoint)
@@ -48,7 +53,7 @@ def verify_run(folder: Path) -> Iterator[CheckResult]:
     yield _check(folder / "tokenizer.json", _tokenizer)
     if (folder / "corpus").exists():  # a converted model has no corpus and no log
         yield _check(folder / "corpus", _corpus)
-        yield _check(folder / "metrics.jsonl", lambda path: f"{len(read_metrics(path)):,} lines")
+        yield _check(folder / "metrics.jsonl", lambda path: f"{sum(1 for _ in metrics_rows(path)):,} lines")
     if (folder / LENS).exists():
         yield _check(folder / LENS, _history)
 

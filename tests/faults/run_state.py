@@ -47,7 +47,7 @@ def newest_verified(folder: Path) -> int:
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes | None]]:
     """Everything below a folder: when it was last changed, and the bytes of files."""
     return {
-        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        str(path): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
         for path in folder.rglob("*")
     }
 
