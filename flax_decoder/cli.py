@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flax_decoder.config import SECTIONS, Config, fields_of
+from flax_decoder.config import SECTIONS, Config, DataConfig, fields_of
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError, did_you_mean
 from flax_decoder.io.files import expand_home, write_text
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flax_decoder.generation.sampling import Sampling
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.nn.decoder import Decoder
+    from flax_decoder.training.start import Start
 
 # Limit of a prompt from standard input, which may be endless: more than any model reads.
 MAX_PROMPT_BYTES = 16_000_000
@@ -159,7 +160,8 @@ def train(options: argparse.Namespace) -> int:
     from flax_decoder.training import loop
 
     _keep_threads_quiet()
-    return loop.train(config, folder)
+    config, start = (config, None) if config.run.start_from is None else _started(config, folder)
+    return loop.train(config, folder, start)
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -547,7 +549,30 @@ def _config_of(options: argparse.Namespace) -> Config:
 
 
 def _read_config(options: argparse.Namespace) -> Config:
-    return load_config(options.config, {name: value for name, value in vars(options).items() if "." in name})
+    given = {name: value for name, value in vars(options).items() if "." in name}
+    config = load_config(options.config, given)
+    if config.run.start_from is None:
+        return config
+    from flax_decoder.loading import model_config_of
+
+    folder = Path(config.run.folder or ".")
+    # A run that has begun has a copy of what it needs; where it came from may be gone.
+    source = folder if (folder / "start_from.json").is_file() else Path(config.run.start_from)
+    config = load_config(options.config, given, start=model_config_of(source))
+    run = dataclasses.replace(config.run, start_from=os.path.abspath(config.run.start_from or ""))
+    return dataclasses.replace(config, run=run)
+
+
+def _started(config: Config, folder: Path) -> "tuple[Config, Start | None]":
+    """The config of a run that starts from a trained model, and for a new run that model."""
+    from flax_decoder.loading import read_start
+    from flax_decoder.training.checkpoint import saved_steps
+
+    path, own = Path(config.run.start_from or ""), str(folder / "tokenizer.json")
+    if path.is_dir() and config.data.tokenizer not in (DataConfig().tokenizer, own) and not Path(own).exists():
+        raise UserError(f"{path}: has its own tokenizer; leave out data.tokenizer = {config.data.tokenizer}")
+    start = None if saved_steps(folder) else read_start(path, None if path.is_dir() else config.data.tokenizer)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own)), start
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -16,6 +16,8 @@ MAY_CHANGE = "may change on resume"
 # Marks a field that is a path, or several: in a file and on the command line, `~` at its start is the home folder. A
 # shell leaves that of --run.folder=~/texts to the program.
 IS_PATH = "is a path"
+# Marks a field of the model that weights do not depend on: a run that starts from others' may set it anew.
+NOT_IN_WEIGHTS = "weights do not depend on it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class ModelConfig:
 
     vocab_size: Width | None = None
     """V, number of tokens; left out, that of the tokenizer"""
-    context_length: Count = 64
+    context_length: Annotated[Count, NOT_IN_WEIGHTS] = 64
     """T, the longest sequence the model is trained on, in tokens"""
     num_layers: Annotated[int, Field(gt=0, le=10_000)] = 4
     """L, number of blocks"""
@@ -89,7 +91,7 @@ class ModelConfig:
     """F, width of the feed-forward layer; left out, 4 D"""
     feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu", "geglu", "geglu_tanh"] = "gelu"
     """between the two feed-forward matrices; `gelu` is the exact one (erf); the GLUs have a third matrix, the gate"""
-    dropout: Fraction = 0.0
+    dropout: Annotated[Fraction, NOT_IN_WEIGHTS] = 0.0
     """probability of zeroing, in training: embeddings, attention weights, outputs of a block's two parts"""
 
     positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "learned"
@@ -151,18 +153,20 @@ class ModelConfig:
     logit_soft_cap: Positive | None = None
     """logits are squashed into ± this by tanh"""
 
-    init_stddev: Positive = 0.02
+    init_stddev: Annotated[Positive, NOT_IN_WEIGHTS] = 0.02
     """standard deviation of the matrices at the start"""
-    output_init: Literal["scaled", "zero"] = "scaled"
+    output_init: Annotated[Literal["scaled", "zero"], NOT_IN_WEIGHTS] = "scaled"
     """matrices that write into the residual stream start at init_stddev / sqrt(2 L), or at zero"""
 
-    attention: Annotated[Literal["auto", "reference", "blockwise", "cudnn", "splash"], MAY_CHANGE] = "auto"
+    attention: Annotated[Literal["auto", "reference", "blockwise", "cudnn", "splash"], MAY_CHANGE, NOT_IN_WEIGHTS] = (
+        "auto"
+    )
     """the implementation of attention, all with the same numbers: reference is readable; auto is the fastest one"""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "float64"], NOT_IN_WEIGHTS] = "float32"
     """what activations are computed in; params, norms, softmax and loss stay float32; float64 needs JAX_ENABLE_X64=1"""
-    scan_layers: Annotated[bool, MAY_CHANGE] = False
+    scan_layers: Annotated[bool, MAY_CHANGE, NOT_IN_WEIGHTS] = False
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
-    remat: Annotated[Literal["none", "attention", "dots", "full"], MAY_CHANGE] = "none"
+    remat: Annotated[Literal["none", "attention", "dots", "full"], MAY_CHANGE, NOT_IN_WEIGHTS] = "none"
     """what the backward pass computes again instead of keeping it: nothing; the scores of attention; all of a block but
     the outputs of its projections (dots); or all of it, from its input alone, which takes a third more time (full)"""
 
@@ -425,6 +429,8 @@ class RunConfig:
 
     folder: Annotated[str | None, IS_PATH] = None
     """the folder of the run; left out, runs/<name of the config file>"""
+    start_from: Annotated[str | None, IS_PATH] = None
+    """a trained model to start from, with its settings, weights and tokenizer: a run folder, or one of Hugging Face"""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue where there is a checkpoint; never: refuse where there is one; must: refuse where there is none"""
     tensorboard: bool = False

@@ -11,13 +11,18 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from flax_decoder.config import IS_PATH, SECTIONS, Config, fields_of
+from flax_decoder.config import IS_PATH, NOT_IN_WEIGHTS, SECTIONS, Config, ModelConfig, fields_of
 from flax_decoder.errors import UserError, as_path, did_you_mean, require_type
 from flax_decoder.io.files import expand_home, open_regular
 from flax_decoder.io.strict_json import shown
 
 
-def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    start: ModelConfig | None = None,
+) -> Config:
     """Reads a config from a TOML file.
 
     Args:
@@ -25,6 +30,8 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         overrides: values that take precedence, by dotted name: `{"model.num_layers": 2}`. Hyphens are the same as
             underscores. A string for a field of another type is parsed as TOML, as on the command line, where `1e3` is
             a count too, `yes`, `on`, `no` and `off` are switches, and `none` takes the value of the file back.
+        start: the model whose weights a run starts from. What the file and the overrides leave out is as in it; they
+            may differ only in what weights do not depend on.
 
     Returns:
         The checked config. `run.folder` is filled in; `model.vocab_size` stays None if the tokenizer decides it. A
@@ -51,11 +58,31 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         if isinstance(values, dict):
             paths = [name for name, field in fields_of(section).items() if IS_PATH in field.metadata]
             values |= {name: _with_home(values[name]) for name in paths if name in values}
+    if start is not None and isinstance(settings.get("model", {}), dict):
+        settings["model"] = _continued(start, settings.get("model", {}))
     config = config_of(settings, source, overridden)
     if config.run.folder is None or (_is_inside_a_run(path) and "run.folder" not in overridden):
         run = dataclasses.replace(config.run, folder=str(_default_folder(path)))
         config = dataclasses.replace(config, run=run)
     return config
+
+
+def _continued(start: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model that starts from the weights of another, with those that are given.
+
+    Raises:
+        UserError: they contradict the weights; a table of both.
+    """
+    saved, fields = dataclasses.asdict(start), fields_of("model")
+    fixed = {name for name, field in fields.items() if NOT_IN_WEIGHTS not in field.metadata}
+    if start.positions == "learned":
+        fixed.add("context_length")  # there is a vector for each position
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    rows = [(name, saved[name], value) for name, value in plain.items() if name in fixed and value != saved[name]]
+    if rows:
+        table = "\n".join(f"model.{name}: {old} there, {new} asked" for name, old, new in rows)
+        raise UserError(f"run.start_from: these settings are not those of its weights; leave them out:\n{table}")
+    return saved | dict(given)
 
 
 def _with_home(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flax_decoder.config import Config, DataConfig
+from flax_decoder.config import Config, DataConfig, ModelConfig
 from flax_decoder.config_file import load_config, to_toml
 from flax_decoder.data.corpus import read_text
 from flax_decoder.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer, write_tokenizer
@@ -21,6 +21,7 @@ from flax_decoder.huggingface.folder import (
     is_model_folder,
     read_family,
     read_folder,
+    read_model_config,
     read_tokenizer,
     write_folder,
     write_special_tokens,
@@ -29,13 +30,15 @@ from flax_decoder.huggingface.nanogpt import model_entries, read_model, write_ch
 from flax_decoder.huggingface.own_layout import read_own_model
 from flax_decoder.huggingface.torch_file import find_state_dict, read_torch_file
 from flax_decoder.huggingface.weights import flatten
-from flax_decoder.io.files import expand_home, new_folder, replacing, write_text
+from flax_decoder.io.files import expand_home, new_folder, replacing, sha256_of, write_text
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.nn.params import abstract_params
-from flax_decoder.training.checkpoint import choose_step, restore_params, save_params
+from flax_decoder.training.checkpoint import choose_step, restore_params, save_params, steps_folder
+from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.nanogpt_entries import training_entries
 from flax_decoder.training.run_folder import facts_of, require_same_inputs, require_same_model
+from flax_decoder.training.start import Start
 
 if TYPE_CHECKING:
     from flax_decoder.comparison.ledger import Ledger
@@ -109,6 +112,23 @@ def _load_file(
     model, params = read_model(document, path, shardings, allow_nan=allow_nan)
     found = None if tokenizer is None else _named_tokenizer(tokenizer, model.config.vocab_size)
     return model, params, found
+
+
+def model_config_of(path: Path) -> ModelConfig:
+    """The settings of a trained model; its weights are not read where there is another way. Raises as `load`."""
+    if path.is_dir() and _is_run_folder(path):
+        return load_config(path / "config.toml").model
+    return read_model_config(path) if path.is_dir() and is_model_folder(path) else load(path)[0].config
+
+
+def read_start(path: Path, tokenizer: str | None = None) -> Start:
+    """A trained model for a run to start from; `tokenizer` as in `load`. Raises as `load`, also without a tokenizer."""
+    _, params, found = load(path, tokenizer=tokenizer)
+    if _is_run_folder(path):
+        files = [steps_folder(path) / str(choose_step(path, "latest")) / MANIFEST]
+    else:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return Start(path, {file.name: sha256_of(file) for file in files}, params, _required(found, path))
 
 
 def _refuse_second_tokenizer(folder: Path, tokenizer: str | None) -> None:

@@ -86,22 +86,26 @@ def split_text(text: str, validation_fraction: float) -> tuple[str, str]:
     return text[:border], text[border:]
 
 
-def prepare_corpus(data: DataConfig, context_length: int, vocab_size: int | None) -> tuple[Tokenizer, Corpus]:
+def prepare_corpus(
+    data: DataConfig, context_length: int, vocab_size: int | None, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, Corpus]:
     """Reads the text, makes its tokenizer, and encodes both parts. Writes nothing.
 
     Args:
         data: which text and tokenizer.
         context_length: T; each part must have at least T + 1 tokens.
         vocab_size: V of the model, if it is set: at least that of the tokenizer; more is padding.
+        tokenizer: that of the model, if it has one already, in place of the one of `data`.
 
     Raises:
         UserError: the text or the tokenizer cannot be used, or does not fit the model.
     """
     source = read_text(data.path)
     train, validation = split_text(source.text, data.validation_fraction)
-    # A char vocabulary without a character of the validation text could not encode it; bpe must not learn from it.
-    vocabulary_text = source.text if data.tokenizer == "char" else train
-    tokenizer = make_tokenizer(data.tokenizer, vocabulary_text, data.bpe_vocab_size)
+    if tokenizer is None:
+        # A char vocabulary without a character of the validation text could not encode it; bpe must not learn from it.
+        vocabulary_text = source.text if data.tokenizer == "char" else train
+        tokenizer = make_tokenizer(data.tokenizer, vocabulary_text, data.bpe_vocab_size)
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size = {vocab_size} is too small: data.tokenizer = {data.tokenizer} has "

@@ -67,15 +67,19 @@ def read_folder(
     Raises:
         UserError: a file in the folder cannot be used; the message names it.
     """
-    document = _read_json(folder, "config.json", SETTINGS)
-    source = str(folder / "config.json")
-    family, model = family_of(document, source), Decoder(read_settings(document, source, strict=strict))
+    family, source = read_family(folder), str(folder / "config.json")
+    model = Decoder(read_model_config(folder, strict=strict))
     with contextlib.ExitStack() as files:
         tensors = _find_tensors(folder, files)
         check_sizes(model.config, family, tensors, source)  # before abstract_params, which absurd sizes make slow
         wanted = flatten(abstract_params(model, shardings))
         params = read_params(tensors, family, wanted, folder, allow_nan=allow_nan)
     return model, unflatten_dict(params, sep="/"), read_tokenizer(folder)
+
+
+def read_model_config(folder: Path, *, strict: bool = False) -> ModelConfig:
+    """The model that the config.json of a model folder describes. Raises UserError as `read_folder`."""
+    return read_settings(_read_json(folder, "config.json", SETTINGS), str(folder / "config.json"), strict=strict)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:

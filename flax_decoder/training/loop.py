@@ -47,6 +47,7 @@ from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
 from flax_decoder.training.progress import Progress
 from flax_decoder.training.run_folder import facts_of, open_run, saved_config
+from flax_decoder.training.start import Start
 from flax_decoder.training.step import TrainState, init_state, jit_step
 
 # Slightly under 1: fewer unlikely tokens than in the model's own distribution.
@@ -55,8 +56,13 @@ SAMPLE_TEMPERATURE = 0.8
 RESULTS = ("sample.txt", "loss.png")
 
 
-def train(config: Config, folder: Path) -> int:
+def train(config: Config, folder: Path, start: Start | None = None) -> int:
     """Starts or resumes a run in a folder, trains it to its end, and writes a sample.
+
+    Args:
+        config: the run; its model is that of `start`, if there is one.
+        folder: the run folder.
+        start: the weights of a new run; None draws them.
 
     Returns:
         0, or 128 plus the number of the signal that stopped the run; all completed steps are saved.
@@ -74,10 +80,10 @@ def train(config: Config, folder: Path) -> int:
     if not processes.is_first():  # the first process has created the folder by the time this one opens it
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
     with processes.printing_once():
-        return run(config, folder)
+        return run(config, folder, start)
 
 
-def run(config: Config, folder: Path) -> int:
+def run(config: Config, folder: Path, start: Start | None = None) -> int:
     """`train`, after all processes of the job have joined."""
     choose_kernel(config.model)  # raises if the requested one does not run here
 
@@ -87,7 +93,7 @@ def run(config: Config, folder: Path) -> int:
 
     with FolderLock() as lock:
         owner = lock if processes.is_first() else None
-        config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner))
+        config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner, start))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
         if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
@@ -101,11 +107,17 @@ def run(config: Config, folder: Path) -> int:
             remove_unfinished(folder, done)
             write_text(folder / "config.toml", to_toml(config))
         with Interruption() as interruption:
-            return train_from(done, config, folder, tokenizer, corpus, interruption)
+            return train_from(done, config, folder, tokenizer, corpus, interruption, start)
 
 
 def train_from(
-    done: int, config: Config, folder: Path, tokenizer: Tokenizer, corpus: Corpus, interruption: Interruption
+    done: int,
+    config: Config,
+    folder: Path,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    interruption: Interruption,
+    start: Start | None = None,
 ) -> int:
     """Trains from step `done`, restoring its checkpoint unless it is 0, and writes the results."""
     training = config.training
@@ -118,6 +130,8 @@ def train_from(
         known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
         if known != asked:
             print(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
+    elif start is not None:
+        state = start.give(state)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
@@ -126,6 +140,9 @@ def train_from(
     describe(model, state.params, tokenizer, corpus, mesh)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
+        if start is not None and not log.rows:  # what the steps will gain
+            log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
+            print_escaped(f"started from {start.path}: validation {before['val_loss']:.4f} before the first step")
         state = run_steps(training, schedule, model, state, corpus, mesh, checkpoints, log, watch, interruption)
     if not interruption.requested():
         write_results(training, folder, model, state.params, tokenizer, log)

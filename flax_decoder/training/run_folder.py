@@ -14,12 +14,17 @@ from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, write_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
+from flax_decoder.huggingface.folder import write_special_tokens
 from flax_decoder.io.files import new_folder, not_plain, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
+from flax_decoder.training.start import Start
 
 # May change in one way: a warm-up that was shortened to fit few steps gets its full length when the run has more.
 WARMUP = "optimizer.warmup_steps"
+
+# Where a run began that did not draw its weights.
+START_FROM = "start_from.json"
 
 # Folders in a run folder in which another library writes, and makes links of its own.
 FOREIGN = ("wandb",)
@@ -29,7 +34,11 @@ INPUTS = {"tokenizer.json": "tokenizer", "corpus/corpus.json": "corpus"}
 
 
 def open_run(
-    config: Config, folder: Path, check: Callable[[Config, Tokenizer, Corpus], Any], lock: FolderLock | None
+    config: Config,
+    folder: Path,
+    check: Callable[[Config, Tokenizer, Corpus], Any],
+    lock: FolderLock | None,
+    start: Start | None = None,
 ) -> tuple[Config, Tokenizer, Corpus]:
     """Creates the folder of a new run, or opens that of an existing one.
 
@@ -38,6 +47,7 @@ def open_run(
         folder: the run folder.
         check: called with the resolved config; raises UserError if the run cannot be trained here.
         lock: locks the folder; None in processes of a job whose first process has the lock.
+        start: the model that a new run starts from.
 
     Returns:
         The config, with the fields that the text determines, the tokenizer, and the corpus on disk.
@@ -56,6 +66,7 @@ def open_run(
         raise UserError(f'{folder}: already has a run, but run.resume = "never"; give another --run.folder')
     if started:
         require_plain(folder)
+        _require_same_start(config, folder, start)
         if lock is not None:
             lock.take(folder)
         require_same_inputs(folder)
@@ -69,7 +80,8 @@ def open_run(
         raise UserError(f"{folder}: is the current folder; give a new --run.folder")
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
-    tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
+    given = None if start is None else start.tokenizer
+    tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size, given)
     config = _resolve(config, tokenizer, corpus)
     check(config, tokenizer, corpus)
     try:
@@ -77,6 +89,9 @@ def open_run(
             save_corpus(corpus, unfinished / "corpus")
             write_tokenizer(unfinished / "tokenizer.json", tokenizer)
             write_text(unfinished / "config.toml", to_toml(config))
+            if start is not None:
+                write_special_tokens(unfinished, tokenizer)
+                write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
             if lock is not None:
                 lock.take(unfinished)
     except OSError as error:
@@ -84,6 +99,19 @@ def open_run(
             raise InUseError(f"{folder}: another process has just created it; give another --run.folder") from None
         raise FaultError(f"{folder}: cannot create the run folder: {error}") from error
     return config, tokenizer, load_corpus(folder / "corpus")
+
+
+def _require_same_start(config: Config, folder: Path, start: Start | None) -> None:
+    """Raises UserError if a run would go on from other weights than those it was told to start from."""
+    asked, has_record = config.run.start_from, (folder / START_FROM).is_file()
+    if asked is not None and not has_record:
+        raise UserError(
+            f"{folder}: has a run that began elsewhere than run.start_from = {asked}; give another --run.folder"
+        )
+    if has_record and start is None and not saved_steps(folder):
+        raise UserError(
+            f"{folder}: has no checkpoint yet: give --run.start-from again, as {folder / START_FROM} has it"
+        )
 
 
 def require_plain(folder: Path) -> None:

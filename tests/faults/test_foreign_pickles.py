@@ -6,9 +6,7 @@ import pickle
 import zipfile
 
 import numpy as np
-import plain_gpt
 import pytest
-import torch
 from model_folder import INDEX, WEIGHTS, change, make_folder, refusal, split_in_two
 
 import flax_decoder as fd
@@ -125,6 +123,7 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_pickle_in_place_of_a_checkpoint_is_refused(command, folder, canary, refused):
     """Whatever its format: plain, of today's PyTorch, or of that before 1.6, where the bomb comes after the numbers."""
+    torch, plain_gpt = pytest.importorskip("torch"), pytest.importorskip("plain_gpt")
     (folder.parent / "text.txt").write_text("a")
     (folder.parent / "names.toml").write_text("[model]\n[names]\n")
     model, model_args = plain_gpt.make_gpt()

@@ -1,0 +1,97 @@
+"""A run starts from a trained model: its weights, settings and tokenizer, and a loss before the first step."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flax_decoder as fd
+from flax_decoder.cli import main
+from flax_decoder.loading import convert
+from flax_decoder.training import loop
+from flax_decoder.training.metrics import read_metrics
+
+SIZES = ["--model.num-layers=1", "--model.embed-dim=16", "--model.num-heads=2", "--model.context-length=16"]
+QUICK = ["--training.sample-tokens=0", "--mesh.data=1", "--lens.every=0", "--training.batch-size=2"]
+TUNE = ["train", *QUICK, "--training.num-steps=3", "--run.folder=tuned", "--model.dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run, and the same as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("start")
+    (folder / "input.txt").write_text("To be, or not to be, that is the question:\n" * 40)
+    paths = [f"--run.folder={folder / 'run'}", f"--data.path={folder / 'input.txt'}"]
+    assert main(["train", *SIZES, *QUICK, *paths, "--training.num-steps=4"]) == 0
+    convert(folder / "run", folder / "hf")
+    return folder
+
+
+@pytest.fixture
+def here(trained, tmp_path, monkeypatch):
+    """A folder with the trained model, and another text of its characters."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text("question not the that, or be be to To:\n" * 40)
+    return tmp_path
+
+
+def params_of(folder, step="latest"):
+    return jax.tree.map(np.asarray, fd.load(folder, step=step)[1])
+
+
+@pytest.mark.short("run")
+@pytest.mark.parametrize("source", ["run", "hf"])
+def test_a_run_starts_from_a_trained_model(source, here, monkeypatch, capsys):
+    first = []
+    monkeypatch.setattr(
+        loop, "run_steps", lambda *a, before=loop.run_steps: first.append(jax.device_get(a[3].params)) or before(*a)
+    )
+    assert main([*TUNE, "--data.path=other.txt", f"--run.start-from={source}"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, first[0], params_of(source))
+    row, *_ = read_metrics(Path("tuned/metrics.jsonl"))
+    assert row["step"] == 0 and row["val_loss"] > 0 and "train_loss" not in row
+    assert f"validation {row['val_loss']:.4f} before the first step" in capsys.readouterr().out
+    record = json.loads(Path("tuned/start_from.json").read_text())
+    assert record["path"] == str(here / source) and all(len(value) == 64 for value in record["sha256"].values())
+    saved = fd.load_config("tuned/config.toml")
+    assert saved.model.num_layers == 1 and saved.model.dropout == 0.1 and saved.run.start_from == str(here / source)
+    assert fd.load("tuned")[2].to_json() == fd.load(source)[2].to_json()
+    # The folder is enough from here on.
+    shutil.rmtree(source)
+    moved = [*TUNE, "--data.path=other.txt", f"--run.start-from={source}", "--training.num-steps=5"]
+    assert main(moved) == 0
+    assert main(["train", "tuned/config.toml", "--training.num-steps=6"]) == 0
+    assert read_metrics(Path("tuned/metrics.jsonl"))[-1]["step"] == 6
+    assert main(["verify", "tuned"]) == 0
+
+
+REFUSED = {
+    "another model": (["--model.num-layers=2"], "model.num_layers: 1 there, 2 asked"),
+    "more positions": (["--model.context-length=32"], "model.context_length: 16 there, 32 asked"),
+    "tokenizer": (["--data.tokenizer=byte"], "has its own tokenizer; leave out data.tokenizer = byte"),
+    "nothing there": (["--run.start-from=nowhere"], "nowhere: there is no such folder"),
+    "another run": (["--run.folder=run"], "run: has a run that began elsewhere"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_contradicts_is_refused(kind, here, refused):
+    changes, message = REFUSED[kind]
+    assert message in refused(*TUNE, "--data.path=other.txt", "--run.start-from=run", *changes)
+
+
+def test_a_run_killed_before_its_first_checkpoint_does_not_start_from_random_weights(here, monkeypatch, capsys):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_steps", killed)
+        assert main([*TUNE, "--data.path=other.txt", "--run.start-from=run"]) == 130
+    assert main([*TUNE, *SIZES, "--data.path=other.txt"]) == 2
+    assert "give --run.start-from again" in capsys.readouterr().err
+    assert main([*TUNE, "--data.path=other.txt", "--run.start-from=run"]) == 0
+    assert [row["step"] for row in read_metrics(Path("tuned/metrics.jsonl"))].count(0) == 1
