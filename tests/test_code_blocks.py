@@ -84,7 +84,7 @@ def test_commands_parse(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
     ours = of_ours(list(command))
     if ours is not None:
         options = cli.build_parser().parse_args(ours)  # UserError for what it does not know
-        if hasattr(options, "config"):
+        if hasattr(options, "config") and not hasattr(options, "run.start_from"):  # which reads that run
             cli._config_of(options)  # UserError for a wrong value
     elif command[0] == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -354,7 +354,7 @@ def test_values_out_of_bounds_are_refused(name, value, write):
     [
         ("[model]\nnum_layer = 2\n", ["there is no setting model.num_layer", "did you mean model.num_layers?"]),
         ("[training]\nlearning_rate = 2\n", ["did you mean optimizer.learning_rate?"]),
-        ("[run]\nxyzzy = 2\n", ["there is no setting run.xyzzy", "there are: folder, resume"]),
+        ("[run]\nxyzzy = 2\n", ["there is no setting run.xyzzy", "there are: folder, start_from, resume"]),
         ("[modle]\nnum_layers = 2\n", ["there is no section [modle]", "did you mean model?"]),
         ("num_layers = 2\n", ["there is no section [num_layers]"]),
         ("model = 2\n", ["model must be a table"]),

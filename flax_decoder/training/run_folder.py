@@ -204,7 +204,8 @@ def _require_same_run(config: Config, saved: Config, tokenizer: Tokenizer, corpu
         width = max(len(name) for name, _, _ in rows)
         table = "\n".join(f"{name + ':':{width + 1}} saved {saved}, asked {asked}" for name, saved, asked in rows)
         raise UserError(
-            f"{folder}: holds a run with other settings; restore them, or give another --run.folder\n{table}"
+            f"{folder}: holds a run with other settings; restore them, or give another --run.folder, in which "
+            f"--run.start-from {folder} begins with its weights\n{table}"
         )
 
 
