@@ -9,11 +9,11 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ PARAMS, OPTIMIZER = "params", "optimizer"
 _NEW, _OLD = ".new-", ".old-"
 # Manifest entries of a run about which nothing is known.
 NO_FACTS: Mapping[str, Any] = {"seed": None, "config": None, "inputs": {}}
+_Result = TypeVar("_Result")
 _PACKAGES = ("flax-decoder", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -225,7 +226,12 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
         wanted = as_whole_number("step", wanted, 0)
         if wanted not in steps:
             raise UserError(f"{folder}: has no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}")
-        verify(steps_folder(folder) / str(wanted))
+        try:
+            verify(steps_folder(folder) / str(wanted))
+        except BrokenError:
+            if os.path.lexists(steps_folder(folder) / str(wanted)):
+                raise
+            return choose_step(folder, wanted)  # a running training has just pruned it, which the message says
         return wanted
     if wanted == "best":
         losses = _losses(folder)
@@ -249,6 +255,31 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
         f"{folder}: all its checkpoints are damaged ({', '.join(map(str, sorted(steps)))}); "
         "restore one from a copy, or start another run with --run.folder"
     )
+
+
+def read_checkpoint(
+    folder: Path, wanted: int | Literal["latest", "best"], read: Callable[[int], _Result]
+) -> _Result:
+    """What `read` makes of the checkpoint that `choose_step` chooses; of the next one if that is pruned meanwhile.
+
+    A running training takes the name of a checkpoint away before it deletes files: what was read is whole if the name
+    is still there.
+
+    Raises:
+        UserError: as `choose_step`, also for the given step if it has been pruned.
+        FaultError: as `choose_step` and `read`.
+    """
+    while True:
+        step = choose_step(folder, wanted)
+        path = steps_folder(folder) / str(step)
+        try:
+            result = read(step)
+        except FaultError:
+            if os.path.lexists(path):
+                raise
+        else:
+            if os.path.lexists(path):
+                return result
 
 
 def restore_state(folder: Path, step: int, state: TrainState) -> TrainState:
