@@ -50,12 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Training replaces these handlers once it has something to save.
     before = {number: signal.signal(number, _raise_for_signal) for number in _EXCEPTION_OF}
     hook_before = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_resend_dropped_signal, hook_before)
+    sys.unraisablehook = hook = functools.partial(_resend_dropped_signal, hook_before)
     try:
         with standard_streams(), _warnings_of_folders():
             return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
-        sys.unraisablehook = hook_before
+        if sys.unraisablehook is hook:  # else reads of a checkpoint that has failed may still end, unheard
+            sys.unraisablehook = hook_before
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -67,6 +68,7 @@ def _run(arguments: Sequence[str]) -> int:
         if unknown:
             options.parser.refuse(unknown[0])
         command: Callable[[argparse.Namespace], int] = options.command
+        _keep_threads_quiet()
         _keep_compilations()
         code = command(options)
         sys.stdout.flush()  # a disk may be full only now
@@ -131,7 +133,6 @@ def train(options: argparse.Namespace) -> int:
         refuse_if_in_use(folder)
     from flax_decoder.training import loop
 
-    _keep_threads_quiet()
     return loop.train(config, folder)
 
 
@@ -347,7 +348,6 @@ def doctor(options: argparse.Namespace) -> int:
     config = _config_of(options)
     from flax_decoder.planning.doctor import examine
 
-    _keep_threads_quiet()
     holds = True
     for finding in examine(config):
         print(finding, flush=True)

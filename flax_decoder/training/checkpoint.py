@@ -6,6 +6,7 @@ whether its files are still those that were saved.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import is_first
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
 from flax_decoder.training.step import TrainState
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 PARAMS, OPTIMIZER = "params", "optimizer"
 # Prefixes of folders that are being written or deleted: not the name of a step, so never taken for a checkpoint.
@@ -257,9 +261,7 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
     )
 
 
-def read_checkpoint(
-    folder: Path, wanted: int | Literal["latest", "best"], read: Callable[[int], _Result]
-) -> _Result:
+def read_checkpoint(folder: Path, wanted: int | Literal["latest", "best"], read: Callable[[int], _Result]) -> _Result:
     """What `read` makes of the checkpoint that `choose_step` chooses; of the next one if that is pruned meanwhile.
 
     A running training takes the name of a checkpoint away before it deletes files: what was read is whole if the name
@@ -364,12 +366,33 @@ def _losses(folder: Path) -> dict[int, float | None]:
 def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterator[None]:
     """Turns errors of Python, Orbax and tensorstore into a FaultError of one line."""
     try:
-        yield
+        with _without_late_results():
+            yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, FaultError):
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FaultError(f"{path}: {what}: {reason[0]}") from error
+        # Tensorstore appends how the array is stored, in kilobytes of JSON.
+        raise FaultError(f"{path}: {what}: {reason[0].partition(' [tensorstore_spec')[0]}") from error
+
+
+@contextlib.contextmanager
+def _without_late_results() -> Iterator[None]:
+    """Silences the reads and writes that Orbax leaves behind when one has failed: each would print a traceback.
+
+    They end at any time later, in threads of tensorstore, and call an event loop that is closed by then. So after a
+    failure the hook stays; it passes on everything else.
+    """
+    before = sys.unraisablehook
+    if not (isinstance(before, functools.partial) and before.func is _drop_late_result):
+        sys.unraisablehook = functools.partial(_drop_late_result, before)
+    yield
+    sys.unraisablehook = before
+
+
+def _drop_late_result(hook: Callable[["UnraisableHookArgs"], Any], dropped: "UnraisableHookArgs") -> None:
+    if dropped.exc_type is not RuntimeError or str(dropped.exc_value) != "Event loop is closed":
+        hook(dropped)
 
 
 def _limit_gb(tree: Any) -> float:
