@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import warnings
@@ -705,15 +706,23 @@ def _kind(annotation: Any) -> str:
 
 
 def _keep_compilations() -> None:
-    """Makes JAX cache compiled programs in the user's cache folder; without one, prints a warning."""
+    """Makes JAX cache compiled programs in the user's cache folder; without one, prints a warning.
+
+    Whoever can write there decides what the programs compute: it must be the user's, and closed to others.
+    """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     try:
         if folder is None:
             folder = str(cache_folder() / "flax_decoder")
         if folder and "://" not in folder:  # empty is off; JAX itself checks the URL of a bucket
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder, 0o700, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "may not be written", folder)
+            status = os.stat(folder)
+            if status.st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "belongs to another user, who could change what runs", folder)
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PermissionError(errno.EPERM, "others may write there and change what runs; delete it", folder)
     except OSError as error:
         print_escaped(
             f"warning: compiled programs are not kept for the next start: {error.filename}: {error.strerror}; "
