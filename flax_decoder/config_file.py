@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -77,7 +78,7 @@ def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[s
     parts = {}
     for section, values in settings.items():
         if section not in SECTIONS:
-            raise UserError(f"{source}: there is no section [{section}]{_nearest(section, list(SECTIONS))}")
+            raise UserError(f"{source}: there is no section [{section:.100}]{_nearest(section, list(SECTIONS))}")
         if not isinstance(values, dict):
             raise UserError(f"{source}: {section} must be a table, [{section}]")
         for field, value in values.items():
@@ -104,8 +105,22 @@ def to_toml(config: Config) -> str:
     )
 
 
-# A config with every field has 5 kB.
-_MAX_CONFIG_BYTES = 1_000_000
+# A config with every field has 5 kB, 100 settings, and a dot in some of its numbers; data.path may be a long list.
+_MAX_CONFIG_BYTES = 500_000
+# tomllib takes time that grows with the square of the dots in a key, and with the product of those in the name of a
+# table and its settings: at these limits a third of a second.
+_MAX_DOTS = _MAX_SETTINGS = 1000
+# A comment or a string. An open one ends the text: what is behind it is never parsed.
+_NO_SYNTAX = re.compile(
+    r"""
+    \#[^\n]*
+    | \"{3} (?:\\(?:.|\Z)|[^\\])*? (?:\"{3,}|\Z)
+    | \'{3} .*? (?:\'{3,}|\Z)
+    | "(?:\\.|[^"\\\n])*"?
+    | \'[^'\n]*\'?
+    """,
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -132,6 +147,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _parse_toml(text: str) -> dict[str, Any]:
     """Parses TOML; every error is a ValueError."""
+    syntax = _NO_SYNTAX.sub("", text)
+    if syntax.count(".") > _MAX_DOTS or syntax.count("=") > _MAX_SETTINGS:
+        raise ValueError(f"it has over {_MAX_SETTINGS:,} settings, or over {_MAX_DOTS:,} dots outside of strings")
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -204,7 +222,7 @@ def _first_error(error: ValidationError, section: str, source: str, overridden: 
     name = ".".join(part for part in (section, *fields) if part)
     source = _source_of(name, source, overridden)
     if first["type"] == "unexpected_keyword_argument":
-        what = f"there is no setting {name}{_nearest(fields[0], list(fields_of(section)))}"
+        what = f"there is no setting {name:.100}{_nearest(fields[0], list(fields_of(section)))}"
     elif first["type"] == "value_error":
         what = f"{name}: {first['msg']}".replace("Value error, ", "").removeprefix(": ")
     else:

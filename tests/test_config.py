@@ -388,3 +388,30 @@ def test_a_fault_in_the_file_is_not_blamed_on_the_command_line(write):
     path = write("[model]\nnum_layers = 0\n")
     assert refusal(path, {"model.embed_dim": 8}).startswith(f"{path}: ")
     assert refusal(path, {"model.num-layers": -1}).startswith("the command line or overrides: model.num_layers = -1")
+
+
+DOTS = "." * 2000
+# How far a reader may be in strings and comments, which have dots as they like.
+STRINGS = [
+    f'"{DOTS}"',
+    f"'{DOTS}'",
+    f'"\\"{DOTS}\\\\"',
+    f"'\\' #'{DOTS}",
+    f'"#" # {DOTS}',
+    f'"""{DOTS}"""',
+    f'"""\\"""{DOTS}"""""',
+    f"'''\\''{DOTS}'''''",
+    f'"""\n# "{DOTS}\n"""',
+    f'["""a"""", "{DOTS}"]',
+    f"['{DOTS}', \"{DOTS}\"]",
+]
+
+
+@pytest.mark.parametrize("string", STRINGS)
+def test_dots_count_outside_of_strings_only(write, string):
+    """tomllib takes hours for a key of 200,000 dots; a path is not a key."""
+    path = write(f"data.path = {string}\n")
+    load_config(path)
+    path = write(f"data.path = {string}\na{'.a' * 1001} = 1\n")
+    with pytest.raises(UserError, match=r"tiny\.toml: is not valid TOML: it has over .* 1,000 dots"):
+        load_config(path)
