@@ -241,7 +241,7 @@ def evaluate(options: argparse.Namespace) -> int:
     batch_size = max(4096 // model.config.context_length, 1)
     result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size, start=start)
     if options.json:
-        print(json.dumps(result | ({"window_start": start} if start else {})))
+        print_escaped(json.dumps(result | ({"window_start": start} if start else {})))
     else:
         print_escaped(
             f"{options.file}: loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
@@ -337,10 +337,10 @@ def bench(options: argparse.Namespace) -> int:
     config = _config_of(options)
     result = measure_speed(config)
     if options.json:
-        print(json.dumps(result))
+        print_escaped(json.dumps(result))
     else:
         for name, value in result.items():
-            print(f"{name:>28}  {value if isinstance(value, str) else format(value, ',.6g')}")
+            print_escaped(f"{name:>28}  {value if isinstance(value, str) else format(value, ',.6g')}")
     return 0
 
 
@@ -351,7 +351,7 @@ def doctor(options: argparse.Namespace) -> int:
 
     holds = True
     for finding in examine(config):
-        print(finding, flush=True)
+        print_escaped(finding, flush=True)
         holds = holds and finding.status != "FAILED"
     return 0 if holds else 1
 
@@ -530,7 +530,7 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         """Raises the OSError of an output that fails, which argparse drops."""
-        print(self.format_help(), end="", file=file, flush=True)
+        print_escaped(self.format_help(), end="", file=file, flush=True)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage."""
@@ -557,7 +557,7 @@ class _Version(argparse.Action):
 
         kinds = collections.Counter(device.device_kind for device in jax.devices())
         devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-        print(
+        print_escaped(
             f"flax-decoder {importlib.metadata.version('flax-decoder')}, jax {jax.__version__}, {devices}", flush=True
         )
         parser.exit()
