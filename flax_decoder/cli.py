@@ -24,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, fields_of
-from flax_decoder.config_file import load_config
+from flax_decoder.config_file import load_config, require_consent
 from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
@@ -128,6 +128,7 @@ def _resend_dropped_signal(hook: Callable[["UnraisableHookArgs"], Any], dropped:
 def train(options: argparse.Namespace) -> int:
     """Trains on a text, then generates a sample."""
     config = _config_of(options)
+    require_consent(options.config, config, [name for name in vars(options) if "." in name])
     folder = Path(config.run.folder or ".")
     # The lock is taken later; this refuses before JAX is imported. The processes of a job share the folder.
     if config.distributed.coordinator is None and not in_a_job(os.environ):

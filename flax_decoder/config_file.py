@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -92,6 +93,32 @@ def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[s
         return Config(**parts)
     except ValidationError as error:
         raise UserError(_first_error(error, "", source, overridden)) from None
+
+
+# What reaches beyond files: to an account of the user at a service, and to a machine that leads the job.
+_REACHING_OUT = ("run.wandb", "distributed.coordinator")
+
+
+def require_consent(path: str | os.PathLike[str] | None, config: Config, overridden: Collection[str]) -> None:
+    """Raises UserError if the config in a run folder, which may be somebody else's, reaches beyond this machine.
+
+    Args:
+        path: the file that `load_config` has read.
+        config: what it has returned.
+        overridden: dotted names of the overrides: what the command line says is the user's own.
+    """
+    if path is None or Path(path).name != "config.toml":
+        return
+    if not any((Path(path).parent / name).is_dir() for name in ("corpus", "checkpoints")):
+        return
+    for name in _REACHING_OUT:
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if value is not None and name not in overridden:
+            raise UserError(
+                f"{path}: {name} = {shown(value)} reaches beyond this machine, and a run folder may come from somebody "
+                f"else;\nrepeat it if you want it: --{name} {shlex.quote(value)}, or leave it out: --{name} none"
+            )
 
 
 def to_toml(config: Config) -> str:
