@@ -723,7 +723,11 @@ def _keep_compilations() -> None:
             if status.st_uid != os.geteuid():
                 raise PermissionError(errno.EPERM, "belongs to another user, who could change what runs", folder)
             if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise PermissionError(errno.EPERM, "others may write there and change what runs; delete it", folder)
+                raise PermissionError(
+                    errno.EPERM,
+                    "others may write there and so change what runs; if it is for nothing else, delete it",
+                    folder,
+                )
     except OSError as error:
         print_escaped(
             f"warning: compiled programs are not kept for the next start: {error.filename}: {error.strerror}; "

@@ -332,9 +332,9 @@ def test_without_a_cache_folder_a_line_says_so(cache_of, monkeypatch, environmen
     ("mode", "owner", "reason"),
     [
         (0o755, 0, None),
-        (0o775, 0, "others may write there and change what runs; delete it"),
-        (0o757, 0, "others may write there and change what runs; delete it"),
-        (0o1777, 0, "others may write there and change what runs; delete it"),
+        (0o775, 0, "others may write there and so change what runs; if it is for nothing else, delete it"),
+        (0o757, 0, "others may write there and so change what runs; if it is for nothing else, delete it"),
+        (0o1777, 0, "others may write there and so change what runs; if it is for nothing else, delete it"),
         (0o700, 1, "belongs to another user, who could change what runs"),
     ],
 )

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from flax_decoder.errors import FaultError, InUseError
+from flax_decoder.io import lock as lock_module
 from flax_decoder.io.lock import LOCK, OWNER, FolderLock, refuse_if_in_use
 
 HOLDER = """
@@ -166,3 +167,13 @@ def test_without_locks_a_folder_that_has_gone_is_released(tmp_path, without_lock
         lock.take(tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
     assert lock._folder is None and lock._descriptor is None
+
+
+def test_without_locks_a_mark_that_cannot_be_written_does_not_stay(tmp_path, without_locks, monkeypatch):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock_module, "_this_process", fail)
+    with pytest.raises(FaultError, match=r"\.lock\.owner: cannot be created: No space left"):
+        FolderLock().take(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]

@@ -70,13 +70,17 @@ class FolderLock:
     def _take_without_locks(self, folder: Path, only_looks: bool) -> None:
         """As `take`, by the file `OWNER`: only one process can create it, on any file system."""
         path = folder / OWNER
+        if only_looks and not os.path.lexists(path):
+            return
         try:
-            if only_looks and not os.path.lexists(path):
-                return
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with contextlib.ExitStack() as undo:
+                opened = os.open(folder, os.O_RDONLY)
+                undo.callback(os.close, opened)
+                descriptor = os.open(OWNER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=opened)
+                self._folder = opened  # from here on, `release` deletes the mark
+                undo.pop_all()
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_this_process())
-            self._folder = os.open(folder, os.O_RDONLY)
         except FileExistsError:
             self.release()
             raise InUseError(
