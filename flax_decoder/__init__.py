@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test
     from flax_decoder.nn.params import unstack_layers
     from flax_decoder.training.metrics import plot_losses
     from flax_decoder.training.step import TrainState, eval_step, init_state, train_step
+    from flax_decoder.training.torch_optimizer import adamw_from_torch, adamw_to_torch
 
 # Before JAX computes anything: its threads keep the settings that they start with.
 keep_freed_memory()
@@ -51,6 +52,7 @@ _LAZY = {
     "nn.params": ("unstack_layers",),
     "training.metrics": ("plot_losses",),
     "training.step": ("TrainState", "eval_step", "init_state", "train_step"),
+    "training.torch_optimizer": ("adamw_from_torch", "adamw_to_torch"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -274,7 +274,7 @@ def lens(options: argparse.Namespace) -> int:
             model, params, [np.asarray(tokens)], options.max_new_tokens, end_ids=tokenizer.end_ids, **greedy
         )
         tokens += written.tokens.tolist()
-    history = read_history(options.path)
+    history = read_history(options.path) if Path(options.path).is_dir() else None
     with _writing(options.out):
         write_lens_page(options.out, model, params, tokenizer, np.asarray(tokens), history)
     print_escaped(f"{options.out}: written")
@@ -282,11 +282,11 @@ def lens(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Converts a run folder to a Hugging Face folder, or a Hugging Face folder to a run folder."""
+    """Converts a run folder to a Hugging Face folder or a checkpoint of nanoGPT, or one of these to a run folder."""
     from flax_decoder.loading import convert
 
-    how = {name: getattr(options, name) for name in ("model_type", "allow_nan", "strict")}
-    convert(options.source, options.destination, **how)
+    names = ("model_type", "to", "allow_nan", "strict", "tokenizer", "names")
+    convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     print_escaped(f"{options.destination}: written")
     return 0
 
@@ -294,10 +294,21 @@ def convert(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace) -> int:
     """Compares a model with PyTorch, tensor by tensor."""
     _check_file("--json", options.json)
+    if options.torch is None and (options.checkpoint or options.names):
+        raise UserError("--checkpoint and --names belong to a module of your own: give --torch FILE.py:FUNCTION")
     from flax_decoder.loading import compare
 
-    names = ("steps", "batch_size", "length", "seed", "allow_nan", "strict")
-    ledger = compare(options.path, **{name: getattr(options, name) for name in names})
+    names = ("steps", "batch_size", "length", "seed", "allow_nan", "strict", "checkpoint")
+    settings = {name: getattr(options, name) for name in names}
+    if options.names is not None:
+        from flax_decoder.huggingface.names import read_layout
+
+        settings["names"] = read_layout(options.names)["names"]
+    if options.torch is not None:
+        from flax_decoder.comparison.user_file import function_of
+
+        settings["torch_model"] = function_of(options.torch)
+    ledger = compare(options.path, **settings)
     _write_and_show(options.json, ledger.to_json(), ledger)
     return 0 if ledger.holds else 1
 
@@ -418,7 +429,8 @@ def _write_and_show(path: Path | None, content: str, shown: object) -> None:
 def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokenizer]":
     from flax_decoder.loading import load_with_tokenizer
 
-    return load_with_tokenizer(options.path, options.step, allow_nan=options.allow_nan, strict=options.strict)
+    how = {name: getattr(options, name) for name in ("allow_nan", "strict", "tokenizer")}
+    return load_with_tokenizer(options.path, options.step, **how)
 
 
 def _sampling_of(options: argparse.Namespace) -> "tuple[Sampling, str]":
@@ -569,10 +581,15 @@ def build_parser() -> Parser:
     parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and the devices")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    config, model, prompt, sampling, reading = (Parser(add_help=False) for _ in range(5))
-    reading.add_argument("--allow-nan", action="store_true", help="also read a Hugging Face folder with NaN weights")
+    config, model, prompt, sampling, reading, tokenizer = (Parser(add_help=False) for _ in range(6))
+    reading.add_argument("--allow-nan", action="store_true", help="also read NaN weights, if not those of a run")
     reading.add_argument("--strict", action="store_true", help="refuse a config.json with any field that is not known")
-    loading = Parser(add_help=False, parents=[reading])
+    tokenizer.add_argument(
+        "--tokenizer",
+        metavar="char:FILE|PATH",
+        help="of a model without one: the characters of a text, or a tokenizer.json",
+    )
+    loading = Parser(add_help=False, parents=[reading, tokenizer])
 
     def add(name: str, command: Callable[[argparse.Namespace], int], *shared: Parser) -> Callable[..., argparse.Action]:
         made: Parser = commands.add_parser(
@@ -586,7 +603,8 @@ def build_parser() -> Parser:
         "config", metavar="CONFIG.toml", type=expand_home, nargs="?", help="default: the embedded config"
     )
     _add_config_fields(config)
-    model.add_argument("path", metavar="PATH", type=expand_home, help="a run folder, or a Hugging Face folder")
+    kinds = "a run folder, a Hugging Face folder, or a ckpt.pt of nanoGPT"
+    model.add_argument("path", metavar="PATH", type=expand_home, help=kinds)
     prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
     loading.add_argument(
         "--step", metavar="N|best|latest", type=_step, default="latest", help="which checkpoint; the newest by default"
@@ -630,9 +648,13 @@ def build_parser() -> Parser:
     argument("--out", metavar="FILE.html", type=_path, required=True, help="the page; an existing file is replaced")
     argument("--max-new-tokens", metavar="N", type=_count, default=0, help="first append N greedy tokens to the text")
 
-    argument = add("convert", convert, reading)
-    argument("source", metavar="SRC", type=expand_home, help="a run folder, or a Hugging Face folder")
-    argument("destination", metavar="DST", type=expand_home, help="a new folder of the other kind")
+    argument = add("convert", convert, reading, tokenizer)
+    argument("source", metavar="SRC", type=expand_home, help=kinds)
+    argument("destination", metavar="DST", type=expand_home, help="a new run folder, or of a run the other kind")
+    argument(
+        "--names", metavar="FILE.toml", type=expand_home, help="what the tensors of your own PyTorch model are in ours"
+    )
+    argument("--to", metavar="nanogpt", help="write a ckpt.pt of nanoGPT instead of a Hugging Face folder")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )
@@ -643,6 +665,14 @@ def build_parser() -> Parser:
     argument("--batch-size", metavar="N", type=_count, default=2, help="sequences per batch, an even number")
     argument("--length", metavar="N", type=_count, help="tokens per sequence")
     argument("--seed", metavar="N", type=_count, default=0, help="of the random tokens")
+    argument(
+        "--torch",
+        metavar="FILE.py:FUNCTION",
+        type=expand_home,
+        help="compare with the torch.nn.Module that this function makes; runs the file, so it must be one you trust",
+    )
+    argument("--checkpoint", metavar="FILE", type=_path, help="a .pt file that the module of --torch loads first")
+    argument("--names", metavar="FILE.toml", type=_path, help="which tensor of the module of --torch is which of ours")
 
     argument = add("export", export, model, loading)
     argument("file", metavar="FILE", type=_path, help="the new file")

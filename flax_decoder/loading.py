@@ -1,16 +1,21 @@
-"""Loads, converts and compares models, given the path of a run folder or of a Hugging Face folder."""
+"""Loads, converts and compares models: run folders, Hugging Face folders, and files of PyTorch."""
 
 import dataclasses
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from flax_decoder.config import Config, DataConfig
 from flax_decoder.config_file import load_config, to_toml
-from flax_decoder.data.tokenizer import Tokenizer, write_tokenizer
+from flax_decoder.data.corpus import read_text
+from flax_decoder.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError, as_path, require_type
-from flax_decoder.huggingface.choice import choose_family
+from flax_decoder.huggingface.choice import choose_family, require_expressible
+from flax_decoder.huggingface.families import NANOGPT
 from flax_decoder.huggingface.family import Family
 from flax_decoder.huggingface.folder import (
     is_model_folder,
@@ -20,11 +25,16 @@ from flax_decoder.huggingface.folder import (
     write_folder,
     write_special_tokens,
 )
-from flax_decoder.io.files import new_folder, write_text
+from flax_decoder.huggingface.nanogpt import model_entries, read_model, write_checkpoint
+from flax_decoder.huggingface.own_layout import read_own_model
+from flax_decoder.huggingface.torch_file import find_state_dict, read_torch_file
+from flax_decoder.huggingface.weights import flatten
+from flax_decoder.io.files import expand_home, new_folder, replacing, write_text
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.nn.params import abstract_params
-from flax_decoder.training.checkpoint import read_checkpoint, restore_params, save_params
+from flax_decoder.training.checkpoint import choose_step, read_checkpoint, restore_params, save_params
+from flax_decoder.training.nanogpt_entries import training_entries
 from flax_decoder.training.run_folder import facts_of, require_same_inputs, require_same_model
 
 if TYPE_CHECKING:
@@ -38,30 +48,38 @@ def load(
     shardings: Any = None,
     allow_nan: bool = False,
     strict: bool = False,
+    tokenizer: str | None = None,
 ) -> tuple[Decoder, Any, Tokenizer | None]:
     """Loads a trained model.
 
     Args:
-        path: a run folder, or a Hugging Face folder (config.json, model.safetensors, tokenizer.json).
+        path: a run folder, a Hugging Face folder (config.json, model.safetensors, tokenizer.json), or a ckpt.pt of
+            nanoGPT, which needs PyTorch.
         step: the checkpoint of a run: the newest, the one with the lowest validation loss, or that of a step.
         shardings: one `jax.sharding.Sharding` for all parameters, or a tree of them like the parameters; each parameter
             is read straight onto its devices. None means the default device.
-        allow_nan: accept a Hugging Face folder with NaN or infinite weights; runs have none.
+        allow_nan: accept NaN or infinite weights of a Hugging Face folder or a file; runs have none.
         strict: refuse a Hugging Face folder with a setting that is not known, also where its name does not belong to
             the network; by default such a setting is passed over with a `FolderWarning`.
+        tokenizer: that of a model that comes without one: "char:FILE", the characters of a text, sorted, as nanoGPT
+            numbers them; or the path of a tokenizer.json, or of a folder with one.
 
     Returns:
-        The model, its parameters, and its tokenizer: None for a Hugging Face folder without tokenizer.json.
+        The model, its parameters, and its tokenizer: None for a file, or a Hugging Face folder without tokenizer.json,
+        unless `tokenizer` says which.
 
     Raises:
-        UserError: there is no such folder, model or checkpoint, the Hugging Face folder is not supported, or a sharding
-            does not fit its parameter, or `step` is none of these.
+        UserError: there is no such folder, model or checkpoint, the Hugging Face folder or the file is not supported,
+            or a sharding does not fit its parameter, or `step` is none of these, or the tokenizer does not fit.
         FaultError: the checkpoint cannot be read.
     """
     folder = Path(as_path(path))
+    if not os.path.lexists(folder):
+        raise UserError(f"{folder}: there is no such folder or file; give a run folder, such as runs/default")
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give a run folder, such as runs/default")
+        return _load_file(folder, read_torch_file(folder), step, shardings, allow_nan, tokenizer)
     if _is_run_folder(folder):
+        _refuse_second_tokenizer(folder, tokenizer)
         return _load_run(folder, step, shardings)
     if not is_model_folder(folder):
         raise UserError(
@@ -69,7 +87,60 @@ def load(
         )
     if step != "latest":
         raise UserError(f"{folder}: is a Hugging Face folder and has no checkpoints to choose from; leave out --step")
-    return read_folder(folder, shardings, allow_nan=allow_nan, strict=strict)
+    model, params, own_tokenizer = read_folder(folder, shardings, allow_nan=allow_nan, strict=strict)
+    if tokenizer is None:
+        return model, params, own_tokenizer
+    if own_tokenizer is not None:
+        _refuse_second_tokenizer(folder, tokenizer)
+    return model, params, _named_tokenizer(tokenizer, model.config.vocab_size)
+
+
+def _load_file(
+    path: Path,
+    document: dict[str, Any],
+    step: int | Literal["latest", "best"],
+    shardings: Any,
+    allow_nan: bool,
+    tokenizer: str | None,
+) -> tuple[Decoder, Any, Tokenizer | None]:
+    """Loads a checkpoint of PyTorch; `document` is the content of the file."""
+    if step != "latest":
+        raise UserError(f"{path}: is one checkpoint and has none to choose from; leave out --step")
+    model, params = read_model(document, path, shardings, allow_nan=allow_nan)
+    found = None if tokenizer is None else _named_tokenizer(tokenizer, model.config.vocab_size)
+    return model, params, found
+
+
+def _refuse_second_tokenizer(folder: Path, tokenizer: str | None) -> None:
+    if tokenizer is not None:
+        raise UserError(f"{folder}: has its own tokenizer.json; leave out --tokenizer {tokenizer}")
+
+
+def _named_tokenizer(name: str, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer that --tokenizer names, for a model of `vocab_size` tokens. Raises UserError if it does not fit."""
+    kind, _, file = name.partition(":")
+    tokenizer: Tokenizer
+    if kind == "char" and file:
+        # nanoGPT reads texts with Python's newlines, so that its vocabulary has no \r.
+        text = read_text(expand_home(file)).text.replace("\r\n", "\n").replace("\r", "\n")
+        tokenizer, num_padding = CharTokenizer(text), 0
+    else:
+        path = Path(expand_home(name))
+        if not path.exists():
+            raise UserError(
+                f"--tokenizer {name}: there is no such file; give char:FILE, with the text the model was trained on, "
+                "or the path of a tokenizer.json"
+            )
+        found = read_tokenizer(path) if path.is_dir() else load_tokenizer(path)
+        # Models are padded to a multiple of 64 or 128: 50,257 tokens of GPT-2 to 50,304.
+        tokenizer, num_padding = _required(found, path), 127
+    num_tokens = vocab_size or 0
+    if not tokenizer.vocab_size <= num_tokens <= tokenizer.vocab_size + num_padding:
+        raise UserError(
+            f"--tokenizer {name}: has {tokenizer.vocab_size:,} tokens, but the model has {num_tokens:,}; give the one "
+            "it was trained with"
+        )
+    return tokenizer
 
 
 def convert(
@@ -77,36 +148,60 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     model_type: str | None = None,
+    to: str | None = None,
     allow_nan: bool = False,
     strict: bool = False,
+    tokenizer: str | None = None,
+    names: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Converts a run folder to a Hugging Face folder, or the reverse.
+    """Converts a Hugging Face folder or a checkpoint of PyTorch to a run folder, or a run folder to one of them.
 
     Args:
-        source: the folder to read; its kind decides the direction.
-        destination: the new folder, which must not exist or be empty; it is written atomically.
+        source: the folder or file to read; its kind decides the direction.
+        destination: a new folder, which must not exist or be empty, or a new file; it is written atomically.
         model_type: the Hugging Face model type to write; None means the one that fits the model best.
+        to: "nanogpt" writes a ckpt.pt of nanoGPT instead of a Hugging Face folder.
         allow_nan: see `load`.
         strict: see `load`.
+        tokenizer: see `load`.
+        names: for a file of PyTorch that is not of nanoGPT: a TOML file that says what is in it; see `read_own_model`.
 
     Raises:
         UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
         FaultError: `destination` cannot be written.
     """
     source, destination = Path(as_path(source)), Path(as_path(destination))
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination}: exists and is not empty; give a new folder to convert into")
-    to_run = source.is_dir() and not _is_run_folder(source)
-    model, params, tokenizer = load(source, allow_nan=allow_nan, strict=strict)
-    if to_run and model_type is not None:
-        raise UserError(f"{source}: is converted to a run folder, which has no model type; leave out --model-type")
+    if to not in (None, "nanogpt"):
+        raise UserError(f"--to {to} is not known; give --to nanogpt, or leave it out for a Hugging Face folder")
+    if destination.exists() and (to or not destination.is_dir() or any(destination.iterdir())):
+        kind = "file" if to else "folder"
+        raise UserError(f"{destination}: exists{'' if to else ' and is not empty'}; give a new {kind} to convert into")
+    if to and not destination.parent.is_dir():
+        raise UserError(f"{destination}: must name a file in a folder that exists")
+    to_run = not _is_run_folder(source)
+    if to_run and (model_type or to):
+        what = "--model-type" if model_type else "--to"
+        if os.path.lexists(source):
+            raise UserError(f"{source}: is converted to a run folder, which has no model type; leave out {what}")
+    if to and model_type:
+        raise UserError("--to and --model-type are two formats; give one of them")
+    if names is not None:
+        if source.is_dir():
+            raise UserError(f"{source}: is a folder, which has its own names; leave out --names")
+        model, params = read_own_model(read_torch_file(source), source, Path(as_path(names)), allow_nan=allow_nan)
+        found = None if tokenizer is None else _named_tokenizer(tokenizer, model.config.vocab_size)
+    else:
+        model, params, found = load(source, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
     try:
+        if to:
+            _write_nanogpt(destination, source, model, params)
+            return
         with new_folder(destination) as unfinished:
             if to_run:
-                _write_run(unfinished, model, params, _required(tokenizer, source))
+                _write_run(unfinished, model, params, _required(found, source))
             else:
                 family = choose_family(model.config, str(source), model_type)
-                write_folder(unfinished, model.config, params, tokenizer, family)
+                write_folder(unfinished, model.config, params, found, family)
     except OSError as error:
         raise FaultError(f"{destination}: cannot be written: {error}") from error
 
@@ -118,6 +213,8 @@ def compare(
     model: Decoder | None = None,
     params: Any = None,
     torch_model: Any = None,
+    names: Mapping[str, Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     allow_nan: bool = False,
     strict: bool = False,
     **settings: Any,
@@ -125,7 +222,7 @@ def compare(
     """Compares a model with PyTorch, tensor by tensor: `assert fd.compare("my_model").holds`.
 
     PyTorch's side is the model of `transformers`. What no model type there can express is compared with its twin in
-    `comparison/torch_decoder.py`; so is a model without a folder.
+    `comparison/torch_decoder.py`; so is a model without a folder. With `torch_model` it is that: your own module, say.
 
     Args:
         path: a Hugging Face folder, or a run folder, which is first written as one to a temporary folder. None compares
@@ -133,7 +230,13 @@ def compare(
         steps: AdamW steps to compare, after the forward pass and the gradients.
         model: a model to compare in place of the one in `path`.
         params: parameters to compare in place of those in `path`.
-        torch_model: a model of `transformers` in place of the one in `path`; it is not changed.
+        torch_model: a model of `transformers` in place of the one in `path`; or any `torch.nn.Module` that takes ids
+            (B, T) and gives logits (B, T, V), alone, first in a tuple, or as `.logits`; or a function that makes it,
+            with which float64 is exact in what a module computes when it is made. It is not changed.
+        names: what belongs to what in a module of your own: the name of its tensor, with {} for the number of the
+            layer -> the path of our parameter, or several where a tensor holds them one after the other:
+            `{"blocks.{}.qkv.weight": ["layers/attention/query/kernel", ...]}`. None proposes it.
+        checkpoint: a file of `torch.save` with the state dict that your module loads first; nothing in it is run.
         allow_nan: see `load`.
         strict: see `load`.
         **settings: tx, optimizer, batch_size, length, accumulation_steps, seed; see `compare_models`.
@@ -143,15 +246,18 @@ def compare(
 
     Raises:
         UserError: `path` cannot be read, or is left out without a model and params; a setting cannot be compared;
-            `torch_model` is of another architecture; or PyTorch is not installed.
+            `torch_model` is of another architecture, or has a matrix without a counterpart, or the reverse; or PyTorch
+            is not installed.
     """
     folder = None if path is None else Path(as_path(path))
     if model is not None:
         require_type("model", model, Decoder)
     try:
         import torch
+        import transformers
 
         from flax_decoder.comparison.compare import compare_models
+        from flax_decoder.comparison.module_side import open_module
         from flax_decoder.comparison.torch_decoder import TABLE, TorchDecoder, make_twin
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
@@ -159,7 +265,7 @@ def compare(
         raise UserError(
             f'comparing needs {error.name}, which is not installed: pip install "flax-decoder[torch]"'
         ) from None
-    if torch_model is not None:
+    if torch_model is not None and not callable(torch_model):  # modules can be called, too
         require_type("torch_model", torch_model, torch.nn.Module)
     if path is not None:
         saved_model, saved_params, tokenizer = load(path, allow_nan=allow_nan, strict=strict)
@@ -168,16 +274,27 @@ def compare(
     else:
         raise UserError("compare needs a folder, or both model and params")
     config, notes = saved_model.config, tuple[str, ...]()
-    model_folder = folder if folder is not None and not _is_run_folder(folder) else None
+    if torch_model is None and not (names is None and checkpoint is None):
+        raise UserError("names and checkpoint are those of a module of your own: give it as torch_model")
+    model_folder = folder if folder is not None and folder.is_dir() and not _is_run_folder(folder) else None
     if torch_model is None and folder is None:
         torch_model = make_twin(config, saved_params)
-    if isinstance(torch_model, TorchDecoder):
+    model, params = model or saved_model, saved_params if params is None else params
+    is_known = torch_model is None or isinstance(torch_model, TorchDecoder | transformers.PreTrainedModel)
+    if not is_known or names is not None or checkpoint is not None:
+        leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+        state = None
+        if checkpoint is not None:
+            file = Path(as_path(checkpoint))
+            state = find_state_dict(read_torch_file(file), file)
+        torch_model = open_module(torch_model, model.config, leaves, names, state)
+        family, notes = torch_model.family, torch_model.notes
+    elif isinstance(torch_model, TorchDecoder):
         family = TABLE
     elif torch_model is not None:
         family = read_family(model_folder) if model_folder else choose_family(config, str(path or "model"))
     else:
         torch_model, family, notes = _pytorch_model(saved_model, saved_params, tokenizer, model_folder, str(path))
-    model, params = model or saved_model, saved_params if params is None else params
     ledger = compare_models(model, params, torch_model, family, steps=steps, **settings)
     return dataclasses.replace(ledger, notes=(*notes, *ledger.notes))
 
@@ -211,13 +328,19 @@ def load_with_tokenizer(
     *,
     allow_nan: bool = False,
     strict: bool = False,
+    tokenizer: str | None = None,
 ) -> tuple[Decoder, Any, Tokenizer]:
     """As `load`, but raises UserError if there is no tokenizer."""
-    model, params, tokenizer = load(path, step=step, allow_nan=allow_nan, strict=strict)
-    return model, params, _required(tokenizer, Path(path))
+    model, params, found = load(path, step=step, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
+    return model, params, _required(found, Path(path))
 
 
 def _required(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
+    if tokenizer is None and not folder.is_dir():
+        raise UserError(
+            f"{folder}: has no tokenizer; say which: --tokenizer char:FILE, with the text whose characters are its "
+            "tokens,\nor --tokenizer PATH, of a tokenizer.json"
+        )
     if tokenizer is None:
         raise UserError(
             f"{folder}: has no tokenizer.json; make one from its other tokenizer files:\n"
@@ -250,3 +373,13 @@ def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) 
     config = Config(model=model.config, data=DataConfig(tokenizer="tokenizer.json"))
     write_text(folder / "config.toml", to_toml(config))
     save_params(folder, 0, params, facts_of(config, folder))
+
+
+def _write_nanogpt(path: Path, source: Path, model: Decoder, params: Any) -> None:
+    """Writes the model of a run as a new checkpoint of nanoGPT, from which its `train.py` goes on."""
+    require_expressible(model.config, NANOGPT, str(source))
+    document = model_entries(model.config, params)
+    config = load_config(source / "config.toml")
+    document |= training_entries(source, choose_step(source, "latest"), config, document["model"])
+    with replacing(path) as file:
+        write_checkpoint(file, document)

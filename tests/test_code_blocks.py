@@ -115,7 +115,9 @@ def default_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
 RUNNING = [page for page in PAGES if any(block.language in ("python", "bash") for block in blocks_of(page))]
 
 
-@pytest.mark.short("README.md", "compare.md", "library.md", "many_processes.md", "plan.md", "reliability.md")
+@pytest.mark.short(
+    *("README.md", "compare.md", "from_pytorch.md", "library.md", "many_processes.md", "plan.md", "reliability.md")
+)
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
 def test_a_page_runs(
     page: Path,

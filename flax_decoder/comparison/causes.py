@@ -5,6 +5,7 @@ inputs gives what one side has.
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 from flax_decoder.comparison.forward_causes import FORWARD
 from flax_decoder.comparison.jax_side import fit
 from flax_decoder.comparison.mismatch import TOLERANCE, Found, Mismatch, Test, same
-from flax_decoder.comparison.observation import Evidence
+from flax_decoder.comparison.observation import Evidence, forward_rows
 from flax_decoder.comparison.schedule import learning_rate
 
 IMPRECISE = (
@@ -22,6 +23,8 @@ IMPRECISE = (
     "JAX_DEFAULT_MATMUL_PRECISION=highest, and model.dtype to float32"
 )
 UNKNOWN = "what goes into it agrees, so the mistake is in this step itself; it is none of the known ones"
+
+HIDDEN = "the mistake is in this step, or in what PyTorch's module does not show: {}; it is none of the known ones"
 
 
 def explain(name: str, worst: str | None, evidence: Evidence) -> str:
@@ -38,7 +41,16 @@ def explain(name: str, worst: str | None, evidence: Evidence) -> str:
         if found:
             fields = {"row": row, "ours": evidence.ours, "theirs": evidence.theirs}
             return sentence.format_map(fields | found if isinstance(found, dict) else fields)
-    return UNKNOWN
+    hidden = _hidden_before(name, evidence)
+    return HIDDEN.format(", ".join(hidden)) if hidden else UNKNOWN
+
+
+def _hidden_before(name: str, evidence: Evidence) -> list[str]:
+    """What is computed right before a row, and is not recorded on PyTorch's side."""
+    names = [row for row, _ in forward_rows(evidence.our_forward, evidence.ours.config)]
+    before = names[: names.index(name)] if name in names else []
+    hidden = itertools.takewhile(lambda earlier: earlier not in evidence.recorded, reversed(before))
+    return list(hidden)[::-1]
 
 
 def _sum_of_tokens(row: Mismatch) -> bool:
@@ -155,6 +167,7 @@ TRAINING: tuple[tuple[str, Test, str], ...] = (
     ("loss", _sum_of_tokens, "ours is the sum over all tokens, PyTorch's the mean"),
     ("loss", _unshifted, "the targets of ours are the inputs, not shifted by one"),
     ("loss", _always, "ours is {row.factor:.6g} times PyTorch's, of the same logits"),
+    ("gradient", lambda row: row.path in row.evidence.theirs.absent, "PyTorch's module has no {row.path} to learn"),
     ("gradient", lambda row: row.is_factor(1), "the gradients agree, but their norm is computed differently"),
     ("gradient", _summed, f"gradient accumulation sums its {PARTS} instead of averaging them"),
     ("gradient", _divided_twice, f"gradient accumulation divides by its {PARTS} twice"),

@@ -1,6 +1,7 @@
 """Compares PyTorch and JAX tensor by tensor: which is the first that differs, and why."""
 
 import dataclasses
+import gc
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from flax.traverse_util import unflatten_dict
 from flax_decoder.comparison.causes import IMPRECISE, explain
 from flax_decoder.comparison.jax_side import JaxSide
 from flax_decoder.comparison.ledger import Ledger, Row, Verdict
+from flax_decoder.comparison.module_side import ForeignModule, ModuleSide
 from flax_decoder.comparison.observation import Batch, Observation, furthest, observe
 from flax_decoder.comparison.torch_decoder import TorchDecoder
 from flax_decoder.comparison.torch_side import PyTorchSide, TwinSide
@@ -48,7 +50,8 @@ def compare_models(
     Args:
         model: our model.
         params: its parameters.
-        torch_model: a model of `transformers`, or a `TorchDecoder`; it is not changed.
+        torch_model: a model of `transformers`, a `TorchDecoder`, or what `open_module` makes of any other module; it is
+            not changed.
         family: its tensor names.
         steps: AdamW steps to compare, after the forward pass and the gradients.
         tx: our optimizer; None makes one from `optimizer`.
@@ -77,7 +80,8 @@ def compare_models(
     optimizer = optimizer or default_optimizer(len(batches))
     tx = tx or make_optimizer(optimizer, len(batches))
 
-    side = TwinSide if isinstance(torch_model, TorchDecoder) else PyTorchSide
+    sides_of = {TorchDecoder: TwinSide, ForeignModule: ModuleSide}
+    side = sides_of.get(type(torch_model), PyTorchSide)
 
     def sides(exact: bool) -> tuple[JaxSide, PyTorchSide]:
         theirs = side(torch_model, family, model.config, shapes, optimizer, len(batches), exact=exact)
@@ -88,6 +92,7 @@ def compare_models(
     rows = [compare_float32(observation) for observation in observe(*sides(False), batches, steps)]
     notes, cause = _notes(model, length), None
     if any(row.relative > row.floor for row in rows):
+        gc.collect()  # the sides of float32 take gigabytes, and may be parts of cycles
         ours, theirs = sides(True)
         for number, observation in enumerate(observe(ours, theirs, batches, steps)):
             rows[number] = row = compare_float64(rows[number], observation)
@@ -96,6 +101,11 @@ def compare_models(
                 cause = IMPRECISE if imprecise else explain(row.name, row.worst, observation.evidence)
         if theirs.casts:
             notes.append(f"In float64, casts to float32 were lifted in: {', '.join(theirs.casts)}.")
+        if theirs.inexact and cause is not None:
+            notes.append(
+                f"PyTorch's module computed {', '.join(theirs.inexact[:3])} in float32 when it was made: here a "
+                "difference of 1e-6 may be rounding. Give a function that makes the module, and float64 is exact."
+            )
     return Ledger(tuple(rows), cause, tuple(notes))
 
 

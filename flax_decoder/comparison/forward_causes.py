@@ -80,6 +80,14 @@ def _some_tokens(row: Mismatch) -> Found:
     return 0 < len(tokens) < len(np.unique(tokens_BT)) and {"token": tokens[0]}
 
 
+def _other_scale(row: Mismatch) -> Found:
+    """Whether the sides multiply the embeddings of tokens by different numbers, and agree in all else."""
+    tokens_BTD = row.evidence.theirs.array("params", "embedding")[row.evidence.batch["inputs"]]
+    factor = factor_between(row.ours - row.theirs, tokens_BTD)
+    ours = row.evidence.ours.config.embed_scale
+    return factor is not None and {"ours": ours, "theirs": ours - factor}
+
+
 class _Norm(NamedTuple):
     kind: str
     epsilon: float
@@ -108,6 +116,24 @@ def _parallel(row: Mismatch, own: Array, other: Array) -> bool:
     return _norm(row, own, row.residual) is not None and _norm(row, other, row.attended) is not None
 
 
+def _comes_after(row: Mismatch) -> bool:
+    """Whether the first norm of a layer is one of what attention has written, too: on PyTorch's side only."""
+    post = row.evidence.ours.config.norm_position == "post"
+    return not post and _norm(row, row.theirs, row.residual + row.input("attention.out")) is not None
+
+
+def _comes_before(row: Mismatch) -> bool:
+    """Whether a projection reads what the first norm of a layer makes of its input: on PyTorch's side only."""
+    config = row.evidence.ours.config
+    if config.norm_position != "post":
+        return False
+    x = row.residual if config.norm == "rmsnorm" else row.residual - row.residual.mean(-1, keepdims=True)
+    size = np.sqrt(np.square(x).mean(-1, keepdims=True) + config.norm_epsilon)
+    normal = x / size * row.params("scale", module="attention_norm") + row.params("bias", module="attention_norm")
+    product = _projected(row, x=normal)
+    return product is not None and same(_by_position(row.theirs), product + row.params("bias").reshape(-1))
+
+
 def _scale_offset(row: Mismatch) -> bool:
     scale, bias = row.params("scale"), row.params("bias")
     ours, theirs = (_last_axis(array, scale) for array in (row.ours, row.theirs))
@@ -134,9 +160,9 @@ def _reordered(row: Mismatch) -> Found:
     return next(({"how": how} for how, order in orders.items() if same(row.ours, row.theirs[..., order])), False)
 
 
-def _projected(row: Mismatch, *, transposed: bool = False) -> Array | None:
+def _projected(row: Mismatch, *, x: Array | None = None, transposed: bool = False) -> Array | None:
     """The product of a projection by position, without bias; None if a transposed matrix does not fit."""
-    x = _by_position(row.x)
+    x = _by_position(row.x if x is None else x)
     matrix = row.params("kernel").reshape(x.shape[1], -1)
     if not transposed:
         return np.asarray(x @ matrix)
@@ -161,7 +187,23 @@ def _mixed_heads(row: Mismatch) -> bool:
 
 def _other_weights(row: Mismatch) -> Found:
     ours, theirs = row.params("kernel", "ours"), row.params("kernel")
-    return not same(ours, theirs) and {"path": row.kind.replace(".", "/"), "largest": np.abs(ours - theirs).max()}
+    return not same(ours, theirs) and {
+        "path": f"{row.kind.replace('.', '/')}/kernel",
+        "largest": np.abs(ours - theirs).max(),
+    }
+
+
+def _other_table(*paths: str) -> Test:
+    """A test of whether one of these parameters differs."""
+
+    def test(row: Mismatch) -> Found:
+        for path in (path for path in paths if path in row.evidence.theirs.shapes):
+            ours, theirs = (side.array("params", path) for side in (row.evidence.ours, row.evidence.theirs))
+            if not same(ours, theirs):
+                return {"path": path, "largest": np.abs(ours - theirs).max()}
+        return False
+
+    return test
 
 
 # --- Rotary positions ---
@@ -274,11 +316,28 @@ def _no_root(row: Mismatch) -> Found:
     return row.is_factor(root, 1 / root) and {"root": root, "side": side}
 
 
+def _reads_values(row: Mismatch, own: Array, other: Array) -> bool:
+    """Whether the scores are of queries and values, or the heads means of keys: behind their projections."""
+    x = row.input("attention.q" if row.kind == "attention.scores" else "attention.weights")
+    heads_BSKH = row.input("attention.v" if row.kind == "attention.scores" else "attention.k")
+    heads_BSNH = heads_BSKH.repeat(row.evidence.ours.config.num_heads // heads_BSKH.shape[2], axis=2)
+    if row.kind == "attention.scores":
+        product = np.where(row.masks[0], np.einsum("BTNH,BSNH->BNTS", x, heads_BSNH), 0)
+        return factor_between(own, product) is not None
+    return same(own, np.einsum("BNTS,BSNH->BTNH", x, heads_BSNH))
+
+
+def _heads_mixed(row: Mismatch, own: Array, other: Array) -> bool:
+    """Whether (B, N, T, H) was reshaped without a transposition before."""
+    return same(own, np.ascontiguousarray(other.swapaxes(1, 2)).reshape(other.shape))
+
+
 def _grouping(row: Mismatch, own: Array) -> str | None:
     """Which key or value head each query head reads."""
     of_scores = row.kind == "attention.scores"
-    x = row.input("attention.q_rotated" if of_scores else "attention.weights")
-    heads_BSKH = row.input("attention.k_rotated" if of_scores else "attention.v")
+    rotated = "_rotated" if row.has("attention.q_rotated") else ""
+    x = row.input(f"attention.q{rotated}" if of_scores else "attention.weights")
+    heads_BSKH = row.input(f"attention.k{rotated}" if of_scores else "attention.v")
     G = row.evidence.ours.config.num_heads // heads_BSKH.shape[2]
     ways = {"n // G": heads_BSKH.repeat(G, axis=2), "n mod K": np.tile(heads_BSKH, (1, 1, G, 1))}
     for way, heads_BSNH in ways.items():
@@ -313,17 +372,20 @@ def _activation(row: Mismatch, hidden: Array) -> str | None:
 def _not_added(row: Mismatch) -> Found:
     written = "feed_forward_output_norm" if row.has("feed_forward_output_norm") else "feed_forward.down"
     attention, feed_forward = row.attended - row.residual, row.input(written)
+    total = row.attended + feed_forward
     parts = {"the residual": row.residual, "attention": attention, "feed-forward": feed_forward}
     for side, own, _ in row.sides:
-        for part, array in parts.items():
-            if same(own, sum(parts.values()) - array):
+        for part, array in (parts | {"what goes into feed-forward": row.attended}).items():
+            if same(own, total - array):
                 return {"part": part, "side": side}
     return False
 
 
 def _tied(row: Mismatch, own: Array, other: Array) -> bool:
     embedding_VD = row.evidence.theirs.array("params", "embedding")
-    tied = row.evidence.their_forward.get("final_norm", row.residual) @ embedding_VD.T
+    has_bias = "head_bias" in row.evidence.theirs.shapes
+    bias_V = row.evidence.theirs.array("params", "head_bias") if has_bias else 0.0
+    tied = row.evidence.their_forward.get("final_norm", row.residual) @ embedding_VD.T + bias_V
     return same(own, tied) and not same(other, tied)
 
 
@@ -331,6 +393,7 @@ NORM, ROTATED, SCORES, NOT_SCORES = r".*_norm", r"attention\.[qk]_rotated", r"at
 PROJECTION = r"attention\.(query|key|value|out)|feed_forward\.(gate|up|down)"
 PROPORTIONAL = _proportional, "ours is {row.factor:.6g} times PyTorch's everywhere{root}"
 SHAPES = "the shapes differ: ours {row.ours.shape}, PyTorch's {row.theirs.shape}"
+OTHER = "the weights differ: the largest difference in {path} is {largest:.1e}"
 GROUPED = "query heads are grouped differently: in ours {ours}, in PyTorch {theirs}"
 rotation = functools.partial(unlike, read_rotation)
 # Which kinds of rows (a regular expression), the test, and the sentence; the first test that is true names the cause.
@@ -338,23 +401,35 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (".*", lambda row: row.ours.shape != row.theirs.shape, SHAPES),
     (NOT_SCORES, lambda row: not np.isfinite(row.ours).all(), "ours has numbers that are not finite"),
     ("embeddings", *PROPORTIONAL),
+    ("embeddings", _other_scale, "token embeddings are multiplied by {ours:.6g} in ours, by {theirs:.6g} in PyTorch"),
     ("embeddings", _other_positions, "the vectors of positions differ, or are counted from another number"),
     ("embeddings", _some_tokens, "the embeddings of some tokens differ, such as that of token {token}"),
+    ("embeddings", _other_table("embedding", "positions"), OTHER),
     (
         "feed_forward_norm",
         one_side(_parallel),
         "parallel residual: the feed-forward of {side} reads what attention reads, not what it writes",
     ),
+    (
+        "attention_norm",
+        _comes_after,
+        "the place of the norm: in PyTorch it comes after the sum (post-norm), in ours not",
+    ),
     (NORM, unlike(_norm, "kind"), "the norm: ours is {ours.kind}, PyTorch's {theirs.kind}"),
     (NORM, unlike(_norm, "epsilon"), "epsilon of the norm: ours {ours.epsilon:.2g}, PyTorch's {theirs.epsilon:.2g}"),
     (NORM, _scale_offset, "the scale of the norm: it is 1 + weight on one side, and the weight itself on the other"),
+    (
+        r"attention\.(query|key|value)",
+        _comes_before,
+        "the place of the norm: in PyTorch it comes before attention (pre-norm), in ours after the sum",
+    ),
     (PROJECTION, _swapped, "{first} and {second} are swapped"),
     (r"attention\.(query|key)", _reordered, "rotary layout of the weights: numbers of our heads are reordered, {how}"),
     (PROJECTION, _transposed, "the matrix is transposed: it is square, so its shape does not tell"),
     (PROJECTION, one_side(_no_bias), "a bias is missing in {side}"),
     (PROJECTION, _constant, "the bias differs"),
     (PROJECTION, _mixed_heads, "heads and head width are mixed up in a reshape"),
-    (PROJECTION, _other_weights, "the weights differ: the largest difference in {path}/kernel is {largest:.1e}"),
+    (PROJECTION, _other_weights, OTHER),
     (ROTATED, one_side(_no_rotation), "what {side} does to it is no rotation of pairs"),
     (ROTATED, rotation("layout"), "rotary layout: ours turns {ours.layout} pairs, PyTorch {theirs.layout} pairs"),
     (ROTATED, rotation("width"), "rotary fraction: ours turns {ours.width} numbers of a head, PyTorch {theirs.width}"),
@@ -365,16 +440,20 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (ROTATED, rotation("angles"), "rotary scaling: some wavelengths are stretched on one side only, as llama3 does"),
     (SCORES, _future, "the mask: {side} lets positions see later ones"),
     (SCORES, _window, "the window: a query of ours sees {ours} positions, one of PyTorch's {theirs}{off}"),
+    (SCORES, one_side(_reads_values), "keys and values are swapped behind their projections in {side}"),
     (SCORES, _no_root, "the scores are not divided by the root of the head width, {root:.4g}, in {side}"),
     (SCORES, _proportional, "the scores are scaled differently: ours are {row.factor:.6g} times PyTorch's"),
     (SCORES, unlike(_grouping), GROUPED),
     (SCORES, _cap, "a soft cap of {cap:.4g} squashes the scores of {side} only"),
     (r"attention\.weights", one_side(_not_normalised), "the softmax: weights of {side} do not add up to 1 over keys"),
     (r"attention\.heads", unlike(_grouping), GROUPED),
+    (r"attention\.heads", one_side(_reads_values), "keys and values are swapped behind their projections in {side}"),
+    (r"attention\.heads", one_side(_heads_mixed), "{side} reshapes the heads without transposing them before"),
     (r"feed_forward\.hidden", unlike(_activation), "the activation: ours is {ours}, PyTorch's {theirs}"),
     ("residual", _not_added, "{part} is not added in {side}"),
     ("logits", _cap, "a soft cap of {cap:.4g} squashes the logits of {side} only"),
     ("logits", one_side(_tied), "tied head: {side} takes the embedding for its head, the other side does not"),
     (NOT_SCORES, *PROPORTIONAL),
+    ("logits", _other_table("head"), OTHER),
     (NOT_SCORES, _constant, "the difference is the same at all positions: a bias differs, or is missing on one side"),
 )

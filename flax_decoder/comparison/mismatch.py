@@ -128,9 +128,9 @@ class Mismatch:
         after_attention = "feed_forward" in self.kind and not self.evidence.ours.config.parallel_residual
         return self.attended if after_attention else self.residual
 
-    def params(self, name: str, side: str = "theirs") -> Array:
-        """A parameter of this norm or projection; 0 for a bias that the model does not have."""
-        path = f"{'' if self._layer is None else 'layers/'}{self.kind.replace('.', '/')}/{name}"
+    def params(self, name: str, side: str = "theirs", module: str | None = None) -> Array:
+        """A parameter of this norm or projection, or of another module beside it; 0 for a bias that is not there."""
+        path = f"{'' if self._layer is None else 'layers/'}{(module or self.kind).replace('.', '/')}/{name}"
         if path not in self.evidence.theirs.shapes:
             return np.zeros(1)
         array: Array = getattr(self.evidence, side).array("params", path)

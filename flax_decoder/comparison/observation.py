@@ -44,8 +44,9 @@ class Evidence:
         ours: our side, as it is at the current row.
         theirs: PyTorch's side.
         our_forward: all tensors of our forward pass, by name.
-        their_forward: those of PyTorch's.
+        their_forward: those of PyTorch's; ours, where they are not recorded.
         batch: the "inputs" and "targets" of the forward pass and of the first gradients.
+        recorded: names of those that are PyTorch's.
     """
 
     ours: JaxSide
@@ -53,6 +54,7 @@ class Evidence:
     our_forward: dict[str, np.ndarray]
     their_forward: dict[str, np.ndarray]
     batch: Batch
+    recorded: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,13 @@ class Distance(NamedTuple):
 def observe(ours: JaxSide, theirs: PyTorchSide, batches: Sequence[Batch], steps: int) -> Iterator[Observation]:
     """Runs both sides through the same computation and yields its tensors in order."""
     inputs = batches[0]["inputs"]
-    evidence = Evidence(ours, theirs, ours.forward(inputs), theirs.forward(inputs), batches[0])
-    for name, floor in forward_rows(evidence.our_forward, ours.config):
-        # A tensor that PyTorch does not have differs infinitely.
-        pair = "", evidence.our_forward[name], evidence.their_forward.get(name, np.nan)
-        yield Observation(name, [pair], floor, evidence)
+    our_forward, their_forward = ours.forward(inputs), theirs.forward(inputs)
+    # A cause is looked for in what goes into a tensor: where PyTorch's is not recorded, in ours.
+    evidence = Evidence(ours, theirs, our_forward, our_forward | their_forward, batches[0], frozenset(their_forward))
+    for name, floor in forward_rows(our_forward, ours.config):
+        if name in their_forward or not theirs.may_hide:
+            # A tensor that PyTorch does not have differs infinitely.
+            yield Observation(name, [("", our_forward[name], their_forward.get(name, np.nan))], floor, evidence)
     largest_gradient = yield from _gradients(evidence)
     for step in range(1, steps + 1):
         if step > 1:

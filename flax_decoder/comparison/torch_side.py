@@ -54,7 +54,14 @@ class PyTorchSide:
         loss: mean cross-entropy of the last batch, in nats per token.
         gradient_norm: norm of its gradient before clipping.
         learning_rate: learning rate of the last update.
+        may_hide: some tensors of a forward pass may not be recorded; they have no row.
+        inexact: names of buffers that are float32 numbers in a float64 model.
+        absent: paths of our parameters that the model does not have: biases that count as 0, scales as 1.
     """
+
+    may_hide = False
+    absent: frozenset[str] = frozenset()
+    inexact: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -79,20 +86,19 @@ class PyTorchSide:
             exact: computes in float64, even if the model's code asks for float32.
         """
         self.family, self.config, self.shapes = family, config, dict(shapes)
-        self.lift = _Lift() if exact else None
+        self.lift = Lift() if exact else None
         with quiet():
-            self.model = _in_float64(model) if exact else copy.deepcopy(model)
-        head = self._prepare()
+            self.model = self._copy(model, exact)
+        named = self._prepare()
         self.model.eval()  # no dropout: no two libraries draw the same
         self.places = tensor_specs(family, shapes)
-        # In memory the head may have another name than in files.
-        named = {**dict(self.model.named_parameters()), family.head: head}
         self.model.requires_grad_(False)
         self.parameters = {place.name: named[place.name] for place in self.places}
         # Parameters that only PyTorch has, such as biases, are zero and stay so.
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.optimizer_config, self.num_steps, self.num_updates = optimizer, num_steps, 0
+        self.distinct = list(dict.fromkeys(self.parameters.values()))  # one may have several names
         self.optimizer = _make_optimizer(self.parameters, self.places, optimizer)
         self.loss = self.gradient_norm = self.learning_rate = 0.0
 
@@ -118,9 +124,10 @@ class PyTorchSide:
             recorded |= {f"layers.{layer}.attention.{name}": tensor for name, tensor in tensors.items()}
         for layer in range(self.config.num_layers):
             prefix = f"layers.{layer}.attention."
-            recorded[prefix + "q"] = recorded.get(prefix + "query_norm", recorded[prefix + "query"])
-            recorded[prefix + "k"] = recorded.get(prefix + "key_norm", recorded[prefix + "key"])
-            recorded[prefix + "v"] = recorded[prefix + "value"]
+            for name, *sources in (("q", "query_norm", "query"), ("k", "key_norm", "key"), ("v", "value")):
+                for source in sources:
+                    if prefix + source in recorded:
+                        recorded.setdefault(prefix + name, recorded[prefix + source])
         return {name: tensor.detach().cpu().numpy() for name, tensor in recorded.items()}
 
     def backward(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -132,7 +139,7 @@ class PyTorchSide:
             loss = torch.nn.functional.cross_entropy(logits_BTV.reshape(len(targets), -1), targets)
         loss.backward()
         self.loss = float(loss.detach())
-        norms = [parameter.grad.norm() for parameter in self.parameters.values() if parameter.grad is not None]
+        norms = [parameter.grad.norm() for parameter in self.distinct if parameter.grad is not None]
         self.gradient_norm = float(torch.stack(norms).norm())
 
     def update(self) -> None:
@@ -141,7 +148,7 @@ class PyTorchSide:
         if config.clip_norm > 0:
             # PyTorch divides by the norm + 1e-6, optax by the norm; this undoes the difference.
             limit = config.clip_norm * (1 + 1e-6 / max(self.gradient_norm, 1e-6))
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+            torch.nn.utils.clip_grad_norm_(self.distinct, limit)
         self.learning_rate = learning_rate(config, self.num_steps, self.num_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
@@ -158,7 +165,7 @@ class PyTorchSide:
         parts = []
         for place in self.places:
             if path in place.rule.paths:
-                parameter = self.parameters[place.name]
+                parameter: torch.Tensor = self.parameters[place.name]
                 if kind == "params":
                     tensor = parameter
                 elif kind in ("gradient", "clipped"):
@@ -166,19 +173,22 @@ class PyTorchSide:
                 else:
                     tensor = self.optimizer.state[parameter]["exp_avg" if kind == "first moment" else "exp_avg_sq"]
                 rule = place.rule if kind == "params" else replace(place.rule, offset=0.0)
-                parts.append(
-                    split(rule, tensor.detach().cpu().numpy(), place.param_shapes)[place.rule.paths.index(path)]
-                )
+                array = tensor.detach().cpu().numpy().reshape(place.shape)
+                parts.append(split(rule, array, place.param_shapes)[place.rule.paths.index(path)])
         return np.stack(parts) if path.startswith("layers/") else parts[0].copy()
 
-    def _prepare(self) -> torch.nn.Parameter:
-        """Makes the copy of the model ready to be recorded; returns the weight of its head."""
+    def _copy(self, model: Any, exact: bool) -> Any:
+        """A copy of the model, in float32 or float64."""
+        return _in_float64(model) if exact else copy.deepcopy(model)
+
+    def _prepare(self) -> dict[str, torch.nn.Parameter]:
+        """Makes the copy of the model ready to be recorded; returns its parameters by the family's names."""
         transformers.AttentionInterface.register(_ATTENTION, _attention)
         transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
         with quiet():
             self.model.set_attn_implementation(_ATTENTION)
-        head: torch.nn.Parameter = self.model.get_output_embeddings().weight
-        return head
+        # In memory the head may have another name than in files.
+        return {**dict(self.model.named_parameters()), self.family.head: self.model.get_output_embeddings().weight}
 
     @contextlib.contextmanager
     def _recorded_attention(self) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -249,9 +259,8 @@ class PyTorchSide:
 class TwinSide(PyTorchSide):
     """A `TorchDecoder`, seen through our names and axes."""
 
-    def _prepare(self) -> torch.nn.Parameter:
-        head: torch.nn.Parameter = self.model.head.weight
-        return head
+    def _prepare(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     @contextlib.contextmanager
     def _recorded_attention(self) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -305,7 +314,7 @@ class _SoftmaxInput(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Lift(TorchFunctionMode):
+class Lift(TorchFunctionMode):
     """Keeps a float64 model in float64: when its code asks for float32, it gets float64."""
 
     def __init__(self) -> None:
@@ -352,7 +361,7 @@ def _in_float64(model: Any) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Lift():
+        with Lift():
             fresh = type(model)(copy.deepcopy(model.config))
     finally:
         torch.set_default_dtype(default)
@@ -371,9 +380,10 @@ def _make_optimizer(
     """AdamW with the usual two groups: biases and scales of norms do not decay."""
     without = {place.name for place in wanted if place.rule.paths[0].endswith(("scale", "bias"))}
     without = without if config.decay == "matrices" else set()
+    decayed, others = ([p for name, p in parameters.items() if (name in without) == kind] for kind in (False, True))
     groups = [
-        {"params": [p for name, p in parameters.items() if name not in without], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in parameters.items() if name in without], "weight_decay": 0.0},
+        {"params": list(dict.fromkeys(decayed)), "weight_decay": config.weight_decay},
+        {"params": list(dict.fromkeys(others)), "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -36,6 +36,13 @@ def choose_family(config: ModelConfig, source: str, model_type: str | None = Non
     return FAMILIES[nearest]
 
 
+def require_expressible(config: ModelConfig, family: Family, source: str) -> None:
+    """Raises UserError, which names the obstacles, if a family cannot express a model; `source` begins the message."""
+    _, obstacles = _distance(config, family)
+    if obstacles:
+        raise UserError(f"{source}: {family.model_type} cannot express this model; obstacles: {', '.join(obstacles)}")
+
+
 def _distance(config: ModelConfig, family: Family) -> tuple[tuple[int, int, int], list[str]]:
     """A sort key, smaller for a nearer family, and the settings that it cannot express.
 
@@ -43,7 +50,7 @@ def _distance(config: ModelConfig, family: Family) -> tuple[tuple[int, int, int]
     only the family has are no obstacle: they are written as zeros.
     """
     try:
-        restored = read_settings(write_settings(config, family), family.model_type)
+        restored = read_settings(write_settings(config, family), family.model_type, family)
     except UserError as error:
         return (1, 0, 0), [str(error)]
     wanted, expressed = _architecture(config), _architecture(restored)

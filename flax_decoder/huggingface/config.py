@@ -30,18 +30,21 @@ def family_of(document: dict[str, Any], source: str) -> Family:
     return FAMILIES[model_type]
 
 
-def read_settings(document: dict[str, Any], source: str, *, strict: bool = False) -> ModelConfig:
-    """The model that a config.json describes.
+def read_settings(
+    document: dict[str, Any], source: str, family: Family | None = None, *, strict: bool = False
+) -> ModelConfig:
+    """The model that a config.json, or another table of settings, describes.
 
     Args:
         document: the content of config.json.
         source: how error messages begin.
+        family: its table; None means the one that config.json names.
         strict: refuse every field that is not known, instead of warning of those that hardly matter.
 
     Raises:
         UserError: the family or a setting is unknown or not supported.
     """
-    family = family_of(document, source)
+    family = family_of(document, source) if family is None else family
     if name := next((name for name in QUANTIZED if document.get(name)), None):
         raise UserError(
             f"{source}: {name} = {shown(document[name])}: quantised weights are not read;\n"

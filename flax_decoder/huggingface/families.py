@@ -142,6 +142,22 @@ _QK_NORMS = {"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "
 
 # --- The families, in the order in which `choose_family` prefers them ---
 
+
+def _gpt2_rules(*, transposed: bool) -> tuple[Rule, ...]:
+    """The tensors of GPT-2, whose matrices are (in, out) as ours, or transposed."""
+    return (
+        Rule("wte.weight", ("embedding",)),
+        Rule("wpe.weight", ("positions",)),
+        *norm_rules("ln_f", "final_norm"),
+        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
+        *norm_rules("h.{}.ln_2", "layers/feed_forward_norm"),
+        *linear_rules("h.{}.attn.c_attn", *_QKV, transposed=transposed),
+        *linear_rules("h.{}.attn.c_proj", "attention/out", transposed=transposed),
+        *linear_rules("h.{}.mlp.c_fc", "feed_forward/up", transposed=transposed),
+        *linear_rules("h.{}.mlp.c_proj", "feed_forward/down", transposed=transposed),
+    )
+
+
 GPT2 = Family(
     "gpt2",
     "GPT2LMHeadModel",
@@ -156,18 +172,7 @@ GPT2 = Family(
         Setting("layer_norm_epsilon", ("norm_epsilon",), 1e-5),
         _activation("activation_function", _PLAIN, "gelu_new"),
     ),
-    rules=(
-        Rule("wte.weight", ("embedding",)),
-        Rule("wpe.weight", ("positions",)),
-        *norm_rules("ln_f", "final_norm"),
-        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
-        *norm_rules("h.{}.ln_2", "layers/feed_forward_norm"),
-        # GPT-2 stores its matrices as (in, out), as we do.
-        *linear_rules("h.{}.attn.c_attn", *_QKV, transposed=False),
-        *linear_rules("h.{}.attn.c_proj", "attention/out", transposed=False),
-        *linear_rules("h.{}.mlp.c_fc", "feed_forward/up", transposed=False),
-        *linear_rules("h.{}.mlp.c_proj", "feed_forward/down", transposed=False),
-    ),
+    rules=_gpt2_rules(transposed=False),
     prefix="transformer.",
     tied=True,
     rotary=None,
@@ -343,3 +348,25 @@ GEMMA3 = replace(
 
 _ALL = (GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3)
 FAMILIES = {family.model_type: family for family in _ALL}
+
+# Not of Hugging Face: the settings are the `model_args` of a ckpt.pt. Its matrices are those of nn.Linear, its GELU is
+# the exact one, and its head is always the embedding.
+NANOGPT = Family(
+    "nanogpt",
+    "GPT",
+    constants={"positions": "learned", "feed_forward": "gelu", "norm_epsilon": 1e-5},
+    settings=(
+        _size("vocab_size", "vocab_size"),
+        _size("n_embd", "embed_dim"),
+        Setting("n_layer", ("num_layers",), read=_num_layers),
+        _size("n_head", "num_heads"),
+        _size("block_size", "context_length"),
+        Setting("bias", BIASES, True),
+        Setting("dropout", ("dropout",), 0.0),
+    ),
+    rules=_gpt2_rules(transposed=True),
+    prefix="transformer.",
+    tied=None,
+    rotary=None,
+    ignored_tensors=r"h\.\d+\.attn\.bias",  # the mask
+)

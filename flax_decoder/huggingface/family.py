@@ -89,7 +89,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers.
+    """A model type of transformers, or another source of models with tables of the same kind.
 
     Attributes:
         model_type: its name in config.json.
@@ -99,7 +99,7 @@ class Family:
         rules: the tensors, except the head.
         prefix: prefix of all tensor names except the head's.
         head: tensor name of the head.
-        tied: default of `tie_word_embeddings`.
+        tied: default of `tie_word_embeddings`; None if there is no such setting, and all heads are the embedding.
         rotary: names of the rotary settings; None if positions are learned.
         windows: which layers have a window; None if none has.
         supported: fields of config.json of which the network supports only these values; the first is the default.
@@ -116,7 +116,7 @@ class Family:
     rules: tuple[Rule, ...]
     prefix: str = "model."
     head: str = "lm_head.weight"
-    tied: bool = False
+    tied: bool | None = False
     rotary: Rotary | None = Rotary()
     windows: Windows | None = None
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -127,8 +127,9 @@ class Family:
 
     @property
     def all_settings(self) -> tuple[Setting, ...]:
-        """The settings, and the one that every family has."""
-        return *self.settings, Setting("tie_word_embeddings", ("tied_head",), self.tied)
+        """The settings, and the one that every family of Hugging Face has."""
+        tied = () if self.tied is None else (Setting("tie_word_embeddings", ("tied_head",), self.tied),)
+        return *self.settings, *tied
 
     @property
     def names_read(self) -> frozenset[str]:
@@ -138,5 +139,6 @@ class Family:
 
     @property
     def all_rules(self) -> tuple[Rule, ...]:
-        """The rules, and that of the head."""
-        return *self.rules, Rule(self.head, ("head",), transposed=True)
+        """The rules, and that of the head, unless it is one of them or has no name."""
+        has_head = any("head" in rule.paths for rule in self.rules)
+        return self.rules if has_head or not self.head else (*self.rules, Rule(self.head, ("head",), transposed=True))

@@ -109,11 +109,8 @@ def write_folder(
         shard_bytes: maximum size of a file of weights, unless a single tensor is larger.
     """
     document = write_settings(config, family)
-    # The family may have biases that the model does not have: they are zeros.
-    full_params = flatten(abstract_params(Decoder(read_settings(document, family.model_type))))
-    full_shapes = {path: leaf.shape for path, leaf in full_params.items()}
-    arrays = {path: np.broadcast_to(np.float32(0), shape) for path, shape in full_shapes.items()}
-    arrays |= {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    arrays = with_all_biases(document, params, family)
+    shapes = {path: array.shape for path, array in arrays.items()}
     special = _special_tokens(tokenizer)
     # Written as null if unknown: transformers has other defaults, such as token 50256 for gpt2.
     document |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **special, "dtype": "float32"}
@@ -124,7 +121,20 @@ def write_folder(
         # tokenizer.json decodes exactly; transformers must not change spaces afterwards.
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         write_text(folder / "tokenizer_config.json", _to_json(tokenizer_config))
-    _write_weights(folder, tensor_specs(family, full_shapes), arrays, shard_bytes)
+    _write_weights(folder, tensor_specs(family, shapes), arrays, shard_bytes)
+
+
+def with_all_biases(document: dict[str, Any], params: Any, family: Family) -> dict[str, np.ndarray]:
+    """Parameters by path, and zeros for the biases that only the family has.
+
+    Args:
+        document: the settings that are written.
+        params: of the model, or a tree like them.
+        family: what the model is written as.
+    """
+    full = flatten(abstract_params(Decoder(read_settings(document, family.model_type, family))))
+    arrays = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in full.items()}
+    return arrays | {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 
 
 def _read_special_tokens(folder: Path, tokenizer: Tokenizer) -> None:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -13,11 +13,29 @@ import numpy as np
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Family, Rule
-from flax_decoder.huggingface.tensor_file import Tensor
 
 _BLOCK_NUMBERS = 100_000  # checked at once: fits into the cache of a processor
 
 Shape = tuple[int, ...]
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file of any format: its numbers are read when they are needed."""
+
+    @property
+    def path(self) -> Path:
+        """The file, for messages."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+
+    @property
+    def shape(self) -> Shape:
+        """Its shape in the file."""
+
+    def read(self) -> np.ndarray:
+        """Its numbers, in 2 or 4 bytes each. Raises UserError if they cannot be read."""
 
 
 class TensorSpec(NamedTuple):
@@ -63,7 +81,7 @@ def tensor_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec
         prefix = "" if rule.tensor == family.head else family.prefix
         in_layer = "{}" in rule.tensor
         param_shapes = [shapes[path][1:] if in_layer else shapes[path] for path in rule.paths]
-        matrices = [_matrix_shape(path, shape) for path, shape in zip(rule.paths, param_shapes, strict=True)]
+        matrices = [matrix_shape(path, shape) for path, shape in zip(rule.paths, param_shapes, strict=True)]
         shape = (*matrices[0][:-1], sum(matrix[-1] for matrix in matrices))
         shape = shape[::-1] if rule.transposed else shape
         for layer in range(shapes[rule.paths[0]][0]) if in_layer else [None]:
@@ -114,14 +132,14 @@ class _HostBuffers:
         return buffer[start : start + num_bytes].view(self._like.dtype).reshape(shape)
 
 
-def check_sizes(config: ModelConfig, family: Family, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises UserError if config.json asks for more numbers than the files hold, before any memory is taken.
+def check_sizes(config: ModelConfig, family: Family, tensors: Mapping[str, StoredTensor], source: str) -> None:
+    """Raises UserError if the settings ask for more numbers than the files hold, before any memory is taken.
 
     Args:
         config: the model.
         family: the table of its family.
         tensors: all tensors in the files.
-        source: path of the config.json.
+        source: path of the settings.
     """
     num_numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
     D, H, L = config.embed_dim, config.head_width, config.num_layers
@@ -138,7 +156,7 @@ def check_sizes(config: ModelConfig, family: Family, tensors: Mapping[str, Tenso
     for fields, count in needed.items():
         available, what = (len(tensors), "tensors") if fields == ("num_layers",) else (num_numbers, "numbers")
         if count > available:
-            wrong = ", ".join(names[field] for field in fields if field in names)
+            wrong = ", ".join([names[field] for field in fields if field in names] or fields)
             raise UserError(
                 f"{source}: {wrong} ask for at least {count:,} {what}, but the files hold {available:,}; get the whole "
                 "model again"
@@ -146,7 +164,7 @@ def check_sizes(config: ModelConfig, family: Family, tensors: Mapping[str, Tenso
 
 
 def read_params(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, StoredTensor],
     family: Family,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     folder: Path,
@@ -180,11 +198,11 @@ def read_params(
     return params
 
 
-def _read_tensor(spec: TensorSpec, tensor: Tensor, buffers: Sequence[_HostBuffers], allow_nan: bool) -> None:
+def _read_tensor(spec: TensorSpec, tensor: StoredTensor, buffers: Sequence[_HostBuffers], allow_nan: bool) -> None:
     """Reads a tensor into the parameters that are stored in it."""
     if tensor.shape != spec.shape:
         raise UserError(
-            f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but config.json asks for {spec.shape}"
+            f"{tensor.path}: tensor {tensor.name} has the shape {tensor.shape}, but its settings ask for {spec.shape}"
         )
     numbers = tensor.read()
     index = None if allow_nan else first_non_finite(numbers)
@@ -231,14 +249,14 @@ def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.nd
         heads, width = shapes[0][-2:]
         parts = list(np.moveaxis(matrix.reshape(*matrix.shape[:-1], heads, len(shapes), width), -2, 0))
     else:
-        widths = [_matrix_shape(path, shape)[-1] for path, shape in zip(rule.paths, shapes, strict=True)]
+        widths = [matrix_shape(path, shape)[-1] for path, shape in zip(rule.paths, shapes, strict=True)]
         parts = np.split(matrix, np.cumsum(widths)[:-1], axis=-1)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The tensor in which parameters are stored; inverse of `split`."""
-    matrices = [array.reshape(_matrix_shape(path, array.shape)) for path, array in zip(rule.paths, arrays, strict=True)]
+    matrices = [array.reshape(matrix_shape(path, array.shape)) for path, array in zip(rule.paths, arrays, strict=True)]
     if rule.by_head:
         by_head = [m.reshape(*m.shape[:-1], *array.shape[-2:]) for m, array in zip(matrices, arrays, strict=True)]
         matrix = np.stack(by_head, axis=-2).reshape(*matrices[0].shape[:-1], -1)
@@ -249,7 +267,7 @@ def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
     return matrix.T if rule.transposed else matrix
 
 
-def _matrix_shape(path: str, shape: Shape) -> Shape:
+def matrix_shape(path: str, shape: Shape) -> Shape:
     """The shape with heads and their width merged: (in, out) of a matrix or table, (out,) of a bias or scale."""
     if path.endswith(("bias", "scale")):
         return (math.prod(shape),)
@@ -257,9 +275,9 @@ def _matrix_shape(path: str, shape: Shape) -> Shape:
     return math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:])
 
 
-def _with_prefix(tensors: Mapping[str, Tensor], family: Family, folder: Path) -> dict[str, Tensor]:
+def _with_prefix(tensors: Mapping[str, StoredTensor], family: Family, folder: Path) -> dict[str, StoredTensor]:
     """Adds the prefix to names without it: files of a model without a head leave it out."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         full = name if name == family.head else family.prefix + name.removeprefix(family.prefix)
         if full in found:
@@ -269,7 +287,7 @@ def _with_prefix(tensors: Mapping[str, Tensor], family: Family, folder: Path) ->
 
 
 def _check_names(
-    found: Mapping[str, Tensor], specs: Sequence[TensorSpec], family: Family, folder: Path, *, is_tied: bool
+    found: Mapping[str, StoredTensor], specs: Sequence[TensorSpec], family: Family, folder: Path, *, is_tied: bool
 ) -> None:
     names = {spec.name for spec in specs}
     missing = [spec.name for spec in specs if spec.name not in found]
@@ -278,9 +296,10 @@ def _check_names(
     if is_tied and family.head in found:
         embedding = next(spec.name for spec in specs if spec.rule.paths == ("embedding",))
         if not np.array_equal(found[family.head].read(), found[embedding].read(), equal_nan=True):
+            advice = "get it again" if family.tied is None else "set tie_word_embeddings to false to use both"
             raise UserError(
-                f"{folder}: tensor {family.head} differs from {embedding}, but config.json says that they are the "
-                "same; set tie_word_embeddings to false to use both"
+                f"{folder}: tensor {family.head} differs from {embedding}, but its settings say that they are the "
+                f"same; {advice}"
             )
         names.add(family.head)
     is_ignored = re.compile(family.ignored_tensors).fullmatch
@@ -288,5 +307,5 @@ def _check_names(
     if extra:
         raise UserError(
             f"{folder}: tensor {extra[0]} ({len(extra)} in all) is not part of {family.model_type} with these "
-            "settings, and may change the numbers; check config.json"
+            "settings, and may change the numbers; check the settings"
         )

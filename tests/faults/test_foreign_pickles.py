@@ -6,7 +6,9 @@ import pickle
 import zipfile
 
 import numpy as np
+import plain_gpt
 import pytest
+import torch
 from model_folder import INDEX, WEIGHTS, change, make_folder, refusal, split_in_two
 
 import flax_decoder as fd
@@ -103,6 +105,41 @@ def test_a_pickle_beside_the_weights_is_left_alone(folder, canary):
     for name, make in NAMES.items():
         (folder / name).write_bytes(make(Bomb(canary)))
     fd.load(folder)
+
+
+COMMANDS = {
+    "generate": ["generate", "CKPT", "--prompt", "a"],
+    "draft": ["generate", "model", "--prompt", "a", "--draft", "CKPT"],
+    "tokenizer": ["generate", "ckpt.pt", "--prompt", "a", "--tokenizer", "CKPT"],
+    "eval": ["eval", "CKPT", "text.txt"],
+    "lens": ["lens", "CKPT", "--prompt", "a", "--out", "lens.html"],
+    "compare": ["compare", "CKPT"],
+    "convert": ["convert", "CKPT", "run"],
+    "names": ["convert", "CKPT", "run", "--names", "names.toml"],
+    "chat": ["chat", "CKPT"],
+    "verify": ["verify", "CKPT"],
+}
+
+
+@ROW
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_pickle_in_place_of_a_checkpoint_is_refused(command, folder, canary, refused):
+    """Whatever its format: plain, of today's PyTorch, or of that before 1.6, where the bomb comes after the numbers."""
+    (folder.parent / "text.txt").write_text("a")
+    (folder.parent / "names.toml").write_text("[model]\n[names]\n")
+    model, model_args = plain_gpt.make_gpt()
+    content = plain_gpt.checkpoint(model, model_args)
+    torch.save(content, folder.parent / "ckpt.pt")
+    old, inside = io.BytesIO(), io.BytesIO()
+    torch.save(content | {"config": Bomb(canary)}, old, _use_new_zipfile_serialization=False)
+    torch.save(content | {"config": Bomb(canary)}, inside)
+    for number, data in enumerate((plain(Bomb(canary)), torch_zip(Bomb(canary)), old.getvalue(), inside.getvalue())):
+        path = folder.parent / f"{number}.ckpt"
+        path.write_bytes(data)
+        message = refused(*(path.name if word == "CKPT" else word for word in COMMANDS[command]))
+        assert path.name in message
+        if number > 0 and command not in ("tokenizer", "chat", "verify"):
+            assert "nothing was run" in message
 
 
 @ROW

@@ -114,7 +114,7 @@ def damaged(kind, arrays):
         return "is not part of llama", name
     if kind == "shape":
         arrays[QUERY] = arrays[QUERY].T.copy()
-        return "config.json asks for (20, 14)", QUERY
+        return "its settings ask for (20, 14)", QUERY
     if kind == "twice":
         arrays[QUERY.removeprefix("model.")] = arrays[QUERY]
         return "twice", QUERY
