@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import types
@@ -23,7 +24,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, DataConfig, fields_of
-from flax_decoder.config_file import load_config
+from flax_decoder.config_file import load_config, require_consent
 from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError, did_you_mean
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
@@ -52,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Training replaces these handlers once it has something to save.
     before = {number: signal.signal(number, _raise_for_signal) for number in _EXCEPTION_OF}
     hook_before = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_resend_dropped_signal, hook_before)
+    sys.unraisablehook = hook = functools.partial(_resend_dropped_signal, hook_before)
     try:
         with standard_streams(), _warnings_of_folders():
             return _run(sys.argv[1:] if arguments is None else arguments)
     finally:
-        sys.unraisablehook = hook_before
+        if sys.unraisablehook is hook:  # else reads of a checkpoint that has failed may still end, unheard
+            sys.unraisablehook = hook_before
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -69,6 +71,7 @@ def _run(arguments: Sequence[str]) -> int:
         if unknown:
             options.parser.refuse(unknown[0])
         command: Callable[[argparse.Namespace], int] = options.command
+        _keep_threads_quiet()
         _keep_compilations()
         code = command(options)
         sys.stdout.flush()  # a disk may be full only now
@@ -153,13 +156,13 @@ def _resend_dropped_signal(hook: Callable[["UnraisableHookArgs"], Any], dropped:
 def train(options: argparse.Namespace) -> int:
     """Trains on a text, then generates a sample."""
     config = _config_of(options)
+    require_consent(options.config, config, [name for name in vars(options) if "." in name])
     folder = Path(config.run.folder or ".")
     # The lock is taken later; this refuses before JAX is imported. The processes of a job share the folder.
     if config.distributed.coordinator is None and not in_a_job(os.environ):
         refuse_if_in_use(folder)
     from flax_decoder.training import loop
 
-    _keep_threads_quiet()
     config, start = (config, None) if config.run.start_from is None else _started(config, folder)
     return loop.train(config, folder, start)
 
@@ -268,7 +271,7 @@ def evaluate(options: argparse.Namespace) -> int:
     batch_size = max(4096 // model.config.context_length, 1)
     result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size, start=start)
     if options.json:
-        print(json.dumps(result | ({"window_start": start} if start else {})))
+        print_escaped(json.dumps(result | ({"window_start": start} if start else {})))
     else:
         print_escaped(
             f"{options.file}: loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
@@ -375,10 +378,10 @@ def bench(options: argparse.Namespace) -> int:
     config = _config_of(options)
     result = measure_speed(config)
     if options.json:
-        print(json.dumps(result))
+        print_escaped(json.dumps(result))
     else:
         for name, value in result.items():
-            print(f"{name:>28}  {value if isinstance(value, str) else format(value, ',.6g')}")
+            print_escaped(f"{name:>28}  {value if isinstance(value, str) else format(value, ',.6g')}")
     return 0
 
 
@@ -387,10 +390,9 @@ def doctor(options: argparse.Namespace) -> int:
     config = _config_of(options)
     from flax_decoder.planning.doctor import examine
 
-    _keep_threads_quiet()
     holds = True
     for finding in examine(config):
-        print(finding, flush=True)
+        print_escaped(finding, flush=True)
         holds = holds and finding.status != "FAILED"
     return 0 if holds else 1
 
@@ -615,7 +617,7 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         """Raises the OSError of an output that fails, which argparse drops."""
-        print(self.format_help(), end="", file=file, flush=True)
+        print_escaped(self.format_help(), end="", file=file, flush=True)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError instead of printing the usage."""
@@ -641,7 +643,7 @@ class _Version(argparse.Action):
 
         kinds = collections.Counter(device.device_kind for device in jax.devices())
         devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-        print(f"flax-decoder {__version__}, jax {jax.__version__}, {devices}", flush=True)
+        print_escaped(f"flax-decoder {__version__}, jax {jax.__version__}, {devices}", flush=True)
         parser.exit()
 
 
@@ -815,15 +817,27 @@ def _kinds(annotation: Any) -> list[str]:
 
 
 def _keep_compilations() -> None:
-    """Makes JAX cache compiled programs in the user's cache folder; without one, prints a warning."""
+    """Makes JAX cache compiled programs in the user's cache folder; without one, prints a warning.
+
+    Whoever can write there decides what the programs compute: it must be the user's, and closed to others.
+    """
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     try:
         if folder is None:
             folder = str(cache_folder() / "flax_decoder")
         if folder and "://" not in folder:  # empty is off; JAX itself checks the URL of a bucket
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder, 0o700, exist_ok=True)
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "may not be written", folder)
+            status = os.stat(folder)
+            if status.st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "belongs to another user, who could change what runs", folder)
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PermissionError(
+                    errno.EPERM,
+                    "others may write there and so change what runs; if it is for nothing else, delete it",
+                    folder,
+                )
     except OSError as error:
         print_escaped(
             f"warning: compiled programs are not kept for the next start: {error.filename}: {error.strerror}; "

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -106,7 +107,7 @@ def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[s
     for section, values in settings.items():
         if section not in SECTIONS:
             near = did_you_mean(section, SECTIONS) or _choices(SECTIONS)
-            raise UserError(f"{source}: there is no section [{section}]{near}")
+            raise UserError(f"{source}: there is no section [{section:.100}]{near}")
         if not isinstance(values, dict):
             raise UserError(f"{source}: {section} must be a table, [{section}]")
         for field, value in values.items():
@@ -122,6 +123,32 @@ def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[s
         raise UserError(_first_error(error, "", source, overridden)) from None
 
 
+# What reaches beyond files: to an account of the user at a service, and to a machine that leads the job.
+_REACHING_OUT = ("run.wandb", "distributed.coordinator")
+
+
+def require_consent(path: str | os.PathLike[str] | None, config: Config, overridden: Collection[str]) -> None:
+    """Raises UserError if the config in a run folder, which may be somebody else's, reaches beyond this machine.
+
+    Args:
+        path: the file that `load_config` has read.
+        config: what it has returned.
+        overridden: dotted names of the overrides: what the command line says is the user's own.
+    """
+    if path is None or Path(path).name != "config.toml":
+        return
+    if not any((Path(path).parent / name).is_dir() for name in ("corpus", "checkpoints")):
+        return
+    for name in _REACHING_OUT:
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if value is not None and name not in overridden:
+            raise UserError(
+                f"{path}: {name} = {shown(value)} reaches beyond this machine, and a run folder may come from somebody "
+                f"else;\nrepeat it if you want it: --{name} {shlex.quote(value)}, or leave it out: --{name} none"
+            )
+
+
 def to_toml(config: Config) -> str:
     """The TOML text from which `load_config` reads the same config. Fields that are None are left out."""
     sections = dataclasses.asdict(config)
@@ -133,8 +160,22 @@ def to_toml(config: Config) -> str:
     )
 
 
-# A config with every field has 5 kB.
-_MAX_CONFIG_BYTES = 1_000_000
+# A config with every field has 5 kB, 100 settings, and a dot in some of its numbers; data.path may be a long list.
+_MAX_CONFIG_BYTES = 500_000
+# tomllib takes time that grows with the square of the dots in a key, and with the product of those in the name of a
+# table and its settings: at these limits a third of a second.
+_MAX_DOTS = _MAX_SETTINGS = 1000
+# A comment or a string. An open one ends the text: what is behind it is never parsed.
+_NO_SYNTAX = re.compile(
+    r"""
+    \#[^\n]*
+    | \"{3} (?:\\(?:.|\Z)|[^\\])*? (?:\"{3,}|\Z)
+    | \'{3} .*? (?:\'{3,}|\Z)
+    | "(?:\\.|[^"\\\n])*"?
+    | \'[^'\n]*\'?
+    """,
+    re.DOTALL | re.VERBOSE,
+)
 
 
 # The current folder, and that of the checkout.
@@ -184,6 +225,9 @@ def _other_format(path: Path, content: bytes) -> str:
 
 def _parse_toml(text: str) -> dict[str, Any]:
     """Parses TOML; every error is a ValueError."""
+    syntax = _NO_SYNTAX.sub("", text)
+    if syntax.count(".") > _MAX_DOTS or syntax.count("=") > _MAX_SETTINGS:
+        raise ValueError(f"it has over {_MAX_SETTINGS:,} settings, or over {_MAX_DOTS:,} dots outside of strings")
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -256,7 +300,7 @@ def _first_error(error: ValidationError, section: str, source: str, overridden: 
     source = _source_of(name, source, overridden)
     if first["type"] == "unexpected_keyword_argument":
         near = did_you_mean(name, _settings()) or _choices(fields_of(section))
-        what = f"there is no setting {name}{near}"
+        what = f"there is no setting {name:.100}{near}"
     elif first["type"] == "value_error":
         what = f"{name}: {first['msg']}".replace("Value error, ", "").removeprefix(": ")
     else:

@@ -34,7 +34,13 @@ from flax_decoder.io.files import expand_home, new_folder, replacing, sha256_of,
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.nn.params import abstract_params
-from flax_decoder.training.checkpoint import choose_step, restore_params, save_params, steps_folder
+from flax_decoder.training.checkpoint import (
+    choose_step,
+    read_checkpoint,
+    restore_params,
+    save_params,
+    steps_folder,
+)
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.nanogpt_entries import training_entries
 from flax_decoder.training.run_folder import facts_of, require_same_inputs, require_same_model
@@ -374,7 +380,10 @@ def _is_run_folder(folder: Path) -> bool:
 
 
 def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
-    step = choose_step(folder, step)
+    return read_checkpoint(folder, step, lambda step: _read_run(folder, step, shardings))
+
+
+def _read_run(folder: Path, step: int, shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
     config = load_config(folder / "config.toml")
     require_same_model(folder, config)
     require_same_inputs(folder, ["tokenizer.json"])

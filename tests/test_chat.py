@@ -1,5 +1,6 @@
 """Conversations: templates as `transformers` renders them, a history, and no message prefilled twice."""
 
+import contextlib
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ from test_generate import record_prefill
 
 from flax_decoder.cli import main
 from flax_decoder.config import ModelConfig
+from flax_decoder.data import chat_renderer, chat_template
 from flax_decoder.data.chat_template import ChatTemplate, load_chat_template
 from flax_decoder.data.tokenizer import ByteTokenizer
 from flax_decoder.errors import UserError
@@ -247,3 +249,71 @@ def test_ctrl_c_in_a_stream_leaves_with_130(folder):
     _, error = process.communicate(timeout=HANGS_SECONDS)
     assert shown.startswith(b"To be") and process.returncode == 130
     assert error == b"\n"
+
+
+# --- A template is somebody else's program ---
+
+GREEDY = {
+    "repeated": "{{ 'a' * 2000000000 }}",
+    "replaced": "{{ ('a' * 1000000).replace('a', 'b' * 100000) }}",
+    "indented": "{{ [1] | tojson(indent=2000000000) }}",
+    "joined": "{{ [1, 2] | join('a' * 2000000000) }}",
+    "formatted": "{{ '%2000000000d' % 1 }}",
+    "padded": "{{ '{:2000000000}'.format(1) }}",
+    "listed": "{{ [0] * 200000000 }}",
+    "doubled": "{% set n = namespace(a='aaaaaaaa') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+    "shown": "{{ 'a' * 20000001 }}",
+}
+
+
+@pytest.mark.short("repeated", "indented", "formatted")
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_template_has_little_memory(name):
+    with pytest.raises(UserError, match=r"^mine: .*: it (takes over 500,000,000 bytes|makes a text of 20,000,001)"):
+        ChatTemplate(GREEDY[name], {}, "mine").render(MESSAGES)
+    assert ChatTemplate("{{ 'a' * 20000 }}", {}).render(MESSAGES) == "a" * 20000
+
+
+@pytest.fixture
+def renderer():
+    """A process of its own, which has to be started."""
+    with contextlib.closing(chat_template._Renderer()) as renderer:
+        yield renderer
+
+
+def test_a_template_has_little_time(renderer, monkeypatch):
+    loop = "{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"^it takes over 0\.05 seconds$"):
+        patched.setattr(chat_renderer, "MAX_SECONDS", 0.05)
+        renderer.render(loop, {})
+    assert renderer.render("{{ a }}", {"a": "b"}) == "b"
+
+
+@pytest.mark.full
+def test_a_process_that_ends_is_told_and_started_again(renderer):
+    assert renderer.render("{{ a }}", {"a": "b"}) == "b"
+    renderer._process.kill()
+    with pytest.raises(ValueError, match=r"ended with code -9$"):
+        renderer.render("{{ a }}", {"a": "c"})
+    assert renderer.render("{{ a }}", {"a": "d"}) == "d"
+
+
+def test_an_interrupted_template_leaves_no_text_for_the_next(renderer, monkeypatch):
+    def interrupt(line):
+        exchange(line)
+        raise KeyboardInterrupt
+
+    exchange = renderer._exchange
+    with monkeypatch.context() as patched:
+        patched.setattr(renderer, "_exchange", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            renderer.render("first", {})
+    assert renderer._process is None and renderer.render("second", {}) == "second"
+
+
+def test_a_template_has_no_environment(renderer, monkeypatch):
+    monkeypatch.setenv("SECRET", "password")
+    given = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, env, **options: given.append(env))
+    renderer._start()
+    assert given[0].keys() <= {"PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ"}

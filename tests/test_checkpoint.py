@@ -1,3 +1,7 @@
+import shutil
+import sys
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +15,7 @@ from flax_decoder.training.checkpoint import (
     restore_params,
     restore_state,
     saved_steps,
+    steps_folder,
 )
 
 LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: None, 10: 2.5}
@@ -100,3 +105,20 @@ def test_a_checkpoint_that_cannot_be_read_is_a_fault(saved):
     folder, state = saved
     with pytest.raises(FaultError, match=r"manifest\.json: is missing"):
         restore_params(folder, 7, state.params)
+
+
+def test_reads_that_a_failed_restore_leaves_behind_are_not_heard(saved, tmp_path, monkeypatch):
+    """Orbax closes its event loop at the first error; each array that is still being read would print a traceback."""
+    folder, state = shutil.copytree(saved[0], tmp_path / "run"), saved[1]
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    restore_params(folder, 10, state.params)
+    assert sys.unraisablehook == heard.append
+    for path in steps_folder(folder).glob("10/params/**/d/*"):
+        path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(FaultError, match="cannot be restored: DATA_LOSS") as caught:
+        restore_params(folder, 10, state.params)
+    assert len(str(caught.value)) < 1000
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), KeyError(1)):
+        sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert [str(dropped.exc_value) for dropped in heard] == ["another", "1"]

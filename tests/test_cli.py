@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import signal
+import stat
 import subprocess
 import sys
 import types
@@ -331,6 +332,8 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(cache_of, environm
     made = Path(folder.replace("HERE", "."))
     assert set(Path().rglob("*")) - before <= {made, *made.parents}
     assert made.is_dir() == ("bucket" not in folder)
+    if folder and made.is_dir():
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(
@@ -357,6 +360,30 @@ def test_without_a_cache_folder_a_line_says_so(cache_of, monkeypatch, environmen
     assert folder == "" and told.startswith("warning: compiled programs are not kept") and part in told
     assert told.endswith("; set XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR to a folder of yours")
     assert set(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "reason"),
+    [
+        (0o755, 0, None),
+        (0o775, 0, "others may write there and so change what runs; if it is for nothing else, delete it"),
+        (0o757, 0, "others may write there and so change what runs; if it is for nothing else, delete it"),
+        (0o1777, 0, "others may write there and so change what runs; if it is for nothing else, delete it"),
+        (0o700, 1, "belongs to another user, who could change what runs"),
+    ],
+)
+@pytest.mark.parametrize("is_link", [False, True])
+def test_programs_from_a_folder_that_others_can_write_are_not_run(cache_of, monkeypatch, mode, owner, reason, is_link):
+    """An entry of the cache is machine code."""
+    Path("programs").mkdir()
+    Path("programs").chmod(mode)
+    Path("link").symlink_to("programs")
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + owner)
+    name = "HERE/link" if is_link else "HERE/programs"
+    folder, told = cache_of(HOME="HERE/home", JAX_COMPILATION_CACHE_DIR=name)
+    assert folder == ("" if reason else name)
+    assert len(told) == bool(reason) and all(f"/{name[5:]}: {reason}; set XDG_CACHE_HOME or" in line for line in told)
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

@@ -1,5 +1,7 @@
 import contextlib
 import dataclasses
+import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from flax_decoder.config import (
     TrainingConfig,
     fields_of,
 )
-from flax_decoder.config_file import load_config, to_toml
+from flax_decoder.config_file import load_config, require_consent, to_toml
 from flax_decoder.errors import UserError, did_you_mean
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -442,3 +444,47 @@ def test_a_fault_in_the_file_is_not_blamed_on_the_command_line(write):
     path = write("[model]\nnum_layers = 0\n")
     assert refusal(path, {"model.embed_dim": 8}).startswith(f"{path}: ")
     assert refusal(path, {"model.num-layers": -1}).startswith("the command line or overrides: model.num_layers = -1")
+
+
+DOTS = "." * 2000
+# How far a reader may be in strings and comments, which have dots as they like.
+STRINGS = [
+    f'"{DOTS}"',
+    f"'{DOTS}'",
+    f'"\\"{DOTS}\\\\"',
+    f"'\\' #'{DOTS}",
+    f'"#" # {DOTS}',
+    f'"""{DOTS}"""',
+    f'"""\\"""{DOTS}"""""',
+    f"'''\\''{DOTS}'''''",
+    f'"""\n# "{DOTS}\n"""',
+    f'["""a"""", "{DOTS}"]',
+    f"['{DOTS}', \"{DOTS}\"]",
+]
+
+
+@pytest.mark.parametrize("string", STRINGS)
+def test_dots_count_outside_of_strings_only(write, string):
+    """tomllib takes hours for a key of 200,000 dots; a path is not a key."""
+    path = write(f"data.path = {string}\n")
+    load_config(path)
+    path = write(f"data.path = {string}\na{'.a' * 1001} = 1\n")
+    with pytest.raises(UserError, match=r"tiny\.toml: is not valid TOML: it has over .* 1,000 dots"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("beside", ["corpus", "checkpoints"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("run.wandb", "theirs"), ("run.wandb", "a b\x1b"), ("distributed.coordinator", "evil:1")]
+)
+def test_the_config_of_a_run_from_elsewhere_reaches_nobody_unasked(refused, tmp_path, name, value, beside):
+    """Without a word a stranger's run would send metrics from the user's account, or join a job."""
+    (tmp_path / "run" / beside).mkdir(parents=True)
+    path = tmp_path / "run" / "config.toml"
+    path.write_text(f"{name} = {json.dumps(value)}\n")
+    option = f"--{name} {shlex.quote(value)}, or leave it out: --{name} none"
+    assert refused("train", "run/config.toml").endswith(f"repeat it if you want it: {option}\n")
+    for mine in (value, "none"):
+        require_consent(path, load_config(path, {name: mine}), [name])
+    own = path.rename(tmp_path / "run" / "own.toml")
+    require_consent(own, load_config(own), [])

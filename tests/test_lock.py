@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +10,8 @@ import sys
 import pytest
 
 from flax_decoder.errors import FaultError, InUseError
-from flax_decoder.io.lock import LOCK, FolderLock, refuse_if_in_use
+from flax_decoder.io import lock as lock_module
+from flax_decoder.io.lock import LOCK, OWNER, FolderLock, refuse_if_in_use
 
 HOLDER = """
 import sys
@@ -112,3 +116,64 @@ def test_a_lock_can_be_held_by_its_owner_alone(tmp_path):
         (tmp_path / LOCK).chmod(0o644)  # of an earlier version
         lock.announce()
         assert (tmp_path / LOCK).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.EOPNOTSUPP])
+def without_locks(request, monkeypatch):
+    """A file system without flock."""
+
+    def fail(descriptor, how):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+
+
+def test_without_locks_one_process_has_the_folder_too(tmp_path, without_locks, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with FolderLock() as lock:
+        lock.take(folder)
+        lock.announce()
+        assert "no locks" in capsys.readouterr().err
+        folder = folder.rename(tmp_path / "renamed")  # as that of a new run
+        before = (folder / OWNER).read_bytes()
+        for refuse in (FolderLock().take, refuse_if_in_use):
+            with pytest.raises(InUseError, match=rf"by process {os.getpid()} on .*\n.* rm .*/renamed/\.lock\.owner$"):
+                refuse(folder)
+        assert (folder / OWNER).read_bytes() == before
+    assert [path.name for path in folder.iterdir()] == [LOCK]
+    changed = folder.stat().st_mtime_ns
+    refuse_if_in_use(folder)
+    assert folder.stat().st_mtime_ns == changed  # two that look at the same instant do not see each other
+    with FolderLock() as lock:
+        lock.take(folder)
+
+
+def test_without_locks_the_mark_of_a_killed_process_is_named(tmp_path, without_locks):
+    """Nothing tells whether a process on another machine runs, so its owner decides."""
+    (tmp_path / OWNER).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "noon", "command": "train"}))
+    with pytest.raises(InUseError, match=r"process 1 on elsewhere since noon .*\n.*if that process was killed, delete"):
+        FolderLock().take(tmp_path)
+    (tmp_path / OWNER).unlink()
+    (tmp_path / OWNER).symlink_to(tmp_path / "outside")  # the mark is never written through a link
+    with pytest.raises(InUseError):
+        FolderLock().take(tmp_path)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_without_locks_a_folder_that_has_gone_is_released(tmp_path, without_locks):
+    (tmp_path / "run").mkdir()
+    with FolderLock() as lock:
+        lock.take(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+    assert lock._folder is None and lock._descriptor is None
+
+
+def test_without_locks_a_mark_that_cannot_be_written_does_not_stay(tmp_path, without_locks, monkeypatch):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock_module, "_this_process", fail)
+    with pytest.raises(FaultError, match=r"\.lock\.owner: cannot be created: No space left"):
+        FolderLock().take(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]

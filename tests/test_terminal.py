@@ -1,5 +1,6 @@
 """Control characters of prompts, answers and names reach a pipe, and never a terminal; through a real one."""
 
+import ast
 import io
 import json
 import os
@@ -7,11 +8,13 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import reference
 from limits import HANGS_SECONDS
 
+import flax_decoder
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import CharTokenizer
 from flax_decoder.huggingface.families import FAMILIES
@@ -124,3 +127,52 @@ def test_no_command_prints_a_control_character(folder, tmp_path):
         assert r"\x1b" in text and not has_controls(text), command
     text = printed[generate][1]
     assert text.startswith(SHOWN) and f"\n\n{SHOWN}" in text and r"\x1b" in text.replace(SHOWN, "")
+
+
+def bare_prints(source):
+    """Lines that print more than constants and numbers without escaping it."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if (name == "print" and not all(map(is_harmless, node.args))) or name in (
+            "sys.stdout.write",
+            "sys.stderr.write",
+        ):
+            yield node.lineno
+
+
+def is_harmless(value):
+    """Whether an expression is a text that is written here, but for numbers: a text has no number format."""
+    if isinstance(value, ast.JoinedStr):
+        return all(map(is_harmless, value.values))
+    if isinstance(value, ast.FormattedValue):
+        kind = "" if value.format_spec is None else ast.unparse(value.format_spec)
+        return value.conversion == -1 and re.search(r"[deg%f,]'$", kind) is not None
+    return isinstance(value, ast.Constant)
+
+
+PRINTS = [
+    ("print('a', 1)", []),
+    ("print(f'{n:,} {x:.4f} {n:d}', file=sys.stderr)", []),
+    ("print(f'{name}')", [1]),
+    ("print(f'{name!r:d}')", [1]),
+    ("print(f'{name:>5}')", [1]),
+    ("print(name)", [1]),
+    ("print(*names)", [1]),
+    ("sys.stdout.write(name)", [1]),
+    ("print_escaped(name)", []),
+]
+
+
+@pytest.mark.parametrize(("source", "lines"), PRINTS)
+def test_what_is_a_bare_print(source, lines):
+    assert [*bare_prints(source)] == lines
+
+
+def test_nothing_but_constants_and_numbers_is_printed_unescaped():
+    """Everything else may come from a file, with codes that a terminal obeys."""
+    package = Path(flax_decoder.__file__).parent
+    found = {path.relative_to(package).as_posix(): [*bare_prints(path.read_text())] for path in package.rglob("*.py")}
+    # `print_escaped` itself prints.
+    assert [name for name, lines in found.items() if len(lines) != (name == "io/terminal.py")] == []

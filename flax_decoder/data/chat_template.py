@@ -1,43 +1,97 @@
 """Chat templates: conversations to text.
 
 A template is a Jinja program, by the convention of Hugging Face `transformers`: it formats the messages with the
-special tokens that the model was trained on. It is downloaded code, so it runs in a sandbox.
+special tokens that the model was trained on. It is downloaded code, so it runs in a sandbox, in a process of its own.
 """
 
-import datetime
+import atexit
+import contextlib
+import functools
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from flax_decoder.data import chat_renderer
 from flax_decoder.data.corpus import decode_text
 from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content
 
+# Of the environment of the process that renders: where Python and its libraries are, and the time of day.
+_PASSED_ON = ("PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 _MAX_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
 
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: marks what the model is trained to write. It changes nothing of the text."""
+class _Renderer:
+    """The process of `chat_renderer.py`: started with the first request, and again after one that has ended it."""
 
-    tags = {"generation"}  # noqa: RUF012
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.close)
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The statements up to `{% endgeneration %}`, in a scope of their own."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [jinja2.nodes.Scope(body, lineno=line)]
+    def render(self, source: str, variables: Mapping[str, Any] | None) -> str:
+        """The text of a template; without variables it is only compiled.
+
+        Raises:
+            ValueError: the reason why there is none.
+        """
+        line = json.dumps({"source": source, "variables": variables}).encode() + b"\n"
+        with self._lock:
+            try:
+                reply = self._exchange(line)
+            except BaseException:  # such as Ctrl-C: the reply would be taken for that of the next request
+                self.close()
+                raise
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        return str(reply["text"])
+
+    def _exchange(self, line: bytes) -> dict[str, str]:
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which is told below
+            process.stdin.write(line)
+            process.stdin.flush()
+        reply = process.stdout.readline()
+        if reply.endswith(b"\n"):
+            return dict(json.loads(reply))
+        code = process.wait()
+        self.close()
+        if code == -signal.SIGPROF:
+            return {"error": f"it takes over {chat_renderer.MAX_SECONDS} seconds"}
+        return {"error": f"the process that renders it ended with code {code}"}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        return subprocess.Popen(
+            [sys.executable, "-P", chat_renderer.__file__, str(chat_renderer.MAX_SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C ends an answer, not this process
+        )
+
+    def close(self) -> None:
+        """Ends the process, if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with process:  # closes the pipes and waits
+                pass
+
+
+_renderer = functools.cache(_Renderer)
 
 
 class ChatTemplate:
@@ -55,16 +109,8 @@ class ChatTemplate:
             UserError: the program cannot be compiled.
         """
         self._name, self._special_tokens = name, dict(special_tokens)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-        try:
-            self._template = environment.from_string(source)
-        except Exception as error:  # Jinja compiles to Python, whose compiler can fail in other ways
-            raise UserError(f"{name}: cannot be used: {error}") from None
+        self._source = source
+        self._render(None, "cannot be used")
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation, up to the start of the next answer.
@@ -72,12 +118,15 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, for example a system message, or fails.
         """
+        # Templates ask whether there are tools and documents, which a conversation here never has.
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special_tokens}
+        return self._render(variables | {"messages": list(map(dict, messages))}, "refuses these messages")
+
+    def _render(self, variables: Mapping[str, Any] | None, complaint: str) -> str:
         try:
-            # Templates ask whether there are tools and documents, which a conversation here never has.
-            variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special_tokens}
-            return self._template.render(messages=messages, **variables)
-        except Exception as error:  # a template is a program: anything can fail
-            raise UserError(f"{self._name}: refuses these messages: {error}") from None
+            return _renderer().render(self._source, variables)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self._name}: {complaint}: {error}") from None
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:
@@ -102,17 +151,3 @@ def load_chat_template(folder: Path) -> ChatTemplate:
         )
     special_tokens = read_special_tokens(folder, document)
     return ChatTemplate(source, special_tokens, str(file if os.path.lexists(file) else path))
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

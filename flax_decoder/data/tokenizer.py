@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from flax_decoder.data.tokenizer_growth import growth_of
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
 from flax_decoder.errors import UserError, as_one_line, require_type
 from flax_decoder.io.files import write_text
@@ -39,6 +40,8 @@ _END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
 
 # A long text is encoded in pieces: NumPy needs some 20 bytes per character for it, the library some 100 per token.
 _PIECE_CHARACTERS = 1_000_000
+# Of what the library holds at one time; `growth_of` admits no tokenizer that makes more of a piece.
+_MAX_NORMALIZED_BYTES = 400_000_000
 _CUT_CONTEXT_CHARACTERS = 200  # far longer than any token that a cut after a newline could split
 _CUT_TRIES = 100
 _MAX_TRAINED_WORD_BYTES = 256  # training time is quadratic in the length of a word
@@ -183,11 +186,17 @@ class ByteTokenizer(Tokenizer):
 class SubwordTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library: BPE trained by `make_tokenizer`, or any tokenizer.json."""
 
-    def __init__(self, tokenizer: "tokenizers.Tokenizer"):
-        """Wraps a tokenizer, and switches off its truncation and padding."""
+    def __init__(self, tokenizer: "tokenizers.Tokenizer", growth: int = 1):
+        """Wraps a tokenizer, and switches off its truncation and padding.
+
+        Args:
+            tokenizer: of the library.
+            growth: see `growth_of`.
+        """
         tokenizer.no_truncation()  # that of a classifier may cut each text at 512 tokens
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._max_characters = _MAX_NORMALIZED_BYTES // growth
         self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # ids may have gaps
         self.lone_byte_id = tokenizer.token_to_id("<0xF0>")
         added_tokens = tokenizer.get_added_tokens_decoder()
@@ -218,15 +227,19 @@ class SubwordTokenizer(Tokenizer):
     def encode_prompt(self, text: str) -> list[int]:
         """Other than `encode`, with the special tokens before the text; those after it would end it."""
         plain = self.encode(text)
-        with _as_user_error("the tokenizer cannot encode this text"):
-            around = self._tokenizer.encode(text, add_special_tokens=True).ids
+        around = self._encode_piece(text, add_special_tokens=True)
         starts = range(len(around) - len(plain) + 1)
         start = next((i for i in starts if around[i : i + len(plain)] == plain), 0)
         return around[:start] + plain
 
-    def _encode_piece(self, piece: str) -> list[int]:
+    def _encode_piece(self, piece: str, add_special_tokens: bool = False) -> list[int]:
+        if len(piece) > self._max_characters:  # the library would end the process
+            raise UserError(
+                f"the tokenizer may lengthen each character of a text of {len(piece):,} so much that it takes over "
+                f"{_MAX_NORMALIZED_BYTES:,} bytes; give at most {self._max_characters:,}"
+            )
         with _as_user_error("the tokenizer cannot encode this text"):
-            return self._tokenizer.encode(piece, add_special_tokens=False).ids
+            return self._tokenizer.encode(piece, add_special_tokens=add_special_tokens).ids
 
     def _find_cut(self, text: str, earliest: int) -> int:
         """The first index from `earliest` on at which the text can be cut without a change to its tokens, else its end.
@@ -336,12 +349,13 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
     model, added_tokens = document.get("model"), document.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise UserError(f"{source}: is not a tokenizer.json: it has no model with a vocab; get it again")
+    growth = growth_of(document, source)
     del document, model  # frees memory: the library parses the content again
     import tokenizers
 
     with _as_user_error(f"{source}: is not a tokenizer.json that the tokenizers library can use"):
         library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        tokenizer = SubwordTokenizer(library)
+        tokenizer = SubwordTokenizer(library, growth)
         tokenizer.encode_prompt("")  # a template with unknown tokens fails only here
         # The library silently renumbers an added token whose id is not the next one.
         added = {token["content"]: token["id"] for token in added_tokens}

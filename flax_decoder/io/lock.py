@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -15,13 +16,20 @@ from typing import Self
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.io.files import is_another_process, open_regular, without_links
 from flax_decoder.io.strict_json import SETTINGS, parse_object
+from flax_decoder.io.terminal import print_escaped
 
 LOCK = ".lock"
+# Where the file system has no locks, whoever creates this file has the folder; a process that is killed leaves it.
+OWNER = ".lock.owner"
+# What flock raises there, as some network file systems do.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _MAX_SHOWN_CHARACTERS = 1000  # of the owner; a command can be as long as its arguments
 
 
 class FolderLock:
     """An exclusive lock on a folder, which the system releases when the process ends, however it ends.
+
+    Where the file system has no locks, a file marks the folder instead, which is deleted at the release.
 
     The lock file is never deleted: a second process could lock the old file and a third a new one. `announce` writes
     the owner into it; a process that is refused changes nothing in it.
@@ -29,9 +37,15 @@ class FolderLock:
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
+        self._folder: int | None = None  # a descriptor: the folder may be renamed; None where the system has locks
 
-    def take(self, folder: Path) -> None:
+    def take(self, folder: Path, *, only_looks: bool = False) -> None:
         """Locks the folder, which may be renamed afterwards.
+
+        Args:
+            folder: any.
+            only_looks: changes nothing where the file system has no locks: two that look at the same instant would
+                refuse each other.
 
         Raises:
             InUseError: another process has the lock; the message names it.
@@ -43,31 +57,61 @@ class FolderLock:
             self._descriptor = without_links(path, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = _owner_in(path)
+            owner = _owner_in(path, "which has ended: another process that does not say its name")
             self.release()
             raise InUseError(f"{folder}: is in use by {owner}; wait for it, or give another --run.folder") from None
         except OSError as error:
+            if self._descriptor is not None and error.errno in _NO_LOCKS:
+                self._take_without_locks(folder, only_looks)
+                return
             self.release()
             raise FaultError(f"{path}: cannot be locked: {error.strerror}") from error
+
+    def _take_without_locks(self, folder: Path, only_looks: bool) -> None:
+        """As `take`, by the file `OWNER`: only one process can create it, on any file system."""
+        path = folder / OWNER
+        if only_looks and not os.path.lexists(path):
+            return
+        try:
+            with contextlib.ExitStack() as undo:
+                opened = os.open(folder, os.O_RDONLY)
+                undo.callback(os.close, opened)
+                descriptor = os.open(OWNER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=opened)
+                self._folder = opened  # from here on, `release` deletes the mark
+                undo.pop_all()
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_this_process())
+        except FileExistsError:
+            self.release()
+            raise InUseError(
+                f"{folder}: is in use by {_owner_in(path, 'which has ended')}; wait for it, or give another "
+                "--run.folder;\nthis file system has no locks: if that process was killed, delete its mark: "
+                f"rm {shlex.quote(str(path))}"
+            ) from None
+        except OSError as error:
+            self.release()
+            raise FaultError(f"{path}: cannot be created: {error.strerror}") from error
 
     def announce(self) -> None:
         """Writes process, host, time and command into the lock file."""
         assert self._descriptor is not None
-        owner = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv),
-        }
+        if self._folder is not None:
+            message = f"warning: this file system has no locks: {OWNER} in the run folder marks it as in use;"
+            print_escaped(f"{message} if this process is killed, the next start says how to delete it", file=sys.stderr)
         if os.fstat(self._descriptor).st_nlink > 1:  # what is written would be in a file elsewhere, too
             return
         with contextlib.suppress(OSError):  # the file of another user, or on a file system without permissions
             os.fchmod(self._descriptor, 0o600)
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
+        os.pwrite(self._descriptor, _this_process(), 0)
 
     def release(self) -> None:
         """Releases the lock, if it is held."""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # the folder may have been deleted
+                os.unlink(OWNER, dir_fd=self._folder)
+            os.close(self._folder)
+            self._folder = None
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -87,16 +131,26 @@ def refuse_if_in_use(folder: Path) -> None:
         return
     if is_file:
         with FolderLock() as lock:
-            lock.take(folder)
+            lock.take(folder, only_looks=True)
 
 
-def _owner_in(path: Path) -> str:
+def _this_process() -> bytes:
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+    }
+    return json.dumps(owner).encode()
+
+
+def _owner_in(path: Path, what_if_ended: str) -> str:
     try:
         with open_regular(path) as file:
             owner = parse_object(file.read(SETTINGS.num_bytes), str(path), SETTINGS)
         text = f"process {owner['pid']} on {owner['host']} since {owner['since']} ({owner['command']})"
         if owner["host"] == socket.gethostname() and not is_another_process(str(owner["pid"])):
-            text += ", which has ended: another process that does not say its name"
+            text += f", {what_if_ended}"
         return " ".join(text.split())[:_MAX_SHOWN_CHARACTERS]
     except (OSError, UserError, KeyError):  # it has not announced itself yet
         return "another process"

@@ -6,6 +6,7 @@ They are in `lens/` of the run folder:
     history.json  the tokens, and step and SHA-256 of every snapshot; written last: files not listed do not count
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -95,11 +96,12 @@ def read_files(folder: Path) -> tuple[Index | None, list[np.ndarray]]:
         BrokenError: a file is missing or has changed.
     """
     records: list[np.ndarray] = []
-    path = folder / INDEX
+    path, listing = folder / INDEX, b""
     try:
         if folder.is_symlink():
             raise ValueError(f"{folder} is a link")
-        index = _index_of(_read(path, SETTINGS.num_bytes), path)
+        listing = _read(path, SETTINGS.num_bytes)
+        index = _index_of(listing, path)
         for step, digest in sorted(index.snapshots.items()):
             path = folder / f"{step}.npy"
             content = _read(path, MAX_BYTES // len(index.snapshots) + _MAX_HEADER_BYTES)
@@ -112,6 +114,10 @@ def read_files(folder: Path) -> tuple[Index | None, list[np.ndarray]]:
     except Exception as error:  # NumPy raises anything for a forged header
         if isinstance(error, FileNotFoundError) and path.name == INDEX:
             return None, []
+        with contextlib.suppress(OSError):
+            # A running training writes a new index before it deletes every other snapshot.
+            if isinstance(error, FileNotFoundError) and _read(folder / INDEX, SETTINGS.num_bytes) != listing:
+                return read_files(folder)
         reason = getattr(error, "strerror", None) or error
         message = f"{path}: is missing or damaged: {reason}; delete {folder} if you have no copy of it"
         raise BrokenError(message) from None

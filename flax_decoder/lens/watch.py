@@ -82,7 +82,8 @@ class Watch:
             return
         arrays = [np.asarray(array, np.float32) for array in jax.device_get(self._attend(params, self._tokens_T[None]))]
         if not all(np.isfinite(array).all() for array in arrays):
-            print(f"lens: attention to the watched text is not finite after step {step}; this snapshot is left out")
+            told = f"lens: attention to the watched text is not finite after step {step}; this snapshot is left out"
+            print_escaped(told)
             return
         with as_fault_error(self._folder):
             self._add(step, history.to_bytes(*arrays))

@@ -6,14 +6,15 @@ whether its files are still those that were saved.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,15 @@ from flax_decoder.training.manifest import Manifest, read_manifest, verify, writ
 from flax_decoder.training.step import TrainState
 from flax_decoder.version import __version__
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 PARAMS, OPTIMIZER = "params", "optimizer"
 # Prefixes of folders that are being written or deleted: not the name of a step, so never taken for a checkpoint.
 _NEW, _OLD = ".new-", ".old-"
 # Manifest entries of a run about which nothing is known.
 NO_FACTS: Mapping[str, Any] = {"seed": None, "config": None, "inputs": {}}
+_Result = TypeVar("_Result")
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -226,7 +231,12 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
         wanted = as_whole_number("step", wanted, 0)
         if wanted not in steps:
             raise UserError(f"{folder}: has no checkpoint of step {wanted}; there are {', '.join(map(str, steps))}")
-        verify(steps_folder(folder) / str(wanted))
+        try:
+            verify(steps_folder(folder) / str(wanted))
+        except BrokenError:
+            if os.path.lexists(steps_folder(folder) / str(wanted)):
+                raise
+            return choose_step(folder, wanted)  # a running training has just pruned it, which the message says
         return wanted
     if wanted == "best":
         losses = _losses(folder)
@@ -250,6 +260,29 @@ def choose_step(folder: Path, wanted: int | Literal["latest", "best"]) -> int:
         f"{folder}: all its checkpoints are damaged ({', '.join(map(str, sorted(steps)))}); "
         "restore one from a copy, or start another run with --run.folder"
     )
+
+
+def read_checkpoint(folder: Path, wanted: int | Literal["latest", "best"], read: Callable[[int], _Result]) -> _Result:
+    """What `read` makes of the checkpoint that `choose_step` chooses; of the next one if that is pruned meanwhile.
+
+    A running training takes the name of a checkpoint away before it deletes files: what was read is whole if the name
+    is still there.
+
+    Raises:
+        UserError: as `choose_step`, also for the given step if it has been pruned.
+        FaultError: as `choose_step` and `read`.
+    """
+    while True:
+        step = choose_step(folder, wanted)
+        path = steps_folder(folder) / str(step)
+        try:
+            result = read(step)
+        except FaultError:
+            if os.path.lexists(path):
+                raise
+        else:
+            if os.path.lexists(path):
+                return result
 
 
 def restore_state(folder: Path, step: int, state: TrainState) -> TrainState:
@@ -335,12 +368,33 @@ def _losses(folder: Path) -> dict[int, float | None]:
 def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterator[None]:
     """Turns errors of Python, Orbax and tensorstore into a FaultError of one line."""
     try:
-        yield
+        with _without_late_results():
+            yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, FaultError):
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FaultError(f"{path}: {what}: {reason[0]}") from error
+        # Tensorstore appends how the array is stored, in kilobytes of JSON.
+        raise FaultError(f"{path}: {what}: {reason[0].partition(' [tensorstore_spec')[0]}") from error
+
+
+@contextlib.contextmanager
+def _without_late_results() -> Iterator[None]:
+    """Silences the reads and writes that Orbax leaves behind when one has failed: each would print a traceback.
+
+    They end at any time later, in threads of tensorstore, and call an event loop that is closed by then. So after a
+    failure the hook stays; it passes on everything else.
+    """
+    before = sys.unraisablehook
+    if not (isinstance(before, functools.partial) and before.func is _drop_late_result):
+        sys.unraisablehook = functools.partial(_drop_late_result, before)
+    yield
+    sys.unraisablehook = before
+
+
+def _drop_late_result(hook: Callable[["UnraisableHookArgs"], Any], dropped: "UnraisableHookArgs") -> None:
+    if dropped.exc_type is not RuntimeError or str(dropped.exc_value) != "Event loop is closed":
+        hook(dropped)
 
 
 def _limit_gb(tree: Any) -> float:

@@ -6,7 +6,7 @@ import sys
 import threading
 from typing import Any, Self
 
-from flax_decoder.io.terminal import guarded
+from flax_decoder.io.terminal import guarded, print_escaped
 from flax_decoder.parallel.processes import max_over_processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -75,4 +75,4 @@ class Interruption:
                 is_second = True
                 self._note(number[0])
                 name = signal.Signals(number[0]).name
-                print(f"\n{name}: finishing this step and saving; once more to exit at once", flush=True)
+                print_escaped(f"\n{name}: finishing this step and saving; once more to exit at once", flush=True)

@@ -97,7 +97,7 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
         if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
-            print(
+            print_escaped(
                 f"{folder} is finished after {done} steps. Continue with --training.num-steps {2 * done}, "
                 "or start another run with --run.folder"
             )
@@ -126,10 +126,10 @@ def train_from(
     state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh)
     if done > 0:
         state = restore_state(folder, done, state)
-        print(f"continuing {folder} from the checkpoint of step {done}")
+        print_escaped(f"continuing {folder} from the checkpoint of step {done}")
         known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
         if known != asked:
-            print(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
+            print_escaped(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
     elif start is not None:
         state = start.give(state)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
@@ -151,7 +151,7 @@ def train_from(
     saved = f"saved at step {int(state.step)}; the same command continues"
     if interruption.output_error is not None:
         raise FaultError(f"standard output: {interruption.output_error.strerror}; {saved}")
-    print(f"stopped by {interruption.signal.name}: {saved}")
+    print_escaped(f"stopped by {interruption.signal.name}: {saved}")
     return 128 + interruption.signal
 
 
@@ -164,7 +164,7 @@ def newest_step(folder: Path) -> int:
     if saved_steps(folder):
         return choose_step(folder, "latest")
     if (folder / "metrics.jsonl").exists():
-        print(f"{folder} has no checkpoint yet: it starts from the beginning")
+        print_escaped(f"{folder} has no checkpoint yet: it starts from the beginning")
     return 0
 
 
@@ -203,7 +203,7 @@ def run_steps(
             watch.record(step, state.params)
             if not metrics["applied"]:
                 skipped += 1
-                print(skip_batch(training, state, batch, metrics, skipped))
+                print_escaped(skip_batch(training, state, batch, metrics, skipped))
             batch = next_batch
 
             interrupted = interruption.requested()
@@ -306,11 +306,11 @@ def write_results(
     evaluated = [row for row in log.rows if "val_loss" in row]
     if evaluated:
         best = min(evaluated, key=lambda row: row["val_loss"])
-        print(
+        print_escaped(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
             f"at step {best['step']}; curve in {curve}"
         )
-        print(advice(log.rows))
+        print_escaped(advice(log.rows))
     if training.sample_tokens > 0:
         print_escaped(f"a sample, also in {sample}:\n\n{text}\n")
         print_escaped(next_commands(folder, text))

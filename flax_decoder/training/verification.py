@@ -1,5 +1,6 @@
 """Checks every file of a run that checkpoints depend on."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,14 @@ def verify_run(folder: Path) -> Iterator[CheckResult]:
     steps = steps_folder(folder)
     if steps.is_symlink():  # no link is followed
         return
-    checkpoints = [steps / str(step) for step in saved_steps(folder)]
-    for path in checkpoints:
-        yield _check(path, _checkpoint)
-    others = set(steps.iterdir() if steps.is_dir() else ()) - set(checkpoints)
+    checked: set[int] = set()
+    while unchecked := [step for step in saved_steps(folder) if step not in checked]:  # a running training saves more
+        path = steps / str(unchecked[0])
+        result = _check(path, _checkpoint)
+        # It takes the name of a checkpoint away before it deletes its files.
+        yield result if os.path.lexists(path) else CheckResult(path, None, "a running training has just deleted it")
+        checked.add(unchecked[0])
+    others = {path for path in (steps.iterdir() if steps.is_dir() else ()) if path.name not in map(str, checked)}
     for path in sorted(others):
         yield CheckResult(path, None, "not named like a checkpoint")
     yield _check(folder / "config.toml", _config)

@@ -1,18 +1,22 @@
 """Malicious config.json, tokenizer.json and the like: refused by name, at little cost."""
 
+import base64
 import copy
 import json
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from model_folder import INDEX, WEIGHTS, bounded, change, fuzzed, make_folder, refusal
 
 import flax_decoder as fd
+from flax_decoder.data import tokenizer as data_tokenizer
 from flax_decoder.data.chat_template import load_chat_template
 from flax_decoder.data.tokenizer import ByteTokenizer, SubwordTokenizer, make_tokenizer, parse_tokenizer
+from flax_decoder.data.tokenizer_growth import growth_of
 
 SETTINGS_ROW = pytest.mark.fault("config.json")
 TOKENIZER_ROW = pytest.mark.fault("tokenizer.json")
@@ -151,6 +155,51 @@ HOSTILE_TOKENIZERS = {
 }
 
 
+def steps(*normalizers):
+    return {"type": "Sequence", "normalizers": list(normalizers)}
+
+
+def replace(pattern, content, kind="String"):
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def precompiled(*texts):
+    """A map as sentencepiece writes it, with an empty table."""
+    content = bytes(4) + b"".join(text + b"\0" for text in texts)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+def template(*pieces, ids=()):
+    token = {"id": "a", "ids": list(ids), "tokens": ["a"] * len(ids)}
+    return {"type": "TemplateProcessing", "single": list(pieces), "pair": [], "special_tokens": {"a": token}}
+
+
+# What is not known to lengthen is 1: space around the text, normal forms, case.
+SPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+NORMALIZERS = {
+    "Llama": (steps({"type": "Prepend", "prepend": "\u2581"}, replace(" ", "\u2581")), 12),
+    "Gemma": (replace(" ", "\u2581"), 3),
+    "ALBERT": (steps(replace("``", '"'), replace("''", '"'), {"type": "NFKD"}, {"type": "Lowercase"}), 1),
+    "CLIP": (steps({"type": "NFC"}, replace(r"\s+", " ", "Regex"), {"type": "Lowercase"}), 3),
+    "shorter": (steps(replace("abc", "d"), replace("a", "")), 1),
+    "longer": (steps(replace("a", "bb"), replace("bb", "aaa"), replace("b", "cccc")), 2 * 2 * 4),
+    "no type": ({"normalizers": [{"pattern": {"String": "a"}, "content": "bbb"}]}, 3),
+    "before each": (replace("", "bbb", "Regex"), 7),
+}
+
+
+@TOKENIZER_ROW
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_no_text_grows_more_than_said(name):
+    normalizer, growth = NORMALIZERS[name]
+    tokenizer = json.loads(changed(normalizer=normalizer, pre_tokenizer=None))
+    assert growth_of(tokenizer, "x") == growth
+    library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer))
+    for text in ("a", "aaaa", "``", "a b c", "abcabc", " " * 9, "abba''"):
+        assert len(library.normalizer.normalize_str(text).encode()) <= growth * len(text)
+    assert growth_of(json.loads(changed(normalizer=normalizer, pre_tokenizer=SPACE)), "x") == 5 * growth
+
+
 def _nested(depth):
     normalizer = {"type": "NFC"}
     for _ in range(depth):
@@ -164,6 +213,52 @@ def test_a_tokenizer_made_to_do_harm_is_refused(kind, tmp_path):
     folder = make_folder(tmp_path / "model")
     (folder / "tokenizer.json").write_bytes(HOSTILE_TOKENIZERS[kind]())
     assert str(folder / "tokenizer.json") in refusal(folder)
+
+
+# A kilobyte to two megabytes, all of which the library would take; the first would end the process.
+GROWING = {
+    "nine lengthening steps": lambda: changed(normalizer=steps(*[replace("a", "a" * 20)] * 9)),
+    "the same without their types": lambda: changed(
+        normalizer={"normalizers": [{"pattern": {"String": "a"}, "content": "a" * 20}] * 9}
+    ),
+    "the same without names": lambda: changed(normalizer=steps(*[[{"String": "a"}, "a" * 20]] * 9)),
+    "a letter before each": lambda: changed(normalizer=steps(*[replace("", "a", kind="Regex")] * 40)),
+    "a long beginning of each word": lambda: changed(normalizer={"type": "Prepend", "prepend": "a" * 500}),
+    "bytes of bytes": lambda: changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [BPE["pre_tokenizer"]] * 40}),
+    "spaces between all letters": lambda: changed(
+        decoder={"type": "Sequence", "decoders": [{"type": "BPEDecoder", "suffix": ""}] * 40}
+    ),
+    "a long map of characters": lambda: changed(normalizer=precompiled(b"a" * 500)),
+    "a thousand copies of a text": lambda: changed(
+        post_processor=template(*[{"Sequence": {"id": "A", "type_id": 0}}] * 1000)
+    ),
+    "a million start tokens": lambda: changed(
+        post_processor=template(*[{"SpecialToken": {"id": "a", "type_id": 0}}] * 50, ids=[0] * 20_000)
+    ),
+    "long added tokens": lambda: changed(
+        normalizer=replace("a", "a" * 300),
+        added_tokens=[entry for i in range(5) for entry in added(f"{i}" + "a" * 99_000, 280 + i)],
+    ),
+    "a token of a megabyte": lambda: with_model(vocab=BPE["model"]["vocab"] | {"a" * 1_000_000: 280}),
+}
+
+
+@TOKENIZER_ROW
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_tokenizer_that_lengthens_without_end_is_refused(kind, monkeypatch):
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_str", None)
+    with pytest.raises(fd.UserError, match=r"^x: .* (it is damaged or malicious|get it again)$"):
+        parse_tokenizer(GROWING[kind](), "x")
+
+
+@TOKENIZER_ROW
+def test_a_text_that_would_grow_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr(data_tokenizer, "_MAX_NORMALIZED_BYTES", 1000)
+    tokenizer = parse_tokenizer(changed(normalizer=replace("a", "a" * 90), pre_tokenizer=None), "x")
+    assert len(tokenizer.encode_prompt("b" * 11)) == 11
+    for encode in (tokenizer.encode, tokenizer.encode_prompt):
+        with pytest.raises(fd.UserError, match=r"a text of 12 .* give at most 11"):
+            encode("b" * 12)
 
 
 @TOKENIZER_ROW

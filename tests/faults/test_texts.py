@@ -285,10 +285,16 @@ BAD_CONFIGS = {
     "NUL in a path": (b'[data]\npath = "a\\u0000b"\n', "data.path = 'a\\x00b' has a NUL character"),
     "NUL in a list of paths": (b'[data]\npath = ["a", "b\\u0000"]\n', "data.path = 'b\\x00' has a NUL character"),
     "deep list": (b"x = " + b"[" * 100_000, "is not valid TOML: it is nested too deep"),
-    "deep table": (b"[model]\nnum_layers." + b"a." * 5000 + b"a = 1\n", "model.num_layers = {'a': {'a': "),
+    "deep table": (b"[model]\nnum_layers." + b"a." * 900 + b"a = 1\n", "model.num_layers = {'a': {'a': "),
+    "long key": (b"a." * 200_000 + b"a = 1\n", "over 1,000 dots"),
+    "long table": (b"[" + b"a." * 1001 + b"a]\n", "over 1,000 dots"),
+    "many keys": (b"".join(b"a%d = 1\n" % i for i in range(1001)), "over 1,000 settings"),
+    "many quoted parts": (b"'a'.\"b\"." * 501 + b"a = 1\n", "over 1,000 dots"),
+    "long name": (b"a" * 400_000 + b".b = 1\n", "there is no section [aaaa"),
+    "long name of a setting": (b"model." + b"a" * 400_000 + b" = 1\n", "there is no setting model.aaaa"),
     "huge number": (b"[model]\nnum_layers = " + b"9" * 5000 + b"\n", "is not valid TOML: "),
     "long text": (b"[model]\nnum_layers = '" + b"9" * 5000 + b"'\n", "99...99"),
-    "over a megabyte": (b"#" * 1_000_001, "has over 1,000,000 bytes"),
+    "over a megabyte": (b"#" * 1_000_001, "has over 500,000 bytes"),
 }
 
 
@@ -316,7 +322,7 @@ def test_a_config_that_is_no_file_is_refused(name: str, refused) -> None:
 @pytest.mark.parametrize(
     ("module", "arguments", "reason"),
     [
-        ("config_file", ["train", "large"], "has over 1,000,000 bytes"),
+        ("config_file", ["train", "large"], "has over 500,000 bytes"),
         ("data.corpus", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
     ],
 )
