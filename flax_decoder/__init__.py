@@ -13,6 +13,7 @@ from flax_decoder.allocator import keep_freed_memory
 from flax_decoder.config import Config, ModelConfig
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, UserError
+from flax_decoder.platforms import skip_missing_tpu
 from flax_decoder.version import __version__
 
 if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test compares the two
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test
 
 # Before JAX computes anything: its threads keep the settings that they start with.
 keep_freed_memory()
+skip_missing_tpu()
 
 # These modules import JAX, so they are imported when a name is first used: `--help` and bad input do not wait for JAX.
 _LAZY = {

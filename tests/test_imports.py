@@ -14,7 +14,7 @@ PACKAGE = Path(flax_decoder.__file__).parent
 
 # Bottom to top. Names on one floor may not import each other, except within one package.
 FLOORS = [
-    {"allocator", "errors", "version"},
+    {"allocator", "errors", "platforms", "version"},
     {"io"},
     {"config"},
     {"config_file"},
