@@ -28,7 +28,8 @@ def skip_missing_tpu() -> None:
 def _may_be_used() -> bool:
     """Whether there may be a TPU, or another device than the CPU."""
     told = {name for name in os.environ if name.startswith(("TPU_", "JAX_FORCE_TPU_INIT"))}
-    is_asked = bool(told - {"TPU_SKIP_MDS_QUERY"})  # which JAX sets when it finds no chip
+    # JAX itself sets the first one when it finds no chip, and libtpu the other one.
+    is_asked = bool(told - {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"})
     has_plugins = importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins")
     return is_asked or bool(has_plugins) or any(map(glob, _DEVICE_FILES)) or _has_chip()
 

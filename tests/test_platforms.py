@@ -34,6 +34,7 @@ def machine(tmp_path, monkeypatch):
 def test_without_a_tpu_only_the_cpu_is_used(machine, monkeypatch, is_imported):
     if is_imported:
         monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # as JAX does
+        monkeypatch.setenv("TPU_LIBRARY_PATH", "/lib/libtpu.so")  # as libtpu does
     skip_missing_tpu()
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
