@@ -86,7 +86,8 @@ def test_what_more_steps_do_to_the_rate():
 @pytest.mark.parametrize(
     ("sample", "prompt"),
     [
-        ("The func of the func", "func"),
+        ("a func, a b, a func", "func"),
+        ("a b a", "a"),
         ("\n 12_The func", "The"),
         ("été", "été"),
         ("在北京的天空下" * 9, ("在北京的天空下" * 3)[:20]),

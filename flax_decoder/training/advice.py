@@ -145,7 +145,7 @@ def _rate(optimizer: OptimizerConfig, num_steps: int, step: int) -> float:
 
 def next_commands(folder: Path, sample: str) -> str:
     """Two lines with commands for a finished run; the most frequent word of its sample is a prompt that it knows."""
-    words = collections.Counter(re.findall(r"[^\W\d_]+", sample)).most_common(1)
+    words = collections.Counter(re.findall(r"[^\W\d_]{3,}", sample) or re.findall(r"[^\W\d_]+", sample)).most_common(1)
     arguments = f"{shlex.quote(str(folder))} --prompt {words[0][0][:20] if words else 'TEXT'}"
     return (
         f"more text:   flax-decoder generate {arguments}\n"
