@@ -23,6 +23,9 @@ def curves(losses, train=None):
     ("losses", "train", "optimizer", "epochs", "parts"),
     [
         pytest.param((), None, COSINE, 2, ["No evaluation", "--training.eval-every 100"], id="none"),
+        pytest.param(
+            (*FALLING[:7], 1.99, 1.985, 1.985), None, COSINE, 2, ["Still falling"], id="flat only as the cosine ends"
+        ),
         pytest.param((2.0,), None, COSINE, 2, ["Only one evaluation", "more often"], id="one"),
         pytest.param(
             FALLING, None, COSINE, 2, ["Still falling", "new run with --training.num-steps 2000", "0.0001 to 0.00059",
