@@ -4,8 +4,6 @@ model, params, tokenizer = flax_decoder.load("runs/default")
 logits_BTV = model.apply({"params": params}, tokens_BT)
 """
 
-# ruff: noqa: F401 (ruff does not see what a computed __all__ exports)
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,8 @@ from flax_decoder.allocator import keep_freed_memory
 from flax_decoder.config import Config, ModelConfig
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.version import __version__
+from flax_decoder.platforms import skip_missing_tpu
+from flax_decoder.version import __version__ as __version__
 
 if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test compares the two
     from flax_decoder.generation.generate import complete, generate, prefill
@@ -35,6 +34,7 @@ if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test
 
 # Before JAX computes anything: its threads keep the settings that they start with.
 keep_freed_memory()
+skip_missing_tpu()
 
 # These modules import JAX, so they are imported when a name is first used: `--help` and bad input do not wait for JAX.
 _LAZY = {
@@ -57,7 +57,39 @@ _LAZY = {
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
-__all__ = ["Config", "FaultError", "ModelConfig", "UserError", "load_config", *_MODULE_OF]
+# Spelled out for type checkers, to which an import is no export.
+__all__ = [
+    "Attribution",
+    "Config",
+    "Decoder",
+    "Draft",
+    "FaultError",
+    "History",
+    "KVCache",
+    "ModelConfig",
+    "PromptLookup",
+    "TrainState",
+    "UserError",
+    "attribute",
+    "capture",
+    "compare",
+    "complete",
+    "empty_cache",
+    "eval_step",
+    "generate",
+    "head_scores",
+    "init_state",
+    "load",
+    "load_config",
+    "plot_attention",
+    "plot_losses",
+    "prefill",
+    "read_history",
+    "score",
+    "train_step",
+    "unstack_layers",
+    "write_lens_page",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -67,4 +99,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]

@@ -386,7 +386,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Checks everything that a run needs, from versions to the model itself, in under a minute."""
+    """Checks everything that a run needs, from versions to the model itself, in some 30 seconds."""
     config = _config_of(options)
     from flax_decoder.planning.doctor import examine
 

@@ -69,8 +69,18 @@ def _as_tuple(value: Any) -> Any:
 NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
 
-@dataclass(frozen=True, config=_RULES)
-class ModelConfig:
+class _Shown:
+    """Shows as the call that makes it, with what differs from the defaults."""
+
+    def __repr__(self) -> str:
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = ((field, getattr(self, field.name)) for field in fields)
+        changed = [f"{field.name}={value!r}" for field, value in values if value != _default_of(type(self), field.name)]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+@dataclass(frozen=True, config=_RULES, repr=False)
+class ModelConfig(_Shown):
     """The network. The letters are those of the array names: `q_BTNH` is [batch, position, head, head width]."""
 
     vocab_size: Width | None = None
@@ -276,8 +286,8 @@ class ModelConfig:
         return self
 
 
-@dataclass(frozen=True, config=_RULES)
-class DataConfig:
+@dataclass(frozen=True, config=_RULES, repr=False)
+class DataConfig(_Shown):
     """The text, and how it becomes tokens."""
 
     # The text itself may not change.
@@ -291,8 +301,8 @@ class DataConfig:
     """the last part of the text, in characters, is kept for validation"""
 
 
-@dataclass(frozen=True, config=_RULES)
-class OptimizerConfig:
+@dataclass(frozen=True, config=_RULES, repr=False)
+class OptimizerConfig(_Shown):
     """How gradients become updates."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -327,8 +337,8 @@ class OptimizerConfig:
     """dtype of AdamW's two moments and Muon's momentum; bfloat16, rounded at random, takes half the memory"""
 
 
-@dataclass(frozen=True, config=_RULES)
-class TrainingConfig:
+@dataclass(frozen=True, config=_RULES, repr=False)
+class TrainingConfig(_Shown):
     """How long to train, how much per step, and what is kept."""
 
     num_steps: Annotated[Count, MAY_CHANGE] = 2000
@@ -365,8 +375,8 @@ class TrainingConfig:
     """seed of all randomness: weights, order of the text, dropout, sample"""
 
 
-@dataclass(frozen=True, config=_RULES)
-class MeshConfig:
+@dataclass(frozen=True, config=_RULES, repr=False)
+class MeshConfig(_Shown):
     """How devices share the work: their number is the product of the four axes; one axis may be -1, the rest."""
 
     data: NumDevices | None = None
@@ -386,8 +396,8 @@ class MeshConfig:
         return self
 
 
-@dataclass(frozen=True, config=_RULES)
-class DistributedConfig:
+@dataclass(frozen=True, config=_RULES, repr=False)
+class DistributedConfig(_Shown):
     """The processes of a job that has more than one, if its launcher does not tell them of each other."""
 
     coordinator: str | None = None
@@ -411,8 +421,8 @@ class DistributedConfig:
         return self
 
 
-@dataclass(frozen=True, config=_RULES)
-class LensConfig:
+@dataclass(frozen=True, config=_RULES, repr=False)
+class LensConfig(_Shown):
     """What a run keeps of its attention while it learns: queries, keys and weights of one text."""
 
     every: CountOrZero = 100
@@ -423,8 +433,8 @@ class LensConfig:
     """how many tokens of the text are recorded, at most context_length"""
 
 
-@dataclass(frozen=True, config=_RULES)
-class RunConfig:
+@dataclass(frozen=True, config=_RULES, repr=False)
+class RunConfig(_Shown):
     """Where a run is kept, and where its metrics go."""
 
     folder: Annotated[str | None, IS_PATH] = None
@@ -439,8 +449,8 @@ class RunConfig:
     """also send metrics to this Weights & Biases project (pip install "flax-decoder[wandb]")"""
 
 
-@dataclass(frozen=True, config=_RULES)
-class Config:
+@dataclass(frozen=True, config=_RULES, repr=False)
+class Config(_Shown):
     """A whole run."""
 
     model: ModelConfig = ModelConfig()
@@ -498,6 +508,10 @@ def default_warmup_steps(num_steps: int) -> int:
 def warmup_within(warmup_steps: int | None, num_steps: int) -> int | None:
     """The warm-up of a run of `num_steps`: as set if it ends before the run does, else the default."""
     return warmup_steps if warmup_steps is None or warmup_steps < num_steps else default_warmup_steps(num_steps)
+
+
+def _default_of(section: Any, name: str) -> Any:
+    return _fields(section)[name].default
 
 
 def _fields(section: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def refused(refused):
         (["--model.embed-dim=10", "--model.num-heads=4"], ["embed_dim = 10", "num_heads = 4"]),
         (["--data.path=missing.txt"], ["missing.txt", "no such file"]),
         (["--data.path=hamlet.txt", "--model.context-length=500"], ["hamlet.txt", "context_length = 500"]),
-        (["--data.path=hamlet.txt", "--model.vocab-size=3"], ["model.vocab_size = 3"]),
+        (["--data.path=hamlet.txt", "--model.vocab-size=3"], ["model.vocab_size = 3", "--model.vocab-size none"]),
     ],
 )
 def test_train_refuses_wrong_input(refused, arguments, parts):

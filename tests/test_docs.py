@@ -223,8 +223,10 @@ def test_every_package_and_every_public_name_has_its_place():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert all(f": {page}\n" in nav for page in pages)
     api = code_pages.api_page(ROOT)
-    for name in flax_decoder.__all__:
-        assert f"::: flax_decoder.{name}\n" in api
+    assert sorted(name for names in code_pages.API.values() for name in names) == sorted(flax_decoder.__all__)
+    assert set(code_pages.API_TEXT) <= set(code_pages.API)
+    places = [api.index(f"::: flax_decoder.{name}\n") for name in ("load_config", "train_step", "load", "generate")]
+    assert places == sorted(places) and "\n## Look inside\n" in api
     sources.rewrite_links(api, "reference/api.md", ROOT)  # ValueError where a name is not at home there
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 import os
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_a_model_that_learns_too_slowly_is_a_warning(state, batch, monkeypatch, 
         monkeypatch.setattr(doctor, name, value)
     finding = doctor.check_learning(state, batch)[1]
     assert finding.status == "warning" and f"in {limit.get('MAX_STEPS', 2)} steps" in finding.detail
+    assert ("this machine" in finding.advice) == ("MAX_SECONDS" in limit)
+
+
+def test_a_slow_machine_is_not_held_against_the_model(state, batch, monkeypatch, capsys):
+    clock = itertools.count(step=1.0)  # a second between two looks at it
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(doctor, "MAX_SECONDS", 9.0)
+    for tx in (state.tx, optax.set_to_zero()):
+        slow = jax.tree.map(jnp.copy, state.replace(tx=tx, opt_state=tx.init(state.params)))
+        finding = doctor.check_learning(slow, batch, seconds=3.0)[1]
+        assert finding.status == "warning" and "too few steps to tell: this machine" in finding.advice
+    monkeypatch.setattr(doctor, "MIN_STEPS", 2)
+    finding = doctor.check_learning(jax.tree.map(jnp.copy, state), batch)[1]
+    assert finding.status == "warning" and "no fault" in finding.advice
+    monkeypatch.setattr(doctor, "SKIP_SECONDS", 1.0)
+    assert main(command()) == 0
+    *_, leak, _, checkpoint, _ = capsys.readouterr().out.splitlines()
+    assert leak.startswith("no leak       warning  left out, as ") and checkpoint.startswith("checkpoint    warning")
 
 
 @pytest.mark.short("no update")

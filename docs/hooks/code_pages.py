@@ -10,7 +10,6 @@ from typing import Any
 
 import annotated_types
 
-import flax_decoder
 from flax_decoder.cli import build_parser
 from flax_decoder.config import SECTIONS, fields_of, fixed_fields
 
@@ -18,6 +17,35 @@ from flax_decoder.config import SECTIONS, fields_of, fixed_fields
 PACKAGES = (
     *("io", "nn", "data", "parallel", "generation", "lens", "huggingface", "training", "planning", "comparison"),
 )
+
+# The public names by what one wants, in the order in which one needs them.
+API = {
+    "Settings": ("load_config", "Config", "ModelConfig"),
+    "Train": ("Decoder", "init_state", "train_step", "eval_step", "TrainState", "plot_losses"),
+    "Load": ("load", "unstack_layers"),
+    "Generate and score": (
+        "generate",
+        "complete",
+        "prefill",
+        "score",
+        "Draft",
+        "PromptLookup",
+        "empty_cache",
+        "KVCache",
+    ),
+    "Compare": ("compare",),
+    "Look inside": (
+        *("capture", "attribute", "Attribution", "head_scores", "plot_attention", "write_lens_page"),
+        *("read_history", "History"),
+    ),
+    "Shard": (),
+    "Errors": ("UserError", "FaultError"),
+}
+API_TEXT = {
+    "Train": "`train_step` is a pure function: wrap it in `jax.jit`, `jax.pmap` or `jax.shard_map`.",
+    "Look inside": "[The lens](../lens.md) shows what these are for.",
+    "Shard": "Give `init_state` a mesh, and the state is split over it: [Many devices](../many_devices.md).",
+}
 
 # What stands on top of a page that a search shows before others.
 FOUND_FIRST = "---\nsearch:\n  boost: 2\n---\n\n"
@@ -168,8 +196,11 @@ def api_page(root: Path) -> str:
     """The public names, those that `import flax_decoder as fd` gives."""
     parts = ["# The library\n\nAfter `import flax_decoder as fd`, these names are `fd.NAME`. All else may change."]
     homes = homes_of((root / "flax_decoder/__init__.py").read_text(encoding="utf-8"))
-    for name in sorted(flax_decoder.__all__, key=str.lower):
-        parts += [f"::: flax_decoder.{name}", f"In [`{homes[name]}`](../../{homes[name]}#{name})."]
+    for wish, names in API.items():
+        parts += [f"## {wish}", *([API_TEXT[wish]] if wish in API_TEXT else [])]
+        for name in names:
+            parts.append(f"::: flax_decoder.{name}\n    options:\n      heading_level: 3")
+            parts.append(f"In [`{homes[name]}`](../../{homes[name]}#{name}).")
     return "\n\n".join(parts) + "\n"
 
 

@@ -109,7 +109,8 @@ def prepare_corpus(
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size = {vocab_size} is too small: data.tokenizer = {data.tokenizer} has "
-            f"{tokenizer.vocab_size} tokens on {source.name}; raise it to that or leave it out"
+            f"{tokenizer.vocab_size} tokens on {source.name}; raise it to that, or leave it to the tokenizer: "
+            "--model.vocab-size none"
         )
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     train_tokens, validation_tokens = (tokenizer.encode_array(part, dtype) for part in (train, validation))

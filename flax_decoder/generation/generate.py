@@ -25,7 +25,7 @@ from flax_decoder.nn.arguments import as_array, check_tokens
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import unstack_layers
 
-Prompts = ArrayLike | Sequence[ArrayLike]
+Prompts = ArrayLike | Sequence[ArrayLike | Sequence[int]]
 """Token ids: an array (B, T), or a sequence of rows that may differ in length."""
 
 
@@ -153,7 +153,7 @@ def _completion(row: TokenChunk, end_ids: Sequence[int]) -> Completion:
     return Completion(row.tokens_BC, bool(is_end.any()), row.logprobs_BC, row.top_tokens_BCK, row.top_logprobs_BCK)
 
 
-def prefill(model: Decoder, params: Any, tokens: ArrayLike, *, prefix: Prefix | None = None) -> Prefix:
+def prefill(model: Decoder, params: Any, tokens: ArrayLike | Sequence[int], *, prefix: Prefix | None = None) -> Prefix:
     """Computes keys and values of a text once, for many continuations: the `prefix` of `generate`.
 
     Args:

@@ -27,7 +27,7 @@ from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
-from flax_decoder.training.advice import advice, next_commands
+from flax_decoder.training.advice import advice, next_commands, prolonging
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,
@@ -97,9 +97,17 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
         if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
+<<<<<<< HEAD
             print_escaped(
                 f"{folder} is finished after {done} steps. Continue with --training.num-steps {2 * done}, "
                 "or start another run with --run.folder"
+=======
+            rise = prolonging(config.optimizer, done)
+            print(
+                f"{folder} is finished after {done} steps. Continue with --training.num-steps {2 * done}"
+                + (f", which {rise}," if rise else ",")
+                + " or start another run with --run.folder"
+>>>>>>> firsthour
             )
             return 0
         if owner is not None:
@@ -145,7 +153,7 @@ def train_from(
             print_escaped(f"started from {start.path}: validation {before['val_loss']:.4f} before the first step")
         state = run_steps(training, schedule, model, state, corpus, mesh, checkpoints, log, watch, interruption)
     if not interruption.requested():
-        write_results(training, folder, model, state.params, tokenizer, log)
+        write_results(config, folder, model, state.params, tokenizer, corpus, log)
     if interruption.signal is None:
         return 0
     saved = f"saved at step {int(state.step)}; the same command continues"
@@ -291,9 +299,16 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def write_results(
-    training: TrainingConfig, folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer, log: MetricsLog
+    config: Config,
+    folder: Path,
+    model: Decoder,
+    params: Any,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    log: MetricsLog,
 ) -> None:
     """Writes a sample and the loss curve, then prints the best loss, advice and the sample."""
+    training = config.training
     sample, curve = (folder / name for name in RESULTS)
     if training.sample_tokens > 0:
         params = processes.all_gather(params)
@@ -310,7 +325,13 @@ def write_results(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
             f"at step {best['step']}; curve in {curve}"
         )
+<<<<<<< HEAD
         print_escaped(advice(log.rows))
+=======
+        epochs = training.num_steps * training.batch_size * model.config.context_length / len(corpus.train_tokens)
+        num_steps, V = training.num_steps, tokenizer.vocab_size
+        print(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
+>>>>>>> firsthour
     if training.sample_tokens > 0:
         print_escaped(f"a sample, also in {sample}:\n\n{text}\n")
         print_escaped(next_commands(folder, text))

@@ -23,6 +23,7 @@ from flax_decoder.parallel.mesh import compiler_options, sharding_of
 from flax_decoder.training.batch import Batch, checked_batch
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import apply_update, make_optimizer
+from flax_decoder.training.shown import describe_state
 from flax_decoder.training.spikes import is_spike
 
 Metrics = dict[str, jax.Array]
@@ -60,6 +61,10 @@ class TrainState(train_state.TrainState):
         layers_of(params)
         state: Self = super().create(apply_fn=apply_fn, params=widened(params), tx=tx, **settings)
         return state.replace(step=jnp.zeros((), jnp.int32), params=params)
+
+    def __repr__(self) -> str:
+        """One line; Python's own has one for each parameter and function."""
+        return describe_state(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of all arrays; model and optimizer are shared, so that both states are trees of one structure."""

@@ -80,7 +80,7 @@ def unfinished(trained, tmp_path, monkeypatch):
 def test_text_that_the_output_cannot_encode_is_escaped(unfinished, monkeypatch, encoding, errors):
     folder, arguments = unfinished
     odd = "é\udcff 𝄞"
-    monkeypatch.setattr(loop, "advice", lambda rows: odd)
+    monkeypatch.setattr(loop, "advice", lambda *arguments, **known: odd)
     output = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
     monkeypatch.setattr(sys, "stdout", output)
     assert main(arguments) == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import flax_decoder as fd
 from flax_decoder.cli import main
-from flax_decoder.config import RunConfig
+from flax_decoder.config import OptimizerConfig, RunConfig
 from flax_decoder.data.corpus import load_corpus, read_text
 from flax_decoder.data.tokenizer import load_tokenizer
 from flax_decoder.errors import FaultError, InUseError, UserError
@@ -115,7 +115,7 @@ class Case:
 
 def read_log(run: Path) -> None:
     log = MetricsLog(RunConfig(), run, 100)
-    assert log.seconds() >= 0 and advice(log.rows)
+    assert log.seconds() >= 0 and advice(log.rows, OptimizerConfig(), num_steps=100, epochs=2.0, vocab_size=50)
     for row in log.rows:
         assert "val_loss" not in row or row["val_loss"] + row["val_bits_per_byte"] > -1e99
 
