@@ -70,6 +70,8 @@ __all__ = [
     "PromptLookup",
     "TrainState",
     "UserError",
+    "adamw_from_torch",
+    "adamw_to_torch",
     "attribute",
     "capture",
     "compare",

@@ -33,7 +33,7 @@ API = {
         "empty_cache",
         "KVCache",
     ),
-    "Compare": ("compare",),
+    "Compare": ("compare", "adamw_from_torch", "adamw_to_torch"),
     "Look inside": (
         *("capture", "attribute", "Attribution", "head_scores", "plot_attention", "write_lens_page"),
         *("read_history", "History"),

@@ -97,17 +97,11 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
         if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
-<<<<<<< HEAD
-            print_escaped(
-                f"{folder} is finished after {done} steps. Continue with --training.num-steps {2 * done}, "
-                "or start another run with --run.folder"
-=======
             rise = prolonging(config.optimizer, done)
-            print(
+            print_escaped(
                 f"{folder} is finished after {done} steps. Continue with --training.num-steps {2 * done}"
                 + (f", which {rise}," if rise else ",")
                 + " or start another run with --run.folder"
->>>>>>> firsthour
             )
             return 0
         if owner is not None:
@@ -325,13 +319,9 @@ def write_results(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
             f"at step {best['step']}; curve in {curve}"
         )
-<<<<<<< HEAD
-        print_escaped(advice(log.rows))
-=======
         epochs = training.num_steps * training.batch_size * model.config.context_length / len(corpus.train_tokens)
         num_steps, V = training.num_steps, tokenizer.vocab_size
-        print(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
->>>>>>> firsthour
+        print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:
         print_escaped(f"a sample, also in {sample}:\n\n{text}\n")
         print_escaped(next_commands(folder, text))
