@@ -205,6 +205,12 @@ GEMMA = {"feed_forward": "geglu_tanh", "embed_scale": 20**0.5}
         ("gemma", GEMMA),
         ("gemma2", {**GEMMA, "norm_position": "both", "logit_soft_cap": 2.0}),
         ("gemma3_text", {**GEMMA, "norm_position": "both", "qk_norm": "head", "window": 3, "rotary_window_base": 90.0}),
+        ("vaultgemma", {**GEMMA, "logit_soft_cap": 2.0}),
+        ("arcee", {"feed_forward": "relu_squared"}),
+        ("nemotron", {"feed_forward": "relu_squared", "norm": "layernorm", "rotary_fraction": 0.4}),
+        ("gpt_neo", {**PLAIN, "positions": "learned", "attention_scale": 1.0, "window": 3}),
+        ("gpt_bigcode", {**PLAIN, "positions": "learned", "num_kv_heads": 1}),
+        ("mpt", {**PLAIN, "positions": "alibi", "mlp_dim": 80, "attention_scale": 0.3}),
     ],
 )
 def test_the_nearest_family_is_chosen(model_type, settings):

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 # ruff: noqa: E402
 import reference
-from test_families import SIZES, V, a_case_each, loaded, saved, torch_model
+from test_families import OFFSET_NORMS, SIZES, V, a_case_each, loaded, saved, torch_model
 
 import flax_decoder as fd
 from flax_decoder import cli
@@ -110,7 +110,7 @@ def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type
                 row = comparison.compare_float32(dataclasses.replace(observation, tensors=tensors))
                 worst[exact, kind] = max(worst.get((exact, kind), 0.0), row.relative)
         if exact:
-            rms = {"gpt2", "gpt_neox", "starcoder2"}.isdisjoint({model_type})
+            rms = model.config.norm == "rmsnorm"
             assert any("RMSNorm" in name for name in theirs.casts) == rms
     assert worst[False, "logits"] <= 2e-5 and worst[False, "gradient"] <= 1e-4
     assert worst[False, "loss"] <= 1e-5 and worst[False, "params"] <= 1e-4
@@ -130,6 +130,14 @@ def test_a_gradient_that_is_truly_zero_is_no_difference():
     assert "the true gradient is zero" in str(result)
 
 
+# How families with names of their own call width, layers and heads.
+OTHER_NAMES = {
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("n_embd", "n_layer", "n_head")),
+    "gpt_neo": ("hidden_size", "num_layers", "num_heads"),
+    "mpt": ("d_model", "n_layers", "n_heads"),
+}
+
+
 def random_case(seed):
     """A model of any family, of random sizes and settings."""
     rng = np.random.default_rng(seed)
@@ -147,14 +155,19 @@ def random_case(seed):
         "vocab_size": int(rng.integers(11, 200)),
         "tie_word_embeddings": bool(rng.integers(2)),
     }
-    if model_type == "gpt2":
-        sizes |= {"n_embd": sizes["hidden_size"], "n_layer": sizes["num_hidden_layers"], "n_head": heads}
-        sizes = {"vocab_size": sizes["vocab_size"]} | {n: sizes[n] for n in ("n_embd", "n_layer", "n_head")}
+    if model_type in OTHER_NAMES:
+        common = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        named = {name: sizes[other] for name, other in zip(OTHER_NAMES[model_type], common, strict=True)}
+        sizes = {"vocab_size": sizes["vocab_size"]} | named
+    if model_type == "gpt_neo":
+        sizes |= {"attention_types": [[["local"], sizes["num_layers"]]], "window_size": int(rng.integers(2, 12))}
     if model_type == "gpt_neox":
         sizes = {n: v for n, v in sizes.items() if n not in ("num_key_value_heads", "head_dim")} | {"rotary_pct": 0.5}
-    if model_type in ("gemma2", "gemma3_text", "mistral", "phi3", "starcoder2"):
+    if model_type in ("nemotron", "stablelm"):
+        sizes |= {"partial_rotary_factor": 1.0}
+    if model_type in ("gemma2", "gemma3_text", "vaultgemma", "mistral", "ministral", "phi3", "starcoder2"):
         sizes |= {"sliding_window": int(rng.integers(2, 12))}
-    if model_type in ("gemma2", "gemma3_text"):
+    if model_type in ("gemma2", "gemma3_text", "vaultgemma", "ministral"):
         kinds = ("sliding_attention", "full_attention")
         sizes |= {"layer_types": [kinds[int(rng.integers(2))] for _ in range(sizes["num_hidden_layers"])]}
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -162,13 +175,13 @@ def random_case(seed):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         size = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-        mean = 1.0 if parameter.ndim == 1 and "gemma" not in model_type else 0.0
+        mean = 1.0 if parameter.ndim == 1 and model_type not in OFFSET_NORMS else 0.0
         parameter.data = torch.tensor(mean + size * rng.standard_normal(parameter.shape), dtype=torch.float32)
     model.tie_weights()
     return model
 
 
-@pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(30) if seed != 3)])
+@pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(60) if seed != 3)])
 def test_no_false_alarms(seed, tmp_path):
     random_case(seed).save_pretrained(tmp_path)
     result = fd.compare(tmp_path, steps=2, length=11 + seed % 5 * 2, seed=seed)
@@ -276,6 +289,9 @@ FORWARD = {
         *("embeddings", "the vectors of positions differ"),
     ),
     "embedding of a token": ("llama-0", edited("embedding", edited_token), "embeddings", f"that of token {SOME_TOKEN}"),
+    "no ALiBi": ("mpt-0", {"positions": "none"}, "attention.weights", "ALiBi: the weights of PyTorch fall faster"),
+    "own attention scaled": ("gpt_neo-0", {"attention_scale": None}, SCORES, "root of the head width"),
+    "norm of nemotron": ("nemotron-0", edited(SCALE, lambda s: s - 1), "attention_norm", "is 1 + weight on one side"),
     "bfloat16": ("llama-0", {"dtype": "bfloat16"}, "embeddings", "reduced matmul precision"),
 }
 

@@ -277,8 +277,9 @@ def _no_root(row: Mismatch) -> Found:
 def _grouping(row: Mismatch, own: Array) -> str | None:
     """Which key or value head each query head reads."""
     of_scores = row.kind == "attention.scores"
-    x = row.input("attention.q_rotated" if of_scores else "attention.weights")
-    heads_BSKH = row.input("attention.k_rotated" if of_scores else "attention.v")
+    rotated = "_rotated" if row.has("attention.q_rotated") else ""
+    x = row.input(f"attention.q{rotated}" if of_scores else "attention.weights")
+    heads_BSKH = row.input(f"attention.k{rotated}" if of_scores else "attention.v")
     G = row.evidence.ours.config.num_heads // heads_BSKH.shape[2]
     ways = {"n // G": heads_BSKH.repeat(G, axis=2), "n mod K": np.tile(heads_BSKH, (1, 1, G, 1))}
     for way, heads_BSNH in ways.items():
@@ -290,6 +291,15 @@ def _grouping(row: Mismatch, own: Array) -> str | None:
 
 def _not_normalised(row: Mismatch, own: Array, other: Array) -> bool:
     return not same(own.sum(-1), np.ones(own.shape[:-1]))
+
+
+def _slopes(row: Mismatch) -> Found:
+    """Whether the weights of one side fall faster with distance, by the same factor per position for a whole head."""
+    if min(row.ours[:, :, -1].min(), row.theirs[:, :, -1].min()) <= 0:
+        return False
+    steps_BNS = np.diff(np.log(row.ours[:, :, -1]) - np.log(row.theirs[:, :, -1]))
+    equal = np.allclose(steps_BNS, steps_BNS[:1, :, :1], rtol=0, atol=1e-3 * np.abs(steps_BNS).max())
+    return equal and {"side": "ours" if steps_BNS[0, 0, 0] > 0 else "PyTorch"}
 
 
 # --- Feed-forward, residual and head ---
@@ -370,6 +380,7 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (SCORES, unlike(_grouping), GROUPED),
     (SCORES, _cap, "a soft cap of {cap:.4g} squashes the scores of {side} only"),
     (r"attention\.weights", one_side(_not_normalised), "the softmax: weights of {side} do not add up to 1 over keys"),
+    (r"attention\.weights", _slopes, "ALiBi: the weights of {side} fall faster with distance, or only these do"),
     (r"attention\.heads", unlike(_grouping), GROUPED),
     (r"feed_forward\.hidden", unlike(_activation), "the activation: ours is {ours}, PyTorch's {theirs}"),
     ("residual", _not_added, "{part} is not added in {side}"),

@@ -91,6 +91,8 @@ def observe(ours: JaxSide, theirs: PyTorchSide, batches: Sequence[Batch], steps:
     inputs = batches[0]["inputs"]
     evidence = Evidence(ours, theirs, ours.forward(inputs), theirs.forward(inputs), batches[0])
     for name, floor in forward_rows(evidence.our_forward, ours.config):
+        if name.rpartition(".")[2] in theirs.unseen:
+            continue
         # A tensor that PyTorch does not have differs infinitely.
         pair = "", evidence.our_forward[name], evidence.their_forward.get(name, np.nan)
         yield Observation(name, [pair], floor, evidence)

@@ -15,8 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.huggingface.families import linear_rules, norm_rules
-from flax_decoder.huggingface.family import Family, Rule
+from flax_decoder.huggingface.family import Family, Rule, linear_rules, norm_rules
 from flax_decoder.huggingface.weights import export_tensors, flatten, split, tensor_specs
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import abstract_params

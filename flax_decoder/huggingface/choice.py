@@ -6,8 +6,9 @@ from typing import Any
 from flax_decoder.config import ModelConfig, is_used
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.config import read_settings, write_settings
-from flax_decoder.huggingface.families import BIASES, FAMILIES
+from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.family import Family
+from flax_decoder.huggingface.pieces import BIASES
 
 # Fields of ModelConfig that do not affect the logits at inference.
 _NOT_ARCHITECTURE = {"dropout", "init_stddev", "output_init", "attention", "dtype", "scan_layers", "remat"}

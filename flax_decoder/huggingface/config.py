@@ -48,7 +48,8 @@ def read_settings(document: dict[str, Any], source: str, *, strict: bool = False
             "get the model in float32, bfloat16 or float16"
         )
     ignored = (NO_BEARING | family.ignored | {*QUANTIZED}) - family.names_read
-    rest = {name: value for name, value in document.items() if name not in ignored}
+    fields = document | _fields_of_tables(document, family, ignored, source)
+    rest = {name: value for name, value in fields.items() if name not in {*ignored, *family.tables}}
     values = dict(family.constants)
     for setting in family.all_settings:
         values |= dict.fromkeys(setting.fields, _read_setting(setting, rest, source))
@@ -85,7 +86,21 @@ def write_settings(config: ModelConfig, family: Family) -> dict[str, Any]:
         document |= write_rotary(config, family.rotary)
     if family.windows is not None:
         document |= write_windows(config, family.windows)
+    for name in [name for name in document if "." in name]:
+        table, _, field = name.partition(".")
+        document.setdefault(table, {})[field] = document.pop(name)
     return document
+
+
+def _fields_of_tables(document: dict[str, Any], family: Family, ignored: frozenset[str], source: str) -> dict[str, Any]:
+    """The fields of the objects that the family has, as `table.field`. Raises UserError for what is no object."""
+    fields: dict[str, Any] = {}
+    for table in family.tables:
+        content = document.get(table) or {}
+        if not isinstance(content, dict):
+            raise UserError(f"{source}: {table} = {shown(content)} must be an object")
+        fields |= {f"{table}.{name}": value for name, value in content.items() if name not in ignored}
+    return fields
 
 
 def _read_supported(

@@ -57,13 +57,14 @@ class Windows:
     """How config.json says which layers have a window.
 
     Attributes:
-        layers: which ones have it if there is no `layer_types`: "all"; the "late" ones, from max_window_layers on, and
-            only if use_sliding_window is true; "periodic" is all but every `period`-th.
-        default: default of `sliding_window`, in tokens.
+        layers: "all"; or those that `layer_types` names. Without it: "typed" is all; the "late" ones, from
+            max_window_layers on, and only if use_sliding_window is true; "periodic" is all but every `period`-th.
+            "listed" are those that GPT-Neo's attention_types calls local, with a window of `window_size`.
+        default: default of the window, in tokens.
         period: default of `sliding_window_pattern`.
     """
 
-    layers: Literal["all", "late", "periodic"]
+    layers: Literal["all", "typed", "late", "periodic", "listed"]
     default: int | None = None
     period: int = 0
 
@@ -76,7 +77,7 @@ class Rule:
         tensor: its name without the prefix; {} is the layer.
         paths: paths of the parameters, which are concatenated along their outputs.
         transposed: the tensor is (out, in), as in a PyTorch Linear; ours are (in, out).
-        by_head: the parameters are interleaved head by head instead of concatenated.
+        by_head: the parameters are interleaved head by head instead of concatenated, if they have equally many heads.
         offset: ours is the tensor plus this.
     """
 
@@ -107,6 +108,8 @@ class Family:
         ignored_tensors: regular expression of tensors, such as masks, that are not learned.
         scales_embedding: token embeddings are multiplied by sqrt(embed_dim).
         divides_width: transformers requires embed_dim to be a multiple of num_heads.
+        tables: fields of config.json that are objects; the tables here name what is in them as `table.field`.
+        has_own_attention: its class in transformers computes attention by itself, where the ledger cannot look.
     """
 
     model_type: str
@@ -124,6 +127,8 @@ class Family:
     ignored_tensors: str = r".*\.rotary_emb\.inv_freq"
     scales_embedding: bool = False
     divides_width: bool = False
+    tables: tuple[str, ...] = ()
+    has_own_attention: bool = False
 
     @property
     def all_settings(self) -> tuple[Setting, ...]:
@@ -140,3 +145,14 @@ class Family:
     def all_rules(self) -> tuple[Rule, ...]:
         """The rules, and that of the head."""
         return *self.rules, Rule(self.head, ("head",), transposed=True)
+
+
+def linear_rules(tensor: str, *modules: str, transposed: bool = True, by_head: bool = False) -> tuple[Rule, ...]:
+    """The rules of a Linear that holds some modules of a layer; it has a bias if they have."""
+    kernels, biases = (tuple(f"layers/{module}/{leaf}" for module in modules) for leaf in ("kernel", "bias"))
+    return Rule(f"{tensor}.weight", kernels, transposed, by_head), Rule(f"{tensor}.bias", biases, by_head=by_head)
+
+
+def norm_rules(tensor: str, path: str, offset: float = 0.0) -> tuple[Rule, ...]:
+    """The rules of a norm, whose parameters are at a path; it has a bias if they have."""
+    return Rule(f"{tensor}.weight", (f"{path}/scale",), offset=offset), Rule(f"{tensor}.bias", (f"{path}/bias",))

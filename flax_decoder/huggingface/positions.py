@@ -15,6 +15,7 @@ _FIELDS = {
 }
 # rope_type -> the fields that it needs.
 _TYPES = {"default": [], "linear": ["factor"], "llama3": list(_FIELDS)}
+_GPT_NEO_TYPES = ["global", "local"]  # without a window, with one
 _LAYER_TYPES = ["full_attention", "sliding_attention"]  # without a window, with one
 
 
@@ -123,6 +124,9 @@ def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
 
 def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source: str) -> dict[str, Any]:
     """Reads the window settings, and removes them from `rest`. Raises UserError if one is invalid."""
+    if windows.layers == "listed":
+        size = rest.pop("window_size", windows.default)
+        return _windows(size, _listed_windows(rest, num_layers, source))
     size = rest.pop("sliding_window", windows.default) or None  # 0 is none, too
     has_window = [True] * num_layers
     if windows.layers == "late":
@@ -150,6 +154,30 @@ def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source
                 f"for each of the {num_layers} layers"
             )
         has_window = [kind == "sliding_attention" for kind in layer_types]
+    return _windows(size, has_window)
+
+
+def _listed_windows(rest: dict[str, Any], num_layers: int, source: str) -> list[bool]:
+    """Reads which layers have a window: attention_types says it in parts, attention_layers for each layer."""
+    types = rest.pop("attention_types", None) or [[["global", "local"], 12]]
+    has_window: list[bool] = []
+    for part in types if isinstance(types, list) else [None]:
+        match part:
+            case [list(kinds), int(count)] if all(kind in _GPT_NEO_TYPES for kind in kinds) and 0 < count <= num_layers:
+                has_window += [kind == "local" for kind in kinds] * count
+            case _:
+                raise UserError(f'{source}: attention_types = {shown(types)} must be as in [[["global", "local"], 6]]')
+    if len(has_window) != num_layers:
+        raise UserError(f"{source}: attention_types = {shown(types)} must give a type to each of {num_layers} layers")
+    layers = rest.pop("attention_layers", None)
+    if layers is not None and layers != [_GPT_NEO_TYPES[windowed] for windowed in has_window]:
+        raise UserError(f"{source}: attention_layers = {shown(layers)}, but attention_types says otherwise")
+    return has_window
+
+
+def _windows(size: int | None, has_window: list[bool]) -> dict[str, Any]:
+    """The settings of our model: the window, and the layers that have it."""
+    num_layers = len(has_window)
     if size is None or True not in has_window:
         return {"window": None}
     # The shortest pattern that repeats into this one is the most readable.
@@ -163,7 +191,10 @@ def write_windows(config: ModelConfig, windows: Windows) -> dict[str, Any]:
         return {"sliding_window": config.window}
     has_window = [window is not None for window in config.windows]
     layer_types = [_LAYER_TYPES[windowed] for windowed in has_window]
-    if windows.layers == "periodic":
+    if windows.layers == "listed":
+        types = [[[_GPT_NEO_TYPES[windowed] for windowed in has_window], 1]]
+        return {"window_size": config.window or windows.default, "attention_types": types}
+    if windows.layers in ("typed", "periodic"):
         return {"sliding_window": config.window or config.context_length, "layer_types": layer_types}
     return {
         "use_sliding_window": True in has_window,

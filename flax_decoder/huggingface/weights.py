@@ -227,7 +227,7 @@ def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.nd
     matrix = tensor.T if rule.transposed else tensor
     if rule.offset != 0:
         matrix = matrix + np.float32(rule.offset)
-    if rule.by_head:
+    if rule.by_head and len(set(shapes)) == 1:
         heads, width = shapes[0][-2:]
         parts = list(np.moveaxis(matrix.reshape(*matrix.shape[:-1], heads, len(shapes), width), -2, 0))
     else:
@@ -239,7 +239,7 @@ def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.nd
 def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The tensor in which parameters are stored; inverse of `split`."""
     matrices = [array.reshape(_matrix_shape(path, array.shape)) for path, array in zip(rule.paths, arrays, strict=True)]
-    if rule.by_head:
+    if rule.by_head and len({array.shape for array in arrays}) == 1:
         by_head = [m.reshape(*m.shape[:-1], *array.shape[-2:]) for m, array in zip(matrices, arrays, strict=True)]
         matrix = np.stack(by_head, axis=-2).reshape(*matrices[0].shape[:-1], -1)
     else:
