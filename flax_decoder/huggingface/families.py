@@ -1,11 +1,14 @@
 """The table of each model family: its config.json fields, its tensors, and what is the same in all its models.
 
 To add a family: compare its modeling file in `transformers` with `nn`, write its table here, and add shapes to
-`tests/test_families.py`, which compares it with PyTorch.
+`tests/test_families.py`, which compares it with PyTorch. `register_family` adds one from outside.
 """
 
+import dataclasses
 from dataclasses import replace
 
+from flax_decoder.config import ModelConfig
+from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import REQUIRED, Family, Rotary, Rule, Setting, Windows, linear_rules, norm_rules
 from flax_decoder.huggingface.pieces import (
     ATTENTION,
@@ -419,3 +422,28 @@ _ALL = (
     *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
+
+
+def register_family(family: Family) -> None:
+    """Makes a model type known: folders of it open, and models can be written as it.
+
+    Args:
+        family: its table; the types in it are in `flax_decoder.huggingface.family`.
+
+    Raises:
+        UserError: the name is taken, or the table sets what is no setting of a model, or leaves out a size.
+    """
+    if not isinstance(family, Family):
+        raise UserError(f"register_family wants a Family, not {family!r}")
+    name = family.model_type
+    if name in FAMILIES:
+        raise UserError(f"register_family: model type {name!r} is there already; give yours another name")
+    own = [field for setting in family.settings for field in setting.fields]
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    for field in (*family.constants, *own):
+        if field not in known:
+            raise UserError(f"register_family: {name} sets {field}, which is no field of ModelConfig")
+    for field in ("vocab_size", "embed_dim", "num_layers", "num_heads", "context_length"):
+        if field not in (*family.constants, *own):
+            raise UserError(f"register_family: {name} has no setting of {field}; add Setting(NAME, ({field!r},))")
+    FAMILIES[name] = family

@@ -55,7 +55,13 @@ def tensor_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec
     Args:
         family: the table of its family.
         shapes: of our parameters, by path; those of layers have a leading layer axis.
+
+    Raises:
+        UserError: the table has no tensor for a parameter.
     """
+    stored = {path for rule in family.all_rules for path in rule.paths}
+    if lost := [path for path in shapes if path not in stored]:
+        raise UserError(f"model type {family.model_type}: its table has no rule for {lost[0]}; add it to the rules")
     specs = []
     for rule in family.all_rules:
         if not all(path in shapes for path in rule.paths):
