@@ -100,6 +100,8 @@ class ModelConfig:
     """the base in layers that have a window, whose waves are then not stretched; left out, all layers are alike"""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """part of each head's width that is rotated"""
+    rotary_layout: Annotated[Literal["half", "interleaved"], _WITH_ROTARY] = "half"
+    """which numbers of the rotated part R turn as a pair: half: i and i + R/2; interleaved: 2 i and 2 i + 1"""
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
     """how rotary wavelengths are stretched to reach beyond the length of the first training"""
     rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15), _WITH_ROTARY_SCALING] = 8.0

@@ -73,16 +73,16 @@ def llama3_frequency(frequency, config):
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-def rotary_pair(i, rotated):
-    """The two numbers that frequency i turns: one from each half of the rotated part (GPT-NeoX, Llama)."""
-    return i, i + rotated // 2
+def rotary_pair(i, rotated, layout):
+    """The two numbers that frequency i turns: one from each half (Llama), or neighbours (Su et al. 2021)."""
+    return (2 * i, 2 * i + 1) if layout == "interleaved" else (i, i + rotated // 2)
 
 
-def rotate(x_H, position, frequencies):
+def rotate(x_H, position, frequencies, layout="half"):
     """Turns each pair as a point in the plane; what is beyond the rotated part stays."""
     turned_H = np.array(x_H)
     for i, frequency in enumerate(frequencies):
-        a, b = rotary_pair(i, 2 * len(frequencies))
+        a, b = rotary_pair(i, 2 * len(frequencies), layout)
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
         turned_H[a] = x_H[a] * cos - x_H[b] * sin
         turned_H[b] = x_H[a] * sin + x_H[b] * cos
@@ -209,7 +209,8 @@ def self_attention(x_TD, params, config, window):
             if config.qk_norm == "head":
                 array[t, head] = rms_norm(array[t, head], params[name]["scale"], config.norm_epsilon)
             if config.positions == "rotary":
-                array[t, head] = rotate(array[t, head], t, rotary_frequencies(array.shape[2], config, window))
+                frequencies = rotary_frequencies(array.shape[2], config, window)
+                array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
     slopes_N = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
     heads_TNH = attention(q_TNH, k_TKH, v_TKH, window, slopes_N, config.attention_soft_cap, config.attention_scale)
     return np.array([linear(heads_NH, params["out"]) for heads_NH in heads_TNH])

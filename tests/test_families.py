@@ -167,8 +167,31 @@ SHAPES = {
         MPT | {"n_layers": 3, "n_heads": 3, "layer_norm_epsilon": 0.1},
     ],
 }
+SHAPES |= {
+    "glm": [
+        SIZES | {"head_dim": 10, "partial_rotary_factor": 0.4},
+        SIZES | {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True, "partial_rotary_factor": 1.0},
+        SIZES | {"head_dim": 8, "rope_scaling": LINEAR, "num_key_value_heads": 1},
+    ],
+    "glm4": [
+        SIZES | {"head_dim": 8},
+        SIZES | {"head_dim": 10, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True},
+        SIZES | {"head_dim": 8, "rope_scaling": LINEAR, "num_key_value_heads": 1},
+    ],
+    "ernie4_5": [
+        SIZES | {"head_dim": 10},
+        SIZES | {"head_dim": 8, "use_bias": True, "tie_word_embeddings": False},
+        SIZES | {"head_dim": 6, "rope_parameters": LLAMA3, "num_key_value_heads": 1},
+    ],
+    "helium": [
+        SIZES | {"head_dim": 6},
+        SIZES | {"head_dim": 6, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        SIZES | {"head_dim": 12, "num_attention_heads": 2, "rope_parameters": LINEAR, "num_key_value_heads": 1},
+    ],
+}
 # What shows nothing new but another table runs with --full.
 NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo"}
+NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium"}
 # One shape per family, not the same number for all; with --full, all.
 a_case_each = pytest.mark.parametrize(
     ("model_type", "number"),

@@ -163,7 +163,7 @@ def random_case(seed):
         sizes |= {"attention_types": [[["local"], sizes["num_layers"]]], "window_size": int(rng.integers(2, 12))}
     if model_type == "gpt_neox":
         sizes = {n: v for n, v in sizes.items() if n not in ("num_key_value_heads", "head_dim")} | {"rotary_pct": 0.5}
-    if model_type in ("nemotron", "stablelm"):
+    if model_type in ("nemotron", "stablelm", "glm", "glm4"):
         sizes |= {"partial_rotary_factor": 1.0}
     if model_type in ("gemma2", "gemma3_text", "vaultgemma", "mistral", "ministral", "phi3", "starcoder2"):
         sizes |= {"sliding_window": int(rng.integers(2, 12))}
@@ -251,6 +251,12 @@ FORWARD = {
     "scale of Gemma's norm": ("gemma-0", edited(SCALE, lambda s: s - 1), "attention_norm", "is 1 + weight on one side"),
     "rotary base": ("llama-0", {"rotary_base": 5e5}, Q_ROTATED, "rotary base: ours 500,000, PyTorch's 10,000"),
     "rotary fraction": ("gpt_neox-0", {"rotary_fraction": 0.67}, Q_ROTATED, "turns 4 numbers of a head, PyTorch 2"),
+    "rotary pairs of halves": (
+        "glm-0",
+        {"rotary_layout": "half"},
+        Q_ROTATED,
+        "half-by-half pairs, PyTorch interleaved",
+    ),
     "linear scaling": ("llama-2", {"rotary_scaling": "none"}, Q_ROTATED, "positions count 3 times as much in ours"),
     "llama3 scaling": ("llama-1", {"rotary_scaling": "none"}, Q_ROTATED, "some wavelengths are stretched on one side"),
     "rotary layout of weights": ("llama-0", edited(QUERY, reordered), Q, "are reordered, from adjacent pairs to pairs"),
@@ -319,9 +325,9 @@ def check(result, row, cause):
     assert first in result.conclusion and result.cause in result.conclusion
 
 
-def interleaved_rotate(x_BTNH, positions_BT, frequencies):
+def interleaved_rotate(x_BTNH, positions_BT, frequencies, layout):
     """`positions.rotate` for pairs of neighbours."""
-    angles = positions_BT[:, :, None, None] * jnp.asarray(frequencies, x_BTNH.dtype)
+    angles = positions_BT[:, :, None, None].astype(x_BTNH.dtype) * jnp.asarray(frequencies, x_BTNH.dtype)
     turned = (x_BTNH[..., ::2] + 1j * x_BTNH[..., 1::2]) * jnp.exp(1j * angles)
     return jnp.stack([turned.real, turned.imag], axis=-1).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 

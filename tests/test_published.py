@@ -161,6 +161,11 @@ GPT_NEO |= {"max_position_embeddings": CONTEXT, "window_size": 7, "activation_fu
 GPT_NEO |= {"attention_types": [[["global", "local", "global"], 1]], "attention_dropout": 0, "embed_dropout": 0}
 GPT_NEO |= {"attention_layers": ["global", "local", "global"], "intermediate_size": None, "resid_dropout": 0}
 GPT_NEO |= {"layer_norm_epsilon": 1e-5, "summary_type": "cls_index", "gradient_checkpointing": False}
+GLM = LLAMA2 | {"model_type": "glm", "head_dim": 8, "attention_bias": True, "partial_rotary_factor": 0.5}
+GLM |= {"rms_norm_eps": 1.5625e-07, "rope_theta": 10000.0}
+ERNIE = LLAMA2 | {"model_type": "ernie4_5", "head_dim": 8, "use_bias": False, "rope_theta": 500000}
+HELIUM = LLAMA2 | {"model_type": "helium", "head_dim": 8, "attention_bias": False, "mlp_bias": False}
+HELIUM |= {"rms_norm_eps": 1e-8, "rope_theta": 100000.0}
 MPT_ATTENTION = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "prefix_lm": False}
 MPT_ATTENTION |= {"attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None, "qk_ln": False}
 MPT_ATTENTION |= {"softmax_scale": None}
@@ -293,6 +298,11 @@ OPENS = {
     "gpt-neo saved by 5": without(GPT_NEO, "attention_layers") | V5,
     "mpt": MPT | V4,
     "mpt saved by 5": MPT | V5 | {"attn_config": MPT_ATTENTION | {"dtype": None, "model_type": "", "id2label": {}}},
+    "glm-4-9b": GLM | V4,
+    "glm saved by 5": new_rope(GLM, partial_rotary_factor=0.5),
+    "glm-4-0414": GLM | V4 | {"model_type": "glm4"},
+    "ernie-4.5": ERNIE | V4 | {"tie_word_embeddings": True},
+    "helium-1": HELIUM | V4,
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -432,7 +442,8 @@ def test_published_settings_give_the_logits_of_transformers(name, tmp_path):
 
 BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2)}
 BARE["gemma3_text"] = GEMMA3
-NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT)
+NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
+NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}
@@ -534,8 +545,8 @@ def test_defaults_are_those_of_transformers(model_type):
             assert "is missing, but required" in str(error)
             continue
         _, transformers = torch_and_transformers()
-        if setting.name == "num_key_value_heads" and model_type in ("qwen2", "qwen3", "phi3"):
-            continue  # 32 there, whatever the number of heads; the shapes of the weights say
+        if setting.name == "num_key_value_heads" and model_type in ("qwen2", "qwen3", "phi3", "ernie4_5"):
+            continue  # some number there, whatever the number of heads; the shapes of the weights say
         fields = without(absent, "model_type")
         value = getattr(
             transformers.AutoConfig.for_model(model_type, **json.loads(json.dumps(fields))), setting.name, None

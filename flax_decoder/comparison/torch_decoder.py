@@ -150,7 +150,7 @@ class SelfAttention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.positions == "rotary":
             frequencies = rotary_frequencies(self.config, self.window)
-            q, k = rotate(q, frequencies), rotate(k, frequencies)
+            q, k = (rotate(y, frequencies, self.config.rotary_layout) for y in (q, k))
         heads, _ = self.dot_product(q, k, v)
         return self.out(heads.reshape(B, T, -1))
 
@@ -228,10 +228,17 @@ def rotary_frequencies(config: ModelConfig, window: int | None) -> torch.Tensor:
     return frequencies
 
 
-def rotate(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Turns number i of each head together with number i + R / 2 by position times frequency; x is (B, T, N, H)."""
+def rotate(x: torch.Tensor, frequencies: torch.Tensor, layout: str) -> torch.Tensor:
+    """Turns pairs of numbers of each head by position times frequency; x is (B, T, N, H).
+
+    A pair is number i and number i + R / 2, or if interleaved number 2 i and number 2 i + 1.
+    """
     angles = torch.arange(x.shape[1])[:, None, None] * frequencies.to(x.dtype)
     half = len(frequencies)
+    if layout == "interleaved":
+        pairs = torch.view_as_complex(x[..., : 2 * half].unflatten(-1, (half, 2)).contiguous())
+        turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+        return torch.cat([turned, x[..., 2 * half :]], dim=-1)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

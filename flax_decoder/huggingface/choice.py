@@ -53,6 +53,8 @@ def _distance(config: ModelConfig, family: Family) -> tuple[tuple[int, int, int]
     obstacles = [f"{name} = {getattr(config, name)!r}" for name in different if name not in added]
     if family.divides_width and config.embed_dim % config.num_heads != 0:
         obstacles.append(f"embed_dim = {config.embed_dim}, which is not a multiple of num_heads = {config.num_heads}")
+    if family.fills_width and config.embed_dim != config.num_heads * config.head_width:
+        obstacles.append(f"embed_dim = {config.embed_dim}, which is not num_heads times the width of a head")
     return (0, len(obstacles), len(added)), obstacles
 
 

@@ -17,17 +17,18 @@ from flax_decoder.huggingface.pieces import (
     BIASES,
     BOTH_NORMS,
     FEED_FORWARD_NORMS,
+    GATE_UP_MATRICES,
     GATED,
     GEMMA2_SETTINGS,
     GEMMA_ACT,
     GEMMA_SETTINGS,
+    GLM4_NORMS,
     GPT2_ENDS,
     GPT2_SETTINGS,
     GROUPED_SIZES,
     LLAMA_SETTINGS,
     MATRICES,
     MLP_BIAS,
-    MLP_DOWN,
     OUTPUT_NORMS,
     PLAIN,
     PRE_NORMS,
@@ -145,8 +146,7 @@ PHI3 = Family(
         *layer_norms(PRE_NORMS),
         *linear_rules("layers.{}.self_attn.qkv_proj", *QKV),
         *ATTENTION_OUT,
-        *linear_rules("layers.{}.mlp.gate_up_proj", "feed_forward/gate", "feed_forward/up"),
-        *MLP_DOWN,
+        *GATE_UP_MATRICES,
     ),
     rotary=Rotary(fraction="partial_rotary_factor", types=("default",)),
     windows=Windows("all"),
@@ -417,9 +417,65 @@ MPT = Family(
     has_own_attention=True,
 )
 
+GLM = Family(
+    "glm",
+    "GlmForCausalLM",
+    constants={**LLAMA.constants, "rotary_layout": "interleaved"},
+    settings=(
+        *with_defaults(
+            LLAMA_SETTINGS,
+            num_key_value_heads=REQUIRED,
+            head_dim=128,
+            max_position_embeddings=131_072,
+            rms_norm_eps=1.5625e-07,
+        ),
+        Setting("attention_bias", ("attention_in_bias",), True),
+    ),
+    rules=(*ends(), *layer_norms(PRE_NORMS), *ATTENTION, *GATE_UP_MATRICES),
+    rotary=Rotary(fraction="partial_rotary_factor", default_fraction=0.5),
+)
+
+GLM4 = replace(
+    GLM,
+    model_type="glm4",
+    architecture="Glm4ForCausalLM",
+    constants={**GLM.constants, "norm_position": "both"},
+    rules=(*ends(), *layer_norms(GLM4_NORMS), *ATTENTION, *GATE_UP_MATRICES),
+)
+
+ERNIE4_5 = Family(
+    "ernie4_5",
+    "Ernie4_5ForCausalLM",
+    constants=GLM.constants,
+    settings=(
+        *with_defaults(LLAMA_SETTINGS, head_dim=128, max_position_embeddings=131_072, rms_norm_eps=1e-5),
+        Setting("use_bias", ("attention_in_bias", "attention_out_bias", "mlp_bias"), False),
+    ),
+    rules=LLAMA.rules,
+    tied=True,
+    rotary=Rotary(default_base=500_000.0),
+)
+
+HELIUM = Family(
+    "helium",
+    "HeliumForCausalLM",
+    constants=GLM.constants,
+    settings=(
+        *with_defaults(
+            LLAMA_SETTINGS, num_key_value_heads=REQUIRED, head_dim=128, max_position_embeddings=4096, rms_norm_eps=1e-8
+        ),
+        Setting("attention_bias", ("attention_in_bias",), False),
+        MLP_BIAS,
+    ),
+    rules=LLAMA.rules,
+    rotary=Rotary(default_base=100_000.0),
+    fills_width=True,
+)
+
 _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
     *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
+    *(GLM, GLM4, ERNIE4_5, HELIUM),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 

@@ -108,6 +108,7 @@ class Family:
         ignored_tensors: regular expression of tensors, such as masks, that are not learned.
         scales_embedding: token embeddings are multiplied by sqrt(embed_dim).
         divides_width: transformers requires embed_dim to be a multiple of num_heads.
+        fills_width: transformers requires embed_dim to be num_heads times head_dim.
         tables: fields of config.json that are objects; the tables here name what is in them as `table.field`.
         has_own_attention: its class in transformers computes attention by itself, where the ledger cannot look.
     """
@@ -127,6 +128,7 @@ class Family:
     ignored_tensors: str = r".*\.rotary_emb\.inv_freq"
     scales_embedding: bool = False
     divides_width: bool = False
+    fills_width: bool = False
     tables: tuple[str, ...] = ()
     has_own_attention: bool = False
 

@@ -131,6 +131,10 @@ ATTENTION = (
 MLP_DOWN = linear_rules("layers.{}.mlp.down_proj", "feed_forward/down")
 UP_AND_DOWN = (*linear_rules("layers.{}.mlp.up_proj", "feed_forward/up"), *MLP_DOWN)
 MATRICES = (*ATTENTION, *linear_rules("layers.{}.mlp.gate_proj", "feed_forward/gate"), *UP_AND_DOWN)
+GATE_UP_MATRICES = (
+    *linear_rules("layers.{}.mlp.gate_up_proj", "feed_forward/gate", "feed_forward/up"),
+    *MLP_DOWN,
+)
 PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
 GPT2_ENDS = (
     Rule("wte.weight", ("embedding",)),
@@ -142,6 +146,12 @@ GPT2_ENDS = (
 OUTPUT_NORMS = {
     "attention_output_norm": "post_attention_layernorm",
     "feed_forward_output_norm": "post_feedforward_layernorm",
+}
+GLM4_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_output_norm": "post_self_attn_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward_output_norm": "post_mlp_layernorm",
 }
 FEED_FORWARD_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "pre_feedforward_layernorm"}
 BOTH_NORMS = {

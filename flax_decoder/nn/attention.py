@@ -68,8 +68,8 @@ class SelfAttention(nn.Module):
         if config.positions == "rotary":
             with jax.named_scope("rotary"):
                 frequencies = rotary_frequencies(config, in_window=window is not None)
-                q_BTNH = record("q_rotated", rotate(q_BTNH, call.positions_BT, frequencies))
-                k_BTKH = record("k_rotated", rotate(k_BTKH, call.positions_BT, frequencies))
+                q_BTNH = record("q_rotated", rotate(q_BTNH, call.positions_BT, frequencies, config.rotary_layout))
+                k_BTKH = record("k_rotated", rotate(k_BTKH, call.positions_BT, frequencies, config.rotary_layout))
 
         k_BSKH, v_BSKH, key_positions_BS = k_BTKH, v_BTKH, call.positions_BT
         if cached is not None:

@@ -1,6 +1,7 @@
 """Positions of tokens: attention by itself sees a set, these give it an order."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,16 +62,23 @@ def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarr
     return frequencies
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
+def rotate(
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    frequencies: np.ndarray | jax.Array,
+    layout: Literal["half", "interleaved"] = "half",
+) -> jax.Array:
     """Rotates pairs of numbers of each head by an angle proportional to the position.
 
-    The score of a rotated query and a rotated key depends on the distance of their positions only. Number i is paired
-    with number i + R/2, as in GPT-NeoX and Llama; numbers from R on are not rotated.
+    The score of a rotated query and a rotated key depends on the distance of their positions only. Numbers from R on
+    are not rotated.
 
     Args:
         x_BTNH: queries or keys.
         positions_BT: position of each token; B may be 1.
         frequencies: (R / 2,), from `rotary_frequencies`.
+        layout: "half" pairs number i with number i + R/2, as GPT-NeoX and Llama do; "interleaved" number 2 i with
+            number 2 i + 1, as the paper and GPT-J do.
 
     Returns:
         The same shape and dtype.
@@ -80,8 +88,14 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray |
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     half = len(frequencies)
     x = x_BTNH.astype(dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    rest = x[..., 2 * half :]
+    if layout == "interleaved":
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        turned = jnp.concatenate([pairs.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
+    else:
+        first, second = x[..., :half], x[..., half : 2 * half]
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return turned.astype(x_BTNH.dtype)
 
 
