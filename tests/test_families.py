@@ -189,9 +189,22 @@ SHAPES |= {
         SIZES | {"head_dim": 12, "num_attention_heads": 2, "rope_parameters": LINEAR, "num_key_value_heads": 1},
     ],
 }
+SHAPES |= {
+    "smollm3": [
+        SIZES | {"no_rope_layer_interval": 2},
+        SIZES | {"no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+        SIZES | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 0], "rope_parameters": LLAMA3},
+    ],
+    "exaone4": [
+        SIZES | {"sliding_window": WINDOW, "layer_types": SLIDING_FIRST, "head_dim": 6},
+        SIZES | {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True},
+        SIZES
+        | {"num_hidden_layers": 3, "sliding_window": WINDOW, "sliding_window_pattern": 2, "rope_parameters": LLAMA3},
+    ],
+}
 # What shows nothing new but another table runs with --full.
 NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo"}
-NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium"}
+NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium", "smollm3", "exaone4"}
 # One shape per family, not the same number for all; with --full, all.
 a_case_each = pytest.mark.parametrize(
     ("model_type", "number"),

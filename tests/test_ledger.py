@@ -32,6 +32,7 @@ from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.weights import flatten
 from flax_decoder.nn import attention, linear
 from flax_decoder.nn.mask import MaskSpec
+from flax_decoder.nn.positions import rotate
 from flax_decoder.training import step
 from flax_decoder.training.checkpoint import save_params
 from flax_decoder.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer
@@ -257,6 +258,10 @@ FORWARD = {
         Q_ROTATED,
         "half-by-half pairs, PyTorch interleaved",
     ),
+    "a layer that does not rotate": (
+        *("smollm3-1", {"rotary_pattern": (True,)}),
+        *(Q_ROTATED, "rotary positions: PyTorch does not turn it"),
+    ),
     "linear scaling": ("llama-2", {"rotary_scaling": "none"}, Q_ROTATED, "positions count 3 times as much in ours"),
     "llama3 scaling": ("llama-1", {"rotary_scaling": "none"}, Q_ROTATED, "some wavelengths are stretched on one side"),
     "rotary layout of weights": ("llama-0", edited(QUERY, reordered), Q, "are reordered, from adjacent pairs to pairs"),
@@ -327,9 +332,7 @@ def check(result, row, cause):
 
 def interleaved_rotate(x_BTNH, positions_BT, frequencies, layout):
     """`positions.rotate` for pairs of neighbours."""
-    angles = positions_BT[:, :, None, None].astype(x_BTNH.dtype) * jnp.asarray(frequencies, x_BTNH.dtype)
-    turned = (x_BTNH[..., ::2] + 1j * x_BTNH[..., 1::2]) * jnp.exp(1j * angles)
-    return jnp.stack([turned.real, turned.imag], axis=-1).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+    return rotate(x_BTNH, positions_BT, frequencies, "interleaved")
 
 
 def tiled_attention(q_BTNH, k_BSKH, v_BSKH, *arguments, **settings):

@@ -166,6 +166,11 @@ GLM |= {"rms_norm_eps": 1.5625e-07, "rope_theta": 10000.0}
 ERNIE = LLAMA2 | {"model_type": "ernie4_5", "head_dim": 8, "use_bias": False, "rope_theta": 500000}
 HELIUM = LLAMA2 | {"model_type": "helium", "head_dim": 8, "attention_bias": False, "mlp_bias": False}
 HELIUM |= {"rms_norm_eps": 1e-8, "rope_theta": 100000.0}
+SMOLLM3 = LLAMA31 | {"model_type": "smollm3", "no_rope_layer_interval": 3, "no_rope_layers": [1, 1, 0]}
+SMOLLM3 |= {"layer_types": ["full_attention"] * LAYERS, "max_window_layers": 28, "sliding_window": None}
+SMOLLM3 |= {"use_sliding_window": False, "rope_theta": 5000000.0, "tie_word_embeddings": True}
+EXAONE4 = LLAMA2 | {"model_type": "exaone4", "rope_theta": 1000000, "sliding_window": 7, "attention_dropout": 0.0}
+EXAONE4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 MPT_ATTENTION = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "prefix_lm": False}
 MPT_ATTENTION |= {"attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None, "qk_ln": False}
 MPT_ATTENTION |= {"softmax_scale": None}
@@ -302,6 +307,12 @@ OPENS = {
     "glm saved by 5": new_rope(GLM, partial_rotary_factor=0.5),
     "glm-4-0414": GLM | V4 | {"model_type": "glm4"},
     "ernie-4.5": ERNIE | V4 | {"tie_word_embeddings": True},
+    "smollm3": SMOLLM3 | V4,
+    "smollm3 saved by 5": new_rope(without(SMOLLM3, "no_rope_layers")),
+    "exaone-4-32b": EXAONE4 | V4 | {"sliding_window_pattern": "LLG"},
+    "exaone-4-1.2b": EXAONE4
+    | V4
+    | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * LAYERS},
     "helium-1": HELIUM | V4,
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
@@ -338,6 +349,12 @@ REFUSED = {
     "gpt-neo of other kinds": (GPT_NEO | {"attention_types": [[["far"], 3]]}, "must be as in"),
     "gpt-neo that says two things": (GPT_NEO | {"attention_types": [[["local"], 3]]}, "attention_types says otherwise"),
     "gpt_bigcode with a number": (BIGCODE | {"multi_query": 1}, "multi_query = 1 must be true or false"),
+    "smollm3 with windows": (SMOLLM3 | {"use_sliding_window": True}, "use_sliding_window = True"),
+    "smollm3 of other layers": (
+        SMOLLM3 | {"no_rope_layers": [1, 0]},
+        "a list of 0 and 1, one for each of the 3",
+    ),
+    "smollm3 without a period": (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0"),
     "embedding gemma": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
 }
 
@@ -443,12 +460,12 @@ def test_published_settings_give_the_logits_of_transformers(name, tmp_path):
 BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2)}
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
-NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM)
+NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}
 OTHERS |= {"layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
-OTHERS |= {"attention_types", "attention_layers", "window_size"}
+OTHERS |= {"no_rope_layers", "no_rope_layer_interval", "attention_types", "attention_layers", "window_size"}
 
 
 @pytest.mark.full
@@ -477,6 +494,8 @@ def changed(name, value):
         return "eager"
     if name.endswith("_token_id"):
         return 3
+    if name == "layer_types":
+        return ["full_attention"] * LAYERS
     if name == "cache_implementation":
         return "static"
     if name == "architectures":

@@ -231,6 +231,10 @@ def _angles(before: Array, after: Array) -> tuple[Array, float] | None:
     return per_step_R, round(start, 6) + 0  # + 0 turns -0.0 into 0.0
 
 
+def _unturned(row: Mismatch, own: Array, other: Array) -> bool:
+    return same(own, row.input(row.kind.removesuffix("_rotated")))
+
+
 def _no_rotation(row: Mismatch, own: Array, other: Array) -> bool:
     return read_rotation(row, own) is None
 
@@ -365,6 +369,7 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (PROJECTION, _constant, "the bias differs"),
     (PROJECTION, _mixed_heads, "heads and head width are mixed up in a reshape"),
     (PROJECTION, _other_weights, "the weights differ: the largest difference in {path}/kernel is {largest:.1e}"),
+    (ROTATED, one_side(_unturned), "rotary positions: {side} does not turn it, in this layer or in all"),
     (ROTATED, one_side(_no_rotation), "what {side} does to it is no rotation of pairs"),
     (ROTATED, rotation("layout"), "rotary layout: ours turns {ours.layout} pairs, PyTorch {theirs.layout} pairs"),
     (ROTATED, rotation("width"), "rotary fraction: ours turns {ours.width} numbers of a head, PyTorch {theirs.width}"),

@@ -63,6 +63,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_ARCHITECTURE}
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_width, "mlp_dim": config.mlp_width}
     values |= {"window": max(window or 0 for window in config.windows), "window_pattern": config.windows}
+    values["rotary_pattern"] = tuple(kind.rotates for kind in config.layer_kinds)
     values["attention_scale"] = config.attention_scale or config.head_width**-0.5
     unused = {name for name in values if not is_used(config, name)}
     if config.positions != "rotary":

@@ -13,7 +13,13 @@ from flax_decoder.errors import FolderWarning, UserError
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.family import REQUIRED, Family, Setting
 from flax_decoder.huggingface.fields import NO_BEARING, ONLY, QUANTIZED, is_of_network
-from flax_decoder.huggingface.positions import read_rotary, read_windows, write_rotary, write_windows
+from flax_decoder.huggingface.positions import (
+    read_rotary,
+    read_rotary_layers,
+    read_windows,
+    write_rotary,
+    write_windows,
+)
 from flax_decoder.io.strict_json import shown
 
 
@@ -58,6 +64,9 @@ def read_settings(document: dict[str, Any], source: str, *, strict: bool = False
         values |= read_rotary(rest, family.rotary, values["context_length"], source)
     if family.windows is not None:
         values |= read_windows(rest, family.windows, values["num_layers"], source)
+    if family.rotary is not None:
+        windows = values.get("window"), values.get("window_pattern", (True,))
+        values |= read_rotary_layers(rest, family.rotary, *windows, values["num_layers"], source)
     if values.get("window") is None:
         values.pop("rotary_window_base", None)
     if family.scales_embedding:

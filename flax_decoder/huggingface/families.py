@@ -472,10 +472,37 @@ HELIUM = Family(
     fills_width=True,
 )
 
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    settings=(
+        *with_defaults(SIZES, max_position_embeddings=32_768),
+        size("num_key_value_heads", "num_kv_heads"),
+        replace(RMS_EPSILON, default=1e-6),
+        activation("hidden_act", GATED, "silu"),
+        ATTENTION_BIAS,
+        MLP_BIAS,
+    ),
+    tied=True,
+    rotary=Rotary(default_base=2_000_000.0, layers="listed"),
+    ignored=frozenset({"layer_types", "max_window_layers"}),  # they count only with use_sliding_window
+)
+
+EXAONE4 = Family(
+    "exaone4",
+    "Exaone4ForCausalLM",
+    constants={**LLAMA.constants, "qk_norm": "head", "norm_position": "output"},
+    settings=with_defaults(LLAMA_SETTINGS, num_key_value_heads=REQUIRED, rms_norm_eps=1e-5),
+    rules=OLMO2.rules,
+    rotary=Rotary(layers="windowed"),
+    windows=Windows("periodic", default=4096, period=4, writes_null=True),
+)
+
 _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
     *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
-    *(GLM, GLM4, ERNIE4_5, HELIUM),
+    *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 

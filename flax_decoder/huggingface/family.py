@@ -42,6 +42,8 @@ class Rotary:
         default_fraction: its default.
         types: values of `rope_type` that transformers supports for the family.
         window_base: name of the base in layers with a window; None if all layers share one.
+        layers: which layers rotate: "all"; those that are 1 in `no_rope_layers`, without it all but every
+            `no_rope_layer_interval`-th ("listed"); or, if any has a window, those ("windowed").
     """
 
     base: str = "rope_theta"
@@ -50,6 +52,7 @@ class Rotary:
     default_fraction: float = 1.0
     types: tuple[str, ...] = ("default", "linear", "llama3")
     window_base: str | None = None
+    layers: Literal["all", "listed", "windowed"] = "all"
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class Windows:
             "listed" are those that GPT-Neo's attention_types calls local, with a window of `window_size`.
         default: default of the window, in tokens.
         period: default of `sliding_window_pattern`.
+        writes_null: transformers takes null for a window that no layer has.
     """
 
     layers: Literal["all", "typed", "late", "periodic", "listed"]
     default: int | None = None
     period: int = 0
+    writes_null: bool = False
 
 
 @dataclass(frozen=True)

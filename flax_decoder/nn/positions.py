@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from flax_decoder.config import ModelConfig
+from flax_decoder.config import PLAIN_LAYER, LayerKind, ModelConfig
 from flax_decoder.nn.precision import accumulation_dtype
 
 
@@ -31,7 +31,7 @@ def sinusoidal(positions_BT: jax.Array, width: int, dtype: DTypeLike = jnp.float
     return waves.reshape(*positions_BT.shape, width)
 
 
-def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarray:
+def rotary_frequencies(config: ModelConfig, kind: LayerKind = PLAIN_LAYER) -> np.ndarray:
     """Angle per position, in radians, of each rotated pair of numbers (Su et al. 2021, equation 15).
 
         theta_i = base^(-2i / R),   R the rotated part of the head width
@@ -41,14 +41,16 @@ def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarr
 
     Args:
         config: the model.
-        in_window: for layers with a window, which may have another base (Gemma 3).
+        kind: of the layer: those with a window may have another base (Gemma 3), and some do not rotate (SmolLM 3).
 
     Returns:
         (R / 2,), float64.
     """
     rotated = int(config.head_width * config.rotary_fraction)
     exponents = -np.arange(0, rotated, 2, dtype=np.float64) / rotated
-    if in_window and config.rotary_window_base is not None:
+    if not kind.rotates:
+        return np.zeros_like(exponents)
+    if kind.window is not None and config.rotary_window_base is not None:
         return config.rotary_window_base**exponents
     frequencies: np.ndarray = config.rotary_base**exponents
     factor = config.rotary_scaling_factor
