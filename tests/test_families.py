@@ -203,7 +203,7 @@ SHAPES |= {
     ],
 }
 # What shows nothing new but another table runs with --full.
-NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo"}
+NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo", "mpt"}
 NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium", "smollm3", "exaone4"}
 # One shape per family, not the same number for all; with --full, all.
 a_case_each = pytest.mark.parametrize(
