@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test
     from flax_decoder.generation.generate import complete, generate, prefill
     from flax_decoder.generation.score import score
     from flax_decoder.generation.speculative import Draft, PromptLookup
+    from flax_decoder.huggingface.families import register_family
     from flax_decoder.lens.attribution import Attribution, attribute
     from flax_decoder.lens.capture import capture
     from flax_decoder.lens.head_scores import head_scores
@@ -41,6 +42,7 @@ _LAZY = {
     "generation.generate": ("complete", "generate", "prefill"),
     "generation.score": ("score",),
     "generation.speculative": ("Draft", "PromptLookup"),
+    "huggingface.families": ("register_family",),
     "lens.attribution": ("Attribution", "attribute"),
     "lens.capture": ("capture",),
     "lens.head_scores": ("head_scores",),
@@ -87,6 +89,7 @@ __all__ = [
     "plot_losses",
     "prefill",
     "read_history",
+    "register_family",
     "score",
     "train_step",
     "unstack_layers",

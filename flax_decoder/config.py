@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -69,6 +69,21 @@ def _as_tuple(value: Any) -> Any:
 NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
 
+class LayerKind(NamedTuple):
+    """What may differ from layer to layer.
+
+    Attributes:
+        window: how many positions a query sees, its own included; None is all up to its own.
+        rotates: queries and keys turn with their positions, where these are rotary.
+    """
+
+    window: int | None = None
+    rotates: bool = True
+
+
+PLAIN_LAYER = LayerKind()
+
+
 class _Shown:
     """Shows as the call that makes it, with what differs from the defaults."""
 
@@ -112,6 +127,10 @@ class ModelConfig(_Shown):
     """the base in layers that have a window, whose waves are then not stretched; left out, all layers are alike"""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """part of each head's width that is rotated"""
+    rotary_layout: Annotated[Literal["half", "interleaved"], _WITH_ROTARY] = "half"
+    """which numbers of the rotated part R turn as a pair: half: i and i + R/2; interleaved: 2 i and 2 i + 1"""
+    rotary_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1), _WITH_ROTARY] = (True,)
+    """which layers rotate, repeated over the stack: [true, true, true, false] leaves every fourth without positions"""
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
     """how rotary wavelengths are stretched to reach beyond the length of the first training"""
     rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15), _WITH_ROTARY_SCALING] = 8.0
@@ -213,6 +232,12 @@ class ModelConfig(_Shown):
         pattern = self.window_pattern
         return tuple(self.window if pattern[i % len(pattern)] else None for i in range(self.num_layers))
 
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What is particular to each layer."""
+        pattern = self.rotary_pattern
+        return tuple(LayerKind(window, pattern[i % len(pattern)]) for i, window in enumerate(self.windows))
+
     def attention_obstacle(self, name: str) -> str | None:
         """Why an implementation of attention cannot compute this model without dropout; None if it can."""
         if name not in ("cudnn", "splash"):
@@ -251,7 +276,8 @@ class ModelConfig(_Shown):
             f"{self.rotary_fraction} gives {rotated}, not an even number",
         )
         refuse_if(
-            not rotary and (self.rotary_scaling != "none" or self.rotary_fraction != 1.0),
+            not rotary
+            and (self.rotary_scaling != "none" or self.rotary_fraction != 1.0 or self.rotary_pattern != (True,)),
             f'rotary settings need positions = "rotary", not "{self.positions}"',
         )
         refuse_if(

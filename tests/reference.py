@@ -73,16 +73,16 @@ def llama3_frequency(frequency, config):
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-def rotary_pair(i, rotated):
-    """The two numbers that frequency i turns: one from each half of the rotated part (GPT-NeoX, Llama)."""
-    return i, i + rotated // 2
+def rotary_pair(i, rotated, layout):
+    """The two numbers that frequency i turns: one from each half (Llama), or neighbours (Su et al. 2021)."""
+    return (2 * i, 2 * i + 1) if layout == "interleaved" else (i, i + rotated // 2)
 
 
-def rotate(x_H, position, frequencies):
+def rotate(x_H, position, frequencies, layout="half"):
     """Turns each pair as a point in the plane; what is beyond the rotated part stays."""
     turned_H = np.array(x_H)
     for i, frequency in enumerate(frequencies):
-        a, b = rotary_pair(i, 2 * len(frequencies))
+        a, b = rotary_pair(i, 2 * len(frequencies), layout)
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
         turned_H[a] = x_H[a] * cos - x_H[b] * sin
         turned_H[b] = x_H[a] * sin + x_H[b] * cos
@@ -195,7 +195,7 @@ def feed_forward(x_D, params, config):
     return linear(hidden_F, params["down"])
 
 
-def self_attention(x_TD, params, config, window):
+def self_attention(x_TD, params, config, window, rotates=True):
     """Queries, keys and values of one sequence, what the heads make of them, and the way back to the width D."""
     q_TNH = np.array([linear(x_D, params["query"]) for x_D in x_TD])
     k_TKH = np.array([linear(x_D, params["key"]) for x_D in x_TD])
@@ -208,21 +208,22 @@ def self_attention(x_TD, params, config, window):
         for t, head in np.ndindex(array.shape[:2]):
             if config.qk_norm == "head":
                 array[t, head] = rms_norm(array[t, head], params[name]["scale"], config.norm_epsilon)
-            if config.positions == "rotary":
-                array[t, head] = rotate(array[t, head], t, rotary_frequencies(array.shape[2], config, window))
+            if config.positions == "rotary" and rotates:
+                frequencies = rotary_frequencies(array.shape[2], config, window)
+                array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
     slopes_N = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
     heads_TNH = attention(q_TNH, k_TKH, v_TKH, window, slopes_N, config.attention_soft_cap, config.attention_scale)
     return np.array([linear(heads_NH, params["out"]) for heads_NH in heads_TNH])
 
 
-def block(x_TD, params, config, window):
+def block(x_TD, params, config, window, rotates=True):
     """One layer; the four places for norms as the config describes them, and PaLM's parallel form."""
 
     def normed(x_TD, name):
         return np.array([norm(x_D, params[name], config) for x_D in x_TD])
 
     def attend(x_TD):
-        return self_attention(x_TD, params["attention"], config, window)
+        return self_attention(x_TD, params["attention"], config, window, rotates)
 
     def feed(x_TD):
         return np.array([feed_forward(x_D, params["feed_forward"], config) for x_D in x_TD])
@@ -253,7 +254,8 @@ def decode_row(params, tokens_T, config):
     for layer in range(config.num_layers):
         has_window = config.window_pattern[layer % len(config.window_pattern)]
         own = map_leaves(lambda stacked, layer=layer: stacked[layer], params["layers"])
-        x_TD = block(x_TD, own, config, config.window if has_window else None)
+        rotates = config.rotary_pattern[layer % len(config.rotary_pattern)]
+        x_TD = block(x_TD, own, config, config.window if has_window else None, rotates)
     if config.final_norm:
         x_TD = np.array([norm(x_D, params["final_norm"], config) for x_D in x_TD])
     head_DV = params["embedding"].T if config.tied_head else params["head"]

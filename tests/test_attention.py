@@ -156,7 +156,7 @@ FAULTS = {
     "window one too short": ("sees", lambda t, s, window: reference_sees(t, s, window - 1)),
     "softmax over queries": ("softmax", softmax_over_queries),
     "heads grouped as n % K": ("kv_head_of", lambda n, num_heads, num_kv_heads: n % num_kv_heads),
-    "rotary pairs interleaved": ("rotary_pair", lambda i, rotated: (2 * i, 2 * i + 1)),
+    "rotary pairs interleaved": ("rotary_pair", lambda i, rotated, layout: (2 * i, 2 * i + 1)),
 }
 
 

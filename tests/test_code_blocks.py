@@ -19,6 +19,7 @@ import jax
 import pytest
 
 from flax_decoder import cli
+from flax_decoder.huggingface.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -115,7 +116,7 @@ def default_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtur
 RUNNING = [page for page in PAGES if any(block.language in ("python", "bash") for block in blocks_of(page))]
 
 
-@pytest.mark.short("README.md", "many_processes.md", "plan.md", "reliability.md")
+@pytest.mark.short("README.md", "add_a_family.md", "many_processes.md", "plan.md", "reliability.md")
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
 def test_a_page_runs(
     page: Path,
@@ -133,6 +134,9 @@ def test_a_page_runs(
     (tmp_path / "my_text.txt").write_text("The text of the function.\n" * 20)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page.stem}
+    # What a page registers is there for that page only.
+    known = set(FAMILIES)
+    request.addfinalizer(lambda: [FAMILIES.pop(name) for name in FAMILIES.keys() - known])
     for block in blocks_of(page):
         if block.language == "bash":
             for command in commands_of(block.text):

@@ -72,6 +72,8 @@ CHOICES = {
         "head_bias": True,
         "positions": "rotary",
         "rotary_fraction": 0.4,
+        "rotary_layout": "interleaved",
+        "rotary_pattern": (True, False),
         "parallel_residual": True,
         "norm_bias": True,
         "attention_in_bias": True,
@@ -147,11 +149,12 @@ def random_choices(rng):
             "logit_soft_cap": rng.choice([None, 1.9]),
             "embed_scale": rng.choice([1.0, 2.3]),
             "rotary_fraction": rng.choice([1.0, 0.4]),
+            "rotary_pattern": rng.choice([(True,), (True, False)]),
             "rotary_original_context": 29,
         }
         settings["window_pattern"] = rng.choice([(True,), (False, True)]) if settings["window"] else (True,)
         if settings["positions"] != "rotary":
-            settings |= {"rotary_scaling": "none", "rotary_fraction": 1.0}
+            settings |= {"rotary_scaling": "none", "rotary_fraction": 1.0, "rotary_pattern": (True,)}
         try:
             ModelConfig(**SIZES | settings)
         except ValueError:

@@ -205,6 +205,12 @@ GEMMA = {"feed_forward": "geglu_tanh", "embed_scale": 20**0.5}
         ("gemma", GEMMA),
         ("gemma2", {**GEMMA, "norm_position": "both", "logit_soft_cap": 2.0}),
         ("gemma3_text", {**GEMMA, "norm_position": "both", "qk_norm": "head", "window": 3, "rotary_window_base": 90.0}),
+        ("vaultgemma", {**GEMMA, "logit_soft_cap": 2.0}),
+        ("arcee", {"feed_forward": "relu_squared"}),
+        ("nemotron", {"feed_forward": "relu_squared", "norm": "layernorm", "rotary_fraction": 0.4}),
+        ("gpt_neo", {**PLAIN, "positions": "learned", "attention_scale": 1.0, "window": 3}),
+        ("gpt_bigcode", {**PLAIN, "positions": "learned", "num_kv_heads": 1}),
+        ("mpt", {**PLAIN, "positions": "alibi", "mlp_dim": 80, "attention_scale": 0.3}),
     ],
 )
 def test_the_nearest_family_is_chosen(model_type, settings):
@@ -641,3 +647,27 @@ def test_a_folder_without_weights_is_refused(folder, capsys):
     (folder / "config.json").unlink()
     message = refusal_of(capsys, folder)
     assert "no config.toml" in message and "no config.json" in message
+
+
+# --- Families from outside ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "model type 'llama' is there already"),
+        ({"model_type": "x", "constants": {"colour": 1}}, "x sets colour, which is no field of ModelConfig"),
+        ({"model_type": "x", "settings": ()}, "x has no setting of vocab_size"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(changes, reason):
+    with pytest.raises(fd.UserError, match=reason):
+        fd.register_family(dataclasses.replace(FAMILIES["llama"], **changes))
+    assert "x" not in FAMILIES
+
+
+def test_a_parameter_without_a_tensor_is_refused(tmp_path):
+    family = dataclasses.replace(FAMILIES["llama"], rules=FAMILIES["llama"].rules[:-2])
+    params = weights.flatten(abstract_params(Decoder(LLAMA)))
+    with pytest.raises(fd.UserError, match="llama: its table has no rule for layers/feed_forward/down/kernel"):
+        weights.complete_specs(family, {path: leaf.shape for path, leaf in params.items()})

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 # ruff: noqa: E402
 import reference
-from test_families import SIZES, V, a_case_each, loaded, saved, torch_model
+from test_families import OFFSET_NORMS, SIZES, V, a_case_each, loaded, saved, torch_model
 
 import flax_decoder as fd
 from flax_decoder import cli
@@ -32,6 +32,7 @@ from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.weights import flatten
 from flax_decoder.nn import attention, linear
 from flax_decoder.nn.mask import MaskSpec
+from flax_decoder.nn.positions import rotate
 from flax_decoder.training import step
 from flax_decoder.training.checkpoint import save_params
 from flax_decoder.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer
@@ -110,7 +111,7 @@ def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type
                 row = comparison.compare_float32(dataclasses.replace(observation, tensors=tensors))
                 worst[exact, kind] = max(worst.get((exact, kind), 0.0), row.relative)
         if exact:
-            rms = {"gpt2", "gpt_neox", "starcoder2"}.isdisjoint({model_type})
+            rms = model.config.norm == "rmsnorm"
             assert any("RMSNorm" in name for name in theirs.casts) == rms
     assert worst[False, "logits"] <= 2e-5 and worst[False, "gradient"] <= 1e-4
     assert worst[False, "loss"] <= 1e-5 and worst[False, "params"] <= 1e-4
@@ -130,6 +131,14 @@ def test_a_gradient_that_is_truly_zero_is_no_difference():
     assert "the true gradient is zero" in str(result)
 
 
+# How families with names of their own call width, layers and heads.
+OTHER_NAMES = {
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("n_embd", "n_layer", "n_head")),
+    "gpt_neo": ("hidden_size", "num_layers", "num_heads"),
+    "mpt": ("d_model", "n_layers", "n_heads"),
+}
+
+
 def random_case(seed):
     """A model of any family, of random sizes and settings."""
     rng = np.random.default_rng(seed)
@@ -147,14 +156,19 @@ def random_case(seed):
         "vocab_size": int(rng.integers(11, 200)),
         "tie_word_embeddings": bool(rng.integers(2)),
     }
-    if model_type == "gpt2":
-        sizes |= {"n_embd": sizes["hidden_size"], "n_layer": sizes["num_hidden_layers"], "n_head": heads}
-        sizes = {"vocab_size": sizes["vocab_size"]} | {n: sizes[n] for n in ("n_embd", "n_layer", "n_head")}
+    if model_type in OTHER_NAMES:
+        common = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        named = {name: sizes[other] for name, other in zip(OTHER_NAMES[model_type], common, strict=True)}
+        sizes = {"vocab_size": sizes["vocab_size"]} | named
+    if model_type == "gpt_neo":
+        sizes |= {"attention_types": [[["local"], sizes["num_layers"]]], "window_size": int(rng.integers(2, 12))}
     if model_type == "gpt_neox":
         sizes = {n: v for n, v in sizes.items() if n not in ("num_key_value_heads", "head_dim")} | {"rotary_pct": 0.5}
-    if model_type in ("gemma2", "gemma3_text", "mistral", "phi3", "starcoder2"):
+    if model_type in ("nemotron", "stablelm", "glm", "glm4"):
+        sizes |= {"partial_rotary_factor": 1.0}
+    if model_type in ("gemma2", "gemma3_text", "vaultgemma", "mistral", "ministral", "phi3", "starcoder2"):
         sizes |= {"sliding_window": int(rng.integers(2, 12))}
-    if model_type in ("gemma2", "gemma3_text"):
+    if model_type in ("gemma2", "gemma3_text", "vaultgemma", "ministral"):
         kinds = ("sliding_attention", "full_attention")
         sizes |= {"layer_types": [kinds[int(rng.integers(2))] for _ in range(sizes["num_hidden_layers"])]}
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -162,13 +176,13 @@ def random_case(seed):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         size = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-        mean = 1.0 if parameter.ndim == 1 and "gemma" not in model_type else 0.0
+        mean = 1.0 if parameter.ndim == 1 and model_type not in OFFSET_NORMS else 0.0
         parameter.data = torch.tensor(mean + size * rng.standard_normal(parameter.shape), dtype=torch.float32)
     model.tie_weights()
     return model
 
 
-@pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(30) if seed != 3)])
+@pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(60) if seed != 3)])
 def test_no_false_alarms(seed, tmp_path):
     random_case(seed).save_pretrained(tmp_path)
     result = fd.compare(tmp_path, steps=2, length=11 + seed % 5 * 2, seed=seed)
@@ -238,6 +252,16 @@ FORWARD = {
     "scale of Gemma's norm": ("gemma-0", edited(SCALE, lambda s: s - 1), "attention_norm", "is 1 + weight on one side"),
     "rotary base": ("llama-0", {"rotary_base": 5e5}, Q_ROTATED, "rotary base: ours 500,000, PyTorch's 10,000"),
     "rotary fraction": ("gpt_neox-0", {"rotary_fraction": 0.67}, Q_ROTATED, "turns 4 numbers of a head, PyTorch 2"),
+    "rotary pairs of halves": (
+        "glm-0",
+        {"rotary_layout": "half"},
+        Q_ROTATED,
+        "half-by-half pairs, PyTorch interleaved",
+    ),
+    "a layer that does not rotate": (
+        *("smollm3-1", {"rotary_pattern": (True,)}),
+        *(Q_ROTATED, "rotary positions: PyTorch does not turn it"),
+    ),
     "linear scaling": ("llama-2", {"rotary_scaling": "none"}, Q_ROTATED, "positions count 3 times as much in ours"),
     "llama3 scaling": ("llama-1", {"rotary_scaling": "none"}, Q_ROTATED, "some wavelengths are stretched on one side"),
     "rotary layout of weights": ("llama-0", edited(QUERY, reordered), Q, "are reordered, from adjacent pairs to pairs"),
@@ -276,6 +300,9 @@ FORWARD = {
         *("embeddings", "the vectors of positions differ"),
     ),
     "embedding of a token": ("llama-0", edited("embedding", edited_token), "embeddings", f"that of token {SOME_TOKEN}"),
+    "no ALiBi": ("mpt-0", {"positions": "none"}, "attention.weights", "ALiBi: the weights of PyTorch fall faster"),
+    "own attention scaled": ("gpt_neo-0", {"attention_scale": None}, SCORES, "root of the head width"),
+    "norm of nemotron": ("nemotron-0", edited(SCALE, lambda s: s - 1), "attention_norm", "is 1 + weight on one side"),
     "bfloat16": ("llama-0", {"dtype": "bfloat16"}, "embeddings", "reduced matmul precision"),
 }
 
@@ -303,11 +330,9 @@ def check(result, row, cause):
     assert first in result.conclusion and result.cause in result.conclusion
 
 
-def interleaved_rotate(x_BTNH, positions_BT, frequencies):
+def interleaved_rotate(x_BTNH, positions_BT, frequencies, layout):
     """`positions.rotate` for pairs of neighbours."""
-    angles = positions_BT[:, :, None, None] * jnp.asarray(frequencies, x_BTNH.dtype)
-    turned = (x_BTNH[..., ::2] + 1j * x_BTNH[..., 1::2]) * jnp.exp(1j * angles)
-    return jnp.stack([turned.real, turned.imag], axis=-1).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+    return rotate(x_BTNH, positions_BT, frequencies, "interleaved")
 
 
 def tiled_attention(q_BTNH, k_BSKH, v_BSKH, *arguments, **settings):

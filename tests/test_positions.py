@@ -32,6 +32,7 @@ ROTARY_KINDS = {
     "linear": {"rotary_scaling": "linear", "rotary_scaling_factor": 3.0},
     "llama3": LLAMA3,
     "llama3 partial": LLAMA3 | {"rotary_fraction": 0.6},
+    "interleaved": {"rotary_layout": "interleaved", "rotary_fraction": 0.6},
 }
 
 
@@ -48,9 +49,10 @@ def test_rotary(kind):
     expected = reference.rotary_frequencies(H, config)
     np.testing.assert_allclose(frequencies, expected, rtol=1e-6)  # float64, rounded once
 
-    turned_BTNH = rotate(jnp.asarray(X_BTNH), jnp.asarray(POSITIONS_BT), frequencies)
+    layout = config.rotary_layout
+    turned_BTNH = rotate(jnp.asarray(X_BTNH), jnp.asarray(POSITIONS_BT), frequencies, layout)
     for b, t, n in np.ndindex(B, T, N):
-        expected_H = reference.rotate(X_BTNH[b, t, n], POSITIONS_BT[b, t], expected)
+        expected_H = reference.rotate(X_BTNH[b, t, n], POSITIONS_BT[b, t], expected, layout)
         np.testing.assert_allclose(turned_BTNH[b, t, n], expected_H, atol=TOLERANCE)
 
 

@@ -19,6 +19,8 @@ from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.fields import NO_BEARING, ONLY, is_of_network
 
 V, CONTEXT = 59, 48
+# The scale of their norms is 1 + weight.
+OFFSET_NORMS = {"gemma", "gemma2", "gemma3_text", "vaultgemma", "nemotron"}
 LAYERS = 3
 
 # --- What was written around the model, by the tools and versions of their time ---
@@ -88,6 +90,11 @@ WHOLE = V3 | {
 }
 UNSLOTH = {"unsloth_version": "2024.9", "unsloth_fixed": True, "pad_token_id": 3}
 
+
+def without(document, *names):
+    return {name: value for name, value in document.items() if name not in names}
+
+
 # --- The families, with the names that their first release had ---
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": CONTEXT, "n_ctx": CONTEXT}
@@ -133,8 +140,44 @@ GEMMA3 |= {"rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 10
 del GEMMA3["hidden_act"]
 
 
-def without(document, *names):
-    return {name: value for name, value in document.items() if name not in names}
+VAULTGEMMA = without(GEMMA2, "hidden_act", "sliding_window_size") | {"model_type": "vaultgemma"}
+ARCEE = LLAMA2 | {"model_type": "arcee", "hidden_act": "relu2", "attention_bias": False, "attention_dropout": 0.0}
+ARCEE |= {"mlp_bias": False, "rope_theta": 10000.0}
+SEED_OSS = LLAMA2 | {"model_type": "seed_oss", "attention_bias": True, "attention_out_bias": False, "head_dim": 6}
+SEED_OSS |= {"attention_dropout": 0.1, "mlp_bias": False, "residual_dropout": 0.1, "rope_theta": 10000000.0}
+SEED_OSS |= {"rope_scaling": {"rope_type": "default"}}
+MINISTRAL = MISTRAL | {"model_type": "ministral", "head_dim": 8, "layer_types": ["sliding_attention"] * LAYERS}
+NEMOTRON = SIZES | {"model_type": "nemotron", "hidden_act": "relu2", "norm_eps": 1e-5, "num_key_value_heads": 2}
+NEMOTRON |= {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "partial_rotary_factor": 0.5}
+NEMOTRON |= {"rope_theta": 10000, "tie_word_embeddings": False, "head_dim": 8}
+STABLELM = SIZES | {"model_type": "stablelm", "hidden_act": "silu", "layer_norm_eps": 1e-5, "num_key_value_heads": 4}
+STABLELM |= {"partial_rotary_factor": 0.25, "rope_theta": 10000, "tie_word_embeddings": False, "use_qkv_bias": False}
+BIGCODE = GPT2 | {"model_type": "gpt_bigcode", "activation_function": "gelu_pytorch_tanh", "multi_query": True}
+BIGCODE |= {"attention_softmax_in_fp32": True, "inference_runner": 0, "max_batch_size": None, "pad_key_length": True}
+BIGCODE |= {"pre_allocate_kv_cache": False, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}
+BIGCODE |= {"validate_runner_input": True, "max_sequence_length": None, "n_inner": 40}
+GPT_NEO = {"model_type": "gpt_neo", "hidden_size": 32, "num_layers": LAYERS, "num_heads": 4, "vocab_size": V}
+GPT_NEO |= {"max_position_embeddings": CONTEXT, "window_size": 7, "activation_function": "gelu_new"}
+GPT_NEO |= {"attention_types": [[["global", "local", "global"], 1]], "attention_dropout": 0, "embed_dropout": 0}
+GPT_NEO |= {"attention_layers": ["global", "local", "global"], "intermediate_size": None, "resid_dropout": 0}
+GPT_NEO |= {"layer_norm_epsilon": 1e-5, "summary_type": "cls_index", "gradient_checkpointing": False}
+GLM = LLAMA2 | {"model_type": "glm", "head_dim": 8, "attention_bias": True, "partial_rotary_factor": 0.5}
+GLM |= {"rms_norm_eps": 1.5625e-07, "rope_theta": 10000.0}
+ERNIE = LLAMA2 | {"model_type": "ernie4_5", "head_dim": 8, "use_bias": False, "rope_theta": 500000}
+HELIUM = LLAMA2 | {"model_type": "helium", "head_dim": 8, "attention_bias": False, "mlp_bias": False}
+HELIUM |= {"rms_norm_eps": 1e-8, "rope_theta": 100000.0}
+SMOLLM3 = LLAMA31 | {"model_type": "smollm3", "no_rope_layer_interval": 3, "no_rope_layers": [1, 1, 0]}
+SMOLLM3 |= {"layer_types": ["full_attention"] * LAYERS, "max_window_layers": 28, "sliding_window": None}
+SMOLLM3 |= {"use_sliding_window": False, "rope_theta": 5000000.0, "tie_word_embeddings": True}
+EXAONE4 = LLAMA2 | {"model_type": "exaone4", "rope_theta": 1000000, "sliding_window": 7, "attention_dropout": 0.0}
+EXAONE4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+MPT_ATTENTION = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "prefix_lm": False}
+MPT_ATTENTION |= {"attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None, "qk_ln": False}
+MPT_ATTENTION |= {"softmax_scale": None}
+MPT = {"model_type": "mpt", "d_model": 32, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": CONTEXT, "vocab_size": V}
+MPT |= {"attn_config": MPT_ATTENTION, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4}
+MPT |= {"init_device": "cpu", "learned_pos_emb": True, "logit_scale": None, "no_bias": True, "resid_pdrop": 0}
+MPT |= {"norm_type": "low_precision_layernorm", "verbose": 0, "init_config": {"name": "kaiming_normal_"}}
 
 
 def new_rope(document, **more):
@@ -240,6 +283,38 @@ OPENS = {
     "gemma3 saved by 5": without(GEMMA3, "rope_theta", "rope_local_base_freq", "rope_scaling")
     | V5
     | {"rope_parameters": GEMMA3_NEW, "layer_types": LAYER_TYPES, "use_bidirectional_attention": False},
+    "vaultgemma": VAULTGEMMA | V4,
+    "vaultgemma saved by 5": new_rope(VAULTGEMMA) | {"layer_types": LAYER_TYPES},
+    "afm without yarn": ARCEE | V4,
+    "arcee saved by 5": new_rope(ARCEE),
+    "seed-oss": SEED_OSS | V4,
+    "seed-oss saved by 5": new_rope(SEED_OSS),
+    "ministral": MINISTRAL | V4,
+    "ministral saved by 5": new_rope(MINISTRAL) | {"layer_types": LAYER_TYPES},
+    "minitron of nemotron": NEMOTRON | V4,
+    "nemotron saved by 5": new_rope(NEMOTRON, partial_rotary_factor=0.5),
+    "stablelm-3b": STABLELM | V4,
+    "stablelm-2": STABLELM | V4 | {"use_qkv_bias": True, "qk_layernorm": False, "use_parallel_residual": False},
+    "starcoder": BIGCODE | V4 | {"activation_function": "gelu"},
+    "santacoder": without(BIGCODE, "n_inner") | V4 | {"n_inner": None},
+    "gpt_bigcode with many heads": BIGCODE | V4 | {"multi_query": False},
+    "gpt_bigcode saved by 5": without(BIGCODE, "n_ctx") | V5 | {"num_key_value_heads": 1},
+    "gpt-neo": GPT_NEO | V3,
+    "gpt-neo saved by 5": without(GPT_NEO, "attention_layers") | V5,
+    "mpt": MPT | V4,
+    "mpt saved by 5": MPT | V5 | {"attn_config": MPT_ATTENTION | {"dtype": None, "model_type": "", "id2label": {}}},
+    "glm-4-9b": GLM | V4,
+    "glm saved by 5": new_rope(GLM, partial_rotary_factor=0.5),
+    "glm-4-0414": GLM | V4 | {"model_type": "glm4"},
+    "ernie-4.5": ERNIE | V4 | {"tie_word_embeddings": True},
+    "smollm3": SMOLLM3 | V4,
+    "smollm3 saved by 5": new_rope(without(SMOLLM3, "no_rope_layers")),
+    "exaone-4-32b": EXAONE4 | V4 | {"sliding_window_pattern": "LLG"},
+    "exaone-4-1.2b": EXAONE4
+    | V4
+    | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * LAYERS},
+    "helium-1": HELIUM | V4,
+    "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
 WARNED = {"dolly": "custom_pipelines"}
@@ -262,6 +337,24 @@ REFUSED = {
     "gpt2 with pruned heads": (GPT2 | {"pruned_heads": {"0": [1]}}, "pruned_heads"),
     "gpt2 with two widths": (GPT2 | {"hidden_size": 33}, "n_embd = 32, but hidden_size = 33"),
     "neox with two bases": (NEOX | NEOX_457 | {"rope_theta": 500}, "rotary_emb_base = 10000, but rope_theta = 500"),
+    "mpt-30b storywriter": (MPT | {"attn_config": {"clip_qkv": 6}}, "attn_config.clip_qkv = 6"),
+    "mpt without alibi": (MPT | {"attn_config": {"alibi": False}}, "attn_config.alibi = False"),
+    "mpt with a switch that nobody knows": (MPT | {"attn_config": {"rope": True}}, "attn_config.rope = True"),
+    "mpt with a word for an object": (MPT | {"attn_config": "x"}, "attn_config = 'x' must be an object"),
+    "stablelm-2-12b": (STABLELM | {"qk_layernorm": True}, "qk_layernorm = True"),
+    "gpt-neo of other layers": (
+        GPT_NEO | {"attention_types": [[["global"], 2]]},
+        "give a type to each of 3 layers",
+    ),
+    "gpt-neo of other kinds": (GPT_NEO | {"attention_types": [[["far"], 3]]}, "must be as in"),
+    "gpt-neo that says two things": (GPT_NEO | {"attention_types": [[["local"], 3]]}, "attention_types says otherwise"),
+    "gpt_bigcode with a number": (BIGCODE | {"multi_query": 1}, "multi_query = 1 must be true or false"),
+    "smollm3 with windows": (SMOLLM3 | {"use_sliding_window": True}, "use_sliding_window = True"),
+    "smollm3 of other layers": (
+        SMOLLM3 | {"no_rope_layers": [1, 0]},
+        "a list of 0 and 1, one for each of the 3",
+    ),
+    "smollm3 without a period": (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0"),
     "embedding gemma": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
 }
 
@@ -332,7 +425,7 @@ def torch_model(document):
         if parameter.ndim == 2:
             value = 0.7 * noise * parameter.shape[0 if config.model_type == "gpt2" else 1] ** -0.5
         else:
-            value = 0.1 * noise + (not name.endswith("bias") and "gemma" not in config.model_type)
+            value = 0.1 * noise + (not name.endswith("bias") and config.model_type not in OFFSET_NORMS)
         parameter.data = torch.tensor(value, dtype=torch.float32)
     model.tie_weights()
     return model
@@ -366,9 +459,13 @@ def test_published_settings_give_the_logits_of_transformers(name, tmp_path):
 
 BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2)}
 BARE["gemma3_text"] = GEMMA3
+NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
+NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
+BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}
 OTHERS |= {"layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
+OTHERS |= {"no_rope_layers", "no_rope_layer_interval", "attention_types", "attention_layers", "window_size"}
 
 
 @pytest.mark.full
@@ -381,7 +478,7 @@ def test_all_that_transformers_knows_is_in_the_tables(model_type):
     known = set(config.to_dict()) | set(type(config).attribute_map)
     known |= set(transformers.GenerationConfig._get_default_generation_params())
     known |= {name for name, kind in base.__annotations__.items() if not str(kind).startswith("ClassVar")}
-    sorted_out = NO_BEARING | ONLY.keys() | family.ignored | family.names_read | OTHERS
+    sorted_out = NO_BEARING | ONLY.keys() | family.ignored | family.names_read | OTHERS | {*family.tables}
     assert known - sorted_out == set()
 
 
@@ -397,6 +494,8 @@ def changed(name, value):
         return "eager"
     if name.endswith("_token_id"):
         return 3
+    if name == "layer_types":
+        return ["full_attention"] * LAYERS
     if name == "cache_implementation":
         return "static"
     if name == "architectures":
@@ -454,7 +553,9 @@ def test_a_field_with_bearing_would_be_seen():
 @pytest.mark.filterwarnings("ignore")
 def test_defaults_are_those_of_transformers(model_type):
     """Of each setting that a file may leave out."""
-    document = BARE[model_type] | {"max_position_embeddings": CONTEXT}
+    document = BARE[model_type]
+    if "max_position_embeddings" in FAMILIES[model_type].names_read:
+        document = document | {"max_position_embeddings": CONTEXT}
     for setting in FAMILIES[model_type].all_settings:
         absent = without(document, setting.name)
         try:
@@ -463,8 +564,8 @@ def test_defaults_are_those_of_transformers(model_type):
             assert "is missing, but required" in str(error)
             continue
         _, transformers = torch_and_transformers()
-        if setting.name == "num_key_value_heads" and model_type in ("qwen2", "qwen3", "phi3"):
-            continue  # 32 there, whatever the number of heads; the shapes of the weights say
+        if setting.name == "num_key_value_heads" and model_type in ("qwen2", "qwen3", "phi3", "ernie4_5"):
+            continue  # some number there, whatever the number of heads; the shapes of the weights say
         fields = without(absent, "model_type")
         value = getattr(
             transformers.AutoConfig.for_model(model_type, **json.loads(json.dumps(fields))), setting.name, None

@@ -30,6 +30,7 @@ VALUES = {
     "rotary_base": (10_000.0, 501.0),
     "rotary_window_base": (None, 97.0),
     "rotary_fraction": (1.0, 0.5),
+    "rotary_pattern": ((True,), (True, False)),
     "rotary_scaling_factor": (8.0, 3.0),
     "rotary_low_frequency_factor": (1.0, 1.5),
     "rotary_high_frequency_factor": (4.0, 6.0),

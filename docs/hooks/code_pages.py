@@ -22,7 +22,7 @@ PACKAGES = (
 API = {
     "Settings": ("load_config", "Config", "ModelConfig"),
     "Train": ("Decoder", "init_state", "train_step", "eval_step", "TrainState", "plot_losses"),
-    "Load": ("load", "unstack_layers"),
+    "Load": ("load", "register_family", "unstack_layers"),
     "Generate and score": (
         "generate",
         "complete",

@@ -9,8 +9,10 @@ from flax_decoder.huggingface.fields import NO_BEARING, ONLY, QUANTIZED
 WINDOWS = {
     None: "none",
     "all": "in all layers",
+    "typed": "in all layers, or `layer_types`",
     "late": "in the layers from `max_window_layers` on, or `layer_types`",
     "periodic": "in all but every n-th layer, or `layer_types`",
+    "listed": "in those that `attention_types` calls local",
 }
 
 
@@ -44,11 +46,11 @@ def what_opens_page() -> str:
 
 def _row(family: Family) -> str:
     """The family in the table."""
-    (activation,) = (setting for setting in family.settings if setting.fields == ("feed_forward",))
+    activations = [setting.values for setting in family.settings if setting.fields == ("feed_forward",)] or [("gelu",)]
     required = [setting.name for setting in family.settings if setting.default is REQUIRED]
-    kinds = "learned positions" if family.rotary is None else _names(family.rotary.types)
+    kinds = _names(family.rotary.types) if family.rotary else f"{family.constants['positions']} positions"
     windows = WINDOWS[family.windows and family.windows.layers]
-    cells = [f"`{family.model_type}`", _names(activation.values or ()), kinds, windows, _names(required)]
+    cells = [f"`{family.model_type}`", _names(activations[0] or ()), kinds, windows, _names(required)]
     return f"| {' | '.join(cells)} |"
 
 

@@ -273,6 +273,10 @@ def _angles(before: Array, after: Array) -> tuple[Array, float] | None:
     return per_step_R, round(start, 6) + 0  # + 0 turns -0.0 into 0.0
 
 
+def _unturned(row: Mismatch, own: Array, other: Array) -> bool:
+    return same(own, row.input(row.kind.removesuffix("_rotated")))
+
+
 def _no_rotation(row: Mismatch, own: Array, other: Array) -> bool:
     return read_rotation(row, own) is None
 
@@ -349,6 +353,15 @@ def _grouping(row: Mismatch, own: Array) -> str | None:
 
 def _not_normalised(row: Mismatch, own: Array, other: Array) -> bool:
     return not same(own.sum(-1), np.ones(own.shape[:-1]))
+
+
+def _slopes(row: Mismatch) -> Found:
+    """Whether the weights of one side fall faster with distance, by the same factor per position for a whole head."""
+    if min(row.ours[:, :, -1].min(), row.theirs[:, :, -1].min()) <= 0:
+        return False
+    steps_BNS = np.diff(np.log(row.ours[:, :, -1]) - np.log(row.theirs[:, :, -1]))
+    equal = np.allclose(steps_BNS, steps_BNS[:1, :, :1], rtol=0, atol=1e-3 * np.abs(steps_BNS).max())
+    return equal and {"side": "ours" if steps_BNS[0, 0, 0] > 0 else "PyTorch"}
 
 
 # --- Feed-forward, residual and head ---
@@ -430,6 +443,7 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (PROJECTION, _constant, "the bias differs"),
     (PROJECTION, _mixed_heads, "heads and head width are mixed up in a reshape"),
     (PROJECTION, _other_weights, OTHER),
+    (ROTATED, one_side(_unturned), "rotary positions: {side} does not turn it, in this layer or in all"),
     (ROTATED, one_side(_no_rotation), "what {side} does to it is no rotation of pairs"),
     (ROTATED, rotation("layout"), "rotary layout: ours turns {ours.layout} pairs, PyTorch {theirs.layout} pairs"),
     (ROTATED, rotation("width"), "rotary fraction: ours turns {ours.width} numbers of a head, PyTorch {theirs.width}"),
@@ -446,6 +460,7 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (SCORES, unlike(_grouping), GROUPED),
     (SCORES, _cap, "a soft cap of {cap:.4g} squashes the scores of {side} only"),
     (r"attention\.weights", one_side(_not_normalised), "the softmax: weights of {side} do not add up to 1 over keys"),
+    (r"attention\.weights", _slopes, "ALiBi: the weights of {side} fall faster with distance, or only these do"),
     (r"attention\.heads", unlike(_grouping), GROUPED),
     (r"attention\.heads", one_side(_reads_values), "keys and values are swapped behind their projections in {side}"),
     (r"attention\.heads", one_side(_heads_mixed), "{side} reshapes the heads without transposing them before"),

@@ -95,7 +95,8 @@ def observe(ours: JaxSide, theirs: PyTorchSide, batches: Sequence[Batch], steps:
     # A cause is looked for in what goes into a tensor: where PyTorch's is not recorded, in ours.
     evidence = Evidence(ours, theirs, our_forward, our_forward | their_forward, batches[0], frozenset(their_forward))
     for name, floor in forward_rows(our_forward, ours.config):
-        if name in their_forward or not theirs.may_hide:
+        is_hidden = theirs.may_hide and name not in their_forward
+        if not is_hidden and name.rpartition(".")[2] not in theirs.unseen:
             # A tensor that PyTorch does not have differs infinitely.
             yield Observation(name, [("", our_forward[name], their_forward.get(name, np.nan))], floor, evidence)
     largest_gradient = yield from _gradients(evidence)

@@ -13,10 +13,9 @@ from flax.traverse_util import unflatten_dict
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from flax_decoder.config import ModelConfig
+from flax_decoder.config import LayerKind, ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.huggingface.families import linear_rules, norm_rules
-from flax_decoder.huggingface.family import Family, Rule
+from flax_decoder.huggingface.family import Family, Rule, linear_rules, norm_rules
 from flax_decoder.huggingface.weights import export_tensors, flatten, split, tensor_specs
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import abstract_params
@@ -73,7 +72,7 @@ class TorchDecoder(nn.Module):
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context_length, config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config, window) for window in config.windows)
+        self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
         self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
         self.head = nn.Linear(config.embed_dim, config.vocab_size or 0, bias=config.head_bias)
         if config.tied_head:
@@ -97,10 +96,10 @@ class TorchDecoder(nn.Module):
 class Block(nn.Module):
     """Attention, then the feed-forward network, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
         self.position, self.parallel = config.norm_position, config.parallel_residual
-        self.attention, self.feed_forward = SelfAttention(config, window), FeedForward(config)
+        self.attention, self.feed_forward = SelfAttention(config, kind), FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
         if self.position != "output":
             self.attention_norm, self.feed_forward_norm = make_norm(config), make_norm(config)
@@ -126,15 +125,15 @@ class Block(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head causal self-attention."""
 
-    def __init__(self, config: ModelConfig, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
-        self.config, self.window = config, window
+        self.config, self.kind = config, kind
         D, N, K, H = config.embed_dim, config.num_heads, config.kv_heads, config.head_width
         self.query = nn.Linear(D, N * H, bias=config.attention_in_bias)
         self.key = nn.Linear(D, K * H, bias=config.attention_in_bias)
         self.value = nn.Linear(D, K * H, bias=config.attention_in_bias)
         self.out = nn.Linear(N * H, D, bias=config.attention_out_bias)
-        self.dot_product = DotProductAttention(config, window)
+        self.dot_product = DotProductAttention(config, kind.window)
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
             self.query_norm = nn.RMSNorm(H if per_head else N * H, eps=config.norm_epsilon)
@@ -149,9 +148,9 @@ class SelfAttention(nn.Module):
         q, k, v = (y.view(B, T, -1, self.config.head_width) for y in (q, k, v))
         if self.config.qk_norm == "head":
             q, k = self.query_norm(q), self.key_norm(k)
-        if self.config.positions == "rotary":
-            frequencies = rotary_frequencies(self.config, self.window)
-            q, k = rotate(q, frequencies), rotate(k, frequencies)
+        if self.config.positions == "rotary" and self.kind.rotates:
+            frequencies = rotary_frequencies(self.config, self.kind.window)
+            q, k = (rotate(y, frequencies, self.config.rotary_layout) for y in (q, k))
         heads, _ = self.dot_product(q, k, v)
         return self.out(heads.reshape(B, T, -1))
 
@@ -229,10 +228,17 @@ def rotary_frequencies(config: ModelConfig, window: int | None) -> torch.Tensor:
     return frequencies
 
 
-def rotate(x: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Turns number i of each head together with number i + R / 2 by position times frequency; x is (B, T, N, H)."""
+def rotate(x: torch.Tensor, frequencies: torch.Tensor, layout: str) -> torch.Tensor:
+    """Turns pairs of numbers of each head by position times frequency; x is (B, T, N, H).
+
+    A pair is number i and number i + R / 2, or if interleaved number 2 i and number 2 i + 1.
+    """
     angles = torch.arange(x.shape[1])[:, None, None] * frequencies.to(x.dtype)
     half = len(frequencies)
+    if layout == "interleaved":
+        pairs = torch.view_as_complex(x[..., : 2 * half].unflatten(-1, (half, 2)).contiguous())
+        turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+        return torch.cat([turned, x[..., 2 * half :]], dim=-1)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

@@ -142,6 +142,14 @@ class PyTorchSide:
         norms = [parameter.grad.norm() for parameter in self.distinct if parameter.grad is not None]
         self.gradient_norm = float(torch.stack(norms).norm())
 
+    @property
+    def unseen(self) -> set[str]:
+        """Tensors of attention that cannot be seen in this model, or are not unique."""
+        if not self.family.has_own_attention:
+            return set()
+        # The weights are the same if all scores of a query rise alike, as they do where ALiBi counts from the start.
+        return {"q_rotated", "k_rotated"} | ({"scores"} if self.family.constants.get("positions") == "alibi" else set())
+
     def update(self) -> None:
         """Clips the gradients and takes a step."""
         config = self.optimizer_config
@@ -183,10 +191,11 @@ class PyTorchSide:
 
     def _prepare(self) -> dict[str, torch.nn.Parameter]:
         """Makes the copy of the model ready to be recorded; returns its parameters by the family's names."""
-        transformers.AttentionInterface.register(_ATTENTION, _attention)
-        transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
-        with quiet():
-            self.model.set_attn_implementation(_ATTENTION)
+        if not self.family.has_own_attention:
+            transformers.AttentionInterface.register(_ATTENTION, _attention)
+            transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
+            with quiet():
+                self.model.set_attn_implementation(_ATTENTION)
         # In memory the head may have another name than in files.
         return {**dict(self.model.named_parameters()), self.family.head: self.model.get_output_embeddings().weight}
 
@@ -194,6 +203,11 @@ class PyTorchSide:
     def _recorded_attention(self) -> Iterator[list[dict[str, torch.Tensor]]]:
         """Fills the list with what each layer's attention computes inside."""
         layers: list[dict[str, torch.Tensor]] = []
+        if self.family.has_own_attention:
+            with _SoftmaxInput() as softmax:
+                yield layers
+            layers += [{"scores": scores, "weights": weights} for scores, weights in softmax.pairs]
+            return
         transformers.AttentionInterface.register(_ATTENTION, functools.partial(_attention, layers=layers))
         try:
             yield layers
@@ -230,6 +244,9 @@ class PyTorchSide:
         def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             if names[0].endswith("feed_forward.down"):
                 recorded[prefix + "feed_forward.hidden"] = args[0]
+            if names[0].endswith("attention.out"):
+                B, T = args[0].shape[:2]
+                recorded[prefix + "attention.heads"] = args[0].reshape(B, T, -1, self.config.head_width)
             for name, part in zip(names, self._split_output(rule, output), strict=True):
                 recorded[name] = part
 
@@ -304,14 +321,22 @@ def _attention(
 
 
 class _SoftmaxInput(TorchFunctionMode):
-    """Records the input of the last softmax."""
+    """Records the input and the output of each softmax."""
 
-    scores: torch.Tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """The input of the last one."""
+        return self.pairs[-1][0]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
         if function is torch.nn.functional.softmax:
-            self.scores = args[0]
-        return function(*args, **(kwargs or {}))
+            self.pairs.append((args[0], output))
+        return output
 
 
 class Lift(TorchFunctionMode):

@@ -6,8 +6,9 @@ from typing import Any
 from flax_decoder.config import ModelConfig, is_used
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.config import read_settings, write_settings
-from flax_decoder.huggingface.families import BIASES, FAMILIES
+from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.family import Family
+from flax_decoder.huggingface.pieces import BIASES
 
 # Fields of ModelConfig that do not affect the logits at inference.
 _NOT_ARCHITECTURE = {"dropout", "init_stddev", "output_init", "attention", "dtype", "scan_layers", "remat"}
@@ -59,6 +60,8 @@ def _distance(config: ModelConfig, family: Family) -> tuple[tuple[int, int, int]
     obstacles = [f"{name} = {getattr(config, name)!r}" for name in different if name not in added]
     if family.divides_width and config.embed_dim % config.num_heads != 0:
         obstacles.append(f"embed_dim = {config.embed_dim}, which is not a multiple of num_heads = {config.num_heads}")
+    if family.fills_width and config.embed_dim != config.num_heads * config.head_width:
+        obstacles.append(f"embed_dim = {config.embed_dim}, which is not num_heads times the width of a head")
     return (0, len(obstacles), len(added)), obstacles
 
 
@@ -67,6 +70,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_ARCHITECTURE}
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_width, "mlp_dim": config.mlp_width}
     values |= {"window": max(window or 0 for window in config.windows), "window_pattern": config.windows}
+    values["rotary_pattern"] = tuple(kind.rotates for kind in config.layer_kinds)
     values["attention_scale"] = config.attention_scale or config.head_width**-0.5
     unused = {name for name in values if not is_used(config, name)}
     if config.positions != "rotary":

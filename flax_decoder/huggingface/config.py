@@ -13,7 +13,13 @@ from flax_decoder.errors import FolderWarning, UserError
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.family import REQUIRED, Family, Setting
 from flax_decoder.huggingface.fields import NO_BEARING, ONLY, QUANTIZED, is_of_network
-from flax_decoder.huggingface.positions import read_rotary, read_windows, write_rotary, write_windows
+from flax_decoder.huggingface.positions import (
+    read_rotary,
+    read_rotary_layers,
+    read_windows,
+    write_rotary,
+    write_windows,
+)
 from flax_decoder.io.strict_json import shown
 
 
@@ -51,7 +57,8 @@ def read_settings(
             "get the model in float32, bfloat16 or float16"
         )
     ignored = (NO_BEARING | family.ignored | {*QUANTIZED}) - family.names_read
-    rest = {name: value for name, value in document.items() if name not in ignored}
+    fields = document | _fields_of_tables(document, family, ignored, source)
+    rest = {name: value for name, value in fields.items() if name not in {*ignored, *family.tables}}
     values = dict(family.constants)
     for setting in family.all_settings:
         values |= dict.fromkeys(setting.fields, _read_setting(setting, rest, source))
@@ -60,6 +67,9 @@ def read_settings(
         values |= read_rotary(rest, family.rotary, values["context_length"], source)
     if family.windows is not None:
         values |= read_windows(rest, family.windows, values["num_layers"], source)
+    if family.rotary is not None:
+        windows = values.get("window"), values.get("window_pattern", (True,))
+        values |= read_rotary_layers(rest, family.rotary, *windows, values["num_layers"], source)
     if values.get("window") is None:
         values.pop("rotary_window_base", None)
     if family.scales_embedding:
@@ -88,7 +98,21 @@ def write_settings(config: ModelConfig, family: Family) -> dict[str, Any]:
         document |= write_rotary(config, family.rotary)
     if family.windows is not None:
         document |= write_windows(config, family.windows)
+    for name in [name for name in document if "." in name]:
+        table, _, field = name.partition(".")
+        document.setdefault(table, {})[field] = document.pop(name)
     return document
+
+
+def _fields_of_tables(document: dict[str, Any], family: Family, ignored: frozenset[str], source: str) -> dict[str, Any]:
+    """The fields of the objects that the family has, as `table.field`. Raises UserError for what is no object."""
+    fields: dict[str, Any] = {}
+    for table in family.tables:
+        content = document.get(table) or {}
+        if not isinstance(content, dict):
+            raise UserError(f"{source}: {table} = {shown(content)} must be an object")
+        fields |= {f"{table}.{name}": value for name, value in content.items() if name not in ignored}
+    return fields
 
 
 def _read_supported(

@@ -1,144 +1,50 @@
 """The table of each model family: its config.json fields, its tensors, and what is the same in all its models.
 
 To add a family: compare its modeling file in `transformers` with `nn`, write its table here, and add shapes to
-`tests/test_families.py`, which compares it with PyTorch.
+`tests/test_families.py`, which compares it with PyTorch. `register_family` adds one from outside.
 """
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import replace
-from typing import Any
 
-from flax_decoder.huggingface.family import REQUIRED, Family, Rotary, Rule, Setting, Windows
-
-BIASES = ("norm_bias", "attention_in_bias", "attention_out_bias", "mlp_bias")
-
-# --- Settings ---
-
-# All names that transformers has for one function; the first is written.
-_GELU = ("gelu", "gelu_python")
-_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
-_PLAIN = {**dict.fromkeys(_GELU, "gelu"), "gelu_new": "gelu_tanh", **dict.fromkeys(_TANH, "gelu_tanh")}
-_PLAIN |= {"relu": "relu", "relu2": "relu_squared"}
-_TANH_GATED = dict.fromkeys(_TANH, "geglu_tanh")
-# In Gemma's first releases "gelu" means its approximation, also to transformers.
-_GEMMA_ACT = {**_TANH_GATED, "gelu": "geglu_tanh"}
-_GATED = {"silu": "swiglu", "swish": "swiglu", **dict.fromkeys(_GELU, "geglu"), **_TANH_GATED}
-
-
-def _activation(name: str, values: Mapping[str, str], default: Any = REQUIRED) -> Setting:
-    return Setting(name, ("feed_forward",), default, values)
-
-
-def _positive(value: Any, maximum: int = 2**31 - 1) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("must be a positive whole number")
-    if value > maximum:
-        raise ValueError(f"is more than {maximum:,}, the maximum")
-    return value
-
-
-def _num_layers(value: Any) -> int:
-    return _positive(value, 10_000)  # the deepest models have under 200
-
-
-def _size(name: str, field: str, default: Any = REQUIRED, also: tuple[str, ...] = ()) -> Setting:
-    return Setting(name, (field,), default, read=_positive, also=also)
-
-
-def _with_defaults(settings: tuple[Setting, ...], **defaults: Any) -> tuple[Setting, ...]:
-    """The settings with other defaults, given by name."""
-    return tuple(replace(setting, default=defaults.get(setting.name, setting.default)) for setting in settings)
-
-
-_SIZES = (
-    _size("vocab_size", "vocab_size"),
-    _size("hidden_size", "embed_dim"),
-    Setting("num_hidden_layers", ("num_layers",), read=_num_layers),
-    _size("num_attention_heads", "num_heads"),
-    _size("intermediate_size", "mlp_dim"),
-    _size("max_position_embeddings", "context_length"),
+from flax_decoder.config import ModelConfig
+from flax_decoder.errors import UserError
+from flax_decoder.huggingface.family import REQUIRED, Family, Rotary, Rule, Setting, Windows, linear_rules, norm_rules
+from flax_decoder.huggingface.pieces import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    ATTENTION_OUT,
+    BIASES,
+    BOTH_NORMS,
+    FEED_FORWARD_NORMS,
+    GATE_UP_MATRICES,
+    GATED,
+    GEMMA2_SETTINGS,
+    GEMMA_ACT,
+    GEMMA_SETTINGS,
+    GLM4_NORMS,
+    GPT2_ENDS,
+    GPT2_SETTINGS,
+    GROUPED_SIZES,
+    LLAMA_SETTINGS,
+    MATRICES,
+    MLP_BIAS,
+    OUTPUT_NORMS,
+    PLAIN,
+    PRE_NORMS,
+    QK_NORMS,
+    QKV,
+    RMS_EPSILON,
+    SIZES,
+    UP_AND_DOWN,
+    activation,
+    ends,
+    layer_norms,
+    num_layers,
+    size,
+    switch,
+    with_defaults,
 )
-_GROUPED_SIZES = (*_SIZES, _size("num_key_value_heads", "num_kv_heads", None), _size("head_dim", "head_dim", None))
-_RMS_EPSILON = Setting("rms_norm_eps", ("norm_epsilon",))
-_ATTENTION_BIAS = Setting("attention_bias", ("attention_in_bias", "attention_out_bias"), False)
-_LLAMA_SETTINGS = _with_defaults(
-    (*_GROUPED_SIZES, _RMS_EPSILON, _activation("hidden_act", _GATED)),
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-6,
-    hidden_act="silu",
-)
-_GEMMA_SETTINGS = _with_defaults(
-    (*_GROUPED_SIZES, _RMS_EPSILON, _ATTENTION_BIAS),
-    num_key_value_heads=REQUIRED,
-    head_dim=REQUIRED,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-6,
-)
-_GEMMA2_SETTINGS = (
-    *_GEMMA_SETTINGS,
-    _activation("hidden_activation", _TANH_GATED, "gelu_pytorch_tanh"),
-    Setting(
-        "query_pre_attn_scalar",
-        ("attention_scale",),
-        256,
-        read=lambda value: _positive(value) ** -0.5,
-        write=lambda scale: round(scale**-2),
-    ),
-)
-
-# --- Tensors ---
-
-
-def linear_rules(tensor: str, *modules: str, transposed: bool = True, by_head: bool = False) -> tuple[Rule, ...]:
-    """The rules of a Linear that holds some modules of a layer; it has a bias if they have."""
-    kernels, biases = (tuple(f"layers/{module}/{leaf}" for module in modules) for leaf in ("kernel", "bias"))
-    return Rule(f"{tensor}.weight", kernels, transposed, by_head), Rule(f"{tensor}.bias", biases, by_head=by_head)
-
-
-def norm_rules(tensor: str, path: str, offset: float = 0.0) -> tuple[Rule, ...]:
-    """The rules of a norm, whose parameters are at a path; it has a bias if they have."""
-    return Rule(f"{tensor}.weight", (f"{path}/scale",), offset=offset), Rule(f"{tensor}.bias", (f"{path}/bias",))
-
-
-def _layer_norms(tensors: Mapping[str, str], offset: float = 0.0) -> tuple[Rule, ...]:
-    """The rules of norms of a layer, given as our module -> their tensor."""
-    pairs = tensors.items()
-    return tuple(
-        rule for ours, tensor in pairs for rule in norm_rules(f"layers.{{}}.{tensor}", f"layers/{ours}", offset)
-    )
-
-
-def _ends(offset: float = 0.0) -> tuple[Rule, ...]:
-    return Rule("embed_tokens.weight", ("embedding",)), *norm_rules("norm", "final_norm", offset)
-
-
-_QKV = ("attention/query", "attention/key", "attention/value")
-_ATTENTION_OUT = linear_rules("layers.{}.self_attn.o_proj", "attention/out")
-_ATTENTION = (
-    *linear_rules("layers.{}.self_attn.q_proj", "attention/query"),
-    *linear_rules("layers.{}.self_attn.k_proj", "attention/key"),
-    *linear_rules("layers.{}.self_attn.v_proj", "attention/value"),
-    *_ATTENTION_OUT,
-)
-_MLP_DOWN = linear_rules("layers.{}.mlp.down_proj", "feed_forward/down")
-_MATRICES = (
-    *_ATTENTION,
-    *linear_rules("layers.{}.mlp.gate_proj", "feed_forward/gate"),
-    *linear_rules("layers.{}.mlp.up_proj", "feed_forward/up"),
-    *_MLP_DOWN,
-)
-_PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
-_OUTPUT_NORMS = {
-    "attention_output_norm": "post_attention_layernorm",
-    "feed_forward_output_norm": "post_feedforward_layernorm",
-}
-_BOTH_NORMS = {
-    "attention_norm": "input_layernorm",
-    "attention_output_norm": "post_attention_layernorm",
-    "feed_forward_norm": "pre_feedforward_layernorm",
-    "feed_forward_output_norm": "post_feedforward_layernorm",
-}
-_QK_NORMS = {"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "self_attn.k_norm"}
 
 # --- The families, in the order in which `choose_family` prefers them ---
 
@@ -146,12 +52,8 @@ _QK_NORMS = {"attention/query_norm": "self_attn.q_norm", "attention/key_norm": "
 def _gpt2_rules(*, transposed: bool) -> tuple[Rule, ...]:
     """The tensors of GPT-2, whose matrices are (in, out) as ours, or transposed."""
     return (
-        Rule("wte.weight", ("embedding",)),
-        Rule("wpe.weight", ("positions",)),
-        *norm_rules("ln_f", "final_norm"),
-        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
-        *norm_rules("h.{}.ln_2", "layers/feed_forward_norm"),
-        *linear_rules("h.{}.attn.c_attn", *_QKV, transposed=transposed),
+        *GPT2_ENDS,
+        *linear_rules("h.{}.attn.c_attn", *QKV, transposed=transposed),
         *linear_rules("h.{}.attn.c_proj", "attention/out", transposed=transposed),
         *linear_rules("h.{}.mlp.c_fc", "feed_forward/up", transposed=transposed),
         *linear_rules("h.{}.mlp.c_proj", "feed_forward/down", transposed=transposed),
@@ -162,16 +64,7 @@ GPT2 = Family(
     "gpt2",
     "GPT2LMHeadModel",
     constants={"positions": "learned", **dict.fromkeys(BIASES, True)},
-    settings=(
-        _size("vocab_size", "vocab_size"),
-        _size("n_embd", "embed_dim", also=("hidden_size",)),
-        Setting("n_layer", ("num_layers",), read=_num_layers, also=("num_hidden_layers",)),
-        _size("n_head", "num_heads", also=("num_attention_heads",)),
-        _size("n_inner", "mlp_dim", None),
-        _size("n_positions", "context_length", 1024, also=("max_position_embeddings",)),
-        Setting("layer_norm_epsilon", ("norm_epsilon",), 1e-5),
-        _activation("activation_function", _PLAIN, "gelu_new"),
-    ),
+    settings=GPT2_SETTINGS,
     rules=_gpt2_rules(transposed=False),
     prefix="transformer.",
     tied=True,
@@ -189,8 +82,8 @@ LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
     constants={"positions": "rotary", "norm": "rmsnorm"},
-    settings=(*_LLAMA_SETTINGS, _ATTENTION_BIAS, Setting("mlp_bias", ("mlp_bias",), False)),
-    rules=(*_ends(), *_layer_norms(_PRE_NORMS), *_MATRICES),
+    settings=(*LLAMA_SETTINGS, ATTENTION_BIAS, MLP_BIAS),
+    rules=(*ends(), *layer_norms(PRE_NORMS), *MATRICES),
     divides_width=True,
 )
 
@@ -198,7 +91,7 @@ QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     constants={**LLAMA.constants, "attention_in_bias": True},
-    settings=_with_defaults(_LLAMA_SETTINGS, max_position_embeddings=32_768),
+    settings=with_defaults(LLAMA_SETTINGS, max_position_embeddings=32_768),
     rules=LLAMA.rules,
     windows=Windows("late", default=4096),
     supported={"use_mrope": (False,)},
@@ -208,7 +101,7 @@ MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     constants=LLAMA.constants,
-    settings=_with_defaults(_LLAMA_SETTINGS, num_key_value_heads=REQUIRED, max_position_embeddings=131_072),
+    settings=with_defaults(LLAMA_SETTINGS, num_key_value_heads=REQUIRED, max_position_embeddings=131_072),
     rules=LLAMA.rules,
     windows=Windows("all", default=4096),
 )
@@ -217,8 +110,8 @@ QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
     constants={**LLAMA.constants, "qk_norm": "head"},
-    settings=(*_with_defaults(_LLAMA_SETTINGS, head_dim=128, max_position_embeddings=32_768), _ATTENTION_BIAS),
-    rules=(*LLAMA.rules, *_layer_norms(_QK_NORMS)),
+    settings=(*with_defaults(LLAMA_SETTINGS, head_dim=128, max_position_embeddings=32_768), ATTENTION_BIAS),
+    rules=(*LLAMA.rules, *layer_norms(QK_NORMS)),
     windows=Windows("late", default=4096),
 )
 
@@ -227,17 +120,17 @@ GPT_NEOX = Family(
     "GPTNeoXForCausalLM",
     constants={"positions": "rotary", "norm_bias": True, "mlp_bias": True},
     settings=(
-        *_with_defaults(_SIZES, max_position_embeddings=2048),
+        *with_defaults(SIZES, max_position_embeddings=2048),
         Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
-        _activation("hidden_act", _PLAIN, "gelu"),
-        replace(_ATTENTION_BIAS, default=True),
+        activation("hidden_act", PLAIN, "gelu"),
+        replace(ATTENTION_BIAS, default=True),
         Setting("use_parallel_residual", ("parallel_residual",), True),
     ),
     rules=(
         Rule("embed_in.weight", ("embedding",)),
         *norm_rules("final_layer_norm", "final_norm"),
-        *_layer_norms(_PRE_NORMS),
-        *linear_rules("layers.{}.attention.query_key_value", *_QKV, by_head=True),
+        *layer_norms(PRE_NORMS),
+        *linear_rules("layers.{}.attention.query_key_value", *QKV, by_head=True),
         *linear_rules("layers.{}.attention.dense", "attention/out"),
         *linear_rules("layers.{}.mlp.dense_h_to_4h", "feed_forward/up"),
         *linear_rules("layers.{}.mlp.dense_4h_to_h", "feed_forward/down"),
@@ -252,14 +145,13 @@ PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
     constants=LLAMA.constants,
-    settings=_with_defaults(_LLAMA_SETTINGS, max_position_embeddings=4096, rms_norm_eps=1e-5),
+    settings=with_defaults(LLAMA_SETTINGS, max_position_embeddings=4096, rms_norm_eps=1e-5),
     rules=(
-        *_ends(),
-        *_layer_norms(_PRE_NORMS),
-        *linear_rules("layers.{}.self_attn.qkv_proj", *_QKV),
-        *_ATTENTION_OUT,
-        *linear_rules("layers.{}.mlp.gate_up_proj", "feed_forward/gate", "feed_forward/up"),
-        *_MLP_DOWN,
+        *ends(),
+        *layer_norms(PRE_NORMS),
+        *linear_rules("layers.{}.self_attn.qkv_proj", *QKV),
+        *ATTENTION_OUT,
+        *GATE_UP_MATRICES,
     ),
     rotary=Rotary(fraction="partial_rotary_factor", types=("default",)),
     windows=Windows("all"),
@@ -271,15 +163,15 @@ STARCODER2 = Family(
     "Starcoder2ForCausalLM",
     constants={"positions": "rotary", "norm_bias": True},
     settings=(
-        *_with_defaults(_GROUPED_SIZES, num_key_value_heads=REQUIRED, max_position_embeddings=4096),
+        *with_defaults(GROUPED_SIZES, num_key_value_heads=REQUIRED, max_position_embeddings=4096),
         Setting("norm_epsilon", ("norm_epsilon",), 1e-5),
-        _activation("hidden_act", _PLAIN, "gelu_pytorch_tanh"),
+        activation("hidden_act", PLAIN, "gelu_pytorch_tanh"),
         Setting("use_bias", ("attention_in_bias", "attention_out_bias", "mlp_bias"), True),
     ),
     rules=(
-        *_ends(),
-        *_layer_norms(_PRE_NORMS),
-        *_ATTENTION,
+        *ends(),
+        *layer_norms(PRE_NORMS),
+        *ATTENTION,
         *linear_rules("layers.{}.mlp.c_fc", "feed_forward/up"),
         *linear_rules("layers.{}.mlp.c_proj", "feed_forward/down"),
     ),
@@ -296,16 +188,16 @@ OLMO2 = Family(
     "olmo2",
     "Olmo2ForCausalLM",
     constants={**LLAMA.constants, "qk_norm": "all", "norm_position": "output"},
-    settings=(*_with_defaults(_LLAMA_SETTINGS, rms_norm_eps=1e-5), _ATTENTION_BIAS),
-    rules=(*_ends(), *_layer_norms(_OUTPUT_NORMS), *_layer_norms(_QK_NORMS), *_MATRICES),
+    settings=(*with_defaults(LLAMA_SETTINGS, rms_norm_eps=1e-5), ATTENTION_BIAS),
+    rules=(*ends(), *layer_norms(OUTPUT_NORMS), *layer_norms(QK_NORMS), *MATRICES),
 )
 
 GEMMA = Family(
     "gemma",
     "GemmaForCausalLM",
     constants=LLAMA.constants,
-    settings=(*_GEMMA_SETTINGS, _activation("hidden_act", _GEMMA_ACT, "gelu_pytorch_tanh")),
-    rules=(*_ends(1.0), *_layer_norms(_PRE_NORMS, 1.0), *_MATRICES),
+    settings=(*GEMMA_SETTINGS, activation("hidden_act", GEMMA_ACT, "gelu_pytorch_tanh")),
+    rules=(*ends(1.0), *layer_norms(PRE_NORMS, 1.0), *MATRICES),
     tied=True,
     supported={"hidden_activation": (None, "gelu_pytorch_tanh"), "use_bidirectional_attention": (None, False)},
     scales_embedding=True,
@@ -316,11 +208,11 @@ GEMMA2 = Family(
     "Gemma2ForCausalLM",
     constants={**LLAMA.constants, "norm_position": "both"},
     settings=(
-        *_GEMMA2_SETTINGS,
+        *GEMMA2_SETTINGS,
         Setting("attn_logit_softcapping", ("attention_soft_cap",), 50.0),
         Setting("final_logit_softcapping", ("logit_soft_cap",), 30.0),
     ),
-    rules=(*_ends(1.0), *_layer_norms(_BOTH_NORMS, 1.0), *_MATRICES),
+    rules=(*ends(1.0), *layer_norms(BOTH_NORMS, 1.0), *MATRICES),
     tied=True,
     windows=Windows("periodic", default=4096, period=2),
     supported={"use_bidirectional_attention": (None, False)},
@@ -336,17 +228,287 @@ GEMMA3 = replace(
     architecture="Gemma3ForCausalLM",
     constants={**GEMMA2.constants, "qk_norm": "head"},
     settings=(
-        *_with_defaults(_GEMMA2_SETTINGS, max_position_embeddings=131_072),
+        *with_defaults(GEMMA2_SETTINGS, max_position_embeddings=131_072),
         Setting("final_logit_softcapping", ("logit_soft_cap",), None),
     ),
-    rules=(*_ends(1.0), *_layer_norms(_BOTH_NORMS, 1.0), *_layer_norms(_QK_NORMS, 1.0), *_MATRICES),
+    rules=(*ends(1.0), *layer_norms(BOTH_NORMS, 1.0), *layer_norms(QK_NORMS, 1.0), *MATRICES),
     rotary=Rotary(default_base=1_000_000.0, window_base="rope_local_base_freq"),
     windows=Windows("periodic", default=4096, period=6),
     supported={"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
     ignored=frozenset({"hidden_act"}),
 )
 
-_ALL = (GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3)
+VAULTGEMMA = replace(
+    GEMMA2,
+    model_type="vaultgemma",
+    architecture="VaultGemmaForCausalLM",
+    constants=LLAMA.constants,
+    rules=(*ends(1.0), *layer_norms(FEED_FORWARD_NORMS, 1.0), *MATRICES),
+    ignored=frozenset({"hidden_act"}),
+)
+
+ARCEE = Family(
+    "arcee",
+    "ArceeForCausalLM",
+    constants=LLAMA.constants,
+    settings=(
+        *with_defaults(GROUPED_SIZES, max_position_embeddings=4096),
+        replace(RMS_EPSILON, default=1e-5),
+        activation("hidden_act", PLAIN, "relu2"),
+        ATTENTION_BIAS,
+        MLP_BIAS,
+    ),
+    rules=(*ends(), *layer_norms(PRE_NORMS), *ATTENTION, *UP_AND_DOWN),
+    divides_width=True,
+)
+
+SEED_OSS = Family(
+    "seed_oss",
+    "SeedOssForCausalLM",
+    constants=LLAMA.constants,
+    settings=(
+        *with_defaults(LLAMA_SETTINGS, num_key_value_heads=REQUIRED, head_dim=128, max_position_embeddings=524_288),
+        Setting("attention_bias", ("attention_in_bias",), True),
+        Setting("attention_out_bias", ("attention_out_bias",), False),
+        MLP_BIAS,
+    ),
+    rules=LLAMA.rules,
+)
+
+MINISTRAL = replace(
+    MISTRAL, model_type="ministral", architecture="MinistralForCausalLM", windows=Windows("typed", default=4096)
+)
+
+NEMOTRON = Family(
+    "nemotron",
+    "NemotronForCausalLM",
+    constants={"positions": "rotary", "norm_bias": True},
+    settings=(
+        *with_defaults(GROUPED_SIZES, max_position_embeddings=4096),
+        Setting("norm_eps", ("norm_epsilon",), 1e-5),
+        activation("hidden_act", PLAIN, "relu2"),
+        ATTENTION_BIAS,
+        MLP_BIAS,
+    ),
+    rules=(*ends(1.0), *layer_norms(PRE_NORMS, 1.0), *ATTENTION, *UP_AND_DOWN),
+    rotary=Rotary(fraction="partial_rotary_factor", default_fraction=0.5),
+)
+
+STABLELM = Family(
+    "stablelm",
+    "StableLmForCausalLM",
+    constants={"positions": "rotary", "norm_bias": True},
+    settings=(
+        *with_defaults(SIZES, max_position_embeddings=4096),
+        size("num_key_value_heads", "num_kv_heads"),
+        Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
+        activation("hidden_act", GATED, "silu"),
+        Setting("use_qkv_bias", ("attention_in_bias",), False),
+    ),
+    rules=LLAMA.rules,
+    rotary=Rotary(fraction="partial_rotary_factor", default_fraction=0.25),
+    supported={"use_parallel_residual": (False,), "qk_layernorm": (False,)},
+    divides_width=True,
+)
+
+GPT_BIGCODE = Family(
+    "gpt_bigcode",
+    "GPTBigCodeForCausalLM",
+    constants=GPT2.constants,
+    settings=(
+        *with_defaults(GPT2_SETTINGS, activation_function="gelu_pytorch_tanh"),
+        Setting(
+            "multi_query",
+            ("num_kv_heads",),
+            True,
+            read=lambda value: 1 if switch(value) else None,
+            write=lambda kv_heads: kv_heads == 1,
+        ),
+    ),
+    rules=(
+        *GPT2_ENDS,
+        *linear_rules("h.{}.attn.c_attn", *QKV, by_head=True),
+        *linear_rules("h.{}.attn.c_proj", "attention/out"),
+        *linear_rules("h.{}.mlp.c_fc", "feed_forward/up"),
+        *linear_rules("h.{}.mlp.c_proj", "feed_forward/down"),
+    ),
+    prefix="transformer.",
+    tied=True,
+    rotary=None,
+    supported={"scale_attn_weights": (True,), "add_cross_attention": (False,)},
+    ignored=frozenset(
+        # How softmaxes and caches are computed; the last one follows from multi_query.
+        {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "inference_runner", "validate_runner_input"}
+        | {"pre_allocate_kv_cache", "pad_key_length", "max_batch_size", "num_key_value_heads"}
+    ),
+    ignored_tensors=GPT2.ignored_tensors,
+    divides_width=True,
+)
+
+GPT_NEO = Family(
+    "gpt_neo",
+    "GPTNeoForCausalLM",
+    constants={
+        **{"positions": "learned", "attention_scale": 1.0},
+        **{"norm_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    },
+    settings=(
+        size("vocab_size", "vocab_size"),
+        size("hidden_size", "embed_dim"),
+        Setting("num_layers", ("num_layers",), read=num_layers, also=("num_hidden_layers",)),
+        size("num_heads", "num_heads", also=("num_attention_heads",)),
+        size("intermediate_size", "mlp_dim", None),
+        size("max_position_embeddings", "context_length", 2048),
+        Setting("layer_norm_epsilon", ("norm_epsilon",), 1e-5),
+        activation("activation_function", PLAIN, "gelu_new"),
+    ),
+    rules=(
+        *GPT2_ENDS,
+        *linear_rules("h.{}.attn.attention.q_proj", "attention/query"),
+        *linear_rules("h.{}.attn.attention.k_proj", "attention/key"),
+        *linear_rules("h.{}.attn.attention.v_proj", "attention/value"),
+        *linear_rules("h.{}.attn.attention.out_proj", "attention/out"),
+        *linear_rules("h.{}.mlp.c_fc", "feed_forward/up"),
+        *linear_rules("h.{}.mlp.c_proj", "feed_forward/down"),
+    ),
+    prefix="transformer.",
+    tied=True,
+    rotary=None,
+    windows=Windows("listed", default=256),
+    ignored=frozenset({"embed_dropout"}),
+    ignored_tensors=r"h\.\d+\.attn\.attention\.(bias|masked_bias)",
+    divides_width=True,
+    has_own_attention=True,
+)
+
+MPT = Family(
+    "mpt",
+    "MptForCausalLM",
+    constants={"positions": "alibi", "feed_forward": "gelu"},
+    settings=(
+        size("vocab_size", "vocab_size"),
+        size("d_model", "embed_dim", also=("hidden_size",)),
+        Setting("n_layers", ("num_layers",), read=num_layers, also=("num_hidden_layers",)),
+        size("n_heads", "num_heads", also=("num_attention_heads",)),
+        size("max_seq_len", "context_length", 2048),
+        Setting("layer_norm_epsilon", ("norm_epsilon",), 1e-5),
+        Setting("attn_config.softmax_scale", ("attention_scale",), None),
+    ),
+    rules=(
+        Rule("wte.weight", ("embedding",)),
+        *norm_rules("norm_f", "final_norm"),
+        *norm_rules("blocks.{}.norm_1", "layers/attention_norm"),
+        *norm_rules("blocks.{}.norm_2", "layers/feed_forward_norm"),
+        *linear_rules("blocks.{}.attn.Wqkv", *QKV),
+        *linear_rules("blocks.{}.attn.out_proj", "attention/out"),
+        *linear_rules("blocks.{}.ffn.up_proj", "feed_forward/up"),
+        *linear_rules("blocks.{}.ffn.down_proj", "feed_forward/down"),
+    ),
+    prefix="transformer.",
+    tied=True,
+    rotary=None,
+    tables=("attn_config",),
+    # With other values MosaicML's own code computes something else; transformers passes over most of them.
+    supported={
+        **{"expansion_ratio": (4,), "no_bias": (True,), "logit_scale": (None,), "embedding_fraction": (1.0,)},
+        **{"norm_type": ("low_precision_layernorm", "layernorm"), "attn_config.attn_type": ("multihead_attention",)},
+        **{"attn_config.alibi": (True,), "attn_config.alibi_bias_max": (8,), "attn_config.clip_qkv": (None,)},
+        **{"attn_config.prefix_lm": (False,), "attn_config.qk_ln": (False,)},
+        **{"attn_config.attn_uses_sequence_id": (False,)},
+    },
+    # The positions that could be learned are not used beside ALiBi.
+    ignored=frozenset({"learned_pos_emb", "init_device", "init_config", "emb_pdrop", "verbose", "attn_impl"}),
+    divides_width=True,
+    has_own_attention=True,
+)
+
+GLM = Family(
+    "glm",
+    "GlmForCausalLM",
+    constants={**LLAMA.constants, "rotary_layout": "interleaved"},
+    settings=(
+        *with_defaults(
+            LLAMA_SETTINGS,
+            num_key_value_heads=REQUIRED,
+            head_dim=128,
+            max_position_embeddings=131_072,
+            rms_norm_eps=1.5625e-07,
+        ),
+        Setting("attention_bias", ("attention_in_bias",), True),
+    ),
+    rules=(*ends(), *layer_norms(PRE_NORMS), *ATTENTION, *GATE_UP_MATRICES),
+    rotary=Rotary(fraction="partial_rotary_factor", default_fraction=0.5),
+)
+
+GLM4 = replace(
+    GLM,
+    model_type="glm4",
+    architecture="Glm4ForCausalLM",
+    constants={**GLM.constants, "norm_position": "both"},
+    rules=(*ends(), *layer_norms(GLM4_NORMS), *ATTENTION, *GATE_UP_MATRICES),
+)
+
+ERNIE4_5 = Family(
+    "ernie4_5",
+    "Ernie4_5ForCausalLM",
+    constants=GLM.constants,
+    settings=(
+        *with_defaults(LLAMA_SETTINGS, head_dim=128, max_position_embeddings=131_072, rms_norm_eps=1e-5),
+        Setting("use_bias", ("attention_in_bias", "attention_out_bias", "mlp_bias"), False),
+    ),
+    rules=LLAMA.rules,
+    tied=True,
+    rotary=Rotary(default_base=500_000.0),
+)
+
+HELIUM = Family(
+    "helium",
+    "HeliumForCausalLM",
+    constants=GLM.constants,
+    settings=(
+        *with_defaults(
+            LLAMA_SETTINGS, num_key_value_heads=REQUIRED, head_dim=128, max_position_embeddings=4096, rms_norm_eps=1e-8
+        ),
+        Setting("attention_bias", ("attention_in_bias",), False),
+        MLP_BIAS,
+    ),
+    rules=LLAMA.rules,
+    rotary=Rotary(default_base=100_000.0),
+    fills_width=True,
+)
+
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    settings=(
+        *with_defaults(SIZES, max_position_embeddings=32_768),
+        size("num_key_value_heads", "num_kv_heads"),
+        replace(RMS_EPSILON, default=1e-6),
+        activation("hidden_act", GATED, "silu"),
+        ATTENTION_BIAS,
+        MLP_BIAS,
+    ),
+    tied=True,
+    rotary=Rotary(default_base=2_000_000.0, layers="listed"),
+    ignored=frozenset({"layer_types", "max_window_layers"}),  # they count only with use_sliding_window
+)
+
+EXAONE4 = Family(
+    "exaone4",
+    "Exaone4ForCausalLM",
+    constants={**LLAMA.constants, "qk_norm": "head", "norm_position": "output"},
+    settings=with_defaults(LLAMA_SETTINGS, num_key_value_heads=REQUIRED, rms_norm_eps=1e-5),
+    rules=OLMO2.rules,
+    rotary=Rotary(layers="windowed"),
+    windows=Windows("periodic", default=4096, period=4, writes_null=True),
+)
+
+_ALL = (
+    *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
+    *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
+    *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
+)
 FAMILIES = {family.model_type: family for family in _ALL}
 
 # Not of Hugging Face: the settings are the `model_args` of a ckpt.pt. Its matrices are those of nn.Linear, its GELU is
@@ -356,11 +518,11 @@ NANOGPT = Family(
     "GPT",
     constants={"positions": "learned", "feed_forward": "gelu", "norm_epsilon": 1e-5},
     settings=(
-        _size("vocab_size", "vocab_size"),
-        _size("n_embd", "embed_dim"),
-        Setting("n_layer", ("num_layers",), read=_num_layers),
-        _size("n_head", "num_heads"),
-        _size("block_size", "context_length"),
+        size("vocab_size", "vocab_size"),
+        size("n_embd", "embed_dim"),
+        Setting("n_layer", ("num_layers",), read=num_layers),
+        size("n_head", "num_heads"),
+        size("block_size", "context_length"),
         Setting("bias", BIASES, True),
         Setting("dropout", ("dropout",), 0.0),
     ),
@@ -370,3 +532,28 @@ NANOGPT = Family(
     rotary=None,
     ignored_tensors=r"h\.\d+\.attn\.bias",  # the mask
 )
+
+
+def register_family(family: Family) -> None:
+    """Makes a model type known: folders of it open, and models can be written as it.
+
+    Args:
+        family: its table; the types in it are in `flax_decoder.huggingface.family`.
+
+    Raises:
+        UserError: the name is taken, or the table sets what is no setting of a model, or leaves out a size.
+    """
+    if not isinstance(family, Family):
+        raise UserError(f"register_family wants a Family, not {family!r}")
+    name = family.model_type
+    if name in FAMILIES:
+        raise UserError(f"register_family: model type {name!r} is there already; give yours another name")
+    own = [field for setting in family.settings for field in setting.fields]
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    for field in (*family.constants, *own):
+        if field not in known:
+            raise UserError(f"register_family: {name} sets {field}, which is no field of ModelConfig")
+    for field in ("vocab_size", "embed_dim", "num_layers", "num_heads", "context_length"):
+        if field not in (*family.constants, *own):
+            raise UserError(f"register_family: {name} has no setting of {field}; add Setting(NAME, ({field!r},))")
+    FAMILIES[name] = family

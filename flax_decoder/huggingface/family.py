@@ -42,6 +42,8 @@ class Rotary:
         default_fraction: its default.
         types: values of `rope_type` that transformers supports for the family.
         window_base: name of the base in layers with a window; None if all layers share one.
+        layers: which layers rotate: "all"; those that are 1 in `no_rope_layers`, without it all but every
+            `no_rope_layer_interval`-th ("listed"); or, if any has a window, those ("windowed").
     """
 
     base: str = "rope_theta"
@@ -50,6 +52,7 @@ class Rotary:
     default_fraction: float = 1.0
     types: tuple[str, ...] = ("default", "linear", "llama3")
     window_base: str | None = None
+    layers: Literal["all", "listed", "windowed"] = "all"
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,18 @@ class Windows:
     """How config.json says which layers have a window.
 
     Attributes:
-        layers: which ones have it if there is no `layer_types`: "all"; the "late" ones, from max_window_layers on, and
-            only if use_sliding_window is true; "periodic" is all but every `period`-th.
-        default: default of `sliding_window`, in tokens.
+        layers: "all"; or those that `layer_types` names. Without it: "typed" is all; the "late" ones, from
+            max_window_layers on, and only if use_sliding_window is true; "periodic" is all but every `period`-th.
+            "listed" are those that GPT-Neo's attention_types calls local, with a window of `window_size`.
+        default: default of the window, in tokens.
         period: default of `sliding_window_pattern`.
+        writes_null: transformers takes null for a window that no layer has.
     """
 
-    layers: Literal["all", "late", "periodic"]
+    layers: Literal["all", "typed", "late", "periodic", "listed"]
     default: int | None = None
     period: int = 0
+    writes_null: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Rule:
         tensor: its name without the prefix; {} is the layer.
         paths: paths of the parameters, which are concatenated along their outputs.
         transposed: the tensor is (out, in), as in a PyTorch Linear; ours are (in, out).
-        by_head: the parameters are interleaved head by head instead of concatenated.
+        by_head: the parameters are interleaved head by head instead of concatenated, if they have equally many heads.
         offset: ours is the tensor plus this.
     """
 
@@ -107,6 +113,9 @@ class Family:
         ignored_tensors: regular expression of tensors, such as masks, that are not learned.
         scales_embedding: token embeddings are multiplied by sqrt(embed_dim).
         divides_width: transformers requires embed_dim to be a multiple of num_heads.
+        fills_width: transformers requires embed_dim to be num_heads times head_dim.
+        tables: fields of config.json that are objects; the tables here name what is in them as `table.field`.
+        has_own_attention: its class in transformers computes attention by itself, where the ledger cannot look.
     """
 
     model_type: str
@@ -124,6 +133,9 @@ class Family:
     ignored_tensors: str = r".*\.rotary_emb\.inv_freq"
     scales_embedding: bool = False
     divides_width: bool = False
+    fills_width: bool = False
+    tables: tuple[str, ...] = ()
+    has_own_attention: bool = False
 
     @property
     def all_settings(self) -> tuple[Setting, ...]:
@@ -142,3 +154,14 @@ class Family:
         """The rules, and that of the head, unless it is one of them or has no name."""
         has_head = any("head" in rule.paths for rule in self.rules)
         return self.rules if has_head or not self.head else (*self.rules, Rule(self.head, ("head",), transposed=True))
+
+
+def linear_rules(tensor: str, *modules: str, transposed: bool = True, by_head: bool = False) -> tuple[Rule, ...]:
+    """The rules of a Linear that holds some modules of a layer; it has a bias if they have."""
+    kernels, biases = (tuple(f"layers/{module}/{leaf}" for module in modules) for leaf in ("kernel", "bias"))
+    return Rule(f"{tensor}.weight", kernels, transposed, by_head), Rule(f"{tensor}.bias", biases, by_head=by_head)
+
+
+def norm_rules(tensor: str, path: str, offset: float = 0.0) -> tuple[Rule, ...]:
+    """The rules of a norm, whose parameters are at a path; it has a bias if they have."""
+    return Rule(f"{tensor}.weight", (f"{path}/scale",), offset=offset), Rule(f"{tensor}.bias", (f"{path}/bias",))

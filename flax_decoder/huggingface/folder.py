@@ -20,10 +20,10 @@ from flax_decoder.huggingface.tensor_file import Tensor, read_header, write_tens
 from flax_decoder.huggingface.weights import (
     TensorSpec,
     check_sizes,
+    complete_specs,
     export_tensors,
     flatten,
     read_params,
-    tensor_specs,
 )
 from flax_decoder.io.files import write_text
 from flax_decoder.io.foreign_file import open_inside, read_content
@@ -125,7 +125,7 @@ def write_folder(
         # tokenizer.json decodes exactly; transformers must not change spaces afterwards.
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         write_text(folder / "tokenizer_config.json", _to_json(tokenizer_config))
-    _write_weights(folder, tensor_specs(family, shapes), arrays, shard_bytes)
+    _write_weights(folder, complete_specs(family, shapes), arrays, shard_bytes)
 
 
 def with_all_biases(document: dict[str, Any], params: Any, family: Family) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from flax_decoder.huggingface.config import read_settings, write_settings
 from flax_decoder.huggingface.families import NANOGPT
 from flax_decoder.huggingface.folder import with_all_biases
 from flax_decoder.huggingface.torch_file import find_state_dict, stored_tensors, torch_module
-from flax_decoder.huggingface.weights import check_sizes, export_tensors, flatten, read_params, tensor_specs
+from flax_decoder.huggingface.weights import check_sizes, complete_specs, export_tensors, flatten, read_params
 from flax_decoder.io.strict_json import shown
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import abstract_params
@@ -61,7 +61,7 @@ def model_entries(config: ModelConfig, params: Any) -> dict[str, Any]:
     torch = torch_module("a checkpoint of nanoGPT")
     document = write_settings(config, NANOGPT)
     arrays = with_all_biases(document, params, NANOGPT)
-    specs = tensor_specs(NANOGPT, {path: array.shape for path, array in arrays.items()})
+    specs = complete_specs(NANOGPT, {path: array.shape for path, array in arrays.items()})
     exported = zip(specs, export_tensors(specs, arrays), strict=True)
     by_name = {spec.name: torch.from_numpy(np.array(tensor, np.float32, order="C")) for spec, tensor in exported}
     state_dict = {name: by_name[name] for name in in_module_order(list(by_name), config.num_layers)}

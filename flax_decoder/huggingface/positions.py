@@ -15,6 +15,7 @@ _FIELDS = {
 }
 # rope_type -> the fields that it needs.
 _TYPES = {"default": [], "linear": ["factor"], "llama3": list(_FIELDS)}
+_GPT_NEO_TYPES = ["global", "local"]  # without a window, with one
 _LAYER_TYPES = ["full_attention", "sliding_attention"]  # without a window, with one
 
 
@@ -108,6 +109,40 @@ def _read_scaling(rope: dict[str, Any], types: tuple[str, ...], context_length: 
     return values
 
 
+def read_rotary_layers(
+    rest: dict[str, Any],
+    rotary: Rotary,
+    window: int | None,
+    window_pattern: tuple[bool, ...],
+    num_layers: int,
+    source: str,
+) -> dict[str, Any]:
+    """Reads which layers rotate, and removes it from `rest`. Raises UserError if it is invalid."""
+    if rotary.layers == "windowed":
+        return {"rotary_pattern": window_pattern} if window is not None else {}
+    if rotary.layers == "all":
+        return {}
+    layers, period = rest.pop("no_rope_layers", None), rest.pop("no_rope_layer_interval", None)
+    period = 4 if period is None else period
+    if type(period) is not int or period < 1:
+        raise UserError(f"{source}: no_rope_layer_interval = {shown(period)} must be a positive whole number")
+    layers = [int((layer + 1) % period != 0) for layer in range(num_layers)] if layers is None else layers
+    is_list = isinstance(layers, list) and all(type(rotates) is int and rotates in (0, 1) for rotates in layers)
+    if not is_list or len(layers) != num_layers:
+        raise UserError(
+            f"{source}: no_rope_layers = {shown(layers)} must be a list of 0 and 1, one for each of the "
+            f"{num_layers} layers"
+        )
+    return {"rotary_pattern": _shortest([bool(rotates) for rotates in layers])}
+
+
+def _shortest(pattern: list[bool]) -> tuple[bool, ...]:
+    """The shortest pattern that repeats into this one: the most readable."""
+    count = len(pattern)
+    length = next(n for n in range(1, count + 1) if pattern == [pattern[i % n] for i in range(count)])
+    return tuple(pattern[:length])
+
+
 def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
     """The fields that `read_rotary` reads, with the names of transformers 4, which version 5 reads too."""
     document: dict[str, Any] = {rotary.base: config.rotary_base, "rope_scaling": None}
@@ -115,6 +150,8 @@ def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
         document[rotary.fraction] = config.rotary_fraction
     if rotary.window_base is not None:
         document[rotary.window_base] = config.rotary_window_base or config.rotary_base
+    if rotary.layers == "listed":
+        document["no_rope_layers"] = [int(kind.rotates) for kind in config.layer_kinds]
     kind = config.rotary_scaling
     if kind in rotary.types:  # "none" is not
         document["rope_scaling"] = {"rope_type": kind} | {name: getattr(config, _FIELDS[name]) for name in _TYPES[kind]}
@@ -123,6 +160,9 @@ def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
 
 def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source: str) -> dict[str, Any]:
     """Reads the window settings, and removes them from `rest`. Raises UserError if one is invalid."""
+    if windows.layers == "listed":
+        size = rest.pop("window_size", windows.default)
+        return _windows(size, _listed_windows(rest, num_layers, source))
     size = rest.pop("sliding_window", windows.default) or None  # 0 is none, too
     has_window = [True] * num_layers
     if windows.layers == "late":
@@ -138,6 +178,8 @@ def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source
         # transformers 5 writes the second name.
         names = ("sliding_window_pattern", "_sliding_window_pattern")
         period = _merged([(name, "", rest.pop(name, None)) for name in names], source).get("", windows.period)
+        if size is None or rest.get("layer_types") is not None:
+            period = windows.period  # nothing depends on what is given, such as 0 or "LLLG" in EXAONE 4
         if type(period) is not int or period < 1:
             raise UserError(f"{source}: sliding_window_pattern = {shown(period)} must be a positive whole number")
         has_window = [(layer + 1) % period != 0 for layer in range(num_layers)]
@@ -150,11 +192,32 @@ def read_windows(rest: dict[str, Any], windows: Windows, num_layers: int, source
                 f"for each of the {num_layers} layers"
             )
         has_window = [kind == "sliding_attention" for kind in layer_types]
+    return _windows(size, has_window)
+
+
+def _listed_windows(rest: dict[str, Any], num_layers: int, source: str) -> list[bool]:
+    """Reads which layers have a window: attention_types says it in parts, attention_layers for each layer."""
+    types = rest.pop("attention_types", None) or [[["global", "local"], 12]]
+    has_window: list[bool] = []
+    for part in types if isinstance(types, list) else [None]:
+        match part:
+            case [list(kinds), int(count)] if all(kind in _GPT_NEO_TYPES for kind in kinds) and 0 < count <= num_layers:
+                has_window += [kind == "local" for kind in kinds] * count
+            case _:
+                raise UserError(f'{source}: attention_types = {shown(types)} must be as in [[["global", "local"], 6]]')
+    if len(has_window) != num_layers:
+        raise UserError(f"{source}: attention_types = {shown(types)} must give a type to each of {num_layers} layers")
+    layers = rest.pop("attention_layers", None)
+    if layers is not None and layers != [_GPT_NEO_TYPES[windowed] for windowed in has_window]:
+        raise UserError(f"{source}: attention_layers = {shown(layers)}, but attention_types says otherwise")
+    return has_window
+
+
+def _windows(size: int | None, has_window: list[bool]) -> dict[str, Any]:
+    """The settings of our model: the window, and the layers that have it."""
     if size is None or True not in has_window:
         return {"window": None}
-    # The shortest pattern that repeats into this one is the most readable.
-    length = next(n for n in range(1, num_layers + 1) if has_window == [has_window[i % n] for i in range(num_layers)])
-    return {"window": size, "window_pattern": tuple(has_window[:length])}
+    return {"window": size, "window_pattern": _shortest(has_window)}
 
 
 def write_windows(config: ModelConfig, windows: Windows) -> dict[str, Any]:
@@ -163,8 +226,12 @@ def write_windows(config: ModelConfig, windows: Windows) -> dict[str, Any]:
         return {"sliding_window": config.window}
     has_window = [window is not None for window in config.windows]
     layer_types = [_LAYER_TYPES[windowed] for windowed in has_window]
-    if windows.layers == "periodic":
-        return {"sliding_window": config.window or config.context_length, "layer_types": layer_types}
+    if windows.layers == "listed":
+        types = [[[_GPT_NEO_TYPES[windowed] for windowed in has_window], 1]]
+        return {"window_size": config.window or windows.default, "attention_types": types}
+    if windows.layers in ("typed", "periodic"):
+        absent = None if windows.writes_null else config.context_length
+        return {"sliding_window": config.window or absent, "layer_types": layer_types}
     return {
         "use_sliding_window": True in has_window,
         "sliding_window": config.window,

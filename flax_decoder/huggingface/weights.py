@@ -89,6 +89,14 @@ def tensor_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec
     return specs
 
 
+def complete_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec]:
+    """As `tensor_specs`; raises UserError if the table has no tensor for a parameter, which would be lost."""
+    stored = {path for rule in family.all_rules for path in rule.paths}
+    if lost := [path for path in shapes if path not in stored]:
+        raise UserError(f"model type {family.model_type}: its table has no rule for {lost[0]}; add it to the rules")
+    return tensor_specs(family, shapes)
+
+
 class _HostBuffers:
     """A parameter that is being read: one buffer per distinct shard of it on the devices of this process."""
 
@@ -186,7 +194,7 @@ def read_params(
     Raises:
         UserError: a tensor is missing, unknown, not finite, or of another shape or dtype.
     """
-    specs = tensor_specs(family, {path: like.shape for path, like in wanted.items()})
+    specs = complete_specs(family, {path: like.shape for path, like in wanted.items()})
     found = _with_prefix(tensors, family, folder)
     _check_names(found, specs, family, folder, is_tied="head" not in wanted)
     params: dict[str, jax.Array] = {}
@@ -245,7 +253,7 @@ def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.nd
     matrix = tensor.T if rule.transposed else tensor
     if rule.offset != 0:
         matrix = matrix + np.float32(rule.offset)
-    if rule.by_head:
+    if rule.by_head and len(set(shapes)) == 1:
         heads, width = shapes[0][-2:]
         parts = list(np.moveaxis(matrix.reshape(*matrix.shape[:-1], heads, len(shapes), width), -2, 0))
     else:
@@ -257,7 +265,7 @@ def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.nd
 def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The tensor in which parameters are stored; inverse of `split`."""
     matrices = [array.reshape(matrix_shape(path, array.shape)) for path, array in zip(rule.paths, arrays, strict=True)]
-    if rule.by_head:
+    if rule.by_head and len({array.shape for array in arrays}) == 1:
         by_head = [m.reshape(*m.shape[:-1], *array.shape[-2:]) for m, array in zip(matrices, arrays, strict=True)]
         matrix = np.stack(by_head, axis=-2).reshape(*matrices[0].shape[:-1], -1)
     else:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_decoder.config import ModelConfig
+from flax_decoder.config import LayerKind, ModelConfig
 from flax_decoder.nn.axes import constrain
 from flax_decoder.nn.cache import LayerKV, append_to_cache
 from flax_decoder.nn.call import Call, Hook
@@ -32,14 +32,14 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, call: Call, window: int | None = None, cached: LayerKV | None = None
+        self, x_BTD: jax.Array, call: Call, kind: LayerKind, cached: LayerKV | None = None
     ) -> tuple[jax.Array, LayerKV | None]:
         """Lets each position gather from itself and from those before it.
 
         Args:
             x_BTD: the input of each position.
             call: positions of the tokens, and how this call runs.
-            window: how many positions a query sees, its own included; None is all up to its own.
+            kind: the window of this layer, and whether it rotates.
             cached: k_BKSH and v_BKSH of this layer for the tokens before.
 
         Returns:
@@ -67,11 +67,11 @@ class SelfAttention(nn.Module):
 
         if config.positions == "rotary":
             with jax.named_scope("rotary"):
-                frequencies = rotary_frequencies(config, in_window=window is not None)
-                q_BTNH = record("q_rotated", rotate(q_BTNH, call.positions_BT, frequencies))
-                k_BTKH = record("k_rotated", rotate(k_BTKH, call.positions_BT, frequencies))
+                frequencies = rotary_frequencies(config, kind)
+                q_BTNH = record("q_rotated", rotate(q_BTNH, call.positions_BT, frequencies, config.rotary_layout))
+                k_BTKH = record("k_rotated", rotate(k_BTKH, call.positions_BT, frequencies, config.rotary_layout))
 
-        k_BSKH, v_BSKH, key_positions_BS = k_BTKH, v_BTKH, call.positions_BT
+        k_BSKH, v_BSKH, key_positions_BS, window = k_BTKH, v_BTKH, call.positions_BT, kind.window
         if cached is not None:
             with jax.named_scope("cache"):
                 k_BSKH, v_BSKH, key_positions_BS, window, cached = append_to_cache(cached, k_BTKH, v_BTKH, call, window)

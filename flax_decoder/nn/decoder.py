@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_decoder.config import ModelConfig
+from flax_decoder.config import PLAIN_LAYER, LayerKind, ModelConfig
 from flax_decoder.nn.arguments import checked_arguments
 from flax_decoder.nn.attention import SelfAttention
 from flax_decoder.nn.axes import constrain, num_parts
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, call: Call, window: int | None = None, cached: LayerKV | None = None
+        self, x_BTD: jax.Array, call: Call, kind: LayerKind, cached: LayerKV | None = None
     ) -> tuple[jax.Array, LayerKV | None]:
         """Adds the writes of this layer to the residual stream; see `SelfAttention` for the arguments."""
         config, record = self.config, call.hook(self)
@@ -57,7 +57,7 @@ class Block(nn.Module):
         dropout = nn.Dropout(config.dropout, deterministic=call.deterministic)
 
         h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
-        h_BTD, cached = SelfAttention(config, name="attention")(h_BTD, call, window, cached)
+        h_BTD, cached = SelfAttention(config, name="attention")(h_BTD, call, kind, cached)
         h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
         attended_BTD = x_BTD + dropout(record("attention_write", h_BTD))
         if config.norm_position == "post":
@@ -245,18 +245,17 @@ class Decoder(nn.Module):
         block = Block(config, parent=None)
         if self.is_initializing():
             init_rngs_L = jax.random.split(self.make_rng("params"), config.num_layers)
-            self.put_variable(
-                "params", "layers", jax.vmap(lambda rng: block.init(rng, x_BTD, call)["params"])(init_rngs_L)
-            )
+            layers = jax.vmap(lambda rng: block.init(rng, x_BTD, call, PLAIN_LAYER)["params"])(init_rngs_L)
+            self.put_variable("params", "layers", layers)
         has_dropout = config.dropout > 0 and not call.deterministic
         rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if has_dropout else None
         indices_L = None if call.edits is None else jnp.arange(config.num_layers, dtype=jnp.int32)
 
-        def layer(window: int | None, x_BTD: jax.Array, layer_inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+        def layer(kind: LayerKind, x_BTD: jax.Array, layer_inputs: tuple[Any, ...]) -> tuple[jax.Array, Any]:
             params, rng, index, cached = layer_inputs
             (x_BTD, cached), recorded = block.apply(
                 {"params": params},
-                *(x_BTD, call.at_layer(index), window, cached),
+                *(x_BTD, call.at_layer(index), kind, cached),
                 rngs=None if rng is None else {"dropout": rng},
                 mutable=["intermediates"] if call.records else [],
             )
@@ -267,16 +266,16 @@ class Decoder(nn.Module):
         is_scanned = config.scan_layers and cache is None and not isinstance(params, tuple)
         if config.remat in REMAT_POLICIES:
             # Unrolled, the compiler would merge the second computation with the first; inside a scan it cannot.
-            prevent_cse = not (is_scanned and config.num_layers % period_of(config.windows) == 0)
+            prevent_cse = not (is_scanned and config.num_layers % period_of(config.layer_kinds) == 0)
             policy = REMAT_POLICIES[config.remat]
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse, static_argnums=0)
         if is_scanned:
-            x_BTD, (_, recorded) = periodic_scan(layer, x_BTD, (params, rngs_L, indices_L, None), config.windows)
+            x_BTD, (_, recorded) = periodic_scan(layer, x_BTD, (params, rngs_L, indices_L, None), config.layer_kinds)
             cached_layers: tuple[LayerKV, ...] = ()
         else:
             stacked = params, rngs_L, indices_L, None if cache is None else cache.layers
             inputs = zip(*(per_layer(tree, config.num_layers) for tree in stacked), strict=True)
-            x_BTD, results = unrolled(layer, x_BTD, inputs, config.windows)
+            x_BTD, results = unrolled(layer, x_BTD, inputs, config.layer_kinds)
             cached_layers, recorded_layers = zip(*results, strict=True)
             recorded = jax.tree.map(stack_where_alike, *recorded_layers)
         if call.records:

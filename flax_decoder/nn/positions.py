@@ -1,13 +1,14 @@
 """Positions of tokens: attention by itself sees a set, these give it an order."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from flax_decoder.config import ModelConfig
+from flax_decoder.config import PLAIN_LAYER, LayerKind, ModelConfig
 from flax_decoder.nn.precision import accumulation_dtype
 
 
@@ -30,7 +31,7 @@ def sinusoidal(positions_BT: jax.Array, width: int, dtype: DTypeLike = jnp.float
     return waves.reshape(*positions_BT.shape, width)
 
 
-def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarray:
+def rotary_frequencies(config: ModelConfig, kind: LayerKind = PLAIN_LAYER) -> np.ndarray:
     """Angle per position, in radians, of each rotated pair of numbers (Su et al. 2021, equation 15).
 
         theta_i = base^(-2i / R),   R the rotated part of the head width
@@ -40,14 +41,16 @@ def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarr
 
     Args:
         config: the model.
-        in_window: for layers with a window, which may have another base (Gemma 3).
+        kind: of the layer: those with a window may have another base (Gemma 3), and some do not rotate (SmolLM 3).
 
     Returns:
         (R / 2,), float64.
     """
     rotated = int(config.head_width * config.rotary_fraction)
     exponents = -np.arange(0, rotated, 2, dtype=np.float64) / rotated
-    if in_window and config.rotary_window_base is not None:
+    if not kind.rotates:
+        return np.zeros_like(exponents)
+    if kind.window is not None and config.rotary_window_base is not None:
         return config.rotary_window_base**exponents
     frequencies: np.ndarray = config.rotary_base**exponents
     factor = config.rotary_scaling_factor
@@ -61,16 +64,23 @@ def rotary_frequencies(config: ModelConfig, in_window: bool = False) -> np.ndarr
     return frequencies
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Array:
+def rotate(
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    frequencies: np.ndarray | jax.Array,
+    layout: Literal["half", "interleaved"] = "half",
+) -> jax.Array:
     """Rotates pairs of numbers of each head by an angle proportional to the position.
 
-    The score of a rotated query and a rotated key depends on the distance of their positions only. Number i is paired
-    with number i + R/2, as in GPT-NeoX and Llama; numbers from R on are not rotated.
+    The score of a rotated query and a rotated key depends on the distance of their positions only. Numbers from R on
+    are not rotated.
 
     Args:
         x_BTNH: queries or keys.
         positions_BT: position of each token; B may be 1.
         frequencies: (R / 2,), from `rotary_frequencies`.
+        layout: "half" pairs number i with number i + R/2, as GPT-NeoX and Llama do; "interleaved" number 2 i with
+            number 2 i + 1, as the paper and GPT-J do.
 
     Returns:
         The same shape and dtype.
@@ -80,8 +90,14 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray |
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     half = len(frequencies)
     x = x_BTNH.astype(dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    rest = x[..., 2 * half :]
+    if layout == "interleaved":
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        turned = jnp.concatenate([pairs.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
+    else:
+        first, second = x[..., :half], x[..., half : 2 * half]
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return turned.astype(x_BTNH.dtype)
 
 
