@@ -129,7 +129,7 @@ class ModelConfig(_Shown):
     """part of each head's width that is rotated"""
     rotary_layout: Annotated[Literal["half", "interleaved"], _WITH_ROTARY] = "half"
     """which numbers of the rotated part R turn as a pair: half: i and i + R/2; interleaved: 2 i and 2 i + 1"""
-    rotary_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1), _WITH_ROTARY] = (True,)
+    rotary_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (True,)
     """which layers rotate, repeated over the stack: [true, true, true, false] leaves every fourth without positions"""
     rotary_scaling: Literal["none", "linear", "llama3"] = "none"
     """how rotary wavelengths are stretched to reach beyond the length of the first training"""

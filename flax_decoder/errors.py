@@ -36,12 +36,19 @@ def as_one_line(value: Any) -> str:
     return f"{' '.join(repr(value).split()):.60}"
 
 
+# No setting has a longer name; looking for one like it takes time that grows with the square of the length.
+MAX_NAME = 100
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or nothing if none is near.
 
     Of SECTION.FIELD, the field must be near, as all fields of a section share its name; in another section it must be
     the same.
     """
+
+    if len(name) > MAX_NAME:
+        return ""
 
     def parts_of(word: str) -> tuple[str, str]:
         section, _, field = word.lstrip("-").replace("_", "-").rpartition(".")

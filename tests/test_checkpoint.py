@@ -70,7 +70,7 @@ def test_a_state_comes_back_to_the_last_bit(saved, step):
     jax.tree.map(np.testing.assert_array_equal, restore_params(folder, step, abstract), expected.params)
 
 
-@pytest.mark.short("adamw")
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_in_bfloat16_come_back_as_they_were(tmp_path, name):
     state = make_state(name=name, moments_dtype="bfloat16")

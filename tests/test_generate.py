@@ -165,7 +165,7 @@ def two_hundred_prompts(context):
     return [rng.integers(0, V, length).astype(np.int32) for length in lengths]
 
 
-@pytest.mark.short("rotary grouped")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_hundred_ragged_prompts_equal_the_model_without_a_cache(kind):
     """A row's tokens depend on neither its neighbours nor padding: the reference knows each row alone."""
@@ -367,7 +367,7 @@ def test_a_completion_is_cut_behind_its_end():
     assert len(nothing.tokens) == 0 and not nothing.ended
 
 
-@pytest.mark.short("30-alibi window")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["learned", "rotary grouped", "alibi window", "window"])
 @pytest.mark.parametrize("num_prefix_tokens", [1, 8, 10, 30])
 def test_a_prefix_changes_nothing_but_the_time(kind, num_prefix_tokens):

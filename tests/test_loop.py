@@ -234,6 +234,7 @@ def test_a_run_stopped_before_its_first_evaluation_can_be_ended_there(text, tmp_
     assert (tmp_path / "run" / "sample.txt").exists()
 
 
+@pytest.mark.full
 def test_each_line_tells_the_part_of_the_peak(text, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "CHIPS", (hardware.Chip("cpu", 1e12, 1e9, 1e9, 1e9),))
     changes = {"mesh__data": 2, "mesh__tensor": 2, "model__vocab_size": 40, "training__num_steps": 4}
@@ -247,7 +248,7 @@ def test_each_line_tells_the_part_of_the_peak(text, tmp_path, monkeypatch):
         assert row["mfu_causal"] == pytest.approx(flops_per_token(model, "causal") * speed / 4e12)
 
 
-@pytest.mark.short("adamw")
+@pytest.mark.full
 def test_a_run_learns_the_same_whether_it_is_watched_or_not(finished, text, tmp_path):
     expected, name = finished
     history = read_history(expected)
@@ -268,6 +269,7 @@ def test_the_last_snapshot_is_of_the_model_that_is_saved(finished):
         np.testing.assert_allclose(found[-1], expected[:, 0], rtol=1e-3, atol=1e-5)  # float16
 
 
+@pytest.mark.full
 def test_another_text_may_be_watched_when_a_run_goes_on(text, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(run, text, training__num_steps=4) == 0
@@ -288,6 +290,7 @@ def test_a_text_that_cannot_be_watched_is_refused_before_anything_is_written(tex
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_a_disk_that_refuses_a_snapshot_ends_the_run(text, tmp_path, monkeypatch):
     def refuse(path, mode):
         if path.name == ".6.npy.tmp":

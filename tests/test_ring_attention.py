@@ -138,6 +138,7 @@ def test_a_program_in_float64_stays_in_it():
 # --- Dropout ---
 
 
+@pytest.mark.full
 def test_dropped_weights_are_the_same_in_both_passes():
     """Heads are linear in the values, so the gradient of these is exact; that of the queries by finite differences."""
     with jax.enable_x64(True):

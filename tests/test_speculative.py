@@ -112,6 +112,7 @@ def test_lookup_finds_the_longest_match_and_of_equals_the_latest():
     assert look_up_draft(text_BS, jnp.array([12]), 2).tolist() == [[7, 9]]  # three tokens match, not one
 
 
+@pytest.mark.full
 def test_accepted_drafts_save_passes(monkeypatch):
     """A model as its own draft is always right: each pass adds all drafted tokens and one more."""
     model, params = make("rotary grouped", context_length=97)

@@ -43,7 +43,7 @@ def params_of(folder, step="latest"):
     return jax.tree.map(np.asarray, fd.load(folder, step=step)[1])
 
 
-@pytest.mark.short("run")
+@pytest.mark.full
 @pytest.mark.parametrize("source", ["run", "hf"])
 def test_a_run_starts_from_a_trained_model(source, here, monkeypatch, capsys):
     first = []

@@ -144,6 +144,7 @@ def test_accumulation_equals_one_large_batch(parts, mask):
     assert_same(take_step(make_state(training__batch_size=B, training__accumulation_steps=parts), batch), whole)
 
 
+@pytest.mark.full
 def test_gradients_accumulate_in_float32():
     """Parts are computed in bfloat16, but their sum has float32's digits: those of summing on the host in float64."""
     state, batch = make_state(model__dtype="bfloat16", training__batch_size=B), make_batch()

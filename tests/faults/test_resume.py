@@ -35,6 +35,7 @@ OTHERS = {
     "model.rotary_window_base": 5000.0,
     "model.window": 4,
     "model.window_pattern": [True, False],
+    "model.rotary_pattern": [True, False],
     "model.attention_scale": 0.5,
     "model.attention_soft_cap": 20.0,
     "model.logit_soft_cap": 20.0,
@@ -47,6 +48,7 @@ OTHERS = {
 WITH = {
     "model.rotary_window_base": {"model.positions": "rotary", "model.window": 4},
     "model.window_pattern": {"model.window": 4, "model.num_layers": 2},
+    "model.rotary_pattern": {"model.positions": "rotary", "model.num_layers": 2},
     "model.rotary_scaling_factor": {"model.rotary_scaling": "linear"},
     "data.bpe_vocab_size": {"data.tokenizer": "bpe"},
     "model.rotary_low_frequency_factor": {"model.rotary_scaling": "llama3"},

@@ -439,6 +439,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "x")
 
 
+@pytest.mark.full
 @pytest.mark.fault(ROW)
 def test_what_is_no_text_is_refused_by_the_command_itself(tmp_path: Path, count_cases) -> None:
     """As a process of its own: bytes that are no UTF-8 reach it as such."""
