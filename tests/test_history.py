@@ -101,7 +101,7 @@ MODELS = {
 }
 
 
-@pytest.mark.short("rotary")
+@pytest.mark.full
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_snapshot_is_what_the_model_computes(tmp_path, kind):
     config, params = make(**MODELS[kind])

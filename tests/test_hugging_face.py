@@ -96,6 +96,7 @@ def test_a_folder_is_enough_to_generate_and_evaluate(folder, capsys):
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 104
 
 
+@pytest.mark.full
 def test_commands_sample_as_generation_config_says_and_start_as_the_tokenizer_does(folder, capsys):
     import tokenizers
 

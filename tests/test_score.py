@@ -22,13 +22,23 @@ def make():
     return model, jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape), params)
 
 
+def logits_of(tokens):
+    model, params = make()
+    tokens_1T = np.pad(tokens, (0, CONTEXT - len(tokens)))[None]
+    return np.asarray(jax.jit(model.apply)({"params": params}, tokens_1T)[0, : len(tokens)], np.float64)
+
+
+def greedy_by_hand(context, count):
+    text = context
+    for _ in range(count):
+        text = np.append(text, logits_of(text)[-1].argmax())
+    return text[len(context) :]
+
+
 def by_hand(context, continuation):
     """One text at a time, in float64 from the logits on."""
-    model, params = make()
     text = np.concatenate([context, continuation])[-CONTEXT - 1 :]
-    tokens_1T = np.pad(text[:-1], (0, CONTEXT + 1 - len(text)))[None]
-    logits_TV = np.asarray(jax.jit(model.apply)({"params": params}, tokens_1T)[0], np.float64)
-    logits_TV = logits_TV[: len(text) - 1][-len(continuation) :]
+    logits_TV = logits_of(text[:-1])[-len(continuation) :]
     log_z_T = np.log(np.exp(logits_TV).sum(axis=1))
     found_T = logits_TV[np.arange(len(continuation)), continuation] - log_z_T
     return found_T.sum(), bool((logits_TV.argmax(axis=1) == continuation).all())
@@ -43,8 +53,7 @@ def test_a_score_is_the_sum_of_the_log_probabilities_of_its_tokens():
     contexts, continuations = random_rows(9, 30), random_rows(9, 11)  # some longer than the model's context
     model, params = make()
     contexts[2], continuations[3] = np.array([4]), np.arange(CONTEXT)
-    likeliest = np.asarray(fd.generate(model, params, contexts[2][None], 5, temperature=0))[0, 1:]
-    continuations[2] = likeliest
+    continuations[2] = greedy_by_hand(contexts[2], 5)
     log_probs, greedy = fd.score(model, params, contexts, continuations)
     expected = [by_hand(*texts) for texts in zip(contexts, continuations, strict=True)]
     np.testing.assert_allclose(log_probs, [one for one, _ in expected], rtol=1e-5)
