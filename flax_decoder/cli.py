@@ -556,10 +556,11 @@ def _read_config(options: argparse.Namespace) -> Config:
     if config.run.start_from is None:
         return config
     from flax_decoder.loading import model_config_of
+    from flax_decoder.training.run_folder import START_FROM
 
     folder = Path(config.run.folder or ".")
     # A run that has begun has a copy of what it needs; where it came from may be gone.
-    source = folder if (folder / "start_from.json").is_file() else Path(config.run.start_from)
+    source = folder if (folder / START_FROM).is_file() else Path(config.run.start_from)
     config = load_config(options.config, given, start=model_config_of(source))
     run = dataclasses.replace(config.run, start_from=os.path.abspath(config.run.start_from or ""))
     return dataclasses.replace(config, run=run)

@@ -97,10 +97,9 @@ def load(
     if step != "latest":
         raise UserError(f"{folder}: is a Hugging Face folder and has no checkpoints to choose from; leave out --step")
     model, params, own_tokenizer = read_folder(folder, shardings, allow_nan=allow_nan, strict=strict)
-    if tokenizer is None:
-        return model, params, own_tokenizer
     if own_tokenizer is not None:
         _refuse_second_tokenizer(folder, tokenizer)
+        return model, params, own_tokenizer
     return model, params, _named_tokenizer(tokenizer, model.config.vocab_size)
 
 
@@ -116,8 +115,7 @@ def _load_file(
     if step != "latest":
         raise UserError(f"{path}: is one checkpoint and has none to choose from; leave out --step")
     model, params = read_model(document, path, shardings, allow_nan=allow_nan)
-    found = None if tokenizer is None else _named_tokenizer(tokenizer, model.config.vocab_size)
-    return model, params, found
+    return model, params, _named_tokenizer(tokenizer, model.config.vocab_size)
 
 
 def model_config_of(path: Path) -> ModelConfig:
@@ -129,9 +127,10 @@ def model_config_of(path: Path) -> ModelConfig:
 
 def read_start(path: Path, tokenizer: str | None = None) -> Start:
     """A trained model for a run to start from; `tokenizer` as in `load`. Raises as `load`, also without a tokenizer."""
-    _, params, found = load(path, tokenizer=tokenizer)
-    if _is_run_folder(path):
-        files = [steps_folder(path) / str(choose_step(path, "latest")) / MANIFEST]
+    step: int | Literal["latest"] = choose_step(path, "latest") if _is_run_folder(path) else "latest"
+    _, params, found = load(path, step=step, tokenizer=tokenizer)
+    if step != "latest":
+        files = [steps_folder(path) / str(step) / MANIFEST]
     else:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return Start(path, {file.name: sha256_of(file) for file in files}, params, _required(found, path))
@@ -142,8 +141,14 @@ def _refuse_second_tokenizer(folder: Path, tokenizer: str | None) -> None:
         raise UserError(f"{folder}: has its own tokenizer.json; leave out --tokenizer {tokenizer}")
 
 
-def _named_tokenizer(name: str, vocab_size: int | None) -> Tokenizer:
-    """The tokenizer that --tokenizer names, for a model of `vocab_size` tokens. Raises UserError if it does not fit."""
+def _named_tokenizer(name: str | None, vocab_size: int | None) -> Tokenizer | None:
+    """The tokenizer that --tokenizer names, if it does, for a model of `vocab_size` tokens.
+
+    Raises:
+        UserError: there is no such tokenizer, or it does not fit.
+    """
+    if name is None:
+        return None
     kind, _, file = name.partition(":")
     tokenizer: Tokenizer
     if kind == "char" and file:
@@ -211,16 +216,18 @@ def convert(
             raise UserError(f"{source}: is converted to a run folder, which has no model type; leave out {what}")
     if to and model_type:
         raise UserError("--to and --model-type are two formats; give one of them")
+    # What else nanoGPT needs comes from the same checkpoint, also beside a training that saves another one.
+    step: int | Literal["latest"] = choose_step(source, "latest") if to and not to_run else "latest"
     if names is not None:
         if source.is_dir():
             raise UserError(f"{source}: is a folder, which has its own names; leave out --names")
         model, params = read_own_model(read_torch_file(source), source, Path(as_path(names)), allow_nan=allow_nan)
-        found = None if tokenizer is None else _named_tokenizer(tokenizer, model.config.vocab_size)
+        found = _named_tokenizer(tokenizer, model.config.vocab_size)
     else:
-        model, params, found = load(source, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
+        model, params, found = load(source, step=step, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
     try:
         if to:
-            _write_nanogpt(destination, source, model, params)
+            _write_nanogpt(destination, source, int(step), model, params)
             return
         with new_folder(destination) as unfinished:
             if to_run:
@@ -401,11 +408,11 @@ def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) 
     save_params(folder, 0, params, facts_of(config, folder))
 
 
-def _write_nanogpt(path: Path, source: Path, model: Decoder, params: Any) -> None:
-    """Writes the model of a run as a new checkpoint of nanoGPT, from which its `train.py` goes on."""
+def _write_nanogpt(path: Path, source: Path, step: int, model: Decoder, params: Any) -> None:
+    """Writes the model of a run at a step as a new checkpoint of nanoGPT, from which its `train.py` goes on."""
     require_expressible(model.config, NANOGPT, str(source))
     document = model_entries(model.config, params)
     config = load_config(source / "config.toml")
-    document |= training_entries(source, choose_step(source, "latest"), config, document["model"])
+    document |= training_entries(source, step, config, document["model"])
     with replacing(path) as file:
         write_checkpoint(file, document)

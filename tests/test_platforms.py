@@ -13,7 +13,7 @@ from flax_decoder.platforms import skip_missing_tpu
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with libtpu and nothing else; the name of a file in it makes a device."""
+    """A machine that has libtpu and no TPU; a test adds one by creating its device file."""
     for name in list(os.environ):
         if name.startswith("TPU_") or name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"):
             monkeypatch.delenv(name)

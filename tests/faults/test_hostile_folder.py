@@ -276,7 +276,7 @@ UNNAMED = {
 @pytest.mark.short("link-True", "file-False", "FIFO-False")
 @pytest.mark.parametrize(("kind", "listed"), [*((kind, False) for kind in UNNAMED), ("link", True), ("FIFO", True)])
 def test_only_the_regular_files_of_the_manifest_are_read(run, outside, capsys, kind, listed):
-    """A value file of the arrays is moved away, and a forged manifest has it or not: Orbax would open what is there."""
+    """Something else has the name of a file that holds values of the arrays; a forged manifest may list it or not."""
     step = run / "checkpoints" / "12"
     shutil.rmtree(run / "checkpoints" / "8")
     path = max((step / "params" / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
