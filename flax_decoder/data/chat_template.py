@@ -95,7 +95,12 @@ _renderer = functools.cache(_Renderer)
 
 
 class ChatTemplate:
-    """Formats a conversation as the text that a model continues with its answer."""
+    """Formats a conversation as the text that a model continues with its answer.
+
+    Attributes:
+        name: start of error messages.
+        special_tokens: the texts of its special tokens.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = "chat template"):
         """Compiles a template.
@@ -108,25 +113,32 @@ class ChatTemplate:
         Raises:
             UserError: the program cannot be compiled.
         """
-        self._name, self._special_tokens = name, dict(special_tokens)
+        self.name, self._variables = name, dict(special_tokens)
+        self.special_tokens = tuple(self._variables.values())
         self._source = source
         self._render(None, "cannot be used")
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, up to the start of the next answer.
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, mark: str = "") -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: in order.
+            add_generation_prompt: ends it with the start of the next answer.
+            mark: stands at both ends of each `{% generation %}` block.
 
         Raises:
             UserError: the template refuses the messages, for example a system message, or fails.
         """
         # Templates ask whether there are tools and documents, which a conversation here never has.
-        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special_tokens}
-        return self._render(variables | {"messages": list(map(dict, messages))}, "refuses these messages")
+        variables = {"tools": None, "documents": None, **self._variables, chat_renderer.MARK: mark}
+        conversation = {"add_generation_prompt": add_generation_prompt, "messages": list(map(dict, messages))}
+        return self._render(variables | conversation, "refuses these messages")
 
     def _render(self, variables: Mapping[str, Any] | None, complaint: str) -> str:
         try:
             return _renderer().render(self._source, variables)
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self._name}: {complaint}: {error}") from None
+            raise UserError(f"{self.name}: {complaint}: {error}") from None
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:

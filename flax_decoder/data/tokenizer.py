@@ -56,12 +56,14 @@ class Tokenizer(ABC):
         end_ids: the end-of-text tokens; may be empty.
         lone_byte_id: of a tokenizer with tokens for bytes among those for text, the token of a byte that is no
             character by itself.
+        special_tokens: the texts that it turns into special tokens, wherever they are.
     """
 
     vocab_size: int
     start_id: int | None = None
     end_ids: tuple[int, ...] = ()
     lone_byte_id: int | None = None
+    special_tokens: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises UserError if it is no text, or a character is not in the vocabulary."""
@@ -70,6 +72,10 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt: the text, after what the tokenizer.json puts before it, such as a start token."""
         return self.encode(text)
+
+    def encode_parted(self, text: str, joint: str) -> list[int]:
+        """The ids of a text without the character `joint`; what it parts, such as a special token, is not one token."""
+        return self.encode(text.replace(joint, ""))
 
     def prompt_start(self) -> list[int]:
         """The tokens that `encode_prompt` puts before a text."""
@@ -201,6 +207,7 @@ class SubwordTokenizer(Tokenizer):
         self.lone_byte_id = tokenizer.token_to_id("<0xF0>")
         added_tokens = tokenizer.get_added_tokens_decoder()
         special_ids = {token.content: id for id, token in added_tokens.items() if token.special}
+        self.special_tokens = tuple(special_ids)
         self.start_id = next((special_ids[name] for name in _START_TOKENS if name in special_ids), None)
         self.end_ids = tuple(special_ids[name] for name in _END_TOKENS if name in special_ids)[:1]
 
@@ -213,6 +220,15 @@ class SubwordTokenizer(Tokenizer):
             end = self._find_cut(text, start + _PIECE_CHARACTERS)
             yield np.array(self._encode_piece(text[start:end]), np.int32)
             start = end
+
+    def encode_parted(self, text: str, joint: str) -> list[int]:
+        """Encodes the text with the joint, and leaves out its tokens."""
+        encoding = self._encoding(text)
+        starts = {index for index, character in enumerate(text) if character == joint}
+        pairs = [*zip(encoding.ids, encoding.offsets, strict=True)]
+        if any(end - start > 1 and starts & set(range(start, end)) for _, (start, end) in pairs):
+            raise UserError("the tokenizer cannot write a special token as text; take it out of the messages")
+        return [id for id, (start, end) in pairs if not (start in starts and end == start + 1)]
 
     def prompt_start(self) -> list[int]:
         """Those before one letter: without any text, what is before it cannot be told."""
@@ -233,13 +249,16 @@ class SubwordTokenizer(Tokenizer):
         return around[:start] + plain
 
     def _encode_piece(self, piece: str, add_special_tokens: bool = False) -> list[int]:
+        return self._encoding(piece, add_special_tokens).ids
+
+    def _encoding(self, piece: str, add_special_tokens: bool = False) -> "tokenizers.Encoding":
         if len(piece) > self._max_characters:  # the library would end the process
             raise UserError(
                 f"the tokenizer may lengthen each character of a text of {len(piece):,} so much that it takes over "
                 f"{_MAX_NORMALIZED_BYTES:,} bytes; give at most {self._max_characters:,}"
             )
         with _as_user_error("the tokenizer cannot encode this text"):
-            return self._tokenizer.encode(piece, add_special_tokens=add_special_tokens).ids
+            return self._tokenizer.encode(piece, add_special_tokens=add_special_tokens)
 
     def _find_cut(self, text: str, earliest: int) -> int:
         """The first index from `earliest` on at which the text can be cut without a change to its tokens, else its end.
