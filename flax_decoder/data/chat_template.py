@@ -25,7 +25,8 @@ from flax_decoder.io.foreign_file import open_inside, read_content
 
 # Of the environment of the process that renders: where Python and its libraries are, and the time of day.
 _PASSED_ON = ("PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
-_MAX_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
+CHAT_TEMPLATE = "chat_template.jinja"
+MAX_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
 
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
@@ -147,11 +148,11 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     Raises:
         UserError: there is none, or it cannot be used.
     """
-    path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    path, file = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE
     document = read_tokenizer_config(folder)
     source = document.get("chat_template")
     if os.path.lexists(file):
-        content = read_content(open_inside(folder, file.name), _MAX_TEMPLATE_BYTES, str(file))
+        content = read_content(open_inside(folder, file.name), MAX_TEMPLATE_BYTES, str(file))
         source = decode_text(content, str(file), "get it again")
     if isinstance(source, list):  # several named templates
         named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]

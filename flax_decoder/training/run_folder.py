@@ -14,7 +14,7 @@ from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, write_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
-from flax_decoder.huggingface.folder import write_special_tokens
+from flax_decoder.huggingface.folder import write_tokenizer_files
 from flax_decoder.io.files import new_folder, not_plain, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
@@ -87,10 +87,11 @@ def open_run(
     try:
         with new_folder(folder) as unfinished:
             save_corpus(corpus, unfinished / "corpus")
-            write_tokenizer(unfinished / "tokenizer.json", tokenizer)
             write_text(unfinished / "config.toml", to_toml(config))
-            if start is not None:
-                write_special_tokens(unfinished, tokenizer)
+            if start is None:
+                write_tokenizer(unfinished / "tokenizer.json", tokenizer)
+            else:
+                write_tokenizer_files(unfinished, tokenizer, start.kept)
                 write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
             if lock is not None:
                 lock.take(unfinished)
