@@ -377,6 +377,8 @@ class TrainingConfig(_Shown):
     """steps between evaluations"""
     eval_batches: Annotated[CountOrZero, MAY_CHANGE] = 0
     """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
+    patience: Annotated[CountOrZero, MAY_CHANGE] = 0
+    """the run ends after this many evaluations in a row without a new lowest validation loss; 0 is off"""
     save_every: Annotated[Count, MAY_CHANGE] = 500
     """steps between checkpoints; the last step is always saved"""
     keep_newest: Annotated[Count, MAY_CHANGE] = 2

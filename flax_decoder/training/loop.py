@@ -41,7 +41,15 @@ from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
-from flax_decoder.training.metrics import MetricsLog, log_row, plot_losses, require_reporters
+from flax_decoder.training.metrics import (
+    LogRow,
+    MetricsLog,
+    evaluations_since_best,
+    log_row,
+    plot_losses,
+    read_metrics,
+    require_reporters,
+)
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
@@ -96,12 +104,12 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner, start))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
-        if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
-            rise = prolonging(config.optimizer, done)
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= done]
+        is_settled = has_settled(rows, config.training)
+        is_over = done >= config.training.num_steps or is_settled
+        if processes.broadcast(is_over and has_results(folder, done)):
             print_escaped(
-                f"{folder} is finished after {done} steps. Continue with --training.num-steps {2 * done}"
-                + (f", which {rise}," if rise else ",")
-                + " or start another run with --run.folder"
+                f"{folder} is finished after {done} steps. {how_to_go_on(config, done, is_settled=is_settled)}"
             )
             return 0
         if owner is not None:
@@ -188,7 +196,8 @@ def run_steps(
     tokens_per_step = training.batch_size * T
     step = int(state.step)
     skipped = step - num_updates(state.opt_state)
-    stops = step >= training.num_steps  # a run killed after its last step only lacks its results
+    # A run killed after its last step only lacks its results.
+    stops = step >= training.num_steps or has_settled(log.rows, training)
     step_seconds: list[float] = []  # since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
         watch.record(step, state.params)
@@ -235,12 +244,29 @@ def run_steps(
             if evaluates:
                 row |= validate(model, state, corpus, training)
                 stops = stops or interruption.requested()  # a signal may have arrived during the evaluation
+                stops = stops or has_settled([*log.rows, row], training)
                 saves = saves or stops
             log.add(row)
             progress.update(row)
             if saves:
                 checkpoints.save(state, row.get("val_loss"))
     return state
+
+
+def has_settled(rows: list[LogRow], training: TrainingConfig) -> bool:
+    """Whether `training.patience` is over: the validation loss has not been lower for so many evaluations."""
+    return 0 < training.patience <= evaluations_since_best(rows)
+
+
+def how_to_go_on(config: Config, done: int, *, is_settled: bool) -> str:
+    """What continues a finished run, which may have ended before its last step."""
+    if is_settled and done < config.training.num_steps:
+        return "Its validation loss no longer fell: --step best is its best model, and --training.patience 0 continues"
+    rise = prolonging(config.optimizer, done)
+    return (
+        f"Continue with --training.num-steps {2 * done}{f', which {rise},' if rise else ','} "
+        "or start another run with --run.folder"
+    )
 
 
 def validate(model: Decoder, state: TrainState, corpus: Corpus, training: TrainingConfig) -> dict[str, float]:
@@ -319,7 +345,7 @@ def write_results(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
             f"at step {best['step']}; curve in {curve}"
         )
-        epochs = training.num_steps * training.batch_size * model.config.context_length / len(corpus.train_tokens)
+        epochs = log.rows[-1]["step"] * training.batch_size * model.config.context_length / len(corpus.train_tokens)
         num_steps, V = training.num_steps, tokenizer.vocab_size
         print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:
