@@ -13,7 +13,14 @@ from chat_templates import PUBLISHED
 
 from flax_decoder.data import chat_template, conversations
 from flax_decoder.data.chat_template import ChatTemplate
-from flax_decoder.data.conversations import encode_example, encode_examples, example_of, prompt_tokens, read_examples
+from flax_decoder.data.conversations import (
+    encode_example,
+    encode_examples,
+    example_of,
+    prompt_tokens,
+    read_examples,
+    turn_ends,
+)
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer, SubwordTokenizer, make_tokenizer
 from flax_decoder.errors import UserError
 
@@ -197,6 +204,17 @@ def test_marks_and_prefixes_agree():
         assert encode_example(example(messages), tokenizer, template) == encode_example(
             example(messages), tokenizer, marked
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "end"), [("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>"), ("phi-3", "<|end|>"), ("llama-2", "</s>")]
+)
+def test_what_ends_an_answer_is_known(name, end):
+    tokenizer, template = format_of(name)
+    examples = [example(TALKS["turns"]), example(TALKS["empty"])]
+    found = encode_examples(examples, tokenizer, template, context_length=64)
+    assert turn_ends(found, tokenizer) == (tokenizer.token_id(end),)
+    assert turn_ends(encode_examples(examples[:1], tokenizer, template, context_length=10**6), ByteTokenizer()) == ()
 
 
 # --- What cannot be told is refused ---

@@ -179,6 +179,14 @@ def encode_example(
         raise UserError(f"{example.source}: {error}") from None
 
 
+def turn_ends(examples: Examples, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that end answers, ascending: at them generation must end, whatever a folder names."""
+    is_last = np.append(~examples.learned[1:], True)
+    is_last[examples.ends - 1] = True
+    special = [tokenizer.token_id(token) for token in tokenizer.special_tokens]
+    return tuple(id for id in np.unique(examples.tokens[examples.learned & is_last]).tolist() if id in special)
+
+
 def prompt_tokens(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
     """The tokens of a conversation up to the start of the next answer, as `encode_example` has them.
 

@@ -104,8 +104,8 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner, start))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
-        rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] <= done]
-        is_settled = has_settled(rows, config.training)
+        rows = read_metrics(folder / "metrics.jsonl") if config.training.patience > 0 else []
+        is_settled = has_settled([row for row in rows if row["step"] <= done], config.training)
         is_over = done >= config.training.num_steps or is_settled
         if processes.broadcast(is_over and has_results(folder, done)):
             print_escaped(
