@@ -6,11 +6,13 @@ import itertools
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 from chat_templates import PUBLISHED
 
+import flax_decoder as fd
 from flax_decoder.data import chat_template, conversations
 from flax_decoder.data.chat_template import ChatTemplate
 from flax_decoder.data.conversations import (
@@ -22,7 +24,10 @@ from flax_decoder.data.conversations import (
     turn_ends,
 )
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer, SubwordTokenizer, make_tokenizer
+from flax_decoder.data.windows import make_windows, train_windows
 from flax_decoder.errors import UserError
+from flax_decoder.generation.chat import Chat
+from flax_decoder.generation.sampling import Sampling
 
 
 def talk(*contents, system=None):
@@ -386,3 +391,44 @@ def test_one_process_renders_all(monkeypatch):
     tokenizer, template = format_of("chatml")
     encode_examples([example(TALKS["turns"])] * 20, tokenizer, template, context_length=64)
     assert len(starts) <= 1
+
+
+# --- The whole round ---
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_model_learns_to_answer_and_to_end_its_answer(packing):
+    tokenizer, template = SubwordTokenizer(make_library(SPECIAL["chatml"])), format_of("chatml")[1]
+    talks = [
+        talk("say one", "one"),
+        talk("say two", "two twice", "and one", "one"),
+        talk("hello", "hi there", system="s"),
+    ]
+    examples = encode_examples(map(example, talks), tokenizer, template, context_length=64)
+    tokenizer.end_ids = turn_ends(examples, tokenizer)
+    config = fd.load_config(
+        None,
+        {
+            "model.vocab_size": tokenizer.vocab_size,
+            "model.embed_dim": 48,
+            "model.num_layers": 2,
+            "model.positions": "rotary",
+            "training.num_steps": 150,
+            "optimizer.learning_rate": 5e-3,
+        },
+    )
+    model, how = fd.Decoder(config.model), {"seed": 0, "batch_size": 3, "context_length": 64}
+    windows = make_windows(examples, context_length=64, packing=packing)
+    state, step = fd.init_state(model, config, rng=jax.random.key(0)), jax.jit(fd.train_step)
+    for number in range(150):
+        state, metrics = step(state, train_windows(examples, windows, step=number, **how))
+    assert metrics["loss"] < 0.05
+    for messages in talks:
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        chat = Chat(
+            model, state.params, tokenizer, template, jax.random.key(0), Sampling(temperature=0.0), system=system
+        )
+        said = [message["content"] for message in messages if message["role"] != "system"]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            assert "".join(chat.answer(question)) == answer
