@@ -133,22 +133,6 @@ def test_commands_sample_as_generation_config_says_and_start_as_the_tokenizer_do
     assert result["num_tokens"] == 80 and result["window_start"] == [2]
 
 
-def test_a_round_trip_through_a_run_folder_is_exact(folder, capsys):
-    run, again = folder.parent / "run", folder.parent / "again"
-    again.mkdir()  # an empty folder is allowed
-    assert main(["convert", str(folder), str(run)]) == 0
-    names = {"config.toml", "tokenizer.json", "generation_config.json", "tokenizer_config.json", "checkpoints"}
-    assert {path.name for path in run.iterdir()} == names
-    model, params, tokenizer = fd.load(run)
-    assert model.config == LLAMA and isinstance(tokenizer, ByteTokenizer)
-    assert_equal(params, fd.load(folder)[1])
-    assert main(["convert", str(run), str(again)]) == 0
-    for name in ("config.json", "generation_config.json", "tokenizer.json", WEIGHTS):
-        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
-    assert {path.name for path in folder.parent.iterdir()} == {"model", "run", "again"}
-    capsys.readouterr()
-
-
 CHAT_FILES = {
     "chat_template.jinja": b"{% for m in messages %}\r\n{{ m.content }}{{ eos_token }}{% endfor %}",
     "tokenizer_config.json": b'{"eos_token":\n{"content": "<|im_end|>"},   "model_max_length": 1e30}',
@@ -162,15 +146,25 @@ def write_chat_files(folder):
         (folder / name).write_bytes(content)
 
 
-def test_what_a_folder_says_of_chats_stays_as_it_is(folder, capsys):
+def test_a_round_trip_through_a_run_folder_is_exact(folder, capsys):
     run, again = folder.parent / "run", folder.parent / "again"
+    again.mkdir()  # an empty folder is allowed
     write_chat_files(folder)
     assert main(["convert", str(folder), str(run)]) == 0
+    assert {path.name for path in run.iterdir()} == {"config.toml", "tokenizer.json", "checkpoints", *CHAT_FILES}
+    model, params, tokenizer = fd.load(run)
+    assert model.config == LLAMA and isinstance(tokenizer, ByteTokenizer)
+    assert_equal(params, fd.load(folder)[1])
     assert main(["convert", str(run), str(again)]) == 0
+    for name in ("tokenizer.json", WEIGHTS, *CHAT_FILES):
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
     for name, content in CHAT_FILES.items():
-        assert (run / name).read_bytes() == (again / name).read_bytes() == content
+        assert (run / name).read_bytes() == content
+    ends = {"eos_token_id": [7, 11]}
+    assert json.loads((again / "config.json").read_bytes()) == json.loads((folder / "config.json").read_bytes()) | ends
     assert load_chat_template(run).render([{"content": "a"}]) == "a<|im_end|>"
-    assert read_sampling(run) == {"temperature": 0.7} and fd.load(run)[2].end_ids == (7, 11)
+    assert read_sampling(run) == {"temperature": 0.7} and tokenizer.end_ids == (7, 11)
+    assert {path.name for path in folder.parent.iterdir()} == {"model", "run", "again"}
     capsys.readouterr()
 
 
