@@ -242,6 +242,16 @@ def test_what_does_not_run_on_the_devices_is_refused(platform, settings, message
         choose_kernel(ModelConfig(**MODEL | settings))
 
 
+def test_documents_take_a_kernel_that_has_them():
+    settings = MODEL | BFLOAT16
+    with traced_for("gpu"):
+        assert choose_kernel(ModelConfig(**settings), has_documents=True) == "reference"
+        with pytest.raises(fd.UserError, match=r'"cudnn" has no documents .* use model.attention = "auto"'):
+            choose_kernel(ModelConfig(**settings, attention="cudnn"), has_documents=True)
+    with traced_for("tpu"):
+        assert choose_kernel(ModelConfig(**settings), has_documents=True) == "splash"
+
+
 # --- In the network ---
 
 TOKENS_BT = np.random.default_rng(2).integers(0, 13, (4, BLOCK + 3)).astype(np.int32)

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_decoder.data.batches import validation_batches
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training.batch import Batch
+from flax_decoder.training.batch import Batch, without_borders
 from flax_decoder.training.metrics import bits_per_byte
 from flax_decoder.training.step import Metrics, loss_sum
 
@@ -61,4 +61,4 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnames=("model", "loss_chunk_tokens"))
 def _loss_sums(model: Decoder, params: Any, batch: Batch, loss_chunk_tokens: int | None) -> Metrics:
-    return loss_sum(params, model.apply, batch, loss_chunk_tokens=loss_chunk_tokens)[1]
+    return loss_sum(params, model.apply, without_borders(batch), loss_chunk_tokens=loss_chunk_tokens)[1]

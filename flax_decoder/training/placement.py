@@ -56,8 +56,8 @@ def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: in
         step: number of the step, from 0.
 
     Returns:
-        "inputs" and "targets", int32 [B, T]. If the mesh splits sequences, tokens are reordered to balance the work of
-        the devices, and "positions" gives the original position of each.
+        The arrays of `train_batch`, [B, T]. If the mesh splits sequences, tokens are reordered to balance the work of
+        the devices, and "positions" gives the original position of each, in its document where there are "segments".
     """
     B, T = training.batch_size, context_length
     num_parts = mesh.shape["context"]
@@ -69,13 +69,23 @@ def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: in
         batch = train_batch(tokens, seed=training.seed, step=step, batch_size=B, context_length=T, rows=rows)
         if order_T is None:
             return batch
-        positions = np.broadcast_to(np.arange(T, dtype=np.int32), batch["inputs"].shape)
-        return {name: array[:, order_T] for name, array in (batch | {"positions": positions}).items()}
+        return {name: array[:, order_T] for name, array in with_positions(batch).items()}
 
     def part(name: str, index: Any) -> np.ndarray:
         rows, columns = index
         return read(*rows.indices(B)[:2])[name][:, columns]
 
     sharding = sharding_of(mesh, "batch", "length")
-    names = ("inputs", "targets") if order_T is None else ("inputs", "targets", "positions")
+    own, *_ = filter(None, sharding.addressable_devices_indices_map((B, T)).values())  # of a device of this process
+    names = read(*own[0].indices(B)[:2])
     return {name: jax.make_array_from_callback((B, T), sharding, functools.partial(part, name)) for name in names}
+
+
+def with_positions(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch for any order of its tokens: "positions" count in each document, and no two share their "segments"."""
+    index_BT = np.broadcast_to(np.arange(batch["inputs"].shape[1], dtype=np.int32), batch["inputs"].shape)
+    if "segments" not in batch:
+        return batch | {"positions": index_BT}
+    is_first_BT = np.diff(batch["segments"], axis=1, prepend=batch["segments"][:, :1]) != 0
+    starts_BT = np.maximum.accumulate(np.where(is_first_BT, index_BT, 0), axis=1)
+    return batch | {"positions": index_BT - starts_BT, "segments": starts_BT}
