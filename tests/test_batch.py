@@ -73,7 +73,9 @@ def test_nothing_broadcasts(name, shape):
 
 def test_positions_may_be_those_of_all_rows():
     for rows in (1, B):
-        assert checked_batch(make_batch(positions=np.zeros((rows, T), np.int32)), V)["positions"].shape == (rows, T)
+        batch = make_batch(positions=np.zeros((rows, T), np.int32))
+        assert checked_batch(batch, V)["positions"].shape == (rows, T)
+        assert checked_batch(batch, V, num_parts=B)["positions"].shape == (B, T)
     with pytest.raises(ValueError, match="positions"):
         checked_batch(make_batch(positions=np.zeros((2, T), np.int32)), V)
 

@@ -80,6 +80,8 @@ def checked_batch(batch: Batch, vocab_size: int, num_parts: int = 1) -> Batch:
     if "mask" in arrays:
         checked["mask"] = checked_weights(arrays["mask"])
     checked = without_borders(checked)
+    if num_parts > 1 and "positions" in checked:  # each part has its rows of them
+        checked["positions"] = jnp.broadcast_to(checked["positions"], shape)
     weights = checked["mask"] if "segments" in checked else arrays.get("mask")
     check_tokens(arrays["targets"], vocab_size, weights, "targets")
     return checked | {"targets": as_integers(arrays["targets"], "targets")}
