@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.data.batches import train_batch
+from flax_decoder.data.shards import Split
 from flax_decoder.errors import UserError
 from flax_decoder.parallel.mesh import mesh_sizes, sharding_of
 from flax_decoder.parallel.zigzag import zigzag
@@ -45,19 +46,20 @@ def device_bytes(num_local: int) -> int:
     return int(stats.get("bytes_limit", machine_bytes // num_local))
 
 
-def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: int, mesh: Mesh, step: int) -> Batch:
+def place_batch(split: Split, training: TrainingConfig, context_length: int, mesh: Mesh, step: int) -> Batch:
     """The training batch of a step, sharded over a mesh; each process reads only the rows of its devices.
 
     Args:
-        tokens: the training split; may be memory-mapped.
+        split: the tokens to train on.
         training: seed and batch size of the run.
         context_length: tokens per sequence, T.
         mesh: the devices.
         step: number of the step, from 0.
 
     Returns:
-        "inputs" and "targets", int32 [B, T]. If the mesh splits sequences, tokens are reordered to balance the work of
-        the devices, and "positions" gives the original position of each.
+        "inputs" and "targets", int32 [B, T], and if documents are masked "segments" and "mask". If the mesh splits
+        sequences, tokens are reordered to balance the work of the devices, and "positions" gives the original position
+        of each.
     """
     B, T = training.batch_size, context_length
     num_parts = mesh.shape["context"]
@@ -66,7 +68,8 @@ def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: in
     @functools.cache  # devices that hold parts of the same rows share one read
     def read(start: int, stop: int) -> dict[str, np.ndarray]:
         rows = slice(start, stop)
-        batch = train_batch(tokens, seed=training.seed, step=step, batch_size=B, context_length=T, rows=rows)
+        order = {"seed": training.seed, "step": step, "batch_size": B, "context_length": T}
+        batch = train_batch(split.tokens, **order, rows=rows, document_starts=split.masked_documents)
         if order_T is None:
             return batch
         positions = np.broadcast_to(np.arange(T, dtype=np.int32), batch["inputs"].shape)
@@ -77,5 +80,7 @@ def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: in
         return read(*rows.indices(B)[:2])[name][:, columns]
 
     sharding = sharding_of(mesh, "batch", "length")
-    names = ("inputs", "targets") if order_T is None else ("inputs", "targets", "positions")
+    names = ["inputs", "targets"]
+    names += [] if split.masked_documents is None else ["segments", "mask"]
+    names += [] if order_T is None else ["positions"]
     return {name: jax.make_array_from_callback((B, T), sharding, functools.partial(part, name)) for name in names}
