@@ -8,6 +8,7 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.data.batches import train_batch
+from flax_decoder.data.shards import Split
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.parallel.zigzag import zigzag
 from flax_decoder.training import loop, placement
@@ -19,6 +20,7 @@ from flax_decoder.training.step import jit_step, state_shardings
 B, T, V, NUM_STEPS = 24, 16, 34, 3
 NUM_DEVICES = 8
 TOKENS = np.random.default_rng(0).integers(0, V, 5003).astype(np.uint16)
+STARTS = np.arange(0, 5003, 7)  # of documents
 SIZES = {
     "model.vocab_size": V,
     "model.context_length": T,
@@ -66,8 +68,8 @@ def one_mesh(config, num_devices=NUM_DEVICES):
     return make_mesh(config, jax.devices()[:num_devices])
 
 
-def place(config, mesh, step):
-    return place_batch(TOKENS, config.training, T, mesh, step)
+def place(config, mesh, step, has_mask=False):
+    return place_batch(Split(TOKENS, STARTS, 1, has_mask), config.training, T, mesh, step)
 
 
 def expected_batch(step):

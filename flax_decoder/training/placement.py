@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.data.batches import train_batch
+from flax_decoder.data.shards import Split
 from flax_decoder.errors import UserError
 from flax_decoder.parallel.mesh import mesh_sizes, sharding_of
 from flax_decoder.parallel.zigzag import zigzag
@@ -45,11 +46,11 @@ def device_bytes(num_local: int) -> int:
     return int(stats.get("bytes_limit", machine_bytes // num_local))
 
 
-def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: int, mesh: Mesh, step: int) -> Batch:
+def place_batch(split: Split, training: TrainingConfig, context_length: int, mesh: Mesh, step: int) -> Batch:
     """The training batch of a step, sharded over a mesh; each process reads only the rows of its devices.
 
     Args:
-        tokens: the training split; may be memory-mapped.
+        split: the tokens to train on.
         training: seed and batch size of the run.
         context_length: tokens per sequence, T.
         mesh: the devices.
@@ -66,7 +67,8 @@ def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: in
     @functools.cache  # devices that hold parts of the same rows share one read
     def read(start: int, stop: int) -> dict[str, np.ndarray]:
         rows = slice(start, stop)
-        batch = train_batch(tokens, seed=training.seed, step=step, batch_size=B, context_length=T, rows=rows)
+        order = {"seed": training.seed, "step": step, "batch_size": B, "context_length": T}
+        batch = train_batch(split.tokens, **order, rows=rows, document_starts=split.masked_documents)
         if order_T is None:
             return batch
         return {name: array[:, order_T] for name, array in with_positions(batch).items()}
