@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from flax_decoder.allocator import limit_kept_memory
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.config_file import to_toml
-from flax_decoder.data.corpus import BUILT_IN, Corpus
+from flax_decoder.data.listing import BUILT_IN
+from flax_decoder.data.shards import Corpus
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
@@ -93,11 +94,13 @@ def train(config: Config, folder: Path, start: Start | None = None) -> int:
 
 def run(config: Config, folder: Path, start: Start | None = None) -> int:
     """`train`, after all processes of the job have joined."""
-    choose_kernel(config.model)  # raises if the requested one does not run here
+    choose_kernel(
+        config.model, has_documents=config.data.document_mask
+    )  # raises if the requested one does not run here
 
     def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
         require_room(config, jax.device_count())
-        watched_tokens(config, tokenizer, corpus.validation_tokens)
+        watched_tokens(config, tokenizer, corpus.validation.tokens)
 
     with FolderLock() as lock:
         owner = lock if processes.is_first() else None
@@ -145,7 +148,7 @@ def train_from(
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
-    watched = watched_tokens(config, tokenizer, corpus.validation_tokens)
+    watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
     describe(model, state.params, tokenizer, corpus, mesh)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
@@ -201,12 +204,12 @@ def run_steps(
     step_seconds: list[float] = []  # since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
         watch.record(step, state.params)
-        batch = place_batch(corpus.train_tokens, training, T, mesh, step)
+        batch = place_batch(corpus.train, training, T, mesh, step)
         while not stops:
             start = time.perf_counter()
             state, metrics = take_step(state, batch)
             step += 1
-            next_batch = place_batch(corpus.train_tokens, training, T, mesh, step)  # while the devices compute
+            next_batch = place_batch(corpus.train, training, T, mesh, step)  # while the devices compute
             metrics = jax.device_get(metrics)  # waits for the devices
             step_seconds.append(time.perf_counter() - start)
             limit_kept_memory()
@@ -274,11 +277,12 @@ def validate(model: Decoder, state: TrainState, corpus: Corpus, training: Traini
     result = evaluate(
         model,
         state.params,
-        corpus.validation_tokens,
-        corpus.validation_bytes,
+        corpus.validation.tokens,
+        corpus.validation.num_bytes,
         batch_size=training.batch_size,
         limit=training.eval_batches,
         loss_chunk_tokens=training.loss_chunk_tokens,
+        document_starts=corpus.validation.masked_documents,
     )
     if not np.isfinite(result["loss"]):
         raise FaultError(
@@ -299,9 +303,11 @@ def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, 
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
     num_params, config = sum(leaf.size for leaf in jax.tree.leaves(params)), model.config
+    source = built_in if corpus.source == BUILT_IN else corpus.source
+    what_was_read = f"{corpus.what_was_read}\n      " if corpus.num_documents > 1 else ""
     print_escaped(
-        f"text: {built_in if corpus.source == BUILT_IN else corpus.source}\n"
-        f"      {len(corpus.train_tokens):,} tokens to train on, {len(corpus.validation_tokens):,} to validate, "
+        f"text: {source}\n      {what_was_read}"
+        f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"
         f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
         f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
@@ -345,7 +351,7 @@ def write_results(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
             f"at step {best['step']}; curve in {curve}"
         )
-        epochs = log.rows[-1]["step"] * training.batch_size * model.config.context_length / len(corpus.train_tokens)
+        epochs = log.rows[-1]["step"] * training.batch_size * model.config.context_length / len(corpus.train.tokens)
         num_steps, V = training.num_steps, tokenizer.vocab_size
         print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:
