@@ -333,6 +333,8 @@ class DataConfig(_Shown):
     """ends each document; left out, the tokenizer's end token, or a newline if it has none; "" is nothing"""
     document_mask: bool = False
     """a token sees its own document only, positions start anew in each, and no loss is asked across a border"""
+    packing: bool = True
+    """of conversations: several to a row, where they do not see each other; false: one a row, the rest is padding"""
     validation_path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), IS_PATH] = None
     """texts for validation, as `path`; left out, the last documents of `path`"""
     validation_fraction: Annotated[float, Field(gt=0, lt=1), _WITHOUT_VALIDATION_PATH] = 0.1

@@ -9,16 +9,18 @@ cards are, and each round is shuffled by itself: it has at most `MAX_SHUFFLED` w
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flax_decoder.data.shards import Shards
+if TYPE_CHECKING:
+    from flax_decoder.data.shards import Shards
 
 MAX_SHUFFLED = 2**20
 
 
 def train_batch(
-    tokens: np.ndarray | Shards,
+    tokens: "np.ndarray | Shards",
     *,
     seed: int,
     step: int,
@@ -73,7 +75,7 @@ def _segments(inputs_BT: np.ndarray, targets_BT: np.ndarray) -> dict[str, np.nda
 
 
 def validation_batches(
-    tokens: np.ndarray | Shards,
+    tokens: "np.ndarray | Shards",
     *,
     batch_size: int,
     context_length: int,

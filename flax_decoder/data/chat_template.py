@@ -143,10 +143,25 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:
-    """Reads the chat template of a model folder: chat_template.jinja, or "chat_template" in tokenizer_config.json.
+    """Reads the chat template of a model folder.
 
     Raises:
         UserError: there is none, or it cannot be used.
+    """
+    template = find_chat_template(folder)
+    if template is None:
+        raise UserError(
+            f"{folder}: has no chat template: no chat_template.jinja, no chat_template in tokenizer_config.json;\n"
+            f"a model that was not trained on conversations can continue a text: flax-decoder generate {folder}"
+        )
+    return template
+
+
+def find_chat_template(folder: Path) -> ChatTemplate | None:
+    """The chat template of a model folder: chat_template.jinja, or "chat_template" in tokenizer_config.json; else None.
+
+    Raises:
+        UserError: it cannot be used.
     """
     path, file = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE
     document = read_tokenizer_config(folder)
@@ -158,9 +173,6 @@ def load_chat_template(folder: Path) -> ChatTemplate:
         named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
         source = named[0].get("template") if named else None
     if not isinstance(source, str):
-        raise UserError(
-            f"{folder}: has no chat template: no chat_template.jinja, no chat_template in tokenizer_config.json;\n"
-            f"a model that was not trained on conversations can continue a text: flax-decoder generate {folder}"
-        )
+        return None
     special_tokens = read_special_tokens(folder, document)
     return ChatTemplate(source, special_tokens, str(file if os.path.lexists(file) else path))

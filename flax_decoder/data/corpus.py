@@ -23,6 +23,7 @@ import numpy as np
 from flax_decoder.config import DataConfig
 from flax_decoder.data import encoding, formats
 from flax_decoder.data.encoding import Ending, Result, Task
+from flax_decoder.data.example_corpus import has_examples, prepare_examples
 from flax_decoder.data.formats import PART_BYTES
 from flax_decoder.data.plan import Plan, divide, make_plan, paths_of, raise_all, source_hash
 from flax_decoder.data.shards import Corpus, is_corpus, load_corpus, read_facts, shard_name, starts_name, write_facts
@@ -93,15 +94,19 @@ def prepare_corpus(
     folder: Path,
     tokenizer: Tokenizer | None = None,
     *,
+    model_folder: Path | None = None,
+    context_length: int | None = None,
     num_processes: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Tokenizer, Corpus]:
-    """Makes a corpus of the texts that `data` names, or takes one that is prepared already.
+    """Makes a corpus of the texts or conversations that `data` names, or takes one that is prepared already.
 
     Args:
         data: which texts, and how they become tokens.
         folder: exists. It gets the corpus and its tokenizer.json; what an interrupted call has finished in it is kept.
         tokenizer: that of the model, if it has one already, in place of the one of `data`.
+        model_folder: for conversations, where the model's chat template is.
+        context_length: for conversations, T.
         num_processes: by default one for a small text, else as many as there are cores.
         progress: called now and then.
 
@@ -113,6 +118,14 @@ def prepare_corpus(
     try:
         if len(paths) == 1 and is_corpus(paths[0]):
             return _take_prepared(data, Path(paths[0]), folder, tokenizer)
+        if has_examples(data):
+            if context_length is None:
+                raise UserError(
+                    f"{', '.join(paths)}: has conversations, which each run prepares for its own model: give it to "
+                    "train.py as data.path"
+                )
+            tokenizer = prepare_examples(data, folder, tokenizer, model_folder, context_length, progress)
+            return tokenizer, load_corpus(folder)
         return _prepare(data, folder, tokenizer, num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
@@ -220,7 +233,7 @@ def require_fit(
     """Raises UserError if a corpus does not fit a model.
 
     Args:
-        corpus: each part must have at least `context_length` + 1 tokens.
+        corpus: each part of a text must have at least `context_length` + 1 tokens.
         tokenizer: its own.
         data: where it is from.
         context_length: T.
@@ -236,7 +249,7 @@ def require_fit(
         ("training", corpus.train, f"first {100 * (1 - data.validation_fraction):g} %"),
         ("validation", corpus.validation, f"last {100 * data.validation_fraction:g} %"),
     ):
-        if len(split.tokens) < context_length + 1:
+        if not corpus.has_examples and len(split.tokens) < context_length + 1:
             source = f"{corpus.source} ({fraction})" if data.validation_path is None else corpus.source
             raise UserError(
                 f"the {part} part of {source} has {len(split.tokens)} tokens, but context_length = {context_length} "

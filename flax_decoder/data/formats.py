@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import os
@@ -463,6 +464,36 @@ def _unpacked(part: Part) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
         else:
             yield file
+
+
+@contextlib.contextmanager
+def open_unpacked(part: Part) -> Iterator[BinaryIO]:
+    """Opens the file of a part from its beginning on, without its packing.
+
+    Raises:
+        UserError: it cannot be read, also later on, where it is damaged.
+    """
+    with _unpacked(part) as file:
+        yield cast(BinaryIO, io.BufferedReader(_Checked(file, part), _READ_BYTES))
+
+
+class _Checked(io.RawIOBase):
+    """A file that is read with `_read`."""
+
+    def __init__(self, file: BinaryIO, part: Part):
+        self._file, self._part, self._position = file, part, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        block = _read(self._file, self._part, len(buffer))
+        buffer[: len(block)] = block
+        self._position += len(block)
+        return len(block)
 
 
 def _read(file: BinaryIO, part: Part, size: int) -> bytes:

@@ -1,20 +1,25 @@
 """The tokens of a corpus on disk: shards with their SHA-256, mapped into memory.
 
 A corpus folder has corpus.json, and for the training and the validation split shards of token ids and of the places
-where documents start, both as plain little-endian numbers. corpus.json is written last.
+where documents start, both as plain little-endian numbers; of conversations also of what is learned, a byte a token.
+corpus.json is written last.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flax_decoder.config import DataConfig
+from flax_decoder.data.batches import train_batch, validation_batches
+from flax_decoder.data.windows import Examples, Windows, make_windows, train_windows, validation_windows
 from flax_decoder.errors import BrokenError, UserError
 from flax_decoder.io.files import is_sha256, open_regular, sha256_of, write_text
 from flax_decoder.io.strict_json import LISTING, parse_object
@@ -72,10 +77,109 @@ class Split:
     num_bytes: int
     has_mask: bool = False
 
+    def arranged(self, data: DataConfig) -> "Split":
+        """The same, in rows as `data` says."""
+        return dataclasses.replace(self, has_mask=data.document_mask)
+
     @property
     def masked_documents(self) -> np.ndarray | None:
         """`document_starts`, if tokens see their own document only."""
         return self.document_starts if self.has_mask else None
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether its batches have "segments"."""
+        return self.has_mask
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens that `num_bytes` bytes are made of, and that losses are about."""
+        return len(self.tokens)
+
+    def rows_per_epoch(self, context_length: int) -> float:
+        """Rows of T tokens after which all has been learned once."""
+        return len(self.tokens) / context_length
+
+    def train_batch(
+        self, *, seed: int, step: int, batch_size: int, context_length: int, rows: slice = slice(None)
+    ) -> dict[str, np.ndarray]:
+        """The training batch of a step; see `batches.train_batch`."""
+        order = {"seed": seed, "step": step, "batch_size": batch_size, "context_length": context_length}
+        return train_batch(self.tokens, **order, rows=rows, document_starts=self.masked_documents)
+
+    def validation_batches(
+        self, *, batch_size: int, context_length: int, limit: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """All of it in order; see `batches.validation_batches`."""
+        return validation_batches(
+            self.tokens,
+            batch_size=batch_size,
+            context_length=min(context_length, len(self.tokens) - 1),
+            limit=limit,
+            document_starts=self.masked_documents,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleSplit(Split):
+    """A part of a corpus of conversations: each document is an example, of which some tokens are learned.
+
+    Attributes:
+        learned: for each token 1 if it is learned, else 0; `num_bytes` is the size of the text that these make.
+        packing: several examples go to a row, where they do not see each other.
+    """
+
+    learned: np.ndarray = field(kw_only=True)
+    packing: bool = True
+    _windows: dict[int, Windows] = field(default_factory=dict, init=False)
+
+    def arranged(self, data: DataConfig) -> "ExampleSplit":
+        """The same, in rows as `data` says."""
+        return dataclasses.replace(self, packing=data.packing)
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether its batches have "segments": a row of one example needs none."""
+        return self.packing
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens that are learned."""
+        return int(np.count_nonzero(self.learned))
+
+    def rows_per_epoch(self, context_length: int) -> float:
+        """Rows after which all has been learned once."""
+        return len(self._arranged(context_length))
+
+    def train_batch(
+        self, *, seed: int, step: int, batch_size: int, context_length: int, rows: slice = slice(None)
+    ) -> dict[str, np.ndarray]:
+        """The training batch of a step; see `train_windows`."""
+        windows, order = self._arranged(context_length), {"seed": seed, "step": step, "batch_size": batch_size}
+        batch = train_windows(self.examples, windows, **order, context_length=context_length, rows=rows)
+        return self._without_needless(batch)
+
+    def validation_batches(
+        self, *, batch_size: int, context_length: int, limit: int = 0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """All of it in order; see `validation_windows`."""
+        windows, shape = self._arranged(context_length), {"batch_size": batch_size, "context_length": context_length}
+        return map(self._without_needless, validation_windows(self.examples, windows, **shape, limit=limit))
+
+    @functools.cached_property
+    def examples(self) -> Examples:
+        """The same as examples."""
+        tokens = np.asarray(self.tokens)  # one shard: without a copy
+        return Examples(tokens, self.learned.view(np.bool_), np.append(self.document_starts[1:], len(tokens)))
+
+    def _arranged(self, context_length: int) -> Windows:
+        if context_length not in self._windows:
+            windows = make_windows(self.examples, context_length=context_length, packing=self.packing)
+            self._windows[context_length] = windows
+        return self._windows[context_length]
+
+    def _without_needless(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: array for name, array in batch.items() if name != "segments" or self.has_segments}
 
 
 @dataclass(frozen=True)
@@ -101,9 +205,14 @@ class Corpus:
         """In both splits."""
         return len(self.train.document_starts) + len(self.validation.document_starts)
 
-    def masked(self, has_mask: bool) -> "Corpus":
-        """The same, in which tokens see their own document only, or all before them."""
-        train, validation = (dataclasses.replace(split, has_mask=has_mask) for split in (self.train, self.validation))
+    @property
+    def has_examples(self) -> bool:
+        """Whether it is made of conversations."""
+        return isinstance(self.train, ExampleSplit)
+
+    def arranged(self, data: DataConfig) -> "Corpus":
+        """The same, in rows as `data` says."""
+        train, validation = (split.arranged(data) for split in (self.train, self.validation))
         return dataclasses.replace(self, train=train, validation=validation)
 
 
@@ -140,6 +249,7 @@ _FACTS = {
 }
 _SPLIT_FACTS = {"bytes": int, "shards": list}
 _SHARD_FACTS = {"name": str, "tokens": int, "documents": int, "sha256": str, "starts_sha256": str}
+_LEARNED = {"learned_sha256": str}  # of a shard of conversations
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -166,11 +276,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
     for split in SPLITS:
         _require_fields(path, facts[split], _SPLIT_FACTS)
         for index, shard in enumerate(facts[split]["shards"]):
-            _require_fields(path, shard, _SHARD_FACTS)
+            has_learned = isinstance(shard, dict) and bool(shard.keys() & _LEARNED.keys())
+            _require_fields(path, shard, _SHARD_FACTS | (_LEARNED if has_learned else {}))
             if shard["name"] != shard_name(split, index):
                 raise _damaged(path, ValueError(f"its shard {index} is called {shard['name']!a}"))
         if facts[split]["bytes"] < 1 or not facts[split]["shards"]:  # bits per byte are computed from them
             raise _damaged(path, ValueError(f"its {split} split is empty"))
+    if len({shard.keys() & _LEARNED.keys() == set() for split in SPLITS for shard in facts[split]["shards"]}) > 1:
+        raise _damaged(path, ValueError("only a part of it is of conversations"))
     return facts
 
 
@@ -196,15 +309,29 @@ def starts_name(name: str) -> str:
     return name.removesuffix(".bin") + ".starts.bin"
 
 
+def learned_name(name: str) -> str:
+    """The name of the file that says which tokens of a shard are learned."""
+    return name.removesuffix(".bin") + ".learned.bin"
+
+
 def _open_split(folder: Path, split: str, facts: dict[str, Any], is_checked: bool) -> Split:
-    arrays, starts, first = [], [], 0
+    arrays, starts, learned, first = [], [], [], 0
     for shard in facts[split]["shards"]:
         name, num_tokens = shard["name"], shard["tokens"]
-        sha256, starts_sha256 = (shard["sha256"], shard["starts_sha256"]) if is_checked else (None, None)
-        arrays.append(_map(folder / name, f"<u{facts['item_bytes']}", num_tokens, sha256))
-        starts.append(_map(folder / starts_name(name), "<i8", shard["documents"], starts_sha256) + first)
+        hashes = shard if is_checked else {}
+        arrays.append(_map(folder / name, f"<u{facts['item_bytes']}", num_tokens, hashes.get("sha256")))
+        path = folder / starts_name(name)
+        starts.append(_map(path, "<i8", shard["documents"], hashes.get("starts_sha256")) + first)
+        if "learned_sha256" in shard:
+            lengths = np.diff(starts[-1], append=first + num_tokens)
+            if not len(lengths) or starts[-1][0] != first or lengths.min() < 1:
+                raise _damaged(path, ValueError("it does not say where examples start"))
+            learned.append(_map(folder / learned_name(name), "u1", num_tokens, hashes.get("learned_sha256")))
         first += num_tokens
-    return Split(arrays[0] if len(arrays) == 1 else Shards(arrays), np.concatenate(starts), facts[split]["bytes"])
+    found = arrays[0] if len(arrays) == 1 else Shards(arrays), np.concatenate(starts), facts[split]["bytes"]
+    if not learned:
+        return Split(*found)
+    return ExampleSplit(*found, learned=learned[0] if len(learned) == 1 else np.concatenate(learned))
 
 
 def _map(path: Path, dtype: str, length: int, sha256: str | None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,33 @@ def evaluate(
         start=start,
         document_starts=document_starts,
     )
+    return evaluate_batches(
+        model, params, batches, num_learned=len(tokens), num_bytes=num_bytes, loss_chunk_tokens=loss_chunk_tokens
+    )
+
+
+def evaluate_batches(
+    model: Decoder,
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    num_learned: int,
+    num_bytes: int,
+    loss_chunk_tokens: int | None = None,
+) -> dict[str, float]:
+    """The loss on batches, each with the "mask" of what counts.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        batches: see `Split.validation_batches`.
+        num_learned: tokens that `num_bytes` bytes of text are made of.
+        num_bytes: the size of that text in UTF-8.
+        loss_chunk_tokens: see `TrainingConfig`.
+
+    Returns:
+        See `evaluate`.
+    """
     # One at a time: many programs in flight can deadlock the devices that one CPU simulates.
     sums = [jax.device_get(_loss_sums(model, params, batch, loss_chunk_tokens)) for batch in batches]
     # In float64 on the host: float32 would lose digits over a long text.
@@ -64,7 +91,7 @@ def evaluate(
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < MAX_EXPONENT else math.inf,
-        "bits_per_byte": bits_per_byte(loss, len(tokens), num_bytes),
+        "bits_per_byte": bits_per_byte(loss, num_learned, num_bytes),
         "num_tokens": int(num_tokens),
     }
 

@@ -38,7 +38,7 @@ from flax_decoder.training.checkpoint import (
     saved_steps,
     steps_folder,
 )
-from flax_decoder.training.evaluation import evaluate
+from flax_decoder.training.evaluation import evaluate_batches
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
@@ -94,11 +94,10 @@ def train(config: Config, folder: Path, start: Start | None = None) -> int:
 
 def run(config: Config, folder: Path, start: Start | None = None) -> int:
     """`train`, after all processes of the job have joined."""
-    choose_kernel(
-        config.model, has_documents=config.data.document_mask
-    )  # raises if the requested one does not run here
+    choose_kernel(config.model)  # raises if the requested one does not run here
 
     def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
+        choose_kernel(config.model, has_documents=corpus.train.has_segments)
         require_room(config, jax.device_count())
         watched_tokens(config, tokenizer, corpus.validation.tokens)
 
@@ -274,15 +273,14 @@ def how_to_go_on(config: Config, done: int, *, is_settled: bool) -> str:
 
 def validate(model: Decoder, state: TrainState, corpus: Corpus, training: TrainingConfig) -> dict[str, float]:
     """Evaluates the validation split; returns its log entries."""
-    result = evaluate(
+    split, shape = corpus.validation, {"batch_size": training.batch_size, "context_length": model.config.context_length}
+    result = evaluate_batches(
         model,
         state.params,
-        corpus.validation.tokens,
-        corpus.validation.num_bytes,
-        batch_size=training.batch_size,
-        limit=training.eval_batches,
+        split.validation_batches(**shape, limit=training.eval_batches),
+        num_learned=split.num_learned,
+        num_bytes=split.num_bytes,
         loss_chunk_tokens=training.loss_chunk_tokens,
-        document_starts=corpus.validation.masked_documents,
     )
     if not np.isfinite(result["loss"]):
         raise FaultError(
@@ -351,7 +349,8 @@ def write_results(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
             f"at step {best['step']}; curve in {curve}"
         )
-        epochs = log.rows[-1]["step"] * training.batch_size * model.config.context_length / len(corpus.train.tokens)
+        rows_per_epoch = corpus.train.rows_per_epoch(model.config.context_length)
+        epochs = log.rows[-1]["step"] * training.batch_size / rows_per_epoch
         num_steps, V = training.num_steps, tokenizer.vocab_size
         print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:

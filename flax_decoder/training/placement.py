@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_decoder.config import Config, TrainingConfig
-from flax_decoder.data.batches import train_batch
 from flax_decoder.data.shards import Split
 from flax_decoder.errors import UserError
 from flax_decoder.parallel.mesh import mesh_sizes, sharding_of
@@ -50,15 +49,16 @@ def place_batch(split: Split, training: TrainingConfig, context_length: int, mes
     """The training batch of a step, sharded over a mesh; each process reads only the rows of its devices.
 
     Args:
-        split: the tokens to train on.
+        split: what to train on.
         training: seed and batch size of the run.
         context_length: tokens per sequence, T.
         mesh: the devices.
         step: number of the step, from 0.
 
     Returns:
-        The arrays of `train_batch`, [B, T]. If the mesh splits sequences, tokens are reordered to balance the work of
-        the devices, and "positions" gives the original position of each, in its document where there are "segments".
+        The arrays of `split.train_batch`, [B, T]. If the mesh splits sequences, tokens are reordered to balance the
+        work of the devices, and "positions" gives the original position of each, in its document where there are
+        "segments".
     """
     B, T = training.batch_size, context_length
     num_parts = mesh.shape["context"]
@@ -68,7 +68,7 @@ def place_batch(split: Split, training: TrainingConfig, context_length: int, mes
     def read(start: int, stop: int) -> dict[str, np.ndarray]:
         rows = slice(start, stop)
         order = {"seed": training.seed, "step": step, "batch_size": B, "context_length": T}
-        batch = train_batch(split.tokens, **order, rows=rows, document_starts=split.masked_documents)
+        batch = split.train_batch(**order, rows=rows)
         if order_T is None:
             return batch
         return {name: array[:, order_T] for name, array in with_positions(batch).items()}

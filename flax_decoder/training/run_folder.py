@@ -16,7 +16,7 @@ from flax_decoder.data.reading_progress import ReadingProgress
 from flax_decoder.data.shards import Corpus, load_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
-from flax_decoder.huggingface.folder import write_tokenizer_files
+from flax_decoder.huggingface.folder import read_kept_files, write_tokenizer_files
 from flax_decoder.io.files import new_folder, not_plain, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
@@ -72,7 +72,7 @@ def open_run(
         if lock is not None:
             lock.take(folder)
         require_same_inputs(folder)
-        corpus = load_corpus(folder / "corpus").masked(config.data.document_mask)
+        corpus = load_corpus(folder / "corpus").arranged(config.data)
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         config = _resolve(config, tokenizer, corpus)
         check(config, tokenizer, corpus)
@@ -83,18 +83,28 @@ def open_run(
         raise UserError(f"{folder}: is the current folder; give a new --run.folder")
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
-    given = None if start is None else start.tokenizer
+    given, model_folder = None if start is None else start.tokenizer, _model_folder(config, start)
     try:
         with new_folder(folder) as unfinished, ReadingProgress() as progress:
             (unfinished / "corpus").mkdir()
-            tokenizer, corpus = prepare_corpus(config.data, unfinished / "corpus", given, progress=progress)
+            tokenizer, corpus = prepare_corpus(
+                config.data,
+                unfinished / "corpus",
+                given,
+                model_folder=model_folder,
+                context_length=config.model.context_length,
+                progress=progress,
+            )
+            corpus = corpus.arranged(config.data)
             require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
             (unfinished / "corpus" / "tokenizer.json").replace(unfinished / "tokenizer.json")
             config = _resolve(config, tokenizer, corpus)
             check(config, tokenizer, corpus)
             write_text(unfinished / "config.toml", to_toml(config))
+            if start is not None or corpus.has_examples:
+                kept = start.kept if start is not None else read_kept_files(model_folder) if model_folder else {}
+                write_tokenizer_files(unfinished, tokenizer, kept)
             if start is not None:
-                write_tokenizer_files(unfinished, tokenizer, start.kept)
                 write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
             if lock is not None:
                 lock.take(unfinished)
@@ -102,7 +112,14 @@ def open_run(
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise InUseError(f"{folder}: another process has just created it; give another --run.folder") from None
         raise FaultError(f"{folder}: cannot create the run folder: {error}") from error
-    return config, tokenizer, load_corpus(folder / "corpus").masked(config.data.document_mask)
+    return config, tokenizer, load_corpus(folder / "corpus").arranged(config.data)
+
+
+def _model_folder(config: Config, start: Start | None) -> Path | None:
+    """The folder with the files around the tokenizer.json of a new run, such as a chat template."""
+    if start is not None:
+        return start.path if start.path.is_dir() else None
+    return None if config.data.tokenizer in KINDS else Path(config.data.tokenizer).parent
 
 
 def _require_same_start(config: Config, folder: Path, start: Start | None) -> None:
