@@ -253,23 +253,36 @@ def chat(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Prints loss, perplexity and bits per byte of a model on a text."""
+    """Prints loss, perplexity and bits per byte of a model on a text, or on the answers of conversations."""
     from flax_decoder.data.corpus import read_text
+    from flax_decoder.data.example_corpus import has_examples
 
-    text = read_text(options.file).text
+    has_talks = has_examples(DataConfig(path=options.file))
+    text = "" if has_talks else read_text(options.file).text
     from flax_decoder.training import evaluation
 
     model, params, tokenizer = _load(options)
-    try:
-        tokens = tokenizer.encode_array(text)
-    except UserError as error:
-        raise UserError(f"{options.file}: {error}") from None
-    start = tokenizer.prompt_start()[: model.config.context_length]
-    if len(tokens) + len(start) < 2 or not len(tokens):
-        raise UserError(f"{options.file}: is a single token; there is nothing to predict")
     # 4096 tokens keep two cores busy without taking much memory.
-    batch_size = max(4096 // model.config.context_length, 1)
-    result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size, start=start)
+    T, start = model.config.context_length, list[int]()
+    batch_size = max(4096 // T, 1)
+    if has_talks:
+        from flax_decoder.data.example_corpus import split_of
+
+        folder = Path(options.path)
+        split = split_of(options.file, tokenizer, folder if folder.is_dir() else None, T)
+        length = min(T, len(split.tokens) - 1)
+        batches = split.validation_batches(batch_size=batch_size, context_length=length)
+        sizes = {"num_learned": split.num_learned, "num_bytes": split.num_bytes}
+        result = evaluation.evaluate_batches(model, params, batches, **sizes)
+    else:
+        try:
+            tokens = tokenizer.encode_array(text)
+        except UserError as error:
+            raise UserError(f"{options.file}: {error}") from None
+        start = tokenizer.prompt_start()[:T]
+        if len(tokens) + len(start) < 2 or not len(tokens):
+            raise UserError(f"{options.file}: is a single token; there is nothing to predict")
+        result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size, start=start)
     if options.json:
         print_escaped(json.dumps(result | ({"window_start": start} if start else {})))
     else:

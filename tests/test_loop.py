@@ -209,7 +209,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(text, tmp_path, monkeypatc
     def evaluate(*args, **options):
         return {"loss": next(losses), "bits_per_byte": 1.0}
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate_batches", evaluate)
     assert train(tmp_path / "run", text, training__num_steps=10) == 0
     assert saved_steps(tmp_path / "run") == [4, 8, 10]
     params = {step: fd.load(tmp_path / "run", step=step)[1]["embedding"] for step in ("best", "latest", 4, 10)}

@@ -18,15 +18,16 @@ import numpy as np
 
 from flax_decoder.allocator import describe_freed_memory
 from flax_decoder.config import Config, ModelConfig, OptimizerConfig
-from flax_decoder.data.batches import train_batch
 from flax_decoder.data.corpus import prepare_corpus, require_fit
 from flax_decoder.errors import FaultError
+from flax_decoder.huggingface.folder import read_tokenizer
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
 from flax_decoder.parallel.mesh import make_mesh
 from flax_decoder.training.checkpoint import Checkpoints, choose_step, restore_state
 from flax_decoder.training.hardware import describe_cpu
 from flax_decoder.training.placement import device_bytes
+from flax_decoder.training.run_folder import model_folder
 from flax_decoder.training.step import TrainState, eval_step, init_state, state_maker, train_step
 from flax_decoder.version import __version__
 
@@ -75,11 +76,16 @@ def examine(config: Config) -> Iterator[Finding]:
     yield Finding("memory", "ok", f"freed memory is {describe_freed_memory()}")
     yield check_devices(config)
     choose_kernel(config.model)
+    source = model_folder(config)
+    given = None if config.run.start_from is None or source is None else read_tokenizer(source)
     with tempfile.TemporaryDirectory() as temporary:
-        tokenizer, corpus = prepare_corpus(config.data, Path(temporary))
+        # What is mapped outlives its file.
+        tokenizer, corpus = prepare_corpus(
+            config.data, Path(temporary), given, model_folder=source, context_length=config.model.context_length
+        )
         require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
-        tokens = corpus.train.tokens  # mapped: they outlive their file
-    yield Finding("text", "ok", f"{corpus.source}: {len(tokens):,} tokens, vocabulary {tokenizer.vocab_size:,}")
+    train = corpus.arranged(config.data).train
+    yield Finding("text", "ok", f"{corpus.source}: {len(train.tokens):,} tokens, vocabulary {tokenizer.vocab_size:,}")
 
     config = memorizing(config, tokenizer.vocab_size)
     model, training, rng = Decoder(config.model), config.training, jax.random.key(config.training.seed)
@@ -96,7 +102,7 @@ def examine(config: Config) -> Iterator[Finding]:
     state = init_state(model, config, rng=rng)
     yield check_first_loss(state, config.model)
     rows, T = training.batch_size, config.model.context_length
-    batch = train_batch(tokens, seed=training.seed, step=0, batch_size=rows, context_length=T)
+    batch = train.train_batch(seed=training.seed, step=0, batch_size=rows, context_length=T)
     state, finding = check_learning(state, batch, time.perf_counter() - start)
     yield finding
     # After training: the outputs of an untrained model may be zero, which would hide a leak.

@@ -83,7 +83,7 @@ def open_run(
         raise UserError(f"{folder}: is the current folder; give a new --run.folder")
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
-    given, model_folder = None if start is None else start.tokenizer, _model_folder(config, start)
+    given, source = None if start is None else start.tokenizer, model_folder(config, start)
     try:
         with new_folder(folder) as unfinished, ReadingProgress() as progress:
             (unfinished / "corpus").mkdir()
@@ -91,7 +91,7 @@ def open_run(
                 config.data,
                 unfinished / "corpus",
                 given,
-                model_folder=model_folder,
+                model_folder=source,
                 context_length=config.model.context_length,
                 progress=progress,
             )
@@ -102,7 +102,7 @@ def open_run(
             check(config, tokenizer, corpus)
             write_text(unfinished / "config.toml", to_toml(config))
             if start is not None or corpus.has_examples:
-                kept = start.kept if start is not None else read_kept_files(model_folder) if model_folder else {}
+                kept = start.kept if start is not None else read_kept_files(source) if source else {}
                 write_tokenizer_files(unfinished, tokenizer, kept)
             if start is not None:
                 write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
@@ -115,10 +115,11 @@ def open_run(
     return config, tokenizer, load_corpus(folder / "corpus").arranged(config.data)
 
 
-def _model_folder(config: Config, start: Start | None) -> Path | None:
-    """The folder with the files around the tokenizer.json of a new run, such as a chat template."""
-    if start is not None:
-        return start.path if start.path.is_dir() else None
+def model_folder(config: Config, start: Start | None = None) -> Path | None:
+    """The folder with the files around the tokenizer.json of a new run, such as a chat template, if there is one."""
+    source = config.run.start_from if start is None else start.path
+    if source is not None:
+        return Path(source) if Path(source).is_dir() else None
     return None if config.data.tokenizer in KINDS else Path(config.data.tokenizer).parent
 
 
