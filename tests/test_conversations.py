@@ -376,7 +376,8 @@ def test_what_is_cut_and_what_is_dropped_is_counted():
     alone, nothing = (example_of({"prompt": "", "completion": text}, "") for text in ("a", ""))
     assert encode_examples([alone, *examples, nothing], tokenizer, None, context_length=6).num_dropped == 4
     with pytest.raises(
-        UserError, match=r"^no example is left of 1: within model.context_length = 6 none has an answer"
+        UserError,
+        match=r"^the conversations: no example is left of 1: within model.context_length = 6 none",
     ):
         encode_examples(examples[2:3], tokenizer, None, context_length=6)
 

@@ -119,7 +119,11 @@ def _require_text(value: Any, what: str, source: str) -> None:
 
 
 def encode_examples(
-    examples: Iterable[Example], tokenizer: Tokenizer, template: ChatTemplate | None, context_length: int
+    examples: Iterable[Example],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    context_length: int,
+    name: str = "the conversations",
 ) -> Examples:
     """Examples as tokens. One longer than a window is cut at its end; one of which nothing can be learned is dropped.
 
@@ -128,6 +132,7 @@ def encode_examples(
         tokenizer: of the model.
         template: of the model; without one, only prompts and completions can be encoded, as text.
         context_length: T; a window has T + 1 tokens.
+        name: start of the error message if none is left.
 
     Raises:
         UserError: an example cannot be encoded, or none is left.
@@ -146,8 +151,8 @@ def encode_examples(
         ends.append(len(tokens))
     if not ends:
         raise UserError(
-            f"no example is left of {num_dropped}: within model.context_length = {context_length} none has an answer; "
-            "use a larger one or shorter examples"
+            f"{name}: no example is left of {num_dropped}: within model.context_length = {context_length} none has an "
+            "answer; use a larger one or shorter examples"
         )
     return Examples(
         np.frombuffer(tokens, np.int32),

@@ -121,8 +121,8 @@ def prepare_corpus(
         if has_examples(data):
             if context_length is None:
                 raise UserError(
-                    f"{', '.join(paths)}: has conversations, which each run prepares for its own model: give it to "
-                    "train.py as data.path"
+                    f"{', '.join(paths)}: has conversations, which each run prepares for its own model; give it to "
+                    "train.py with --data.path"
                 )
             tokenizer = prepare_examples(data, folder, tokenizer, model_folder, context_length, progress)
             return tokenizer, load_corpus(folder)

@@ -1,5 +1,6 @@
 """Files of conversations -> a corpus on disk: the tokens of all examples, and which of them are learned."""
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -48,9 +49,10 @@ def has_examples(data: DataConfig) -> bool:
     if file is None:
         return False
     with open_unpacked(_whole(file)) as lines:
-        first = next((line for line in iter(lambda: lines.readline(LINE.num_bytes), b"") if line.strip()), b"")
+        contents = (line.removeprefix(codecs.BOM_UTF8) for line in iter(lambda: lines.readline(LINE.num_bytes), b""))
+        first = next((line for line in contents if line.strip()), b"")
     try:
-        document = json.loads(first.decode("utf-8-sig"))
+        document = json.loads(first)
     except (ValueError, RecursionError):
         return False
     return (
@@ -91,7 +93,8 @@ def prepare_examples(
         tokenizer = _make_tokenizer(data, parts)
 
     def encode(parts: list[Part]) -> Examples:
-        return encode_examples(_read(parts, progress), tokenizer, template, context_length)
+        name = ", ".join(part.path for part in parts)
+        return encode_examples(_read(parts, progress), tokenizer, template, context_length, name)
 
     train = encode(parts)
     encoded = [train]
@@ -125,7 +128,7 @@ def prepare_examples(
 def split_of(path: str, tokenizer: Tokenizer, model_folder: Path | None, context_length: int) -> ExampleSplit:
     """The conversations in a file, as one split in memory. Raises UserError as `prepare_examples`."""
     template = None if model_folder is None else find_chat_template(model_folder)
-    examples = encode_examples(_read(_parts(path)[0]), tokenizer, template, context_length)
+    examples = encode_examples(_read(_parts(path)[0]), tokenizer, template, context_length, path)
     num_bytes = learned_bytes(examples, tokenizer)
     if num_bytes == 0:
         raise UserError(f"{path}: all answers are empty; give some with text in them")
