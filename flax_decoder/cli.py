@@ -761,7 +761,7 @@ def build_parser() -> Parser:
     argument("--max-new-tokens", metavar="N", type=_count, default=1000, help="per answer")
 
     argument = add("eval", evaluate, model, loading)
-    argument("file", metavar="FILE", type=expand_home, help="a text")
+    argument("file", metavar="FILE", type=expand_home, help="a text, or conversations")
     argument("--json", action="store_true", help="print one JSON object")
 
     argument = add("lens", lens, model, prompt, loading)
