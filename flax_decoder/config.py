@@ -320,7 +320,8 @@ class DataConfig(_Shown):
     # The text itself may not change.
     path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), MAY_CHANGE, IS_PATH] = None
     """a file (.txt, .md, .jsonl, .parquet, .arrow; .gz and .zst of them; tokens in .bin or .npy), a folder of these, a
-    glob, a list of these, or what `flax-decoder prepare` has written; left out: input.txt, else Python's help texts"""
+    glob, a list of these (.jsonl of conversations: these alone), or what `flax-decoder prepare` has written; left out:
+    input.txt, else Python's help texts"""
     tokenizer: Annotated[str, IS_PATH] = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
     bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24), _WITH_BPE] = 1024
