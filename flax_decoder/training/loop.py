@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
 from flax_decoder.parallel import processes
+from flax_decoder.parallel.launchers import idle_part
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.advice import advice, next_commands, prolonging
 from flax_decoder.training.checkpoint import (
@@ -280,6 +282,8 @@ def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, 
         f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
         f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
     )
+    if idle := idle_part(os.environ, jax.local_device_count()):
+        print_escaped(idle)
 
 
 def describe_mesh(mesh: Mesh) -> str:
