@@ -373,6 +373,9 @@ class TrainingConfig(_Shown):
     """B, sequences per step, over all devices"""
     accumulation_steps: Count = 1
     """the batch of a step is computed in this many parts, one after the other: less memory, the same result"""
+    rows_per_device: Annotated[Count | None, MAY_CHANGE] = None
+    """most sequences that a device computes at a time: accumulation_steps follow from it, whatever the number of
+    devices; left out, they are as set"""
     eval_every: Annotated[Count, MAY_CHANGE] = 250
     """steps between evaluations"""
     eval_batches: Annotated[CountOrZero, MAY_CHANGE] = 0
@@ -399,6 +402,13 @@ class TrainingConfig(_Shown):
     """length of the text written after training, in tokens; 0 writes none"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """seed of all randomness: weights, order of the text, dropout, sample"""
+
+    def num_parts(self, num_devices: int) -> int:
+        """In how many parts the batch of a step is computed if so many devices share its rows, which they divide."""
+        if self.rows_per_device is None:
+            return self.accumulation_steps
+        rows = max(self.batch_size // num_devices, 1)
+        return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= self.rows_per_device)
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -493,6 +503,11 @@ class Config(_Shown):
         batch, parts = self.training.batch_size, self.training.accumulation_steps
         if batch % parts != 0:
             raise ValueError(f"training.batch_size = {batch} is not a multiple of accumulation_steps = {parts}")
+        if parts > 1 and self.training.rows_per_device is not None:
+            raise ValueError(
+                f"training.rows_per_device = {self.training.rows_per_device} says in how many parts a batch is "
+                f"computed, and so does accumulation_steps = {parts}: leave one out"
+            )
         length = self.model.context_length
         if batch * length >= 2**31:
             raise ValueError(

@@ -11,6 +11,7 @@ from flax_decoder.cli import main
 from flax_decoder.errors import UserError
 from flax_decoder.nn.cache import empty_cache
 from flax_decoder.parallel.mesh import AXES, make_mesh, mesh_of, mesh_sizes, sharding_of, use_mesh
+from flax_decoder.planning.plan import abstract_arguments
 
 NUM_DEVICES = 8
 SIZES = {
@@ -64,7 +65,10 @@ def test_devices_along_each_axis(changes, num_devices, expected):
         ),
         ({"mesh__fsdp": 5, "training__batch_size": 25}, "model.embed_dim = 48 is not a multiple of mesh.fsdp = 5"),
         ({"mesh__fsdp": 5}, "training.batch_size = 24 is not a multiple of mesh.fsdp = 5"),
-        ({"mesh__data": 7}, "training.batch_size = 24 is not a multiple of mesh.data = 7"),
+        (
+            {"mesh__data": 7},
+            "training.batch_size = 24 is not a multiple of mesh.data = 7; set it to 28, or use fewer devices",
+        ),
         (
             {"mesh__data": 4, "mesh__fsdp": 2, "training__batch_size": 12},
             "training.batch_size = 12 is not a multiple of mesh.data x mesh.fsdp = 8",
@@ -90,6 +94,30 @@ def test_a_size_that_does_not_divide_is_refused_with_both_numbers(changes, messa
         with pytest.raises(UserError, match=re.escape(message)) as caught:
             refused(config, NUM_DEVICES)
         assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_devices", "parts"),
+    [(12, 1, 40), (12, 8, 5), (12, 16, 3), (12, 32, 3), (32, 8, 2), (1, 32, 15), (500, 1, 1), (7, 1, 80), (None, 8, 1)],
+)
+def test_the_parts_of_a_batch_follow_from_the_rows_that_a_device_computes_at_a_time(rows, num_devices, parts):
+    changes = {} if rows is None else {"training.rows_per_device": rows}
+    training = fd.load_config(None, {"training.batch_size": 480} | changes).training
+    assert training.num_parts(num_devices) == parts
+
+
+def test_a_state_has_the_parts_of_its_mesh():
+    config = make_config(training__batch_size=48, training__rows_per_device=2, mesh__fsdp=2, mesh__tensor=2)
+    devices = make_mesh(config, jax.devices())
+    model, rng = fd.Decoder(config.model), jax.random.key(0)
+    state = jax.eval_shape(lambda: fd.init_state(model, config, rng=rng, mesh=devices))
+    assert state.accumulation_steps == abstract_arguments(config, devices)[0].accumulation_steps == 6
+    assert jax.eval_shape(lambda: fd.init_state(model, config, rng=rng)).accumulation_steps == 24
+
+
+def test_rows_per_device_beside_a_number_of_parts_are_refused():
+    with pytest.raises(UserError, match=r"rows_per_device = 2 says in how many parts .* accumulation_steps = 3: leave"):
+        make_config(training__rows_per_device=2, training__accumulation_steps=3)
 
 
 def test_the_vocabulary_size_of_the_advice_fits():

@@ -94,6 +94,11 @@ def mesh_of(devices: Sequence[jax.Device], data: int = 1, fsdp: int = 1, context
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def num_row_devices(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in dict(RULES)["batch"])
+
+
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """The compiler options of a step on a mesh, for `jax.jit`."""
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
@@ -131,6 +136,8 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
             advice = ""
             if name == "model.vocab_size":
                 advice = f"; set it to {-(-size // parts) * parts}: unused ids do no harm"
+            if name == "training.batch_size":
+                advice = f"; set it to {-(-size // parts) * parts}, or use fewer devices"
             raise UserError(f"{name} = {size} is not a multiple of {over} = {parts}{advice}")
     # Each device holds an early and a late chunk of a sequence (see zigzag.py).
     if sizes["context"] > 1 and model.context_length % (2 * sizes["context"]) != 0:

@@ -115,9 +115,10 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int]) -> d
     Returns:
         Bytes for each of `KINDS`; activations, gathered weights and their gradients are in the compute dtype.
     """
-    model, num_parts = config.model, config.training.accumulation_steps
+    model = config.model
     item_bytes = jnp.dtype(model.dtype).itemsize
     data, fsdp, context, tensor = (mesh_sizes[axis] for axis in ("data", "fsdp", "context", "tensor"))
+    num_parts = config.training.num_parts(data * fsdp)
     mesh_axis_of = dict(RULES)
     sent = dict.fromkeys(KINDS, 0.0)
     for leaf, axes in zip(jax.tree.leaves(params), jax.tree.leaves(logical_axes(params)), strict=True):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.errors import UserError
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.parallel.mesh import make_mesh, sharding_of, use_mesh
+from flax_decoder.parallel.mesh import make_mesh, num_row_devices, sharding_of, use_mesh
 from flax_decoder.planning.collectives import bytes_by_kind, collectives_of, paper_bytes
 from flax_decoder.planning.hlo import parse_hlo
 from flax_decoder.planning.roofline import Roofline, memory_bytes, product_flops, roofline
@@ -178,7 +178,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
 
 def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes and shardings of the state and of a batch."""
-    make = state_maker(Decoder(config.model), config)
+    make = state_maker(Decoder(config.model), config, num_row_devices(mesh))
     state = jax.eval_shape(lambda: make(jax.random.key(0)))
     state = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, state_shardings(mesh, state))
     shape = config.training.batch_size, config.model.context_length

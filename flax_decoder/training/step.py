@@ -19,7 +19,7 @@ from flax_decoder.nn.axes import logical_axes, num_parts, refuse_explicit_axes
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import head_params, layers_of
 from flax_decoder.nn.precision import widened
-from flax_decoder.parallel.mesh import compiler_options, sharding_of
+from flax_decoder.parallel.mesh import compiler_options, num_row_devices, sharding_of
 from flax_decoder.training.batch import Batch, checked_batch
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import apply_update, make_optimizer
@@ -93,13 +93,13 @@ def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | N
     require_type("config", config, Config, "from load_config")
     require_type("mesh", mesh, Mesh | None)
     check_key(rng)
-    make = state_maker(model, config)
+    make = state_maker(model, config, 1 if mesh is None else num_row_devices(mesh))
     shardings = None if mesh is None else state_shardings(mesh, jax.eval_shape(make, rng))
     return jax.jit(make, out_shardings=shardings)(rng)
 
 
-def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainState]:
-    """The function from a random key to the initial state; see `init_state`."""
+def state_maker(model: Decoder, config: Config, num_devices: int = 1) -> Callable[[jax.Array], TrainState]:
+    """The function from a random key to the initial state, if so many devices share a batch; see `init_state`."""
     training = config.training
     tx = make_optimizer(config.optimizer, training.num_steps, remembers_losses=training.skip_spikes > 0)
 
@@ -113,7 +113,7 @@ def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainSt
             tx=tx,
             opt_state=tx.init(params),
             seed=training.seed,
-            accumulation_steps=training.accumulation_steps,
+            accumulation_steps=training.num_parts(num_devices),
             z_loss=training.z_loss,
             loss_chunk_tokens=training.loss_chunk_tokens,
             skip_spikes=training.skip_spikes,
