@@ -15,12 +15,13 @@ from flax_decoder.nn.attention import SelfAttention
 from flax_decoder.nn.axes import constrain, num_parts
 from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.call import Call, Edit
+from flax_decoder.nn.embedding import look_up
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.mask import positions_in_segments
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
-from flax_decoder.nn.precision import accumulation_dtype
+from flax_decoder.nn.precision import accumulation_dtype, add_parameter, widened_to
 from flax_decoder.nn.stack import (
     per_layer,
     period_of,
@@ -130,7 +131,7 @@ class Decoder(nn.Module):
         call = self.make_call(tokens_BT, cache, positions_BT, segments_BT, num_tokens_B, deterministic, edits)
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
-        x_BTD = self.embed(embedding_VD.astype(config.dtype), tokens_BT, call)
+        x_BTD = self.embed(embedding_VD, tokens_BT, call)
         x_BTD = call.hook(self)("embeddings", constrain(x_BTD, "batch", "length", None))
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
@@ -221,8 +222,8 @@ class Decoder(nn.Module):
         config = self.config
         # Each device looks up the columns it holds, for the tokens of its neighbours, too: neither the table nor its
         # gradient then has to travel, only vectors do.
-        embedding_VD = constrain(embedding_VD, "vocab", "embed")
-        x_BTD = look_up(embedding_VD, constrain(tokens_BT, "copies", "length"))
+        embedding_VD = constrain(widened_to(embedding_VD, config.dtype), "vocab", "embed")
+        x_BTD = look_up(embedding_VD, constrain(tokens_BT, "copies", "length")).astype(config.dtype)
         x_BTD = constrain(x_BTD, "copies", "length", "embed")
         if config.embed_scale != 1:
             x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
@@ -233,7 +234,11 @@ class Decoder(nn.Module):
         if config.positions == "learned":
             normal = nn.initializers.normal(config.init_stddev)
             positions_SD = self.param("positions", normal, (config.context_length, config.embed_dim))
-            x_BTD += look_up(positions_SD.astype(config.dtype), positions_BT)
+            positions_SD = widened_to(positions_SD, config.dtype)
+            if call.in_order and call.segments_BT is None:
+                x_BTD = add_parameter(x_BTD, positions_SD[None, : tokens_BT.shape[1]])
+            else:
+                x_BTD = add_parameter(x_BTD, look_up(positions_SD, positions_BT))
         elif config.positions == "sinusoidal":
             dtype = accumulation_dtype(x_BTD.dtype)
             x_BTD += sinusoidal(positions_BT, config.embed_dim, dtype).astype(config.dtype)
@@ -288,8 +293,3 @@ def last_real(x_BTD: jax.Array, num_tokens_B: jax.Array | None) -> jax.Array:
     B, T, _ = x_BTD.shape
     last_B = jnp.full(B, T, jnp.int32) if num_tokens_B is None else num_tokens_B
     return jnp.take_along_axis(x_BTD, jnp.maximum(last_B - 1, 0)[:, None, None], axis=1)
-
-
-def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """The rows of a table; NaN for an id outside of it, where JAX would by default return another row."""
-    return jnp.asarray(table).at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_decoder.nn.axes import num_parts
+from flax_decoder.nn.precision import add_parameter
 
 
 class Linear(nn.Module):
@@ -42,8 +43,8 @@ class Linear(nn.Module):
         matrix = kernel.reshape(math.prod(inputs), math.prod(self.features)).astype(self.dtype)
         y = project(x.astype(self.dtype).reshape(*rest, -1), matrix)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
-            y += bias.reshape((1,) * len(rest) + (-1,))
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y = add_parameter(y, bias.reshape((1,) * len(rest) + (-1,)))
         y = y.reshape(*rest, *self.features)
         self.sow("intermediates", "output", y)
         return y

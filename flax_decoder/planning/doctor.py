@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -68,9 +69,7 @@ def examine(config: Config) -> Iterator[Finding]:
         UserError: the text or the model cannot be used on these devices.
     """
     start = time.perf_counter()
-    versions = [f"python {platform.python_version()}", f"flax-decoder {__version__}"]
-    versions += [f"{name} {version(name)}" for name in PACKAGES]
-    yield Finding("versions", "ok", ", ".join(versions))
+    yield check_versions(version("jaxlib"), jax.default_backend())
     yield Finding("processor", "ok", describe_cpu())
     yield Finding("memory", "ok", f"freed memory is {describe_freed_memory()}")
     yield check_devices(config)
@@ -111,6 +110,18 @@ def _skipped(name: str, seconds: float) -> Finding:
     return Finding(
         name, "warning", detail, "run it again when it is idle, or with a smaller model: --model.num-layers 1"
     )
+
+
+def check_versions(jaxlib: str, backend: str) -> Finding:
+    """Lists the versions, and checks for a jaxlib that is slow on this kind of device."""
+    versions = [f"python {platform.python_version()}", f"flax-decoder {__version__}"]
+    versions += [f"{name} {version(name)}" for name in PACKAGES]
+    numbers = tuple(int(number) for number in re.findall(r"\d+", jaxlib)[:3])
+    # Its compiler adds to a row in memory by trying until no other thread has changed it (jax issue 38806).
+    if backend == "gpu" and (0, 10, 2) <= numbers < (0, 11, 1):
+        advice = 'on several GPUs, gradients of embeddings are slow with it: pip install -U "jax[cuda13]>=0.11.1", '
+        return Finding("versions", "warning", ", ".join(versions), advice + "which needs Python 3.12")
+    return Finding("versions", "ok", ", ".join(versions))
 
 
 def check_devices(config: Config) -> Finding:
