@@ -193,6 +193,9 @@ class ModelConfig(_Shown):
     """the implementation of attention, all with the same numbers: reference is readable; auto is the fastest one"""
     dtype: Annotated[Literal["float32", "bfloat16", "float64"], NOT_IN_WEIGHTS] = "float32"
     """what activations are computed in; params, norms, softmax and loss stay float32; float64 needs JAX_ENABLE_X64=1"""
+    matmul_precision: Annotated[Literal["default", "highest"], NOT_IN_WEIGHTS] = "default"
+    """digits of the factors of float32 products: default rounds them to TF32 on NVIDIA GPUs and to bfloat16 on TPUs,
+    which is faster; highest keeps all; a CPU always does"""
     scan_layers: Annotated[bool, MAY_CHANGE, NOT_IN_WEIGHTS] = False
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
     remat: Annotated[Literal["none", "attention", "dots", "full"], MAY_CHANGE, NOT_IN_WEIGHTS] = "none"
@@ -400,6 +403,8 @@ class TrainingConfig(_Shown):
     0: of all at once; left out: of as many as make 1 GiB"""
     sample_tokens: Annotated[CountOrZero, MAY_CHANGE] = 500
     """length of the text written after training, in tokens; 0 writes none"""
+    deterministic: Annotated[bool, MAY_CHANGE] = False
+    """on a GPU, compiles steps that give the same bits each time, which is slower; a CPU's always do"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """seed of all randomness: weights, order of the text, dropout, sample"""
 

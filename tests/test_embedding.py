@@ -142,3 +142,12 @@ def test_no_sum_and_no_curve_of_a_bfloat16_step_is_in_bfloat16(changes):
 def test_learned_positions_are_a_slice_and_no_scatter():
     scatters = [e.outvars[0].aval.shape for e in equations_of_a_step(**WITH_BIASES) if "scatter" in e.primitive.name]
     assert scatters == [(17, 8)]  # of the tokens
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("highest", {jax.lax.Precision.HIGHEST}), ("default", {None})])
+def test_the_precision_of_a_config_is_that_of_every_product_of_a_step(precision, expected):
+    changes = {"model__dtype": "float32", "model__matmul_precision": precision, "training__loss_chunk_tokens": 8}
+    products = [equation.params for equation in equations_of_a_step(**changes)]
+    found = [parameters["precision"] for parameters in products if "precision" in parameters]
+    assert len(found) > 20
+    assert {one for pair in found for one in (pair if isinstance(pair, tuple) else (pair,))} == expected

@@ -1,4 +1,5 @@
 import re
+import types
 
 import jax
 import numpy as np
@@ -10,7 +11,17 @@ import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.errors import UserError
 from flax_decoder.nn.cache import empty_cache
-from flax_decoder.parallel.mesh import AXES, make_mesh, mesh_of, mesh_sizes, sharding_of, use_mesh
+from flax_decoder.nn.precision import rounding_of_products
+from flax_decoder.parallel.mesh import (
+    AXES,
+    DETERMINISTIC_OPTIONS,
+    compiler_options,
+    make_mesh,
+    mesh_of,
+    mesh_sizes,
+    sharding_of,
+    use_mesh,
+)
 from flax_decoder.planning.plan import abstract_arguments
 
 NUM_DEVICES = 8
@@ -219,3 +230,29 @@ def test_explicit_axes_are_refused_for_a_new_state_the_rules_and_a_cache():
     with pytest.raises(UserError, match=REFUSED):
         jax.eval_shape(model.apply, params, tokens_BT, empty_cache(config.model, 1, 8))
     assert jax.eval_shape(model.apply, params, tokens_BT).shape == (1, 1, 48)
+
+
+def test_a_deterministic_step_has_options_of_the_gpu_compiler_that_exist():
+    (options,) = DETERMINISTIC_OPTIONS.values()
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # which refuses unknown ones and wrong types
+    cpu, gpu, cuda = (
+        types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=name)]))
+        for name in ("cpu", "gpu", "cuda")
+    )
+    assert compiler_options(gpu, deterministic=True) == compiler_options(cuda, deterministic=True) == options
+    assert compiler_options(gpu) is None and compiler_options(cpu, deterministic=True) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "platform", "line"),
+    [
+        ({}, "gpu", "TF32"),
+        ({}, "tpu", "bfloat16"),
+        ({}, "cpu", None),
+        ({"model__matmul_precision": "highest"}, "gpu", None),
+        ({"model__dtype": "bfloat16"}, "gpu", None),
+    ],
+)
+def test_a_run_says_to_what_products_are_rounded(changes, platform, line):
+    found = rounding_of_products(make_config(**changes).model, platform)
+    assert found is None if line is None else f"rounded to {line}" in found

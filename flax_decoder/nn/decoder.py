@@ -21,7 +21,7 @@ from flax_decoder.nn.linear import project
 from flax_decoder.nn.mask import positions_in_segments
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
-from flax_decoder.nn.precision import accumulation_dtype, add_parameter, widened_to
+from flax_decoder.nn.precision import accumulation_dtype, add_parameter, in_own_precision, widened_to
 from flax_decoder.nn.stack import (
     per_layer,
     period_of,
@@ -87,6 +87,7 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
+    @in_own_precision
     def __call__(
         self,
         tokens_BT: jax.Array,
@@ -187,6 +188,7 @@ class Decoder(nn.Module):
             rollback_slots=cache.rollback_slots,
         )
 
+    @in_own_precision
     def logits(self, x_BCD: jax.Array, *, is_generating: bool = False) -> jax.Array:
         """Returns logits_BCV, in at least float32, of the tokens that follow hidden states, after the final norm.
 

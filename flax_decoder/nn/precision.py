@@ -1,5 +1,6 @@
 """The dtypes that numbers are computed in."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 
 
@@ -41,6 +43,26 @@ def in_float32(compute: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array
         return jax.checkpoint(lambda x: compute(x.astype(dtype)).astype(x.dtype))(x)
 
     return widened_compute
+
+
+def in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a module whose products, and those of its gradient, have the `matmul_precision` of its config."""
+
+    @functools.wraps(method)
+    def precise(self: Any, *arguments: Any, **options: Any) -> Any:
+        highest = self.config.matmul_precision == "highest"
+        with jax.default_matmul_precision("highest") if highest else contextlib.nullcontext():
+            return method(self, *arguments, **options)
+
+    return precise
+
+
+def rounding_of_products(config: ModelConfig, platform: str) -> str | None:
+    """A line that says to what the factors of float32 products are rounded on these devices; None if they are not."""
+    rounded = {"gpu": "TF32 (10 bits)", "cuda": "TF32 (10 bits)", "tpu": "bfloat16 (7 bits)"}.get(platform)
+    if rounded is None or config.dtype != "float32" or config.matmul_precision == "highest":
+        return None
+    return f"factors of float32 products are rounded to {rounded}; --model.matmul-precision highest keeps all 23 bits"
 
 
 def widened_to(parameter: jax.Array, dtype: DTypeLike) -> jax.Array:

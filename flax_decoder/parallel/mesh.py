@@ -33,11 +33,16 @@ RULES = (
 
 # Compiler options by platform. On TPU these let gradients be reduce-scattered also if a part is only one register (128
 # numbers) wide; by default such a gradient is all-reduced in full, and most of the sum is discarded.
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, dict[str, str | int | bool]] = {
     "tpu": {
         "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
         "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     }
+}
+# For the same bits each time: no operation that adds in the order in which threads arrive, and no choice between
+# kernels by how long each took.
+DETERMINISTIC_OPTIONS: dict[str, dict[str, str | int | bool]] = {
+    "gpu": {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0}
 }
 
 
@@ -99,9 +104,12 @@ def num_row_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in dict(RULES)["batch"])
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+def compiler_options(mesh: Mesh, *, deterministic: bool = False) -> dict[str, str | int | bool] | None:
     """The compiler options of a step on a mesh, for `jax.jit`."""
-    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    platform = {"cuda": "gpu"}.get(platform, platform)
+    more = DETERMINISTIC_OPTIONS.get(platform, {}) if deterministic else {}
+    return COMPILER_OPTIONS.get(platform, {}) | more or None
 
 
 @contextlib.contextmanager

@@ -248,8 +248,8 @@ def check_checkpoint(state: TrainState, folder: Path) -> Finding:
 
 
 def memorizing(config: Config, vocab_size: int) -> Config:
-    """The same model without dropout, and the same kind of optimizer, set to memorize a few sequences."""
-    model = dataclasses.replace(config.model.with_vocab_size(vocab_size), dropout=0.0)
+    """The same model without dropout, with exact products, and the same kind of optimizer, set to memorize a little."""
+    model = dataclasses.replace(config.model.with_vocab_size(vocab_size), dropout=0.0, matmul_precision="highest")
     rate = min(5e-3, 0.3 / model.embed_dim)  # wide models take smaller steps
     optimizer = OptimizerConfig(
         name=config.optimizer.name, learning_rate=rate, schedule="constant", warmup_steps=10, weight_decay=0.0

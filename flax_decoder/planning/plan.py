@@ -138,7 +138,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
     chip = chip_of(kind)
     with use_mesh(mesh):
         state, batch = abstract_arguments(config, mesh)
-        traced = jit_step(state, mesh).trace(state, batch)
+        traced = jit_step(state, mesh, deterministic=config.training.deterministic).trace(state, batch)
         start = time.perf_counter()
         try:
             compiled, refusal = traced.lower().compile(), None

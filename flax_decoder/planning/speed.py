@@ -45,7 +45,7 @@ def measure_speed(config: Config) -> dict[str, float | str]:
 
     with use_mesh(mesh):
         start = time.perf_counter()
-        take_step = jit_step(state, mesh).lower(state, batch).compile()
+        take_step = jit_step(state, mesh, deterministic=training.deterministic).lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
         seconds = []
         for _ in range(3 + TIMED_STEPS):  # the first three warm up

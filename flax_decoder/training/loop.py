@@ -26,6 +26,7 @@ from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
+from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.launchers import idle_part
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
@@ -186,7 +187,7 @@ def run_steps(
 ) -> TrainState:
     """Trains until all steps are done or a signal arrives; evaluates, records, saves and logs on the way."""
     T = model.config.context_length
-    take_step = jit_step(state, mesh)
+    take_step = jit_step(state, mesh, deterministic=training.deterministic)
     tokens_per_step = training.batch_size * T
     step = int(state.step)
     skipped = step - num_updates(state.opt_state)
@@ -282,6 +283,8 @@ def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, 
         f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
         f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
     )
+    if rounds := rounding_of_products(config, mesh.devices.flat[0].platform):
+        print_escaped(rounds)
     if idle := idle_part(os.environ, jax.local_device_count()):
         print_escaped(idle)
 

@@ -195,10 +195,10 @@ def _as_varying(params: Any, axis_name: str) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis_name, to="varying"), params)
 
 
-def jit_step(state: TrainState, mesh: Mesh) -> Any:
+def jit_step(state: TrainState, mesh: Mesh, *, deterministic: bool = False) -> Any:
     """`train_step` under jit on a mesh. The given state is donated; the next one has the same shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
-    options = compiler_options(mesh)
+    options = compiler_options(mesh, deterministic=deterministic)
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
