@@ -196,13 +196,15 @@ def run_steps(
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
         watch.record(step, state.params)
         batch = place_batch(corpus.train_tokens, training, T, mesh, step)
+        start = time.perf_counter()
         while not stops:
-            start = time.perf_counter()
             state, metrics = take_step(state, batch)
             step += 1
             next_batch = place_batch(corpus.train_tokens, training, T, mesh, step)  # while the devices compute
             metrics = jax.device_get(metrics)  # waits for the devices
-            step_seconds.append(time.perf_counter() - start)
+            end = time.perf_counter()
+            step_seconds.append(end - start)  # from one step to the next, with all that the loop does between them
+            start = end
             limit_kept_memory()
             checkpoints.check()
             watch.record(step, state.params)
@@ -243,6 +245,7 @@ def run_steps(
             progress.update(row)
             if saves:
                 checkpoints.save(state, row.get("val_loss"))
+            start = time.perf_counter()  # evaluations and checkpoints are no part of a step
     return state
 
 
