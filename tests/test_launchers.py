@@ -102,8 +102,13 @@ def joined(monkeypatch):
         monkeypatch.setattr(distributed, "global_state", state)
         monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
         connection = types.SimpleNamespace(connect=lambda: None)
+
+        def serve(*arguments, shutdown_timeout, **options):
+            assert shutdown_timeout == processes.SHUTDOWN_SECONDS
+            return connection
+
         runtime = types.SimpleNamespace(
-            get_distributed_runtime_service=lambda *arguments, **options: connection,
+            get_distributed_runtime_service=serve,
             get_distributed_runtime_client=lambda *arguments, **options: connection,
         )
         monkeypatch.setattr(distributed, "_jax", runtime)
@@ -173,6 +178,7 @@ def fake_kubernetes():
             ("gpu007", 32, 19, "all"),
         ),
         (A_TASK_PER_GPU | {"JAX_LOCAL_DEVICE_IDS": "6,7"}, ("gpu007", 32, 19, "6,7")),
+        (SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}, ("gpu007", 4, 0, "all")),
         (OPEN_MPI, ("10.96.0.1", 4, 2, "all")),
         (TWO_ON_A_MACHINE, ("10.96.0.1", 4, 2, "4,5,6,7")),
         (TWO_ON_A_MACHINE | {"CUDA_VISIBLE_DEVICES": "1"}, ("10.96.0.1", 4, 2, "all")),

@@ -1,3 +1,5 @@
+import dataclasses
+import math
 import re
 import types
 
@@ -15,6 +17,7 @@ from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel.mesh import (
     AXES,
     DETERMINISTIC_OPTIONS,
+    arrange,
     compiler_options,
     make_mesh,
     mesh_of,
@@ -256,3 +259,36 @@ def test_a_deterministic_step_has_options_of_the_gpu_compiler_that_exist():
 def test_a_run_says_to_what_products_are_rounded(changes, platform, line):
     found = rounding_of_products(make_config(**changes).model, platform)
     assert found is None if line is None else f"rounded to {line}" in found
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU in a slice that is a line of chips."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "unknown"
+    process_index: int = 0
+
+
+def two_slices(num_chips):
+    half = num_chips // 2
+    return [Chip(id, id // half, (id % half, 0, 0)) for id in range(num_chips)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "crossing"), [((2, 4, 1, 2), 0), ((4, 2, 2, 1), 0), ((1, 8, 1, 2), 1), ((3, 4, 1, 2), 1)]
+)
+def test_only_rows_and_parameters_are_split_over_slices(shape, crossing):
+    slices = np.vectorize(lambda chip: chip.slice_index)(arrange(two_slices(math.prod(shape)), shape))
+    assert slices.shape == shape and slices.mean() == 0.5
+    for axis in range(4):
+        assert (np.ptp(slices, axis=axis) > 0).any() == (axis == crossing)
+
+
+def test_slices_that_neither_rows_nor_parameters_can_cross_are_refused():
+    with pytest.raises(UserError, match="2 TPU slices divide neither data = 1 nor fsdp = 3"):
+        arrange(two_slices(12), (1, 3, 1, 4))

@@ -88,15 +88,35 @@ def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
 
 def mesh_of(devices: Sequence[jax.Device], data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of the given shape, with devices in an order that suits their interconnect."""
-    shape = (data, fsdp, context, tensor)
-    if devices[0].platform == "cpu":
-        arranged = np.asarray(devices).reshape(shape)
-    else:
-        from jax.experimental import mesh_utils
-
-        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    arranged = arrange(devices, (data, fsdp, context, tensor))
     # With Auto axes the compiler decides how each operation is split; RULES constrain only the arrays that matter.
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in an array of a shape, such that its last axes are those with the fastest links.
+
+    Raises:
+        UserError: there are several TPU slices, and they divide neither data nor fsdp, which alone may cross the slower
+            network between them.
+    """
+    if devices[0].platform == "cpu":
+        return np.asarray(devices).reshape(shape)
+    from jax.experimental import mesh_utils
+
+    # Of GPUs JAX takes the order as it is: those of a machine are beside each other.
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    crossing = next((axis for axis in (0, 1) if shape[axis] % num_slices == 0), None)
+    if crossing is None:
+        raise UserError(
+            f"mesh: {num_slices} TPU slices divide neither data = {shape[0]} nor fsdp = {shape[1]}, and within a layer "
+            "nothing is sent between slices:\nset mesh.data or mesh.fsdp to a multiple"
+        )
+    over_slices = tuple(num_slices if axis == crossing else 1 for axis in range(len(shape)))
+    within = tuple(size // outer for size, outer in zip(shape, over_slices, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, over_slices, devices, allow_split_physical_axes=True)
 
 
 def num_row_devices(mesh: Mesh) -> int:

@@ -20,6 +20,9 @@ from flax_decoder.errors import FaultError, UserError
 from flax_decoder.parallel.launchers import find_job, in_a_job, local_device_ids, refuse_lone_process
 
 T = TypeVar("T")
+# How long processes that are done wait for the first one, which hashes the last checkpoint: JAX's 5 minutes are too few
+# for hundreds of gigabytes. One that has died is noticed by its heartbeat.
+SHUTDOWN_SECONDS = 3600
 
 
 def join(config: DistributedConfig) -> None:
@@ -59,6 +62,7 @@ def join(config: DistributedConfig) -> None:
             index,
             own_devices,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             initialization_timeout=config.join_seconds,
         )
     except (RuntimeError, ValueError) as error:
