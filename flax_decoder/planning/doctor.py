@@ -119,7 +119,7 @@ def check_versions(jaxlib: str, backend: str) -> Finding:
     numbers = tuple(int(number) for number in re.findall(r"\d+", jaxlib)[:3])
     # Its compiler adds to a row in memory by trying until no other thread has changed it (jax issue 38806).
     if backend == "gpu" and (0, 10, 2) <= numbers < (0, 11, 1):
-        advice = 'on several GPUs, gradients of embeddings are slow with it: pip install -U "jax[cuda13]>=0.11.1", '
+        advice = 'gradients of embeddings may be very slow with it: pip install -U "jax[cuda13]>=0.11.1", '
         return Finding("versions", "warning", ", ".join(versions), advice + "which needs Python 3.12")
     return Finding("versions", "ok", ", ".join(versions))
 
