@@ -454,7 +454,7 @@ class LensConfig(_Shown):
     every: CountOrZero = 100
     """steps between snapshots; 0 keeps none; doubled each time there are too many snapshots"""
     prompt: str | None = None
-    """the text; left out, the beginning of the validation split"""
+    """the text; left out, the first words of the validation split"""
     prompt_tokens: Annotated[int, Field(gt=0, le=256)] = 32
     """how many tokens of the text are recorded, at most context_length"""
 
