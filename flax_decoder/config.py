@@ -60,6 +60,13 @@ def _is_off_or_over_one(factor: float) -> float:
     return factor
 
 
+def _is_start_and_count(text: str) -> str:
+    start, _, count = text.partition(":")
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in (start, count)) or int(count) == 0:
+        raise ValueError(f"{text!r} is not START:STEPS, such as 100:5 for 5 steps after step 100")
+    return text
+
+
 def _as_tuple(value: Any) -> Any:
     """TOML knows lists only; a frozen, hashable config wants tuples."""
     return tuple(value) if isinstance(value, list) else value
@@ -473,6 +480,8 @@ class RunConfig(_Shown):
     """also write TensorBoard events into the run folder (pip install "flax-decoder[tensorboard]")"""
     wandb: str | None = None
     """also send metrics to this Weights & Biases project (pip install "flax-decoder[wandb]")"""
+    profile: Annotated[str, AfterValidator(_is_start_and_count)] | None = None
+    """START:STEPS traces STEPS steps after step START, into profile/ of the run folder, for Perfetto or TensorBoard"""
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -512,6 +521,16 @@ class Config(_Shown):
         return self
 
     @model_validator(mode="after")
+    def _with_steps_to_profile(self) -> Self:
+        steps = profiled_steps(self.run)
+        if steps and steps.stop > self.training.num_steps:
+            raise ValueError(
+                f"run.profile = {self.run.profile} is of steps up to {steps.stop}, but training.num_steps = "
+                f"{self.training.num_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _with_a_warm_up_that_ends(self) -> Self:
         """Shortens a warm-up that is as long as the run, so that any config can be tried for a few steps."""
         steps, asked = self.training.num_steps, self.optimizer.warmup_steps
@@ -524,6 +543,12 @@ class Config(_Shown):
             )
             object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, warmup_steps=warmup))
         return self
+
+
+def profiled_steps(run: RunConfig) -> range:
+    """The steps of `run.profile`, counted as steps completed before; empty if there are none."""
+    start, count = (0, 0) if run.profile is None else map(int, run.profile.split(":"))
+    return range(start, start + count)
 
 
 def default_warmup_steps(num_steps: int) -> int:

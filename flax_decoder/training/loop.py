@@ -45,6 +45,7 @@ from flax_decoder.training.metrics import MetricsLog, log_row, plot_losses, requ
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
+from flax_decoder.training.profile import Profile, profiling
 from flax_decoder.training.progress import Progress
 from flax_decoder.training.run_folder import facts_of, open_run, saved_config
 from flax_decoder.training.start import Start
@@ -145,7 +146,9 @@ def train_from(
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
             print_escaped(f"started from {start.path}: validation {before['val_loss']:.4f} before the first step")
-        state = run_steps(training, schedule, model, state, corpus, mesh, checkpoints, log, watch, interruption)
+        with profiling(config.run, folder, writes=processes.is_first()) as profile:
+            recorders = checkpoints, log, watch, profile
+            state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
         write_results(config, folder, model, state.params, tokenizer, corpus, log)
     if interruption.signal is None:
@@ -180,6 +183,7 @@ def run_steps(
     checkpoints: Checkpoints,
     log: MetricsLog,
     watch: Watch,
+    profile: Profile,
     interruption: Interruption,
 ) -> TrainState:
     """Trains until all steps are done or a signal arrives; evaluates, records, saves and logs on the way."""
@@ -194,6 +198,7 @@ def run_steps(
         watch.record(step, state.params)
         batch = place_batch(corpus.train_tokens, training, T, mesh, step)
         while not stops:
+            profile.update(step)
             start = time.perf_counter()
             state, metrics = take_step(state, batch)
             step += 1
