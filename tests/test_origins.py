@@ -29,7 +29,7 @@ def split(name):
     return model, params, seen, query_and_key_origins(model.config, params, TOKENS_BT, seen)
 
 
-@pytest.mark.short("both", "capped")
+@pytest.mark.short("both")
 @pytest.mark.parametrize("name", MODELS)
 def test_origins_sum_to_the_score(name):
     model, params, seen, _ = split(name)
@@ -45,7 +45,7 @@ def test_origins_sum_to_the_score(name):
         assert layer > 0 or not np.any(parts.pairs_OO[2:4])  # nothing was written before
 
 
-@pytest.mark.short("post", "both")
+@pytest.mark.short("both")
 @pytest.mark.parametrize("name", MODELS)
 def test_each_origin_is_what_it_gives_alone(name):
     """In float64, with nothing else in the stream; each norm divides by the size of what it was given when all was."""
@@ -81,14 +81,14 @@ def test_pairs_are_products_of_origins():
 
 
 def test_names_are_right():
-    model, params = make(**ORDERS["output"], vocab_size=19)
-    seen = fd.capture(model, params, TOKENS_BT)
+    model, params, seen, _ = split("both")
     jax.clear_caches()
     with checked_shape_names() as functions:
         jax.eval_shape(functools.partial(query_and_key_origins, model.config), params, TOKENS_BT, seen)
     assert functions >= {f"origins.py:_{name}" for name in ("through_layer", "add", "at", "through_norm", "project")}
 
 
+@pytest.mark.full
 def test_the_keys_of_a_cache_are_refused():
     model, params = make()
     seen, _ = fd.capture(model, params, TOKENS_BT, empty_cache(model.config, B, 11))
