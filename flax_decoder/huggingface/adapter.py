@@ -285,11 +285,12 @@ def _split(
     padded_b = [np.pad(one, ((0, 0), (0, width - one.shape[1]))) for one in b]
     shapes = [(width, *_outputs(place, kernel)) for place, kernel in both]
     by_layer = [split(_of_b(module.rule), one, shapes) for one in padded_b]
-    for place, parts in zip(module.places, zip(*by_layer, strict=True), strict=True):
-        part = np.stack(parts).reshape(len(parts), width, -1)
-        used = np.flatnonzero(part.any((0, 2)))
-        used = used if used.size else np.arange(min(rank, width))  # not trained yet
-        yield place, (padded_a[:, used].swapaxes(1, 2), part[:, used])
+    halves = [np.stack(parts).reshape(len(parts), width, -1) for parts in zip(*by_layer, strict=True)]
+    is_new = not any(half.any() for half in halves)
+    for place, half in zip(module.places, halves, strict=True):
+        used = np.arange(min(rank, width)) if is_new else np.flatnonzero(half.any((0, 2)))
+        if used.size:
+            yield place, (padded_a[:, used].swapaxes(1, 2), half[:, used])
 
 
 def _as_int(number: float) -> float:

@@ -17,7 +17,7 @@ from flax.traverse_util import unflatten_dict
 from flax_decoder.config import LoraConfig
 from flax_decoder.errors import UserError
 from flax_decoder.nn.axes import PROJECTIONS
-from flax_decoder.nn.precision import widened
+from flax_decoder.nn.precision import accumulation_dtype, widened
 
 
 def init_adapters(lora: LoraConfig, base: Any, rng: jax.Array) -> Any:
@@ -46,7 +46,7 @@ def init_adapters(lora: LoraConfig, base: Any, rng: jax.Array) -> Any:
         kernel = base["layers"][part][name]["kernel"]
         a_shape, b_shape = _shapes(name, kernel.shape, lora.rank or 0)
         num_inputs = math.prod(a_shape[1:-1])
-        dtype, bound = jnp.promote_types(kernel.dtype, jnp.float32), num_inputs**-0.5
+        dtype, bound = accumulation_dtype(kernel.dtype), num_inputs**-0.5
         a = jax.random.uniform(jax.random.fold_in(rng, number), a_shape, dtype, -bound, bound)
         found[part, name] = {"lora_a": a, "lora_b": jnp.zeros(b_shape, dtype)}
     return {"layers": unflatten_dict(found)}
