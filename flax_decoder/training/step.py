@@ -162,8 +162,11 @@ def state_maker(model: Decoder, config: Config) -> Callable[..., TrainState]:
 
 def require_adapters(config: Config) -> None:
     """Raises UserError if the model cannot have the adapters that `config.lora` asks for."""
-    if config.lora.rank is not None:
-        jax.eval_shape(state_maker(Decoder(config.model), config), jax.random.key(0))
+    if config.lora.rank is None:
+        return
+    if jax.process_count() > 1:
+        raise UserError(f"lora.rank = {config.lora.rank}: adapters train in one process; leave out [distributed]")
+    jax.eval_shape(state_maker(Decoder(config.model), config), jax.random.key(0))
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
