@@ -161,7 +161,8 @@ def train(options: argparse.Namespace) -> int:
     # The lock is taken later; this refuses before JAX is imported. The processes of a job share the folder.
     if config.distributed.coordinator is None and not in_a_job(os.environ):
         refuse_if_in_use(folder)
-    if config.lora.rank is not None and config.run.start_from is None:
+    is_new = not (folder / "config.toml").is_file()  # a run has a copy of what it started from
+    if config.lora.rank is not None and config.run.start_from is None and is_new:
         raise UserError(f"lora.rank = {config.lora.rank} needs a trained model: give --run.start-from PATH")
     from flax_decoder.training import loop
 
