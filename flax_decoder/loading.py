@@ -24,6 +24,7 @@ from flax_decoder.huggingface.folder import (
     is_model_folder,
     read_family,
     read_folder,
+    read_kept_files,
     read_model_config,
     read_tokenizer,
     write_folder,
@@ -147,8 +148,14 @@ def read_start(path: Path, tokenizer: str | None = None) -> Start:
     else:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     model_type = read_family(path).model_type if path.is_dir() and step == "latest" else None
-    hashes = {file.name: sha256_of(file) for file in files}
-    return Start(path, hashes, params, _required(found, path), model_type)
+    return Start(
+        path,
+        {file.name: sha256_of(file) for file in files},
+        params,
+        _required(found, path),
+        kept=read_kept_files(path) if path.is_dir() else {},
+        model_type=model_type,
+    )
 
 
 def _refuse_second_tokenizer(folder: Path, tokenizer: str | None) -> None:
@@ -266,12 +273,13 @@ def convert(
         except OSError as error:
             raise FaultError(f"{destination}: cannot be written: {error}") from error
         return
+    kept = read_kept_files(source) if source.is_dir() else {}
     with _new_folder(destination) as unfinished:
         if to_run:
-            write_run(unfinished, model.config, params, _required(found, source))
+            write_run(unfinished, model.config, params, _required(found, source), kept)
         else:
             family = choose_family(model.config, str(source), model_type)
-            write_folder(unfinished, model.config, params, found, family)
+            write_folder(unfinished, model.config, params, found, family, kept=kept)
 
 
 def _write_peft(destination: Path, source: Path, model_type: str | None) -> None:
@@ -298,7 +306,7 @@ def _write_adapted_run(destination: Path, source: Path, base: Path, tokenizer: s
     family = FAMILIES[start.model_type] if start.model_type else choose_family(config, str(base))
     lora, adapters = read_adapter(source, config, family)
     with _new_folder(destination) as unfinished:
-        write_run(unfinished, config, start.params, start.tokenizer, lora, adapters)
+        write_run(unfinished, config, start.params, start.tokenizer, start.kept, lora, adapters)
         write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
 
 

@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,12 @@ class MetricsLog:
     def seconds(self) -> float:
         """Training time of the run up to the last line, in seconds."""
         return float(self.rows[-1].get("seconds", 0)) if self.rows else 0.0
+
+
+def evaluations_since_best(rows: Sequence[LogRow]) -> int:
+    """The number of evaluations after that of the lowest validation loss, the first of equal ones."""
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def read_metrics(path: Path) -> list[LogRow]:

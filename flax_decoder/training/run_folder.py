@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import numpy as np
 
 from flax_decoder.config import Config, DataConfig, LoraConfig, ModelConfig, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
-from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
-from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, write_tokenizer
+from flax_decoder.data.corpus import prepare_corpus, require_fit, source_identity
+from flax_decoder.data.reading_progress import ReadingProgress
+from flax_decoder.data.shards import Corpus, load_corpus
+from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
-from flax_decoder.huggingface.folder import write_special_tokens
+from flax_decoder.huggingface.folder import write_tokenizer_files
 from flax_decoder.io.files import make_folder, new_folder, not_plain, sha256_of, write_text
 from flax_decoder.io.foreign_file import open_inside, read_content
 from flax_decoder.io.lock import FolderLock
@@ -83,7 +85,8 @@ def open_run(
         if lock is not None:
             lock.take(folder)
         require_same_inputs(folder)
-        corpus, tokenizer = load_corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer.json")
+        corpus = load_corpus(folder / "corpus").masked(config.data.document_mask)
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
         config = _resolve(config, tokenizer, corpus)
         check(config, tokenizer, corpus)
         _require_same_run(config, saved_config(folder), tokenizer, corpus, folder)
@@ -94,26 +97,27 @@ def open_run(
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
     given = None if start is None else start.tokenizer
-    tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size, given)
-    config = _resolve(config, tokenizer, corpus)
-    check(config, tokenizer, corpus)
     try:
-        with new_folder(folder) as unfinished:
-            save_corpus(corpus, unfinished / "corpus")
-            write_tokenizer(unfinished / "tokenizer.json", tokenizer)
+        with new_folder(folder) as unfinished, ReadingProgress() as progress:
+            (unfinished / "corpus").mkdir()
+            tokenizer, corpus = prepare_corpus(config.data, unfinished / "corpus", given, progress=progress)
+            require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
+            (unfinished / "corpus" / "tokenizer.json").replace(unfinished / "tokenizer.json")
+            config = _resolve(config, tokenizer, corpus)
+            check(config, tokenizer, corpus)
             write_text(unfinished / "config.toml", to_toml(config))
             if start is not None:
-                write_special_tokens(unfinished, tokenizer)
+                write_tokenizer_files(unfinished, tokenizer, start.kept)
                 write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
             if start is not None and config.lora.rank is not None:
-                write_run(unfinished / BASE, config.model, start.params, tokenizer)
+                write_run(unfinished / BASE, config.model, start.params, tokenizer, start.kept)
             if lock is not None:
                 lock.take(unfinished)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise InUseError(f"{folder}: another process has just created it; give another --run.folder") from None
         raise FaultError(f"{folder}: cannot create the run folder: {error}") from error
-    return config, tokenizer, load_corpus(folder / "corpus")
+    return config, tokenizer, load_corpus(folder / "corpus").masked(config.data.document_mask)
 
 
 def _require_same_start(config: Config, folder: Path, start: Start | None) -> None:
@@ -156,6 +160,7 @@ def write_run(
     model: ModelConfig,
     params: Any,
     tokenizer: Tokenizer,
+    kept: Mapping[str, bytes],
     lora: LoraConfig | None = None,
     adapters: Any = None,
 ) -> None:
@@ -166,14 +171,14 @@ def write_run(
         model: its settings.
         params: its parameters.
         tokenizer: its tokenizer.
+        kept: the files around the tokenizer, see `Start`.
         lora: how the adapters count, if it has any.
         adapters: beside `params`, which are then the base.
     """
     make_folder(folder)
-    write_tokenizer(folder / "tokenizer.json", tokenizer)
-    write_special_tokens(folder, tokenizer)
+    write_tokenizer_files(folder, tokenizer, kept)
     if adapters is not None:
-        write_run(folder / BASE, model, params, tokenizer)
+        write_run(folder / BASE, model, params, tokenizer, kept)
     config = Config(model=model, data=DataConfig(tokenizer="tokenizer.json"), lora=lora or LoraConfig())
     write_text(folder / "config.toml", to_toml(config))
     save_params(folder, 0, params if adapters is None else adapters, facts_of(config, folder))
@@ -265,7 +270,7 @@ def _require_same_run(config: Config, saved: Config, tokenizer: Tokenizer, corpu
         saved_hash, asked_hash = (hashlib.sha256(one.to_json().encode()).hexdigest() for one in both)
         rows.append(("data.tokenizer, SHA-256", saved_hash, asked_hash))
     try:
-        rows.append(("data.path, SHA-256 of the text", corpus.sha256, read_text(config.data.path).sha256))
+        rows.append(("data.path, SHA-256 of the text", corpus.sha256, source_identity(config.data)))
     except UserError:
         if config.data.path != saved.data.path:
             raise

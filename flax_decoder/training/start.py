@@ -17,6 +17,7 @@ class Start:
         hashes: SHA-256 of its weights, by file.
         params: its parameters.
         tokenizer: its tokenizer, with start and end tokens.
+        kept: the files that say how it chats and samples, such as its chat template, by name.
         model_type: that of its Hugging Face folder, if it is one: what others call its tensors.
     """
 
@@ -24,6 +25,7 @@ class Start:
     hashes: Mapping[str, str]
     params: Any
     tokenizer: Tokenizer
+    kept: Mapping[str, bytes]
     model_type: str | None = None
 
     def record(self) -> dict[str, Any]:
