@@ -35,6 +35,7 @@ _WITHOUT_VALIDATION_PATH = UsedWhere(lambda data: data.validation_path is None)
 _WITH_MUON = UsedWhere(lambda optimizer: optimizer.name == "muon")
 _WITH_WSD = UsedWhere(lambda optimizer: optimizer.schedule == "wsd")
 _WITH_WEIGHT_DECAY = UsedWhere(lambda optimizer: optimizer.weight_decay > 0)
+_WITH_LORA = UsedWhere(lambda lora: lora.rank is not None)
 _WITH_A_FALL = UsedWhere(lambda optimizer: optimizer.schedule != "constant")
 
 # Bounds far beyond sensible values, for what a device cannot compute: float32 rounds 1 - 1e-8 to 1 and 1e-50 to 0, the
@@ -73,6 +74,8 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+# The matrices of a layer, by the names of `nn/attention.py` and `nn/feed_forward.py`.
+Targets = Annotated[tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...], Field(min_length=1)]
 # A number of devices, or -1 for all that the other mesh axes leave.
 NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
@@ -90,6 +93,18 @@ class LayerKind(NamedTuple):
 
 
 PLAIN_LAYER = LayerKind()
+
+
+class Adapter(NamedTuple):
+    """How the low-rank adapters of a call count; see `nn/lora.py`.
+
+    Attributes:
+        scale: factor of what an adapter adds.
+        dropout: probability of zeroing a number of its input.
+    """
+
+    scale: float
+    dropout: float = 0.0
 
 
 class _Shown:
@@ -383,6 +398,29 @@ class OptimizerConfig(_Shown):
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
+class LoraConfig(_Shown):
+    """Low-rank adapters: the weights that a run starts from stay as they are; two thin matrices beside each learn."""
+
+    rank: Width | None = None
+    """r, the width of an adapter: y = x W + (alpha / r) (x A) B, where W does not learn; left out, all weights learn"""
+    alpha: Annotated[Positive, _WITH_LORA] = 16.0
+    """what the adapters add is multiplied by alpha / rank"""
+    rank_stabilised: Annotated[bool, _WITH_LORA] = False
+    """multiply by alpha / sqrt(rank) instead, so that the rank does not change how fast adapters learn (rsLoRA)"""
+    dropout: Annotated[Fraction, _WITH_LORA] = 0.0
+    """probability of zeroing, in training, each number of the input of an adapter"""
+    targets: Annotated[Targets | None, BeforeValidator(_as_tuple), _WITH_LORA] = None
+    """which matrices of each layer have adapters, such as ["query", "value"]; left out, all that the model has"""
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What a `Decoder` with these adapters is made with; None without any."""
+        if self.rank is None:
+            return None
+        return Adapter(self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank), self.dropout)
+
+
+@dataclass(frozen=True, config=_RULES, repr=False)
 class TrainingConfig(_Shown):
     """How long to train, how much per step, and what is kept."""
 
@@ -505,6 +543,7 @@ class Config(_Shown):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
     mesh: Annotated[MeshConfig, MAY_CHANGE] = MeshConfig()
     distributed: Annotated[DistributedConfig, MAY_CHANGE] = DistributedConfig()
@@ -523,6 +562,8 @@ class Config(_Shown):
                 f"per step, but the most is {2**31 - 1}"
             )
         optimizer = self.optimizer
+        if self.lora.rank is not None and optimizer.name != "adamw":
+            raise ValueError(f'optimizer.name = "{optimizer.name}" has no rule for adapters: lora.rank needs "adamw"')
         rates = {"learning_rate": optimizer.learning_rate}
         if optimizer.name == "muon":
             rates["muon_learning_rate"] = optimizer.muon_learning_rate

@@ -314,7 +314,7 @@ def test_convert_refuses_what_it_cannot_do(folder, capsys):
     message = refusal(capsys, "convert", parent / "run", parent / "out", "--model-type", "gpt2")
     assert "gpt2" in message and "positions = 'rotary'" in message
     assert "'bert'" in refusal(capsys, "convert", parent / "run", parent / "out", "--model-type", "bert")
-    assert "--step" in refusal(capsys, "eval", folder, folder / "config.json", "--step", "best")
+    assert "--step" in refusal(capsys, "eval", folder, __file__, "--step", "best")
     (folder / "tokenizer.json").unlink()
     assert fd.load(folder)[2] is None
     assert "has no tokenizer.json" in refusal_of(capsys, folder)

@@ -209,6 +209,10 @@ UNUSED = {
     "optimizer.decay_fraction": (0.5, {}),
     "optimizer.final_fraction": (0.5, {"optimizer.schedule": "constant"}),
     "optimizer.decay": ("all", {"optimizer.weight_decay": 0.0}),
+    "lora.alpha": (8.0, {}),
+    "lora.rank_stabilised": (True, {}),
+    "lora.dropout": (0.5, {}),
+    "lora.targets": (["query"], {}),
 }
 
 

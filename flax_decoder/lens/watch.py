@@ -63,7 +63,7 @@ class Watch:
         self._max = history.max_snapshots(config.model, len(tokens_T))
         self._snapshots: dict[int, str] = {}
         # Scanned layers compile in the same time however many there are. The parameters are the same.
-        model = Decoder(dataclasses.replace(config.model, scan_layers=True, remat="none"))
+        model = Decoder(dataclasses.replace(config.model, scan_layers=True, remat="none"), config.lora.adapter)
         self._attend = jax.jit(functools.partial(_attend, model), out_shardings=sharding_of(mesh))
         if self.every > 0:
             with as_fault_error(self._folder):

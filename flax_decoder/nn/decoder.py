@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_decoder.config import PLAIN_LAYER, LayerKind, ModelConfig
+from flax_decoder.config import PLAIN_LAYER, Adapter, LayerKind, ModelConfig
 from flax_decoder.nn.arguments import checked_arguments
 from flax_decoder.nn.attention import SelfAttention
 from flax_decoder.nn.axes import constrain, num_parts
@@ -81,9 +81,11 @@ class Decoder(nn.Module):
 
     Attributes:
         config: the model; its `vocab_size` must be set.
+        adapter: how the low-rank adapters in its params count, `config.lora.adapter`; None for params without any.
     """
 
     config: ModelConfig
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(
@@ -177,6 +179,7 @@ class Decoder(nn.Module):
             segments_BT,
             in_order=in_order,
             deterministic=deterministic,
+            adapter=self.adapter._replace(dropout=0.0) if self.adapter and deterministic else self.adapter,
             records=self.is_mutable_collection("intermediates"),
             edits=edits,
         )
@@ -250,7 +253,7 @@ class Decoder(nn.Module):
             init_rngs_L = jax.random.split(self.make_rng("params"), config.num_layers)
             layers = jax.vmap(lambda rng: block.init(rng, x_BTD, call, PLAIN_LAYER)["params"])(init_rngs_L)
             self.put_variable("params", "layers", layers)
-        has_dropout = config.dropout > 0 and not call.deterministic
+        has_dropout = not call.deterministic and max(config.dropout, call.adapter.dropout if call.adapter else 0) > 0
         rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if has_dropout else None
         indices_L = None if call.edits is None else jnp.arange(config.num_layers, dtype=jnp.int32)
 

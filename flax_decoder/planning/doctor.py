@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.allocator import describe_freed_memory
-from flax_decoder.config import Config, ModelConfig, OptimizerConfig
+from flax_decoder.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from flax_decoder.data.batches import train_batch
 from flax_decoder.data.corpus import prepare_corpus, require_fit
 from flax_decoder.errors import FaultError
@@ -248,4 +248,4 @@ def memorizing(config: Config, vocab_size: int) -> Config:
     parts = config.training.accumulation_steps
     rows = min(config.training.batch_size, parts * max(1, NUM_SEQUENCES // parts))
     training = dataclasses.replace(config.training, batch_size=rows, num_steps=MAX_STEPS, z_loss=0.0)
-    return dataclasses.replace(config, model=model, optimizer=optimizer, training=training)
+    return dataclasses.replace(config, model=model, optimizer=optimizer, lora=LoraConfig(), training=training)

@@ -26,6 +26,7 @@ from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
+from flax_decoder.nn.params import abstract_params
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.advice import advice, next_commands, prolonging
@@ -56,9 +57,9 @@ from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
 from flax_decoder.training.profile import Profile, profiling
 from flax_decoder.training.progress import Progress
-from flax_decoder.training.run_folder import facts_of, open_run, saved_config
+from flax_decoder.training.run_folder import facts_of, open_run, read_base, saved_config
 from flax_decoder.training.start import Start
-from flax_decoder.training.step import TrainState, init_state, jit_step
+from flax_decoder.training.step import TrainState, init_state, jit_step, require_adapters, state_shardings
 
 # Slightly under 1: fewer unlikely tokens than in the model's own distribution.
 SAMPLE_TEMPERATURE = 0.8
@@ -101,6 +102,7 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
 
     def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
         require_room(config, jax.device_count())
+        require_adapters(config)
         watched_tokens(config, tokenizer, corpus.validation.tokens)
 
     with FolderLock() as lock:
@@ -136,22 +138,23 @@ def train_from(
     """Trains from step `done`, restoring its checkpoint unless it is 0, and writes the results."""
     training = config.training
     mesh = make_mesh(config, jax.devices())
-    model = Decoder(config.model)
-    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh)
+    model = Decoder(config.model, config.lora.adapter)
+    params = None if start is None else start.params
+    if params is None and config.lora.rank is not None:  # the run has a copy of what stays as it is
+        params = read_base(folder, abstract_params(model, state_shardings(mesh, abstract_params(model))))
+    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh, params=params)
     if done > 0:
         state = restore_state(folder, done, state)
         print_escaped(f"continuing {folder} from the checkpoint of step {done}")
         known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
         if known != asked:
             print_escaped(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
-    elif start is not None:
-        state = start.give(state)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
     watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
-    describe(model, state.params, tokenizer, corpus, mesh)
+    describe(model, state, tokenizer, corpus, mesh)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
@@ -161,7 +164,7 @@ def train_from(
             recorders = checkpoints, log, watch, profile
             state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
-        write_results(config, folder, model, state.params, tokenizer, corpus, log)
+        write_results(config, folder, model, state.all_params, tokenizer, corpus, log)
     if interruption.signal is None:
         return 0
     saved = f"saved at step {int(state.step)}; the same command continues"
@@ -205,9 +208,10 @@ def run_steps(
     skipped = step - num_updates(state.opt_state)
     # A run killed after its last step only lacks its results.
     stops = step >= training.num_steps or has_settled(log.rows, training)
+    adapters = None if state.frozen is None else sum(leaf.size for leaf in jax.tree.leaves(state.params))
     step_seconds: list[float] = []  # since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
-        watch.record(step, state.params)
+        watch.record(step, state.all_params)
         batch = place_batch(corpus.train, training, T, mesh, step)
         while not stops:
             profile.update(step)
@@ -219,7 +223,7 @@ def run_steps(
             step_seconds.append(time.perf_counter() - start)
             limit_kept_memory()
             checkpoints.check()
-            watch.record(step, state.params)
+            watch.record(step, state.all_params)
             if not metrics["applied"]:
                 skipped += 1
                 print_escaped(skip_batch(training, state, batch, metrics, skipped))
@@ -244,7 +248,7 @@ def run_steps(
                 learning_rate=schedule(max(step - skipped - 1, 0)),
                 skipped_steps=skipped,
                 tokens_per_second=tokens_per_second,
-                **utilization(model.config, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size),
+                **utilization(model.config, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size, adapters),
                 seconds=progress.seconds(),
             )
             if evaluates or saves:
@@ -281,7 +285,7 @@ def validate(model: Decoder, state: TrainState, corpus: Corpus, training: Traini
     """Evaluates the validation split; returns its log entries."""
     result = evaluate(
         model,
-        state.params,
+        state.all_params,
         corpus.validation.tokens,
         corpus.validation.num_bytes,
         batch_size=training.batch_size,
@@ -304,18 +308,20 @@ def has_results(folder: Path, step: int) -> bool:
     return last_result.exists() and last_result.stat().st_mtime >= saved
 
 
-def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, mesh: Mesh) -> None:
+def describe(model: Decoder, state: TrainState, tokenizer: Tokenizer, corpus: Corpus, mesh: Mesh) -> None:
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
-    num_params, config = sum(leaf.size for leaf in jax.tree.leaves(params)), model.config
+    config = model.config
+    learning, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
     source = built_in if corpus.source == BUILT_IN else corpus.source
     what_was_read = f"{corpus.what_was_read}\n      " if corpus.num_documents > 1 else ""
     print_escaped(
         f"text: {source}\n      {what_was_read}"
         f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"
-        f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
-        f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
+        f"model: {learning:,} parameters{f' beside {frozen:,} that stay' if frozen else ''}, "
+        f"{config.num_layers} layers, {config.num_heads} heads, {config.embed_dim} wide, "
+        f"context {config.context_length}; on {describe_mesh(mesh)}"
     )
 
 
