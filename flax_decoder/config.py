@@ -31,9 +31,11 @@ _WITH_ROTARY = UsedWhere(lambda model: model.positions == "rotary")
 _WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling != "none")
 _WITH_LLAMA3_SCALING = UsedWhere(lambda model: model.rotary_scaling == "llama3")
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
+_WITHOUT_VALIDATION_PATH = UsedWhere(lambda data: data.validation_path is None)
 _WITH_MUON = UsedWhere(lambda optimizer: optimizer.name == "muon")
 _WITH_WSD = UsedWhere(lambda optimizer: optimizer.schedule == "wsd")
 _WITH_WEIGHT_DECAY = UsedWhere(lambda optimizer: optimizer.weight_decay > 0)
+_WITH_LORA = UsedWhere(lambda lora: lora.rank is not None)
 _WITH_A_FALL = UsedWhere(lambda optimizer: optimizer.schedule != "constant")
 
 # Bounds far beyond sensible values, for what a device cannot compute: float32 rounds 1 - 1e-8 to 1 and 1e-50 to 0, the
@@ -60,11 +62,20 @@ def _is_off_or_over_one(factor: float) -> float:
     return factor
 
 
+def _is_start_and_count(text: str) -> str:
+    start, _, count = text.partition(":")
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in (start, count)) or int(count) == 0:
+        raise ValueError(f"{text!r} is not START:STEPS, such as 100:5 for 5 steps after step 100")
+    return text
+
+
 def _as_tuple(value: Any) -> Any:
     """TOML knows lists only; a frozen, hashable config wants tuples."""
     return tuple(value) if isinstance(value, list) else value
 
 
+# The matrices of a layer, by the names of `nn/attention.py` and `nn/feed_forward.py`.
+Targets = Annotated[tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...], Field(min_length=1)]
 # A number of devices, or -1 for all that the other mesh axes leave.
 NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
@@ -82,6 +93,18 @@ class LayerKind(NamedTuple):
 
 
 PLAIN_LAYER = LayerKind()
+
+
+class Adapter(NamedTuple):
+    """How the low-rank adapters of a call count; see `nn/lora.py`.
+
+    Attributes:
+        scale: factor of what an adapter adds.
+        dropout: probability of zeroing a number of its input.
+    """
+
+    scale: float
+    dropout: float = 0.0
 
 
 class _Shown:
@@ -321,13 +344,24 @@ class DataConfig(_Shown):
 
     # The text itself may not change.
     path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), MAY_CHANGE, IS_PATH] = None
-    """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's help texts"""
+    """a file (.txt, .md, .jsonl, .parquet, .arrow; .gz and .zst of them; tokens in .bin or .npy), a folder of these, a
+    glob, a list of these, or what `flax-decoder prepare` has written; left out: input.txt, else Python's help texts"""
     tokenizer: Annotated[str, IS_PATH] = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
     bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24), _WITH_BPE] = 1024
     """number of tokens a bpe tokenizer is trained to have"""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """the last part of the text, in characters, is kept for validation"""
+    bpe_train_bytes: Annotated[int, Field(ge=1_000, lt=2**40), _WITH_BPE] = 50_000_000
+    """bpe is trained on at most about this much of the training text, from all of its parts"""
+    text_field: str = "text"
+    """name of the text in lines of JSON and in tables"""
+    document_separator: str | None = None
+    """ends each document; left out, the tokenizer's end token, or a newline if it has none; "" is nothing"""
+    document_mask: bool = False
+    """a token sees its own document only, positions start anew in each, and no loss is asked across a border"""
+    validation_path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), IS_PATH] = None
+    """texts for validation, as `path`; left out, the last documents of `path`"""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), _WITHOUT_VALIDATION_PATH] = 0.1
+    """the last part of all text that is kept for validation: whole documents, but one long text is cut"""
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -367,6 +401,29 @@ class OptimizerConfig(_Shown):
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
+class LoraConfig(_Shown):
+    """Low-rank adapters: the weights that a run starts from stay as they are; two thin matrices beside each learn."""
+
+    rank: Width | None = None
+    """r, the width of an adapter: y = x W + (alpha / r) (x A) B, where W does not learn; left out, all weights learn"""
+    alpha: Annotated[Positive, _WITH_LORA] = 16.0
+    """what the adapters add is multiplied by alpha / rank"""
+    rank_stabilised: Annotated[bool, _WITH_LORA] = False
+    """multiply by alpha / sqrt(rank) instead, so that the rank does not change how fast adapters learn (rsLoRA)"""
+    dropout: Annotated[Fraction, _WITH_LORA] = 0.0
+    """probability of zeroing, in training, each number of the input of an adapter"""
+    targets: Annotated[Targets | None, BeforeValidator(_as_tuple), _WITH_LORA] = None
+    """which matrices of each layer have adapters, such as ["query", "value"]; left out, all that the model has"""
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What a `Decoder` with these adapters is made with; None without any."""
+        if self.rank is None:
+            return None
+        return Adapter(self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank), self.dropout)
+
+
+@dataclass(frozen=True, config=_RULES, repr=False)
 class TrainingConfig(_Shown):
     """How long to train, how much per step, and what is kept."""
 
@@ -383,6 +440,8 @@ class TrainingConfig(_Shown):
     """steps between evaluations"""
     eval_batches: Annotated[CountOrZero, MAY_CHANGE] = 0
     """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
+    patience: Annotated[CountOrZero, MAY_CHANGE] = 0
+    """the run ends after this many evaluations in a row without a new lowest validation loss; 0 is off"""
     save_every: Annotated[Count, MAY_CHANGE] = 500
     """steps between checkpoints; the last step is always saved"""
     keep_newest: Annotated[Count, MAY_CHANGE] = 2
@@ -469,7 +528,7 @@ class LensConfig(_Shown):
     every: CountOrZero = 100
     """steps between snapshots; 0 keeps none; doubled each time there are too many snapshots"""
     prompt: str | None = None
-    """the text; left out, the beginning of the validation split"""
+    """the text; left out, the first words of the validation split"""
     prompt_tokens: Annotated[int, Field(gt=0, le=256)] = 32
     """how many tokens of the text are recorded, at most context_length"""
 
@@ -488,6 +547,8 @@ class RunConfig(_Shown):
     """also write TensorBoard events into the run folder (pip install "flax-decoder[tensorboard]")"""
     wandb: str | None = None
     """also send metrics to this Weights & Biases project (pip install "flax-decoder[wandb]")"""
+    profile: Annotated[str, AfterValidator(_is_start_and_count)] | None = None
+    """START:STEPS traces STEPS steps after step START, into profile/ of the run folder, for Perfetto or TensorBoard"""
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -497,6 +558,7 @@ class Config(_Shown):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
     mesh: Annotated[MeshConfig, MAY_CHANGE] = MeshConfig()
     distributed: Annotated[DistributedConfig, MAY_CHANGE] = DistributedConfig()
@@ -520,6 +582,8 @@ class Config(_Shown):
                 f"per step, but the most is {2**31 - 1}"
             )
         optimizer = self.optimizer
+        if self.lora.rank is not None and optimizer.name != "adamw":
+            raise ValueError(f'optimizer.name = "{optimizer.name}" has no rule for adapters: lora.rank needs "adamw"')
         rates = {"learning_rate": optimizer.learning_rate}
         if optimizer.name == "muon":
             rates["muon_learning_rate"] = optimizer.muon_learning_rate
@@ -529,6 +593,16 @@ class Config(_Shown):
                     f"optimizer.{name} = {rate} times weight_decay = {optimizer.weight_decay} is more than 1, "
                     "but it is the part of each weight that a step takes away"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _with_steps_to_profile(self) -> Self:
+        steps = profiled_steps(self.run)
+        if steps and steps.stop > self.training.num_steps:
+            raise ValueError(
+                f"run.profile = {self.run.profile} is of steps up to {steps.stop}, but training.num_steps = "
+                f"{self.training.num_steps}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -544,6 +618,12 @@ class Config(_Shown):
             )
             object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, warmup_steps=warmup))
         return self
+
+
+def profiled_steps(run: RunConfig) -> range:
+    """The steps of `run.profile`, counted as steps completed before; empty if there are none."""
+    start, count = (0, 0) if run.profile is None else map(int, run.profile.split(":"))
+    return range(start, start + count)
 
 
 def default_warmup_steps(num_steps: int) -> int:

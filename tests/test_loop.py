@@ -13,6 +13,7 @@ import pytest
 from limits import HANGS_SECONDS
 
 import flax_decoder as fd
+from flax_decoder.config import TrainingConfig
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io import files
 from flax_decoder.lens.history import read_history
@@ -349,3 +350,38 @@ def test_the_next_batch_is_made_while_the_step_runs_and_all_time_between_steps_c
     tokens_per_step = RULES["training.batch_size"] * RULES["model.context_length"]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["tokens_per_second"] for row in rows] == [tokens_per_step / (1 + 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "expected"),
+    [
+        ([], 1, False),
+        ([3.0], 1, False),
+        ([3.0, 3.0], 1, True),
+        ([3.0, 4.0, 2.9], 1, False),
+        ([2.0, 3.0, 2.0], 2, True),
+        ([2.0, 3.0], 2, False),
+        ([2.0, 3.0, 4.0], 0, False),
+    ],
+)
+def test_patience_counts_evaluations_since_the_best(losses, patience, expected):
+    rows = [{"step": step, "val_loss": loss} for step, loss in enumerate(losses)]
+    with_others = [line for row in rows for line in (row, {"step": row["step"]})]
+    assert loop.has_settled(with_others, TrainingConfig(patience=patience)) == expected
+
+
+@pytest.mark.full
+def test_a_run_ends_where_its_validation_loss_no_longer_falls(tmp_path, text, monkeypatch, capsys):
+    losses = iter([4.0, 3.0, 3.5, 3.0, 2.0])  # at steps 2, 4, ...
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"loss": next(losses), "bits_per_byte": 1.0})
+    run, patient = tmp_path / "run", {"training__patience": 2, "training__save_every": 4, "training__num_steps": 20}
+    assert train(run, text, **patient) == 0
+    assert saved_steps(run) == [4, 8]  # the best and the last
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [2, 4, 6, 8]
+    assert "best validation loss 3.0000 (1.000 bits per byte) at step 4" in capsys.readouterr().out
+    assert train(run, text, **patient) == 0
+    assert "is finished after 8 steps. Its validation loss no longer fell: --step best is" in capsys.readouterr().out
+    (run / "loss.png").unlink()  # as if it was killed before its results
+    assert train(run, text, **patient) == 0 and saved_steps(run) == [4, 8]
+    assert train(run, text, **patient | {"training__patience": 3, "training__num_steps": 10}) == 0
+    assert saved_steps(run)[-1] == 10 and next(losses, None) is None

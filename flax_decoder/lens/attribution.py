@@ -316,8 +316,7 @@ def score_parts(
     dtype = scores_TS.dtype
     q_H = activations["q_rotated"][layer, batch, t, head].astype(dtype)
     k_H = activations["k_rotated"][layer, batch, s, head * config.kv_heads // config.num_heads].astype(dtype)
-    scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
-    dimensions_H = q_H * k_H * scale
+    dimensions_H = q_H * k_H * score_scale(config)
     soft_cap = position = jnp.zeros((), dtype)
     if config.attention_soft_cap is not None:
         soft_cap = soft_cap_change(dimensions_H.sum(), config.attention_soft_cap)
@@ -326,6 +325,11 @@ def score_parts(
         position = -slope * (positions_S[t] - positions_S[s]).astype(dtype)
     mask = jnp.where(jnp.isneginf(scores_TS[t, s]), -jnp.inf, 0.0).astype(dtype)
     return ScoreParts(dimensions_H, soft_cap, position, mask, scores_TS[t, s])
+
+
+def score_scale(config: ModelConfig) -> float:
+    """What a product of query and key is multiplied by."""
+    return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
 
 
 def soft_cap_change(x: jax.Array, cap: float) -> jax.Array:

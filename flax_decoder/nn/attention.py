@@ -49,7 +49,8 @@ class SelfAttention(nn.Module):
             UserError: `config.attention` names an implementation that does not run on the devices.
         """
         config, record = self.config, call.hook(self)
-        linear = functools.partial(Linear, use_bias=config.attention_in_bias, init_stddev=config.init_stddev)
+        bias, stddev, adapter = config.attention_in_bias, config.init_stddev, call.adapter
+        linear = functools.partial(Linear, use_bias=bias, init_stddev=stddev, adapter=adapter)
         query_shape, key_shape = (config.num_heads, config.head_width), (config.kv_heads, config.head_width)
 
         with jax.named_scope("qkv"):
@@ -96,7 +97,8 @@ class SelfAttention(nn.Module):
             heads_BTNH = record("heads", attend(q_BTNH, k_BSKH, v_BSKH, mask))
 
         with jax.named_scope("out"):
-            out = Linear((config.embed_dim,), config.dtype, config.attention_out_bias, config.output_stddev, name="out")
+            settings = config.dtype, config.attention_out_bias, config.output_stddev, adapter
+            out = Linear((config.embed_dim,), *settings, name="out")
             return out("BTNH,NHD->BTD", constrain(heads_BTNH, "batch", "length", "heads", None)), cached
 
     def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:

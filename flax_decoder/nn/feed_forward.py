@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
         """Maps (B, T, D) to (B, T, D), each position by itself."""
         config = self.config
         activation = in_float32(ACTIVATIONS[config.feed_forward])
-        linear = functools.partial(Linear, dtype=config.dtype, use_bias=config.mlp_bias)
+        linear = functools.partial(Linear, dtype=config.dtype, use_bias=config.mlp_bias, adapter=call.adapter)
 
         h_BTF = linear((config.mlp_width,), init_stddev=config.init_stddev, name="up")("BTD,DF->BTF", x_BTD)
         if config.feed_forward in GATED:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.allocator import describe_freed_memory
-from flax_decoder.config import Config, ModelConfig, OptimizerConfig
+from flax_decoder.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from flax_decoder.data.batches import train_batch
-from flax_decoder.data.corpus import prepare_corpus
+from flax_decoder.data.corpus import prepare_corpus, require_fit
 from flax_decoder.errors import FaultError
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
@@ -74,8 +74,10 @@ def examine(config: Config) -> Iterator[Finding]:
     yield Finding("memory", "ok", f"freed memory is {describe_freed_memory()}")
     yield check_devices(config)
     choose_kernel(config.model)
-    tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
-    tokens = corpus.train_tokens
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer, corpus = prepare_corpus(config.data, Path(temporary))
+        require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
+        tokens = corpus.train.tokens  # mapped: they outlive their file
     yield Finding("text", "ok", f"{corpus.source}: {len(tokens):,} tokens, vocabulary {tokenizer.vocab_size:,}")
 
     config = memorizing(config, tokenizer.vocab_size)
@@ -257,4 +259,4 @@ def memorizing(config: Config, vocab_size: int) -> Config:
     parts = config.training.accumulation_steps
     rows = min(config.training.batch_size, parts * max(1, NUM_SEQUENCES // parts))
     training = dataclasses.replace(config.training, batch_size=rows, num_steps=MAX_STEPS, z_loss=0.0)
-    return dataclasses.replace(config, model=model, optimizer=optimizer, training=training)
+    return dataclasses.replace(config, model=model, optimizer=optimizer, lora=LoraConfig(), training=training)

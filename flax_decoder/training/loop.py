@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from flax_decoder.allocator import limit_kept_memory
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.config_file import to_toml
-from flax_decoder.data.corpus import BUILT_IN, Corpus
+from flax_decoder.data.listing import BUILT_IN
+from flax_decoder.data.shards import Corpus
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
@@ -26,6 +27,7 @@ from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
+from flax_decoder.nn.params import abstract_params
 from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.launchers import idle_part
@@ -44,14 +46,23 @@ from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
-from flax_decoder.training.metrics import MetricsLog, log_row, plot_losses, require_reporters
+from flax_decoder.training.metrics import (
+    LogRow,
+    MetricsLog,
+    evaluations_since_best,
+    log_row,
+    plot_losses,
+    read_metrics,
+    require_reporters,
+)
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
+from flax_decoder.training.profile import Profile, profiling
 from flax_decoder.training.progress import Progress
-from flax_decoder.training.run_folder import facts_of, open_run, saved_config
+from flax_decoder.training.run_folder import facts_of, open_run, read_base, saved_config
 from flax_decoder.training.start import Start
-from flax_decoder.training.step import TrainState, init_state, jit_step
+from flax_decoder.training.step import TrainState, init_state, jit_step, require_adapters, state_shardings
 
 # Slightly under 1: fewer unlikely tokens than in the model's own distribution.
 SAMPLE_TEMPERATURE = 0.8
@@ -88,23 +99,26 @@ def train(config: Config, folder: Path, start: Start | None = None) -> int:
 
 def run(config: Config, folder: Path, start: Start | None = None) -> int:
     """`train`, after all processes of the job have joined."""
-    choose_kernel(config.model)  # raises if the requested one does not run here
+    choose_kernel(
+        config.model, has_documents=config.data.document_mask
+    )  # raises if the requested one does not run here
 
     def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
         require_room(config, jax.device_count())
-        watched_tokens(config, tokenizer, corpus.validation_tokens)
+        require_adapters(config)
+        watched_tokens(config, tokenizer, corpus.validation.tokens)
 
     with FolderLock() as lock:
         owner = lock if processes.is_first() else None
         config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner, start))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
-        if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
-            rise = prolonging(config.optimizer, done)
+        rows = read_metrics(folder / "metrics.jsonl") if config.training.patience > 0 else []
+        is_settled = has_settled([row for row in rows if row["step"] <= done], config.training)
+        is_over = done >= config.training.num_steps or is_settled
+        if processes.broadcast(is_over and has_results(folder, done)):
             print_escaped(
-                f"{folder} is finished after {done} steps. Continue with --training.num-steps {2 * done}"
-                + (f", which {rise}," if rise else ",")
-                + " or start another run with --run.folder"
+                f"{folder} is finished after {done} steps. {how_to_go_on(config, done, is_settled=is_settled)}"
             )
             return 0
         if owner is not None:
@@ -127,30 +141,33 @@ def train_from(
     """Trains from step `done`, restoring its checkpoint unless it is 0, and writes the results."""
     training = config.training
     mesh = make_mesh(config, jax.devices())
-    model = Decoder(config.model)
-    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh)
+    model = Decoder(config.model, config.lora.adapter)
+    params = None if start is None else start.params
+    if params is None and config.lora.rank is not None:  # the run has a copy of what stays as it is
+        params = read_base(folder, abstract_params(model, state_shardings(mesh, abstract_params(model))))
+    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh, params=params)
     if done > 0:
         state = restore_state(folder, done, state)
         print_escaped(f"continuing {folder} from the checkpoint of step {done}")
         known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
         if known != asked:
             print_escaped(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
-    elif start is not None:
-        state = start.give(state)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
-    watched = watched_tokens(config, tokenizer, corpus.validation_tokens)
+    watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
-    describe(model, state.params, tokenizer, corpus, mesh)
+    describe(model, state, tokenizer, corpus, mesh)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
             print_escaped(f"started from {start.path}: validation {before['val_loss']:.4f} before the first step")
-        state = run_steps(training, schedule, model, state, corpus, mesh, checkpoints, log, watch, interruption)
+        with profiling(config.run, folder, writes=processes.is_first()) as profile:
+            recorders = checkpoints, log, watch, profile
+            state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
-        write_results(config, folder, model, state.params, tokenizer, corpus, log)
+        write_results(config, folder, model, state.all_params, tokenizer, corpus, log)
     if interruption.signal is None:
         return 0
     saved = f"saved at step {int(state.step)}; the same command continues"
@@ -183,6 +200,7 @@ def run_steps(
     checkpoints: Checkpoints,
     log: MetricsLog,
     watch: Watch,
+    profile: Profile,
     interruption: Interruption,
 ) -> TrainState:
     """Trains until all steps are done or a signal arrives; evaluates, records, saves and logs on the way."""
@@ -191,23 +209,26 @@ def run_steps(
     tokens_per_step = training.batch_size * T
     step = int(state.step)
     skipped = step - num_updates(state.opt_state)
-    stops = step >= training.num_steps  # a run killed after its last step only lacks its results
+    # A run killed after its last step only lacks its results.
+    stops = step >= training.num_steps or has_settled(log.rows, training)
+    adapters = None if state.frozen is None else sum(leaf.size for leaf in jax.tree.leaves(state.params))
     step_seconds: list[float] = []  # since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
-        watch.record(step, state.params)
-        batch = place_batch(corpus.train_tokens, training, T, mesh, step)
+        watch.record(step, state.all_params)
+        batch = place_batch(corpus.train, training, T, mesh, step)
         start = time.perf_counter()
         while not stops:
+            profile.update(step)
             state, metrics = take_step(state, batch)
             step += 1
-            next_batch = place_batch(corpus.train_tokens, training, T, mesh, step)  # while the devices compute
+            next_batch = place_batch(corpus.train, training, T, mesh, step)  # while the devices compute
             metrics = jax.device_get(metrics)  # waits for the devices
             end = time.perf_counter()
             step_seconds.append(end - start)  # from one step to the next, with all that the loop does between them
             start = end
             limit_kept_memory()
             checkpoints.check()
-            watch.record(step, state.params)
+            watch.record(step, state.all_params)
             if not metrics["applied"]:
                 skipped += 1
                 print_escaped(skip_batch(training, state, batch, metrics, skipped))
@@ -232,7 +253,7 @@ def run_steps(
                 learning_rate=schedule(max(step - skipped - 1, 0)),
                 skipped_steps=skipped,
                 tokens_per_second=tokens_per_second,
-                **utilization(model.config, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size),
+                **utilization(model.config, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size, adapters),
                 seconds=progress.seconds(),
             )
             if evaluates or saves:
@@ -240,6 +261,7 @@ def run_steps(
             if evaluates:
                 row |= validate(model, state, corpus, training)
                 stops = stops or interruption.requested()  # a signal may have arrived during the evaluation
+                stops = stops or has_settled([*log.rows, row], training)
                 saves = saves or stops
             log.add(row)
             progress.update(row)
@@ -249,16 +271,33 @@ def run_steps(
     return state
 
 
+def has_settled(rows: list[LogRow], training: TrainingConfig) -> bool:
+    """Whether `training.patience` is over: the validation loss has not been lower for so many evaluations."""
+    return 0 < training.patience <= evaluations_since_best(rows)
+
+
+def how_to_go_on(config: Config, done: int, *, is_settled: bool) -> str:
+    """What continues a finished run, which may have ended before its last step."""
+    if is_settled and done < config.training.num_steps:
+        return "Its validation loss no longer fell: --step best is its best model, and --training.patience 0 continues"
+    rise = prolonging(config.optimizer, done)
+    return (
+        f"Continue with --training.num-steps {2 * done}{f', which {rise},' if rise else ','} "
+        "or start another run with --run.folder"
+    )
+
+
 def validate(model: Decoder, state: TrainState, corpus: Corpus, training: TrainingConfig) -> dict[str, float]:
     """Evaluates the validation split; returns its log entries."""
     result = evaluate(
         model,
-        state.params,
-        corpus.validation_tokens,
-        corpus.validation_bytes,
+        state.all_params,
+        corpus.validation.tokens,
+        corpus.validation.num_bytes,
         batch_size=training.batch_size,
         limit=training.eval_batches,
         loss_chunk_tokens=training.loss_chunk_tokens,
+        document_starts=corpus.validation.masked_documents,
     )
     if not np.isfinite(result["loss"]):
         raise FaultError(
@@ -275,16 +314,20 @@ def has_results(folder: Path, step: int) -> bool:
     return last_result.exists() and last_result.stat().st_mtime >= saved
 
 
-def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, mesh: Mesh) -> None:
+def describe(model: Decoder, state: TrainState, tokenizer: Tokenizer, corpus: Corpus, mesh: Mesh) -> None:
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
-    num_params, config = sum(leaf.size for leaf in jax.tree.leaves(params)), model.config
+    config = model.config
+    learning, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
+    source = built_in if corpus.source == BUILT_IN else corpus.source
+    what_was_read = f"{corpus.what_was_read}\n      " if corpus.num_documents > 1 else ""
     print_escaped(
-        f"text: {built_in if corpus.source == BUILT_IN else corpus.source}\n"
-        f"      {len(corpus.train_tokens):,} tokens to train on, {len(corpus.validation_tokens):,} to validate, "
+        f"text: {source}\n      {what_was_read}"
+        f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"
-        f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
-        f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
+        f"model: {learning:,} parameters{f' beside {frozen:,} that stay' if frozen else ''}, "
+        f"{config.num_layers} layers, {config.num_heads} heads, {config.embed_dim} wide, "
+        f"context {config.context_length}; on {describe_mesh(mesh)}"
     )
     if rounds := rounding_of_products(config, mesh.devices.flat[0].platform):
         print_escaped(rounds)
@@ -329,7 +372,7 @@ def write_results(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
             f"at step {best['step']}; curve in {curve}"
         )
-        epochs = training.num_steps * training.batch_size * model.config.context_length / len(corpus.train_tokens)
+        epochs = log.rows[-1]["step"] * training.batch_size * model.config.context_length / len(corpus.train.tokens)
         num_steps, V = training.num_steps, tokenizer.vocab_size
         print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:

@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ _MAX_NUMBER = 1e100  # far beyond float32 and any count of tokens, and still a n
 # Blue and vermilion of Okabe and Ito's palette.
 TRAINING, VALIDATION = "#0072b2", "#d55e00"
 # A white background keeps a number readable on top of the curve.
-LABEL = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 
 
 class MetricsLog:
@@ -79,6 +78,12 @@ class MetricsLog:
     def seconds(self) -> float:
         """Training time of the run up to the last line, in seconds."""
         return float(self.rows[-1].get("seconds", 0)) if self.rows else 0.0
+
+
+def evaluations_since_best(rows: Sequence[LogRow]) -> int:
+    """The number of evaluations after that of the lowest validation loss, the first of equal ones."""
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def read_metrics(path: Path) -> list[LogRow]:
@@ -248,13 +253,13 @@ def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.Path
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAINING, linewidth=0.8, label="training, single batches")
     if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color=VALIDATION, linewidth=2, label="validation")
-        step, loss = min(validation, key=lambda point: point[1])
-        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center", bbox=LABEL)
+        best = min(loss for _, loss in validation)
+        label = f"validation, {best:.3f} at best"
+        axes.plot(*zip(*validation, strict=True), "o-", color=VALIDATION, linewidth=2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)  # above the axes, where it covers no curve
     save_picture(figure, path)
 
 

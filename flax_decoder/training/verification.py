@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flax_decoder.config_file import load_config
-from flax_decoder.data.corpus import load_corpus
+from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.tokenizer import load_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io.files import not_plain
@@ -15,7 +15,7 @@ from flax_decoder.lens.history import read_history
 from flax_decoder.training.checkpoint import saved_steps, steps_folder
 from flax_decoder.training.manifest import verify
 from flax_decoder.training.metrics import metrics_rows
-from flax_decoder.training.run_folder import FOREIGN, require_same_inputs, require_same_model
+from flax_decoder.training.run_folder import BASE, BASE_MANIFEST, FOREIGN, require_same_inputs, require_same_model
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ def verify_run(folder: Path) -> Iterator[CheckResult]:
     if (folder / "corpus").exists():  # a converted model has no corpus and no log
         yield _check(folder / "corpus", _corpus)
         yield _check(folder / "metrics.jsonl", lambda path: f"{sum(1 for _ in metrics_rows(path)):,} lines")
+    if (folder / BASE).exists():
+        yield _check(folder / BASE, _base)
+        yield from verify_run(folder / BASE)
     if (folder / LENS).exists():
         yield _check(folder / LENS, _history)
 
@@ -87,7 +90,12 @@ def _tokenizer(path: Path) -> str:
 
 def _corpus(path: Path) -> str:
     require_same_inputs(path.parent, ["corpus/corpus.json"])
-    return f"{len(load_corpus(path).train_tokens):,} tokens to train on"
+    return f"{len(load_corpus(path, checks_all=True).train.tokens):,} tokens to train on"
+
+
+def _base(path: Path) -> str:
+    require_same_inputs(path.parent, [BASE_MANIFEST])
+    return "is that of the adapters in the checkpoints"
 
 
 def _history(path: Path) -> str:
