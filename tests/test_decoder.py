@@ -47,6 +47,7 @@ CHOICES = {
         "mlp_bias": True,
         "feed_forward": "gelu_tanh",
         "attention": "reference",
+        "matmul_precision": "highest",
     },
     "vaswani": {
         "positions": "sinusoidal",
