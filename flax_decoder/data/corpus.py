@@ -20,7 +20,7 @@ import numpy as np
 from flax_decoder.config import DataConfig
 from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer, split_into_pieces
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import is_sha256, open_regular, replacing, sha256_of, write_text
+from flax_decoder.io.files import is_sha256, make_parents, open_regular, replacing, sha256_of, write_text
 from flax_decoder.io.strict_json import SETTINGS, parse_object
 
 BUILT_IN = "pydoc_data.topics"
@@ -148,7 +148,7 @@ def save_corpus(corpus: Corpus, folder: str | os.PathLike[str]) -> None:
         "sha256": corpus.sha256,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_parents(folder / "corpus.json")
         (folder / "corpus.json").unlink(missing_ok=True)
         facts["train_sha256"] = _write_tokens(folder / "train.npy", corpus.train_tokens)
         facts["validation_sha256"] = _write_tokens(folder / "validation.npy", corpus.validation_tokens)

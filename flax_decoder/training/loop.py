@@ -41,7 +41,7 @@ from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
-from flax_decoder.training.metrics import MetricsLog, log_row, plot_losses, require_reporters
+from flax_decoder.training.metrics import LOG, MetricsLog, log_row, plot_losses, require_reporters
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
@@ -96,6 +96,8 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner, start))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
+        if owner is not None:
+            remove_unfinished(folder, done)
         if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
             rise = prolonging(config.optimizer, done)
             print_escaped(
@@ -106,7 +108,6 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
             return 0
         if owner is not None:
             owner.announce()
-            remove_unfinished(folder, done)
             write_text(folder / "config.toml", to_toml(config))
         with Interruption() as interruption:
             return train_from(done, config, folder, tokenizer, corpus, interruption, start)
@@ -165,7 +166,7 @@ def newest_step(folder: Path) -> int:
     """
     if saved_steps(folder):
         return choose_step(folder, "latest")
-    if (folder / "metrics.jsonl").exists():
+    if (folder / LOG).exists():
         print_escaped(f"{folder} has no checkpoint yet: it starts from the beginning")
     return 0
 
