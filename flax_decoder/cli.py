@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 # Limit of a prompt from standard input, which may be endless: more than any model reads.
 MAX_PROMPT_BYTES = 16_000_000
+# Errors of a disk or a network, for which nothing that the user gave is to blame.
+DEVICE_FAILS = (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT)
 # Less random than 1, more varied than 0; for folders that say nothing.
 DEFAULT_TEMPERATURE = 0.8
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text and generate from it."
@@ -77,6 +79,9 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # a disk may be full only now
         return code
     except (UserError, InUseError) as error:
+        if isinstance(error.__context__, OSError) and error.__context__.errno in DEVICE_FAILS:
+            print_escaped(f"fault: {error}", file=sys.stderr)
+            return 1
         print_escaped(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 73
     except FaultError as error:
