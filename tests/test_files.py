@@ -147,6 +147,6 @@ def test_an_error_without_a_name_gets_that_of_the_file(tmp_path, monkeypatch):
         raise OSError(28, "full")
     assert caught.value.filename == str(path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: os.read(-1, 1))
-    with pytest.raises(OSError, match="Bad file descriptor.*a.txt"):
+    with pytest.raises(OSError, match=r"Bad file descriptor.*a\.txt"):
         write_text(path, "x")
     assert list(tmp_path.iterdir()) == []

@@ -8,24 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import file_calls
-import numpy as np
 import pytest
 from file_calls import Operation, Recorder
-from power_cut import SECTOR, Disk, Materialized, State, states
+from power_cut import Disk, Materialized, State, states
 from run_state import assert_ended_alike, losses
+from run_without_arrays import RUN, live, row
 from tiny_run import HERE, command, finish
 
 from flax_decoder.cli import main
 from flax_decoder.config import RunConfig
-from flax_decoder.data.corpus import Corpus, load_corpus, save_corpus
+from flax_decoder.data.corpus import load_corpus
 from flax_decoder.errors import BrokenError
-from flax_decoder.io.files import new_folder
 from flax_decoder.training.checkpoint import (
-    NO_FACTS,
     choose_step,
-    commit,
-    prune,
-    remove_unfinished,
     saved_steps,
     steps_folder,
 )
@@ -33,10 +28,8 @@ from flax_decoder.training.manifest import verify
 from flax_decoder.training.metrics import MetricsLog
 from flax_decoder.training.verification import verify_run
 
-RUN = "runs/x"
 # Of that many states, spread over the run, training goes on.
 NUM_RESUMED = 220
-CORPUS = Corpus(np.arange(99, dtype=np.uint16), np.arange(9, dtype=np.uint16), 99, 9, "hamlet.txt", "0" * 64)
 
 
 class Promise:
@@ -118,35 +111,6 @@ def test_the_recorded_calls_are_all_that_changed_the_disk(recorded):
         disk.apply(operation)
     found = {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
     assert disk.content() == found
-
-
-def save(run: Path, step: int) -> None:
-    """A checkpoint that has bytes in place of arrays; its folders are made as Orbax makes them."""
-    new = steps_folder(run) / f".new-{step}"
-    (new / "params").mkdir(parents=True)
-    (new / "params" / "d").write_bytes(bytes([step]) * 2 * SECTOR)
-    commit(new, {"step": step, "val_loss": None, **NO_FACTS, "arrays": {}})
-    prune(run, 2)
-
-
-def live(root: Path) -> None:
-    """A run that saves at steps 2, 4 and 6, and then goes on from step 4 as if the last checkpoint were damaged."""
-    run = root / RUN
-    with new_folder(run) as unfinished:
-        save_corpus(CORPUS, unfinished / "corpus")
-    log = MetricsLog(RunConfig(), run, 0)
-    for step in (1, 2, 3, 4, 5, 6, 7, 5, 6, 7):
-        if log.rows and step <= log.rows[-1]["step"]:
-            remove_unfinished(run, 4)
-            log = MetricsLog(RunConfig(), run, 4)
-        log.add(row(step))
-        if step % 2 == 0:
-            save(run, step)
-
-
-def row(step: int) -> dict[str, float]:
-    """A line of a log, longer than a sector of the disk."""
-    return {"step": step, "train_loss": 1 / step} | {f"{'more' * 9}{number}": 0 for number in range(15)}
 
 
 @pytest.mark.fault("A power cut after each call of a run")
