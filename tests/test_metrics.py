@@ -57,7 +57,11 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path, step, kept):
 
 
 # What was not flushed may be zeros after a power cut, and after them the next page.
-@pytest.mark.parametrize("damage", [b"\0" * 99 + b': 3.0}\n{"step": 8}\n', b"\0" * 99, b'{"step": "x"}\n{"step": 8}\n'])
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0" * 99 + b': 3.0}\n{"step": 8}\n', b"\0" * 99, b'{"step": "x"}\n{"step": 8}\n'],
+    ids=["zeros and a line", "zeros", "another line"],
+)
 def test_damage_after_the_checkpoint_goes_with_the_lines_that_come_again(tmp_path, capsys, damage):
     path = tmp_path / "metrics.jsonl"
     write_rows(path, ROWS)
