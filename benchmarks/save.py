@@ -33,7 +33,8 @@ def main() -> None:
     options = build_parser().parse_args(["train", *(word.replace("_", "-") for word in sys.argv[1:])])
     settings = {name: value for name, value in vars(options).items() if "." in name}
     config = fd.load_config(options.config, settings)
-    tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, corpus = prepare_corpus(config.data, Path(folder))  # its mapped tokens outlive the files
     config = fd.load_config(options.config, {**settings, "model.vocab_size": tokenizer.vocab_size})
     mesh = make_mesh(config, jax.devices())
     state = init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=mesh)
@@ -42,7 +43,7 @@ def main() -> None:
     def stretch(state: Any) -> Any:
         for _ in range(STEPS_PER_SAVE):
             length = config.model.context_length
-            batch = place_batch(corpus.train_tokens, config.training, length, mesh, int(state.step))
+            batch = place_batch(corpus.train, config.training, length, mesh, int(state.step))
             state = jax.block_until_ready(take_step(state, batch)[0])
         return state
 

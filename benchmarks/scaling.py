@@ -202,7 +202,12 @@ def text_point(tokenizer: str, size: int, rounds: int, folder: Path) -> Point:
     data = DataConfig(path=str(text_file(folder, size)), tokenizer=kind)
     if kind not in ("char", "byte"):
         import tokenizers  # noqa: F401  # an import is no cost of the text
-    costs = costs_of(lambda: prepare_corpus(data, 64, None), rounds, memory_before())
+
+    def prepare() -> None:
+        with tempfile.TemporaryDirectory() as out:
+            prepare_corpus(data, Path(out))
+
+    costs = costs_of(prepare, rounds, memory_before())
     return {**costs, "work": dict.fromkeys(costs, size)}
 
 

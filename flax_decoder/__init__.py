@@ -15,6 +15,7 @@ from flax_decoder.platforms import skip_missing_tpu
 from flax_decoder.version import __version__ as __version__
 
 if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test compares the two
+    from flax_decoder.data.shards import load_corpus
     from flax_decoder.generation.generate import complete, generate, prefill
     from flax_decoder.generation.score import score
     from flax_decoder.generation.speculative import Draft, PromptLookup
@@ -39,6 +40,7 @@ skip_missing_tpu()
 
 # These modules import JAX, so they are imported when a name is first used: `--help` and bad input do not wait for JAX.
 _LAZY = {
+    "data.shards": ("load_corpus",),
     "generation.generate": ("complete", "generate", "prefill"),
     "generation.score": ("score",),
     "generation.speculative": ("Draft", "PromptLookup"),
@@ -85,6 +87,7 @@ __all__ = [
     "init_state",
     "load",
     "load_config",
+    "load_corpus",
     "plot_attention",
     "plot_losses",
     "prefill",

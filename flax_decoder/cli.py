@@ -18,7 +18,7 @@ import threading
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -362,9 +362,33 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def prepare(options: argparse.Namespace) -> int:
+    """Tokenizes texts once, for many runs: `--data.path FOLDER` then takes the result."""
+    from flax_decoder.data.corpus import prepare_folder
+    from flax_decoder.data.reading_progress import ReadingProgress
+
+    given = {name: value for name, value in vars(options).items() if "." in name}
+    if "data.path" in given:
+        raise UserError(f"give {given['data.path']} as DATA, without --data.path")
+    data = load_config(None, given | {"data.path": [*options.data]}).data
+    with ReadingProgress() as progress:
+        corpus = prepare_folder(data, options.out, num_processes=options.processes, progress=progress)
+    print_escaped(
+        f"{options.out}: {corpus.what_was_read}\n{len(corpus.train.tokens):,} tokens to train on, "
+        f"{len(corpus.validation.tokens):,} to validate; train with --data.path {options.out}"
+    )
+    return 0
+
+
 def verify(options: argparse.Namespace) -> int:
-    """Checks every checkpoint of a run, and the files it needs, against its manifest."""
+    """Checks every checkpoint of a run, and the files it needs, against its manifest; or a prepared corpus."""
+    from flax_decoder.data.shards import is_corpus, load_corpus
+
     folder = Path(options.path)
+    if is_corpus(folder):
+        corpus = load_corpus(folder, checks_all=True)
+        print_escaped(f"ok       {folder}: {len(corpus.train.tokens):,} tokens to train on")
+        return 0
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: is not a run folder: it has no config.toml")
     from flax_decoder.training.verification import verify_run
@@ -492,7 +516,7 @@ def _tell(line: str) -> None:
 
 def _prompt_of(options: argparse.Namespace) -> str:
     """The prompt of --prompt or standard input; UserError if it is not text, or too long."""
-    from flax_decoder.data.corpus import decode_text
+    from flax_decoder.data.formats import decode_text
 
     if options.prompt is not None:
         name = "--prompt"
@@ -658,7 +682,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="flax-decoder", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and the devices")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    config, model, prompt, sampling, reading, tokenizer = (Parser(add_help=False) for _ in range(6))
+    config, data, model, prompt, sampling, reading, tokenizer = (Parser(add_help=False) for _ in range(7))
     reading.add_argument("--allow-nan", action="store_true", help="also read NaN weights, if not those of a run")
     reading.add_argument("--strict", action="store_true", help="refuse a config.json with any field that is not known")
     tokenizer.add_argument(
@@ -684,7 +708,8 @@ def build_parser() -> Parser:
         help="a file of the settings below, num_layers = 6 under [model] for --model.num-layers 6; NAME alone is "
         "configs/NAME.toml; without one, settings have their defaults",
     )
-    _add_config_fields(config)
+    _add_config_fields(config, SECTIONS)
+    _add_config_fields(data, ["data"])
     kinds = "a run folder, a Hugging Face folder, or a ckpt.pt of nanoGPT"
     model.add_argument("path", metavar="PATH", type=expand_home, help=kinds)
     prompt.add_argument("--prompt", metavar="TEXT", help="a text; default: standard input")
@@ -706,6 +731,11 @@ def build_parser() -> Parser:
     sampling.add_argument("--seed", metavar="N", type=_count, default=0, help="the same seed gives the same text")
 
     add("train", train, config)
+
+    argument = add("prepare", prepare, data)
+    argument("data", metavar="DATA", type=expand_home, nargs="+", help="text files, folders of them, globs")
+    argument("--out", metavar="FOLDER", type=_path, required=True, help="a new folder for the tokens")
+    argument("--processes", metavar="N", type=_count, help="how many read at once; default: one per core")
 
     argument = add("generate", generate, model, prompt, sampling, loading)
     argument("--max-new-tokens", metavar="N", type=_count, default=500, help="per text")
@@ -761,7 +791,7 @@ def build_parser() -> Parser:
     argument("file", metavar="FILE", type=_path, help="the new file")
 
     argument = add("verify", verify)
-    argument("path", metavar="PATH", type=expand_home, help="a run folder")
+    argument("path", metavar="PATH", type=expand_home, help="a run folder, or a prepared corpus")
 
     argument = add("plan", plan, config)
     argument(
@@ -794,10 +824,10 @@ def _path(text: str) -> Path:
     return Path(expand_home(text))
 
 
-def _add_config_fields(parser: Parser) -> None:
-    """Adds an argument for every config field; values are TOML, strings without quotes."""
-    for section, home in SECTIONS.items():
-        group = parser.add_argument_group(f"[{section}]", home.__doc__)
+def _add_config_fields(parser: Parser, sections: Iterable[str]) -> None:
+    """Adds an argument for every config field of some sections; values are TOML, strings without quotes."""
+    for section in sections:
+        group = parser.add_argument_group(f"[{section}]", SECTIONS[section].__doc__)
         for name, field in fields_of(section).items():
             shown = field.default if isinstance(field.default, str) else json.dumps(field.default)
             default = "" if field.default is None else f" (default: {shown})"

@@ -31,6 +31,7 @@ _WITH_ROTARY = UsedWhere(lambda model: model.positions == "rotary")
 _WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling != "none")
 _WITH_LLAMA3_SCALING = UsedWhere(lambda model: model.rotary_scaling == "llama3")
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
+_WITHOUT_VALIDATION_PATH = UsedWhere(lambda data: data.validation_path is None)
 _WITH_MUON = UsedWhere(lambda optimizer: optimizer.name == "muon")
 _WITH_WSD = UsedWhere(lambda optimizer: optimizer.schedule == "wsd")
 _WITH_WEIGHT_DECAY = UsedWhere(lambda optimizer: optimizer.weight_decay > 0)
@@ -318,13 +319,24 @@ class DataConfig(_Shown):
 
     # The text itself may not change.
     path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), MAY_CHANGE, IS_PATH] = None
-    """a text file, a folder of .txt files, a glob, or a list of these; left out: input.txt, else Python's help texts"""
+    """a file (.txt, .md, .jsonl, .parquet, .arrow; .gz and .zst of them; tokens in .bin or .npy), a folder of these, a
+    glob, a list of these, or what `flax-decoder prepare` has written; left out: input.txt, else Python's help texts"""
     tokenizer: Annotated[str, IS_PATH] = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
     bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24), _WITH_BPE] = 1024
     """number of tokens a bpe tokenizer is trained to have"""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """the last part of the text, in characters, is kept for validation"""
+    bpe_train_bytes: Annotated[int, Field(ge=1_000, lt=2**40), _WITH_BPE] = 50_000_000
+    """bpe is trained on at most about this much of the training text, from all of its parts"""
+    text_field: str = "text"
+    """name of the text in lines of JSON and in tables"""
+    document_separator: str | None = None
+    """ends each document; left out, the tokenizer's end token, or a newline if it has none; "" is nothing"""
+    document_mask: bool = False
+    """a token sees its own document only, positions start anew in each, and no loss is asked across a border"""
+    validation_path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), IS_PATH] = None
+    """texts for validation, as `path`; left out, the last documents of `path`"""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1), _WITHOUT_VALIDATION_PATH] = 0.1
+    """the last part of all text that is kept for validation: whole documents, but one long text is cut"""
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -377,6 +389,8 @@ class TrainingConfig(_Shown):
     """steps between evaluations"""
     eval_batches: Annotated[CountOrZero, MAY_CHANGE] = 0
     """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
+    patience: Annotated[CountOrZero, MAY_CHANGE] = 0
+    """the run ends after this many evaluations in a row without a new lowest validation loss; 0 is off"""
     save_every: Annotated[Count, MAY_CHANGE] = 500
     """steps between checkpoints; the last step is always saved"""
     keep_newest: Annotated[Count, MAY_CHANGE] = 2

@@ -12,7 +12,7 @@ import numpy as np
 from flax_decoder.config import Config, DataConfig, ModelConfig
 from flax_decoder.config_file import load_config, to_toml
 from flax_decoder.data.corpus import read_text
-from flax_decoder.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer, write_tokenizer
+from flax_decoder.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from flax_decoder.errors import FaultError, UserError, as_path, require_type
 from flax_decoder.huggingface.choice import choose_family, require_expressible
 from flax_decoder.huggingface.families import NANOGPT
@@ -21,10 +21,11 @@ from flax_decoder.huggingface.folder import (
     is_model_folder,
     read_family,
     read_folder,
+    read_kept_files,
     read_model_config,
     read_tokenizer,
     write_folder,
-    write_special_tokens,
+    write_tokenizer_files,
 )
 from flax_decoder.huggingface.nanogpt import model_entries, read_model, write_checkpoint
 from flax_decoder.huggingface.own_layout import read_own_model
@@ -133,7 +134,8 @@ def read_start(path: Path, tokenizer: str | None = None) -> Start:
         files = [steps_folder(path) / str(step) / MANIFEST]
     else:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return Start(path, {file.name: sha256_of(file) for file in files}, params, _required(found, path))
+    kept = read_kept_files(path) if path.is_dir() else {}
+    return Start(path, {file.name: sha256_of(file) for file in files}, params, _required(found, path), kept)
 
 
 def _refuse_second_tokenizer(folder: Path, tokenizer: str | None) -> None:
@@ -225,16 +227,17 @@ def convert(
         found = _named_tokenizer(tokenizer, model.config.vocab_size)
     else:
         model, params, found = load(source, step=step, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
+    kept = read_kept_files(source) if source.is_dir() else {}
     try:
         if to:
             _write_nanogpt(destination, source, int(step), model, params)
             return
         with new_folder(destination) as unfinished:
             if to_run:
-                _write_run(unfinished, model, params, _required(found, source))
+                _write_run(unfinished, model, params, _required(found, source), kept)
             else:
                 family = choose_family(model.config, str(source), model_type)
-                write_folder(unfinished, model.config, params, found, family)
+                write_folder(unfinished, model.config, params, found, family, kept=kept)
     except OSError as error:
         raise FaultError(f"{destination}: cannot be written: {error}") from error
 
@@ -399,10 +402,9 @@ def _read_run(folder: Path, step: int, shardings: Any) -> tuple[Decoder, Any, To
     return model, restore_params(folder, step, abstract_params(model, shardings)), tokenizer
 
 
-def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer) -> None:
+def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer, kept: Mapping[str, bytes]) -> None:
     """Writes a run folder of a model that was trained elsewhere; its only checkpoint is that of step 0."""
-    write_tokenizer(folder / "tokenizer.json", tokenizer)
-    write_special_tokens(folder, tokenizer)
+    write_tokenizer_files(folder, tokenizer, kept)
     config = Config(model=model.config, data=DataConfig(tokenizer="tokenizer.json"))
     write_text(folder / "config.toml", to_toml(config))
     save_params(folder, 0, params, facts_of(config, folder))

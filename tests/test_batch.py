@@ -1,5 +1,6 @@
 """A batch means what it seems to mean, or is refused by name; the compiled step pays nothing for it."""
 
+import functools
 import re
 
 import jax
@@ -72,7 +73,9 @@ def test_nothing_broadcasts(name, shape):
 
 def test_positions_may_be_those_of_all_rows():
     for rows in (1, B):
-        assert checked_batch(make_batch(positions=np.zeros((rows, T), np.int32)), V)["positions"].shape == (rows, T)
+        batch = make_batch(positions=np.zeros((rows, T), np.int32))
+        assert checked_batch(batch, V)["positions"].shape == (rows, T)
+        assert checked_batch(batch, V, num_parts=B)["positions"].shape == (B, T)
     with pytest.raises(ValueError, match="positions"):
         checked_batch(make_batch(positions=np.zeros((2, T), np.int32)), V)
 
@@ -90,6 +93,8 @@ def test_a_batch_has_rows_and_tokens(shape):
         ("loss_mask", "mask"),
         ("labels", "targets"),
         ("segment_ids", "segments"),
+        ("segment", "segments"),
+        ("documents", "segments"),
         ("masks", "mask"),
         ("qwerty", None),
     ],
@@ -182,6 +187,29 @@ def test_no_loss_is_asked_across_a_border(state):
     assert sums["num_tokens"] == B * T - 3
 
 
+def test_borders_are_found_in_any_order_that_leaves_the_last_token_last():
+    """As on a mesh that splits sequences; padding of others has one position for all its tokens."""
+    segments = np.asarray([[4, 4, 9, 9, 9], [5, 5, 5, 5, 5], [2, 3, 0, 0, 0]])
+    positions = np.asarray([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]])
+    expected = np.asarray([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    for order in ([0, 1, 2, 3, 4], [2, 0, 3, 1, 4], [3, 2, 1, 0, 4]):
+        batch = make_batch(segments=segments[:, order], positions=positions[:, order])
+        found = np.asarray(checked_batch(batch, V)["mask"])
+        np.testing.assert_array_equal(found[:2], expected[:2, order])
+        assert found[2, order.index(0)] == found[2, order.index(1)] == 0
+    one = make_batch(segments=segments[:1, [1] * 5].repeat(B, axis=0), positions=np.arange(T)[None])
+    assert (np.asarray(checked_batch(one, V)["mask"]) == 1).all()
+
+
+def test_a_target_across_a_border_may_be_any_number(state):
+    batch = make_batch(segments=np.asarray([[0, 0, 1, 1, 1]] * B))
+    batch["targets"] = np.where(np.arange(T) == 1, -100, batch["targets"])
+    assert np.isfinite(jax.jit(fd.eval_step)(state, batch)["loss"])
+    checked_batch(batch, V)
+    with pytest.raises(ValueError, match="token id -100 is not in the vocabulary"):
+        checked_batch(batch | {"segments": np.zeros((B, T), np.int32)}, V)
+
+
 def test_documents_of_a_row_have_the_losses_that_they_have_alone(state):
     packed = {name: ids[:1] for name, ids in make_batch().items()} | {"segments": np.asarray([[0, 0, 1, 1, 1]])}
     rows = [{name: ids[:1, part] for name, ids in make_batch().items()} for part in (np.s_[:2], np.s_[2:])]
@@ -191,6 +219,30 @@ def test_documents_of_a_row_have_the_losses_that_they_have_alone(state):
     found = step(state, packed)
     np.testing.assert_allclose(found["loss"], alone[0]["loss"] + alone[1]["loss"], rtol=1e-6)
     assert found["num_tokens"] == 4
+
+
+@pytest.mark.full
+def test_documents_go_with_parts_chunks_and_pmap():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, (8, T + 1))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segments": rng.integers(0, 2, (8, T))}
+    found = {}
+    for name, settings in {"plain": {}, "parts": {"accumulation_steps": 2}, "chunks": {"loss_chunk_tokens": 3}}.items():
+        config = fd.load_config(
+            overrides=SMALL | {"model.vocab_size": V} | {f"training.{key}": value for key, value in settings.items()}
+        )
+        state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
+        found[name] = jax.jit(fd.train_step)(state, batch)[1]
+        if name == "plain":
+            rows = jax.tree.map(lambda array: array.reshape(4, 2, T), batch)
+            copies = jax.tree.map(lambda leaf: np.stack([leaf] * 4), state)
+            step = jax.pmap(functools.partial(fd.train_step, axis_name="batch"), axis_name="batch")
+            found["pmap"] = jax.tree.map(lambda metric: metric[0], step(copies, rows)[1])
+    for metrics in found.values():
+        np.testing.assert_allclose(metrics["loss"], found["plain"]["loss"], rtol=1e-6)
+        np.testing.assert_allclose(metrics["gradient_norm"], found["plain"]["gradient_norm"], rtol=1e-6)
+    without = {name: array for name, array in batch.items() if name != "segments"}
+    assert abs(jax.jit(fd.train_step)(state, without)[1]["loss"] - found["plain"]["loss"]) > 1e-4
 
 
 # --- States ---

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flax_decoder.data import batches as batches_module
 from flax_decoder.data.batches import train_batch, validation_batches
 
 T, NUM_TOKENS = 7, 107
@@ -123,3 +124,49 @@ def test_limited_validation_is_evenly_spaced():
 def test_validation_without_a_target_is_refused():
     with pytest.raises(ValueError, match="at least 2 tokens, this one has 1"):
         next(validation_batches(TOKENS[:1], batch_size=2, context_length=T))
+
+
+# --- Large corpora, and documents ---
+
+
+def test_rounds_visit_each_window_once_and_each_is_spread_over_the_corpus(monkeypatch):
+    tokens = np.arange(50 * T + 1)
+    monkeypatch.setattr(batches_module, "MAX_SHUFFLED", 8)
+    firsts = [
+        int(row[0])
+        for step in range(100)
+        for row in train_batch(tokens, seed=1, step=step, batch_size=1, context_length=T)["inputs"]
+    ]
+    offset = min(firsts[:50])
+    epoch = [(first - offset) // T for first in firsts[: len({*firsts[:50]})]]
+    num_windows = (len(tokens) - T) // T
+    assert sorted(epoch[:num_windows]) == [*range(num_windows)]
+    rounds = [sorted(epoch[start : start + 7]) for start in range(0, num_windows - 7, 7)]
+    assert all(np.ptp(windows) > num_windows // 2 for windows in rounds)
+    assert rounds[0] == [*range(0, num_windows, 7)]
+    whole = train_batch(tokens, seed=1, step=0, batch_size=num_windows, context_length=T)["inputs"][:, 0]
+    assert whole.tolist() == firsts[:num_windows]  # also across rounds
+
+
+STARTS = np.array([0, 5, 6, 40, 41, 90])
+
+
+def test_segments_number_the_documents_of_a_row_and_no_target_is_in_the_next_one():
+    """Against the document of each token, found one by one."""
+    document_of = [sum(start <= index for start in STARTS) for index in range(len(TOKENS))]
+    tokens = np.arange(len(TOKENS))
+    for step in range(12):
+        batch = train_batch(tokens, seed=2, step=step, batch_size=3, context_length=T, document_starts=STARTS)
+        for inputs, segments, mask in zip(batch["inputs"], batch["segments"], batch["mask"], strict=True):
+            documents = [document_of[index] for index in [*inputs, inputs[-1] + 1]]
+            assert segments.tolist() == [document - documents[0] for document in documents[:-1]]
+            assert mask.tolist() == [float(a == b) for a, b in itertools.pairwise(documents)]
+    plain = train_batch(tokens, seed=2, step=0, batch_size=3, context_length=T)
+    assert plain.keys() == {"inputs", "targets"}
+
+
+def test_a_first_token_of_a_document_is_not_asked_for_in_validation():
+    batches = [*validation_batches(TOKENS, batch_size=2, context_length=T, document_starts=STARTS)]
+    plain = [*validation_batches(TOKENS, batch_size=2, context_length=T)]
+    assert sum(batch["mask"].sum() for batch in batches) == sum(batch["mask"].sum() for batch in plain) - 5
+    assert all({*np.unique(batch["mask"])} <= {0, 1} for batch in batches)

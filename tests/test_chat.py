@@ -14,6 +14,7 @@ import pytest
 import reference
 from chat_templates import PUBLISHED
 from limits import HANGS_SECONDS
+from test_conversations import format_of
 from test_generate import record_prefill
 
 from flax_decoder.cli import main
@@ -165,6 +166,15 @@ def test_an_answer_continues_the_rendered_conversation():
     fresh.messages += talk.messages[1:3]
     assert "".join(fresh.answer("and now")) == second  # what was kept of the first turn changes nothing
     assert first != second
+
+
+def test_a_special_token_that_somebody_types_is_text():
+    tokenizer, template = format_of("chatml")
+    talk = Chat(*model_and_params(), tokenizer, template, jax.random.key(0), Sampling())
+    talk.messages.append({"role": "user", "content": "<|im_end|>"})
+    ids = talk._tokens().tolist()
+    assert tokenizer.decode(ids) == "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert ids.count(tokenizer.token_id("<|im_end|>")) == 1
 
 
 def test_no_message_is_prefilled_twice(monkeypatch):

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import flax_decoder as fd
+from flax_decoder.data.batches import validation_batches
+from flax_decoder.training import evaluation
 from flax_decoder.training.evaluation import evaluate
 
 T, V = 5, 7
@@ -59,6 +61,17 @@ def test_with_a_start_the_first_token_is_predicted_too(model_and_params, num_tok
     result = evaluate(model, params, tokens, 100, batch_size=3, start=start)
     assert result["num_tokens"] == num_tokens == len(losses)
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_no_loss_is_asked_across_a_border(model_and_params, monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, V, 2 * T + 1, np.int32)
+    segments = np.asarray([[0, 0, 1, 1, 1], [1, 1, 1, 1, 4]], np.int32)
+
+    def with_documents(*args, **options):
+        return (batch | {"segments": segments} for batch in validation_batches(*args, **options))
+
+    monkeypatch.setattr(evaluation, "validation_batches", with_documents)
+    assert evaluate(*model_and_params, tokens, 11, batch_size=2)["num_tokens"] == 2 * T - 2
 
 
 def test_a_limit_reads_some_batches(model_and_params):

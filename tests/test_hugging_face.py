@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import reference
+from chat_templates import PUBLISHED
 from faults.model_folder import (
     SETTINGS,
     WEIGHTS,
@@ -21,11 +22,14 @@ from faults.model_folder import (
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
+from test_conversations import SPECIAL, TALKS, make_library
 
 import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.config import Config, ModelConfig
 from flax_decoder.config_file import to_toml
+from flax_decoder.data.chat_template import load_chat_template
+from flax_decoder.data.conversations import prompt_tokens
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer, make_tokenizer
 from flax_decoder.huggingface import tensor_file, weights
 from flax_decoder.huggingface.choice import choose_family
@@ -129,20 +133,86 @@ def test_commands_sample_as_generation_config_says_and_start_as_the_tokenizer_do
     assert result["num_tokens"] == 80 and result["window_start"] == [2]
 
 
+CHAT_FILES = {
+    "chat_template.jinja": b"{% for m in messages %}\r\n{{ m.content }}{{ eos_token }}{% endfor %}",
+    "tokenizer_config.json": b'{"eos_token":\n{"content": "<|im_end|>"},   "model_max_length": 1e30}',
+    "special_tokens_map.json": b'{ "pad_token" : "\\u003cpad>" }',
+    "generation_config.json": b'{"temperature":0.7, "pad_token_id": 2, "eos_token_id": [7, 11]}\n\n',
+}
+
+
+def write_chat_files(folder):
+    for name, content in CHAT_FILES.items():
+        (folder / name).write_bytes(content)
+
+
 def test_a_round_trip_through_a_run_folder_is_exact(folder, capsys):
     run, again = folder.parent / "run", folder.parent / "again"
     again.mkdir()  # an empty folder is allowed
+    write_chat_files(folder)
     assert main(["convert", str(folder), str(run)]) == 0
-    names = {"config.toml", "tokenizer.json", "generation_config.json", "checkpoints"}
-    assert {path.name for path in run.iterdir()} == names
+    assert {path.name for path in run.iterdir()} == {"config.toml", "tokenizer.json", "checkpoints", *CHAT_FILES}
     model, params, tokenizer = fd.load(run)
     assert model.config == LLAMA and isinstance(tokenizer, ByteTokenizer)
     assert_equal(params, fd.load(folder)[1])
     assert main(["convert", str(run), str(again)]) == 0
-    for name in ("config.json", "generation_config.json", "tokenizer.json", WEIGHTS):
+    for name in ("tokenizer.json", WEIGHTS, *CHAT_FILES):
         assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+    for name, content in CHAT_FILES.items():
+        assert (run / name).read_bytes() == content
+    ends = {"eos_token_id": [7, 11]}
+    assert json.loads((again / "config.json").read_bytes()) == json.loads((folder / "config.json").read_bytes()) | ends
+    assert load_chat_template(run).render([{"content": "a"}]) == "a<|im_end|>"
+    assert read_sampling(run) == {"temperature": 0.7} and tokenizer.end_ids == (7, 11)
     assert {path.name for path in folder.parent.iterdir()} == {"model", "run", "again"}
     capsys.readouterr()
+
+
+def test_tokens_that_only_the_config_names_are_written_beside_the_others(folder):
+    run = folder.parent / "run"
+    write_chat_files(folder)
+    change(folder / "config.json", eos_token_id=5, bos_token_id=3)
+    convert(folder, run)
+    assert json.loads((run / "generation_config.json").read_bytes()) == {
+        **json.loads(CHAT_FILES["generation_config.json"]),
+        "bos_token_id": 3,
+        "eos_token_id": [7, 11, 5],
+    }
+    assert (run / "tokenizer_config.json").read_bytes() == CHAT_FILES["tokenizer_config.json"]
+
+
+def test_a_chat_template_out_of_bounds_is_not_kept(folder, capsys):
+    template = folder / "chat_template.jinja"
+    template.write_bytes(b"x" * 1_000_001)
+    assert f"{template}: has 1,000,001 bytes, over the limit" in refusal(
+        capsys, "convert", folder, folder.parent / "run"
+    )
+    template.unlink()
+    template.symlink_to("/etc/passwd")
+    assert f"{template}: is a link out of its folder" in refusal(capsys, "convert", folder, folder.parent / "run")
+    assert not (folder.parent / "run").exists()
+
+
+@pytest.mark.full
+def test_transformers_chats_with_what_comes_back(folder):
+    transformers = pytest.importorskip("transformers")
+    special = {"bos_token": "<s>", "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=make_library(SPECIAL["chatml"]), chat_template=PUBLISHED["chatml"], **special
+    )
+    theirs.save_pretrained(folder)
+    convert(folder, folder.parent / "run")
+    convert(folder.parent / "run", folder.parent / "again")
+    back = transformers.AutoTokenizer.from_pretrained(folder.parent / "again")
+    ours = load_chat_template(folder.parent / "run"), fd.load(folder.parent / "run")[2]
+    for messages in TALKS.values():
+        prompt = messages[:-1]
+        how = {"add_generation_prompt": True, "return_dict": False}
+        assert back.apply_chat_template(prompt, **how) == theirs.apply_chat_template(prompt, **how)
+        assert back.apply_chat_template(prompt, **how) == prompt_tokens(prompt, ours[1], ours[0])
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        assert (folder.parent / "again" / name).read_bytes() == (folder / name).read_bytes()
+    assert back.all_special_tokens == theirs.all_special_tokens
 
 
 def test_missing_biases_are_written_as_zeros(tmp_path):

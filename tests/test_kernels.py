@@ -242,6 +242,16 @@ def test_what_does_not_run_on_the_devices_is_refused(platform, settings, message
         choose_kernel(ModelConfig(**MODEL | settings))
 
 
+def test_documents_take_a_kernel_that_has_them():
+    settings = MODEL | BFLOAT16
+    with traced_for("gpu"):
+        assert choose_kernel(ModelConfig(**settings), has_documents=True) == "reference"
+        with pytest.raises(fd.UserError, match=r'"cudnn" has no documents .* use model.attention = "auto"'):
+            choose_kernel(ModelConfig(**settings, attention="cudnn"), has_documents=True)
+    with traced_for("tpu"):
+        assert choose_kernel(ModelConfig(**settings), has_documents=True) == "splash"
+
+
 # --- In the network ---
 
 TOKENS_BT = np.random.default_rng(2).integers(0, 13, (4, BLOCK + 3)).astype(np.int32)
@@ -338,13 +348,13 @@ def test_a_model_for_gpus_starts_decodes_and_is_looked_into_anywhere():
 # --- Programs for devices that are not at hand: lowered, as far as this can be done without their compilers ---
 
 
-def lowered(platform, config, tokens_BT=TOKENS_BT):
+def lowered(platform, config, tokens_BT=TOKENS_BT, **arguments):
     """The program of a forward and backward pass for a mesh of two devices."""
     model = Decoder(config)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens_BT[:, :1])["params"]
 
     def loss(params):
-        return model.apply({"params": params}, tokens_BT).astype(jnp.float32).mean()
+        return model.apply({"params": params}, tokens_BT, **arguments).astype(jnp.float32).mean()
 
     with traced_for(platform), nn.logical_axis_rules((("batch", "data"), ("heads", None))):
         return jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=(PLATFORM[platform],)).as_text()
@@ -362,6 +372,18 @@ def test_a_program_for_tpus_holds_the_kernel_and_no_scores(settings):
     T = TOKENS_BT.shape[1]
     assert f"{T}x{T}x" not in text
     assert f"{T}x{T}x" in lowered("tpu", dataclasses.replace(config, attention="reference"))
+
+
+@pytest.mark.full
+def test_programs_for_tpus_and_gpus_with_documents():
+    """Splash has their ids; for GPUs the formula takes the place of cuDNN, unless that is asked for by name."""
+    config = ModelConfig(**MODEL | HEADS | BFLOAT16, head_dim=8)
+    segments_BT = np.arange(TOKENS_BT.shape[1]) // 50 + np.zeros_like(TOKENS_BT)
+    text = lowered("tpu", config, segments_BT=segments_BT)
+    assert text.count("splash_mha_fwd_segmented") and text.count("splash_mha_dkv_segmented")
+    assert "cudnn" not in lowered("gpu", config, segments_BT=segments_BT)
+    with pytest.raises(fd.UserError, match=r'"cudnn" has no documents .* use model.attention = "auto"'):
+        lowered("gpu", dataclasses.replace(config, attention="cudnn"), segments_BT=segments_BT)
 
 
 @pytest.mark.short("9")

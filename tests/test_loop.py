@@ -12,6 +12,7 @@ import pytest
 from limits import HANGS_SECONDS
 
 import flax_decoder as fd
+from flax_decoder.config import TrainingConfig
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io import files
 from flax_decoder.lens.history import read_history
@@ -303,3 +304,38 @@ def test_a_disk_that_refuses_a_snapshot_ends_the_run(text, tmp_path, monkeypatch
     assert all(result.passed is not False for result in verify_run(tmp_path / "run"))
     assert train(tmp_path / "run", text) == 0
     assert read_history(tmp_path / "run").steps_M.tolist() == [0, 3, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "expected"),
+    [
+        ([], 1, False),
+        ([3.0], 1, False),
+        ([3.0, 3.0], 1, True),
+        ([3.0, 4.0, 2.9], 1, False),
+        ([2.0, 3.0, 2.0], 2, True),
+        ([2.0, 3.0], 2, False),
+        ([2.0, 3.0, 4.0], 0, False),
+    ],
+)
+def test_patience_counts_evaluations_since_the_best(losses, patience, expected):
+    rows = [{"step": step, "val_loss": loss} for step, loss in enumerate(losses)]
+    with_others = [line for row in rows for line in (row, {"step": row["step"]})]
+    assert loop.has_settled(with_others, TrainingConfig(patience=patience)) == expected
+
+
+@pytest.mark.full
+def test_a_run_ends_where_its_validation_loss_no_longer_falls(tmp_path, text, monkeypatch, capsys):
+    losses = iter([4.0, 3.0, 3.5, 3.0, 2.0])  # at steps 2, 4, ...
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"loss": next(losses), "bits_per_byte": 1.0})
+    run, patient = tmp_path / "run", {"training__patience": 2, "training__save_every": 4, "training__num_steps": 20}
+    assert train(run, text, **patient) == 0
+    assert saved_steps(run) == [4, 8]  # the best and the last
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [2, 4, 6, 8]
+    assert "best validation loss 3.0000 (1.000 bits per byte) at step 4" in capsys.readouterr().out
+    assert train(run, text, **patient) == 0
+    assert "is finished after 8 steps. Its validation loss no longer fell: --step best is" in capsys.readouterr().out
+    (run / "loss.png").unlink()  # as if it was killed before its results
+    assert train(run, text, **patient) == 0 and saved_steps(run) == [4, 8]
+    assert train(run, text, **patient | {"training__patience": 3, "training__num_steps": 10}) == 0
+    assert saved_steps(run)[-1] == 10 and next(losses, None) is None

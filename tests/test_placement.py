@@ -8,8 +8,11 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.data.batches import train_batch
+from flax_decoder.data.shards import Split
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
+from flax_decoder.parallel.zigzag import zigzag
 from flax_decoder.training import loop, placement
+from flax_decoder.training.batch import checked_batch
 from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.placement import place_batch
 from flax_decoder.training.step import jit_step, state_shardings
@@ -17,6 +20,7 @@ from flax_decoder.training.step import jit_step, state_shardings
 B, T, V, NUM_STEPS = 24, 16, 34, 3
 NUM_DEVICES = 8
 TOKENS = np.random.default_rng(0).integers(0, V, 5003).astype(np.uint16)
+STARTS = np.arange(0, 5003, 7)  # of documents
 SIZES = {
     "model.vocab_size": V,
     "model.context_length": T,
@@ -64,8 +68,8 @@ def one_mesh(config, num_devices=NUM_DEVICES):
     return make_mesh(config, jax.devices()[:num_devices])
 
 
-def place(config, mesh, step):
-    return place_batch(TOKENS, config.training, T, mesh, step)
+def place(config, mesh, step, has_mask=False):
+    return place_batch(Split(TOKENS, STARTS, 1, has_mask), config.training, T, mesh, step)
 
 
 def expected_batch(step):
@@ -152,6 +156,46 @@ def test_positions_say_where_tokens_stand_and_the_load_is_balanced():
     placed = place(config, one_mesh(config), 0)["positions"]
     looked_at = {shard.device.id: int((shard.data[0] + 1).sum()) for shard in placed.addressable_shards}
     assert set(looked_at.values()) == {T * (T + 1) // 2 // 4}  # tokens that a device's queries see
+
+
+@pytest.fixture
+def _documents(monkeypatch):
+    """Batches with documents whose ids come back; one begins where a device's part does."""
+
+    def with_documents(*args, rows, **options):
+        ids_BT = np.broadcast_to(np.repeat([3, 1, 3, 1], [4, 5, 3, 4]), (B, T))
+        return train_batch(*args, rows=rows, **options) | {"segments": ids_BT[rows].astype(np.int32)}
+
+    monkeypatch.setattr(placement, "train_batch", with_documents)
+
+
+@pytest.mark.usefixtures("_documents")
+def test_documents_keep_their_positions_and_borders_where_sequences_are_split():
+    config = make_config(context=4)
+    placed = {name: np.asarray(array) for name, array in place(config, one_mesh(config), 7).items()}
+    order_T = zigzag(T, 4)
+    lengths = [4, 5, 3, 4]
+    np.testing.assert_array_equal(placed["positions"][0], np.concatenate([np.arange(n) for n in lengths])[order_T])
+    np.testing.assert_array_equal(placed["segments"][0], np.repeat([0, 4, 9, 12], lengths)[order_T])
+    is_end_T = np.isin(np.arange(T), [3, 8, 11])
+    found = np.asarray(checked_batch(placed, V)["mask"])
+    np.testing.assert_array_equal(found, np.broadcast_to(~is_end_T[order_T], (B, T)))
+    np.testing.assert_array_equal(placed["inputs"], expected_batch(7)["inputs"][:, order_T])
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("_documents")
+@pytest.mark.parametrize("mesh", [{}, {"context": 4, "data": 2}, {"fsdp": 2, "context": 2, "tensor": 2}])
+@pytest.mark.parametrize("changes", [MODERN | {"model.dropout": 0.0}, CLASSIC | IN_PARTS], ids=["modern", "classic"])
+def test_documents_have_the_numbers_of_one_device(changes, mesh):
+    run.cache_clear()
+    metrics, params = run(tuple(changes.items()), **mesh)
+    expected, expected_params = run(tuple(changes.items()), num_devices=1)
+    run.cache_clear()
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 # --- State ---

@@ -161,11 +161,13 @@ def test_dropped_weights_are_the_same_in_both_passes():
 def test_dropped_weights_keep_the_mean_and_differ_everywhere():
     """Values of 1 make each head the sum of its weights: 1 on average, and with its own variation."""
     q, k, v, dheads = random_arrays(64, 4, 2, num_rows=4)
+    order = zigzag(64, 2)
     with use_devices(data=2, context=2, tensor=2):
         settings = {"dropout": 0.5, "rng": jax.random.key(0), "max_tokens": 4}
-        sums = np.asarray(around_the_ring([q, k, jnp.ones_like(v), dheads], zigzag(64, 2)[None], 64, **settings)[0])
+        sums = np.asarray(around_the_ring([q, k, jnp.ones_like(v), dheads], order[None], 64, **settings)[0])
     sums_BTN = sums[..., 0]
     assert abs(sums_BTN.mean() - 1) < 0.05
+    sums_BTN = sums_BTN[:, order >= 8]  # the first tokens see so few that all may be dropped in two rows
     for axis in range(3):
         assert np.abs(np.diff(sums_BTN, axis=axis)).max(axis=axis).min() > 0, "two rows, tokens or heads are alike"
 

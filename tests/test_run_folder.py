@@ -202,6 +202,8 @@ UNUSED = {
     "model.rotary_high_frequency_factor": (8.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
     "model.rotary_original_context": (4, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
     "data.bpe_vocab_size": (300, {}),
+    "data.bpe_train_bytes": (5000, {}),
+    "data.validation_fraction": (0.5, {"data.validation_path": "hamlet.txt"}),
     "optimizer.muon_learning_rate": (0.01, {}),
     "optimizer.muon_momentum": (0.5, {}),
     "optimizer.decay_fraction": (0.5, {}),
@@ -239,7 +241,8 @@ def test_what_is_not_in_use_changes_no_number(here, name):
 
 
 def test_each_field_that_is_used_only_beside_another_is_tried():
-    config = fd.load_config(None, {"optimizer.schedule": "constant", "optimizer.weight_decay": 0.0})
+    needed = {"optimizer.schedule": "constant", "optimizer.weight_decay": 0.0, "data.validation_path": "hamlet.txt"}
+    config = fd.load_config(None, needed)
     unused = {f"{section}.{name}" for section, name in fixed_fields() if not is_used(getattr(config, section), name)}
     assert unused == set(UNUSED)
 

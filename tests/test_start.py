@@ -10,6 +10,7 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.cli import main
+from flax_decoder.data.chat_template import load_chat_template
 from flax_decoder.loading import convert
 from flax_decoder.training import loop
 from flax_decoder.training.metrics import read_metrics
@@ -88,6 +89,8 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_start_from_random_wei
     def killed(*_):
         raise KeyboardInterrupt
 
+    Path("run/chat_template.jinja").write_text("{{ messages[0].content }}")
+
     with monkeypatch.context() as patch:
         patch.setattr(loop, "run_steps", killed)
         assert main([*TUNE, "--data.path=other.txt", "--run.start-from=run"]) == 130
@@ -95,3 +98,4 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_start_from_random_wei
     assert "give --run.start-from again" in capsys.readouterr().err
     assert main([*TUNE, "--data.path=other.txt", "--run.start-from=run"]) == 0
     assert [row["step"] for row in read_metrics(Path("tuned/metrics.jsonl"))].count(0) == 1
+    assert load_chat_template(Path("tuned")).render([{"content": "a"}]) == "a"  # it still chats

@@ -203,14 +203,19 @@ def test_vocabulary_reaches_to_the_largest_id(tmp_path):
 def test_a_long_text_is_encoded_in_pieces_without_a_trace(text, monkeypatch):
     whole = BPE.encode(text)
     encoded = []
-    encode_piece = SubwordTokenizer._encode_piece
-    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 100)
+    encode_batch = SubwordTokenizer._encode_batch
+
+    def record(self, pieces):
+        encoded.extend(map(len, pieces))
+        return encode_batch(self, pieces)
+
+    monkeypatch.setattr(module, "_SUBWORD_PIECE_CHARACTERS", 100)
     monkeypatch.setattr(module, "_CUT_CONTEXT_CHARACTERS", 20)
-    monkeypatch.setattr(
-        SubwordTokenizer, "_encode_piece", lambda self, piece: encoded.append(len(piece)) or encode_piece(self, piece)
-    )
+    monkeypatch.setattr(SubwordTokenizer, "_encode_batch", record)
     assert BPE.encode(text) == whole
-    assert 90 < max(encoded) < 200
+    assert 110 < max(encoded) < 200
+    (ids,) = BPE.encode_many([(text[:10], text[10:])])
+    assert ids.tolist() == whole[len(BPE.encode(text[:10])) :]
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
@@ -220,6 +225,7 @@ def test_pieces_leave_no_trace(kind, monkeypatch):
     whole = make_tokenizer(kind, text, 300)
     ids = whole.encode(text)
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", 7)
+    monkeypatch.setattr(module, "_SUBWORD_PIECE_CHARACTERS", 7)
     assert list(module._lines(text)) == text.splitlines(keepends=True)
     in_pieces = make_tokenizer(kind, text, 300)
     assert in_pieces.to_json() == whole.to_json()
@@ -231,16 +237,26 @@ def test_pieces_leave_no_trace(kind, monkeypatch):
             in_pieces.encode("the cat\non\u0101")
 
 
-def test_a_text_is_not_cut_where_that_would_change_tokens(monkeypatch):
-    """Metaspace puts a space before each text, so here no cut is safe."""
+def test_a_text_is_cut_without_a_mark_at_the_cut(monkeypatch):
+    """Metaspace puts a mark before each text, but a piece in the middle has none."""
     vocab = {"▁": 0, "a": 1, "\n": 2}
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     tokenizer = SubwordTokenizer(library)
     whole = tokenizer.encode("a\n" * 100)
     assert len(whole) == 201
-    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(module, "_SUBWORD_PIECE_CHARACTERS", 10)
     assert tokenizer.encode("a\n" * 100) == whole
+    assert len(list(tokenizer._split("", "a\n" * 100))) > 10
+
+
+def test_a_text_is_not_cut_where_that_would_change_tokens(monkeypatch):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "aa": 1}, [("a", "a")]))
+    tokenizer = SubwordTokenizer(library)
+    monkeypatch.setattr(module, "_SUBWORD_PIECE_CHARACTERS", 11)
+    pieces = [piece for _, piece in tokenizer._split("", "a" * 100)]
+    assert all(len(piece) % 2 == 0 for piece in pieces) and len(pieces) > 5
+    assert tokenizer.encode("a" * 100) == [1] * 50
 
 
 def test_a_text_the_library_cannot_encode_is_a_users_error():

@@ -22,7 +22,7 @@ PACKAGES = (
 API = {
     "Settings": ("load_config", "Config", "ModelConfig"),
     "Train": ("Decoder", "init_state", "train_step", "eval_step", "TrainState", "plot_losses"),
-    "Load": ("load", "register_family", "unstack_layers"),
+    "Load": ("load", "load_corpus", "register_family", "unstack_layers"),
     "Generate and score": (
         "generate",
         "complete",
@@ -143,7 +143,9 @@ def commands_page() -> str:
         rows = [f"| {_call_of(action)} | {_default_of_action(action)} | {_help_of(sub, action)} |" for action in own]
         parts.append("\n".join(["| Argument | Default | What it does |", "|---|---|---|", *rows]))
         if takes_config:
-            parts.append("And [every setting of a config](config.md), such as `--model.num-layers 6`.")
+            example = "--data.tokenizer bpe" if name == "prepare" else "--model.num-layers 6"
+            which = "the settings of `[data]`" if name == "prepare" else "every setting of a config"
+            parts.append(f"And [{which}](config.md), such as `{example}`.")
     parts.append(EXIT_CODES)
     return "\n\n".join(parts) + "\n"
 

@@ -30,8 +30,12 @@ MAX_CHARACTERS = 20_000_000
 _MAX_REASON_CHARACTERS = 500
 
 
+MARK = "generation_mark"
+"""The variable that stands at both ends of what the model is trained to write."""
+
+
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: marks what the model is trained to write. It changes nothing of the text."""
+    """`{% generation %}`: marks what the model is trained to write. It changes nothing of the text but for the mark."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -39,7 +43,8 @@ class _Generation(jinja2.ext.Extension):
         """The statements up to `{% endgeneration %}`, in a scope of their own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [jinja2.nodes.Scope(body, lineno=line)]
+        start, end = (jinja2.nodes.Output([jinja2.nodes.Name(MARK, "load")], lineno=line) for _ in range(2))
+        return [start, jinja2.nodes.Scope(body, lineno=line), end]
 
 
 @functools.lru_cache(8)

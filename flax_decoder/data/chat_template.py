@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from flax_decoder.data import chat_renderer
-from flax_decoder.data.corpus import decode_text
+from flax_decoder.data.formats import decode_text
 from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content
 
 # Of the environment of the process that renders: where Python and its libraries are, and the time of day.
 _PASSED_ON = ("PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
-_MAX_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
+CHAT_TEMPLATE = "chat_template.jinja"
+MAX_TEMPLATE_BYTES = 1_000_000  # real ones have up to 20,000
 
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}."""
@@ -95,7 +96,12 @@ _renderer = functools.cache(_Renderer)
 
 
 class ChatTemplate:
-    """Formats a conversation as the text that a model continues with its answer."""
+    """Formats a conversation as the text that a model continues with its answer.
+
+    Attributes:
+        name: start of error messages.
+        special_tokens: the texts of its special tokens.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = "chat template"):
         """Compiles a template.
@@ -108,25 +114,32 @@ class ChatTemplate:
         Raises:
             UserError: the program cannot be compiled.
         """
-        self._name, self._special_tokens = name, dict(special_tokens)
+        self.name, self._variables = name, dict(special_tokens)
+        self.special_tokens = tuple(self._variables.values())
         self._source = source
         self._render(None, "cannot be used")
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, up to the start of the next answer.
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, mark: str = "") -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: in order.
+            add_generation_prompt: ends it with the start of the next answer.
+            mark: stands at both ends of each `{% generation %}` block.
 
         Raises:
             UserError: the template refuses the messages, for example a system message, or fails.
         """
         # Templates ask whether there are tools and documents, which a conversation here never has.
-        variables = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special_tokens}
-        return self._render(variables | {"messages": list(map(dict, messages))}, "refuses these messages")
+        variables = {"tools": None, "documents": None, **self._variables, chat_renderer.MARK: mark}
+        conversation = {"add_generation_prompt": add_generation_prompt, "messages": list(map(dict, messages))}
+        return self._render(variables | conversation, "refuses these messages")
 
     def _render(self, variables: Mapping[str, Any] | None, complaint: str) -> str:
         try:
             return _renderer().render(self._source, variables)
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self._name}: {complaint}: {error}") from None
+            raise UserError(f"{self.name}: {complaint}: {error}") from None
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:
@@ -135,11 +148,11 @@ def load_chat_template(folder: Path) -> ChatTemplate:
     Raises:
         UserError: there is none, or it cannot be used.
     """
-    path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    path, file = folder / "tokenizer_config.json", folder / CHAT_TEMPLATE
     document = read_tokenizer_config(folder)
     source = document.get("chat_template")
     if os.path.lexists(file):
-        content = read_content(open_inside(folder, file.name), _MAX_TEMPLATE_BYTES, str(file))
+        content = read_content(open_inside(folder, file.name), MAX_TEMPLATE_BYTES, str(file))
         source = decode_text(content, str(file), "get it again")
     if isinstance(source, list):  # several named templates
         named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]

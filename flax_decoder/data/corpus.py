@@ -1,329 +1,463 @@
-"""Text files -> one checked token array for training and one for validation.
+"""Texts -> a corpus on disk: tokenized part by part, by several processes, in bounded memory.
 
-A text is read exactly or refused, with the file, the reason and the fix. Only `save_corpus` writes.
+Each shard is computed by itself from a plan that depends on the files only. So the bytes of a corpus are the same for
+any number of processes, and whatever was done before an interruption.
 """
 
-import codecs
-import glob
-import hashlib
-import io
+import contextlib
+import dataclasses
 import json
 import os
-import shlex
-from collections.abc import Iterator
+import queue
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from flax_decoder.config import DataConfig
-from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer, split_into_pieces
-from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import is_sha256, make_parents, open_regular, replacing, sha256_of, write_text
-from flax_decoder.io.strict_json import SETTINGS, parse_object
+from flax_decoder.data import encoding, formats
+from flax_decoder.data.encoding import Ending, Result, Task
+from flax_decoder.data.formats import PART_BYTES
+from flax_decoder.data.plan import Plan, divide, make_plan, paths_of, raise_all, source_hash
+from flax_decoder.data.shards import Corpus, is_corpus, load_corpus, read_facts, shard_name, starts_name, write_facts
+from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
+from flax_decoder.errors import FaultError, UserError
+from flax_decoder.io.files import flush_names, make_folder, make_parents, sha256_of, write_text
+from flax_decoder.io.lock import LOCK, FolderLock
 
-BUILT_IN = "pydoc_data.topics"
-"""As `data.path`: the help texts of Python, some 465,000 characters of English that every CPython ships."""
+TOKENIZER, PLAN = "tokenizer.json", "plan.json"
+# Above this, several processes pay for their start.
+_SINGLE_PROCESS_BYTES = 2 * PART_BYTES
+_HASHES_AT_ONCE = 4_000_000
+
+Progress = Callable[[int, int, int], None]
+"""Called with the bytes that are done, all bytes, and the documents so far."""
+
+
+def no_progress(done_bytes: int, all_bytes: int, documents: int) -> None:
+    """Shows nothing."""
 
 
 @dataclass(frozen=True)
 class SourceText:
-    """A text and its origin."""
+    """A text in memory, and its origin.
+
+    Attributes:
+        text: all documents, with a newline between two if the first does not end in one.
+        name: the path as given (several: joined by commas); if none was given, one that reads the same.
+        sha256: see `Corpus`.
+    """
 
     text: str
     name: str
-    """the path as given (several: joined by commas), or `BUILT_IN`; if no path was given, a path that reads the same"""
     sha256: str
-    """of the text in UTF-8"""
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A tokenized text, split in two. Bits per byte are computed from the sizes in bytes."""
-
-    train_tokens: np.ndarray
-    """one-dimensional; uint16 if the vocabulary has at most 65,536 tokens, else uint32"""
-    validation_tokens: np.ndarray
-    train_bytes: int
-    """size of the training text in UTF-8"""
-    validation_bytes: int
-    source: str
-    """name of the text"""
-    sha256: str
-    """of the whole text in UTF-8"""
-
-
-def read_text(path: str | tuple[str, ...] | None) -> SourceText:
-    """Reads the text that `data.path` names.
+def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> SourceText:
+    """Reads all of the text that a path names into memory.
 
     Args:
-        path: a text file, a folder (all .txt files in it, sorted), a glob, `BUILT_IN`, or several of these in order.
-            None is input.txt in the current folder, else `BUILT_IN`.
+        path: see `DataConfig`.
+        text_field: see `DataConfig`.
 
     Raises:
         UserError: there is no such file, or it is not text.
     """
-    if path is None:
-        path = "input.txt" if os.path.exists("input.txt") else BUILT_IN
-    names = (path,) if isinstance(path, str) else path
-    if not names or not all(names):
-        raise UserError(
-            "the path of the text is empty; give a text file, a folder of .txt files or a glob, or leave it out"
-        )
-    parts = [part for name in names for part in _read_parts(name)]
-    ended = [part if part.endswith("\n") else part + "\n" for part in parts[:-1]]
-    text = "".join([*ended, parts[-1]])
-    sha256 = hashlib.sha256()
-    for piece in split_into_pieces(text):  # the whole text in UTF-8 would take its memory again
-        sha256.update(piece.encode())
-    return SourceText(text, ", ".join(names), sha256.hexdigest())
-
-
-def split_text(text: str, validation_fraction: float) -> tuple[str, str]:
-    """Splits a text into training and validation text; the latter is the last fraction of its characters."""
-    border = int(len(text) * (1 - validation_fraction))
-    return text[:border], text[border:]
+    parts, _, _, errors = divide(path)
+    texts: list[str] = []
+    for part in parts:
+        try:
+            if part.format == "tokens":
+                raise UserError(f"{part.path}: holds tokens; give a text")
+            for piece in formats.pieces_of(part, text_field):
+                if piece.begins and texts and not texts[-1].endswith("\n"):
+                    texts.append("\n")
+                texts.append(piece.text)
+        except UserError as error:
+            errors.append(str(error))
+    raise_all(errors)
+    text, name = "".join(texts), ", ".join(paths_of(path))
+    if not text or text.isspace():  # strip() would copy it
+        raise UserError(f"{name}: has only white space; give a file with text in it")
+    return SourceText(text, name, source_hash(DataConfig(path=path)))
 
 
 def prepare_corpus(
-    data: DataConfig, context_length: int, vocab_size: int | None, tokenizer: Tokenizer | None = None
+    data: DataConfig,
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    num_processes: int | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[Tokenizer, Corpus]:
-    """Reads the text, makes its tokenizer, and encodes both parts. Writes nothing.
+    """Makes a corpus of the texts that `data` names, or takes one that is prepared already.
 
     Args:
-        data: which text and tokenizer.
-        context_length: T; each part must have at least T + 1 tokens.
-        vocab_size: V of the model, if it is set: at least that of the tokenizer; more is padding.
+        data: which texts, and how they become tokens.
+        folder: exists. It gets the corpus and its tokenizer.json; what an interrupted call has finished in it is kept.
         tokenizer: that of the model, if it has one already, in place of the one of `data`.
+        num_processes: by default one for a small text, else as many as there are cores.
+        progress: called now and then.
 
     Raises:
-        UserError: the text or the tokenizer cannot be used, or does not fit the model.
+        UserError: a text or the tokenizer cannot be used.
+        FaultError: the folder cannot be written.
     """
-    source = read_text(data.path)
-    train, validation = split_text(source.text, data.validation_fraction)
+    paths = paths_of(data.path)
+    try:
+        if len(paths) == 1 and is_corpus(paths[0]):
+            return _take_prepared(data, Path(paths[0]), folder, tokenizer)
+        return _prepare(data, folder, tokenizer, num_processes, progress)
+    except OSError as error:
+        raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
+
+
+def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = None, progress: Progress) -> Corpus:
+    """Makes a corpus in a new folder, for many runs; a call that was interrupted is finished by the same call.
+
+    Args:
+        data: which texts, and how they become tokens.
+        out: the folder; until the corpus is complete it is called .NAME.unfinished.
+        num_processes: see `prepare_corpus`.
+        progress: see `prepare_corpus`.
+
+    Raises:
+        UserError: a text cannot be used, or the folder exists; nothing is left of it.
+        InUseError: another process is at it.
+        FaultError: the folder cannot be written.
+    """
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists; give a new folder")
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    try:
+        make_parents(unfinished)
+        make_folder(unfinished)
+        with FolderLock() as lock:
+            lock.take(unfinished)
+            lock.announce()
+            try:
+                prepare_corpus(data, unfinished, num_processes=num_processes, progress=progress)
+            except UserError:
+                shutil.rmtree(unfinished)
+                raise
+            (unfinished / LOCK).unlink()
+            os.rename(unfinished, out)
+            flush_names(out.parent)
+    except OSError as error:
+        raise FaultError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return load_corpus(out)
+
+
+def _prepare(
+    data: DataConfig, folder: Path, tokenizer: Tokenizer | None, num_processes: int | None, progress: Progress
+) -> tuple[Tokenizer, Corpus]:
+    if tokenizer is None and data.tokenizer not in ("char", "bpe"):
+        tokenizer = make_tokenizer(data.tokenizer, "", data.bpe_vocab_size)
+    plan = make_plan(data, () if tokenizer is None else tokenizer.end_ids)
+    if num_processes is None:
+        num_processes = 1 if plan.num_bytes <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
+    _keep_what_is_done(plan, data, folder)
     if tokenizer is None:
-        # A char vocabulary without a character of the validation text could not encode it; bpe must not learn from it.
-        vocabulary_text = source.text if data.tokenizer == "char" else train
-        tokenizer = make_tokenizer(data.tokenizer, vocabulary_text, data.bpe_vocab_size)
+        tokenizer = _make_tokenizer(plan, data, folder, num_processes)
+    write_tokenizer(folder / TOKENIZER, tokenizer)
+    item_bytes = 2 if tokenizer.vocab_size <= 2**16 else 4
+    ending = ending_of(plan, data, tokenizer)
+    tasks = {
+        split: [
+            Task(group, str(folder / shard_name(split, index)), data.text_field, ending, item_bytes)
+            for index, group in enumerate(plan.shards(parts))
+        ]
+        for split, parts in (("train", plan.train), ("validation", plan.validation))
+    }
+    all_tasks = [*tasks["train"], *tasks["validation"]]
+    found = _run(all_tasks, tokenizer, folder, num_processes, progress)
+    results = {task.output: result for task, result in zip(all_tasks, found, strict=True)}
+    raise_all([error for result in results.values() for error in result.errors])
+    splits = {
+        name: {
+            "bytes": sum(results[task.output].bytes for task in group),
+            "shards": [_shard_facts(task, results[task.output]) for task in group],
+        }
+        for name, group in tasks.items()
+    }
+    source = ", ".join(paths_of(data.path))
+    for name, split in splits.items():
+        if split["bytes"] == 0 or not any(result.has_text for result in found):
+            raise UserError(f"{source}: has only white space, or nothing, for {name}; give files with text in them")
+    facts = {
+        "source": source,
+        "sha256": source_hash(data),
+        "what_was_read": _what_was_read(plan, [*results.values()], folder),
+        "item_bytes": item_bytes,
+        "tokenizer_sha256": sha256_of(folder / TOKENIZER),
+        "settings": json.loads(json.dumps(dataclasses.asdict(data))),
+        **splits,
+    }
+    write_facts(folder, facts)
+    for path in folder.iterdir():
+        if path.name == PLAN or path.suffix in (".hashes", ".done"):
+            path.unlink()
+    return tokenizer, load_corpus(folder)
+
+
+def source_identity(data: DataConfig) -> str:
+    """The SHA-256 that the corpus of these texts has; raises UserError if they cannot be read."""
+    paths = paths_of(data.path)
+    if len(paths) == 1 and is_corpus(paths[0]):
+        return str(read_facts(Path(paths[0]))["sha256"])
+    return source_hash(data)
+
+
+def require_fit(
+    corpus: Corpus, tokenizer: Tokenizer, data: DataConfig, context_length: int, vocab_size: int | None
+) -> None:
+    """Raises UserError if a corpus does not fit a model.
+
+    Args:
+        corpus: each part must have at least `context_length` + 1 tokens.
+        tokenizer: its own.
+        data: where it is from.
+        context_length: T.
+        vocab_size: V of the model, if it is set: at least that of the tokenizer; more is padding.
+    """
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size = {vocab_size} is too small: data.tokenizer = {data.tokenizer} has "
-            f"{tokenizer.vocab_size} tokens on {source.name}; raise it to that, or leave it to the tokenizer: "
+            f"{tokenizer.vocab_size} tokens on {corpus.source}; raise it to that, or leave it to the tokenizer: "
             "--model.vocab-size none"
         )
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    train_tokens, validation_tokens = (tokenizer.encode_array(part, dtype) for part in (train, validation))
-    for part, fraction, tokens in (
-        ("training", f"first {100 * (1 - data.validation_fraction):g} %", train_tokens),
-        ("validation", f"last {100 * data.validation_fraction:g} %", validation_tokens),
+    for part, split, fraction in (
+        ("training", corpus.train, f"first {100 * (1 - data.validation_fraction):g} %"),
+        ("validation", corpus.validation, f"last {100 * data.validation_fraction:g} %"),
     ):
-        if len(tokens) < context_length + 1:
+        if len(split.tokens) < context_length + 1:
+            source = f"{corpus.source} ({fraction})" if data.validation_path is None else corpus.source
             raise UserError(
-                f"the {part} part of {source.name} ({fraction}) has {len(tokens)} tokens, but context_length = "
-                f"{context_length} needs at least {context_length + 1}: use a longer text or a smaller "
-                "model.context_length"
+                f"the {part} part of {source} has {len(split.tokens)} tokens, but context_length = {context_length} "
+                f"needs at least {context_length + 1}: use a longer text or a smaller model.context_length"
             )
-    train_bytes, validation_bytes = (
-        sum(len(piece.encode()) for piece in split_into_pieces(part)) for part in (train, validation)
-    )
-    return tokenizer, Corpus(train_tokens, validation_tokens, train_bytes, validation_bytes, source.name, source.sha256)
 
 
-def save_corpus(corpus: Corpus, folder: str | os.PathLike[str]) -> None:
-    """Writes a corpus. corpus.json is written last: if it exists, the corpus is complete.
-
-    corpus.json has the SHA-256 of both token files, with which `load_corpus` detects any changed bit.
-
-    Raises:
-        FaultError: the folder cannot be written.
-    """
-    folder = Path(folder)
-    facts = {
-        "train_tokens": len(corpus.train_tokens),
-        "validation_tokens": len(corpus.validation_tokens),
-        "train_bytes": corpus.train_bytes,
-        "validation_bytes": corpus.validation_bytes,
-        "source": corpus.source,
-        "sha256": corpus.sha256,
+def _shard_facts(task: Task, result: Result) -> dict[str, Any]:
+    return {
+        "name": Path(task.output).name,
+        "tokens": result.tokens,
+        "documents": result.documents,
+        "sha256": result.sha256,
+        "starts_sha256": result.starts_sha256,
     }
-    try:
-        make_parents(folder / "corpus.json")
-        (folder / "corpus.json").unlink(missing_ok=True)
-        facts["train_sha256"] = _write_tokens(folder / "train.npy", corpus.train_tokens)
-        facts["validation_sha256"] = _write_tokens(folder / "validation.npy", corpus.validation_tokens)
-        write_text(folder / "corpus.json", json.dumps(facts, indent=2))
-    except OSError as error:
-        raise FaultError(f"{folder}: cannot write the corpus: {error}") from error
 
 
-def load_corpus(folder: str | os.PathLike[str]) -> Corpus:
-    """Opens a saved corpus; the tokens stay on disk, memory-mapped read-only.
-
-    Raises:
-        BrokenError: a file is missing, or does not match corpus.json.
-    """
-    folder = Path(folder)
-    facts = _read_facts(folder / "corpus.json")
-    return Corpus(
-        _map_tokens(folder / "train.npy", facts["train_tokens"], facts["train_sha256"]),
-        _map_tokens(folder / "validation.npy", facts["validation_tokens"], facts["validation_sha256"]),
-        **{name: facts[name] for name in ("train_bytes", "validation_bytes", "source", "sha256")},
-    )
+def ending_of(plan: Plan, data: DataConfig, tokenizer: Tokenizer) -> Ending:
+    """What ends each document: that of `data`, else the end token, else a newline; nothing does after a single text."""
+    separator = data.document_separator
+    if separator is not None:
+        id = tokenizer.token_id(separator) if separator else None
+        return Ending(id) if id is not None else Ending(text=separator)
+    if plan.is_one_text:
+        return Ending(text="")
+    return Ending(tokenizer.end_ids[0]) if tokenizer.end_ids else Ending()
 
 
-# The fields of a corpus.json.
-_FACTS = {
-    **dict.fromkeys(("train_tokens", "validation_tokens", "train_bytes", "validation_bytes"), int),
-    **dict.fromkeys(("source", "sha256", "train_sha256", "validation_sha256"), str),
-}
+def _keep_what_is_done(plan: Plan, data: DataConfig, folder: Path) -> None:
+    """Deletes what an earlier call left in a folder, unless it was about the same texts and settings."""
+    fingerprint = plan.fingerprint(data)
+    if (folder / PLAN).is_file() and (folder / PLAN).read_text("utf-8") == fingerprint:
+        return
+    for path in folder.iterdir():
+        if path.name in (PLAN, TOKENIZER) or path.suffix in (".bin", ".hashes", ".done", ".tmp"):
+            path.unlink()
+    write_text(folder / PLAN, fingerprint)
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    """Reads a corpus.json, which must have exactly the fields of `_FACTS`; raises BrokenError."""
-    try:
-        with open_regular(path) as file:
-            facts = parse_object(file.read(SETTINGS.num_bytes + 1), path.name, SETTINGS)
-    except (OSError, UserError) as error:
-        raise _damaged(path, error) from None
-    types = {name: type(value) for name, value in facts.items()}
-    wrong = [name for name in {**_FACTS, **types} if types.get(name) is not _FACTS.get(name)]
-    if wrong:
-        raise _damaged(path, ValueError(f"{', '.join(map(ascii, wrong[:3]))}: missing, unknown or of the wrong type"))
-    if not all(is_sha256(value) for name, value in facts.items() if name.endswith("sha256")):
-        raise _damaged(path, ValueError("it has a SHA-256 that is none"))
-    empty = [name for name, value in facts.items() if isinstance(value, int) and value < 1]
-    if empty:  # bits per byte are computed from them
-        raise _damaged(path, ValueError(f"{empty[0]} = {facts[empty[0]]} must be at least 1"))
-    return facts
-
-
-def _write_tokens(path: Path, tokens: np.ndarray) -> str:
-    """Writes a .npy file. Returns the SHA-256 of the bytes in memory, so that a wrong write is detected later."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
-    sha256 = hashlib.sha256()
-    with replacing(path) as file:
-        for part in (header.getbuffer(), tokens.data):
-            sha256.update(part)
-            file.write(part)
-    return sha256.hexdigest()
-
-
-def _map_tokens(path: Path, num_tokens: int, sha256: str) -> np.ndarray:
-    """Maps the array of a .npy file; raises BrokenError if the file or the array does not match corpus.json."""
-    try:
-        actual = sha256_of(path)
-        if actual != sha256:
-            raise ValueError(f"its SHA-256 is {actual}, but corpus.json says {sha256}")
-        # Unlike np.load, this never opens a pickle or an archive.
-        tokens = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # on a crafted header NumPy raises anything
-        raise _damaged(path, error) from None
-    if tokens.shape != (num_tokens,) or tokens.dtype.kind != "u":
-        raise BrokenError(f"{path}: holds {tokens.dtype} {tokens.shape}, but corpus.json says {num_tokens} tokens")
-    return tokens
-
-
-def _damaged(path: Path, error: Exception) -> BrokenError:
-    return BrokenError(
-        f"{path}: is missing or damaged: {getattr(error, 'strerror', None) or error};\n"
-        "put back a copy of the run folder, or train again on the text with another --run.folder"
-    )
-
-
-def _read_parts(name: str) -> Iterator[str]:
-    """The texts of one path, in order."""
-    if name == BUILT_IN:
-        yield _read_built_in()
-    elif os.path.isdir(name):
-        files = sorted(_text_files(name))
-        if not files:
-            raise UserError(f"{name}: there is no .txt file in this folder; give a folder of .txt files, or one file")
-        yield from map(_read_file, files)
-    elif glob.has_magic(name) and not os.path.lexists(name):
-        matches = sorted(match for match in glob.glob(name, recursive=True) if not os.path.isdir(match))
-        if not matches:
-            raise UserError(f"{name}: no file matches this pattern; check the folder and the extension")
-        yield from (_read_file(Path(match)) for match in matches)
-    else:
-        yield _read_file(Path(name))
-
-
-def _text_files(folder: str) -> Iterator[Path]:
-    """All .txt files below a folder; UserError if part of it cannot be read."""
-
-    def refuse(error: OSError) -> NoReturn:
+def _make_tokenizer(plan: Plan, data: DataConfig, folder: Path, num_processes: int) -> Tokenizer:
+    """A char tokenizer of all text, or a bpe tokenizer of the training text."""
+    with contextlib.suppress(UserError):  # of an interrupted call
+        return load_tokenizer(folder / TOKENIZER)
+    tokens = next((part.path for part in plan.parts if part.format == "tokens"), None)
+    if tokens is not None:
         raise UserError(
-            f"{error.filename}: this folder cannot be read: {error.strerror}; chmod it, or give its files"
-        ) from None
-
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(parent, name) for name in names if name.endswith(".txt"))
-
-
-def _read_built_in() -> str:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise UserError("there is no input.txt, and this Python lacks its help texts; give data.path") from None
-    return "\n".join(topics[topic] for topic in sorted(topics))  # each topic ends in a newline: a blank line between
+            f"{tokens}: holds tokens, but data.tokenizer = {data.tokenizer}; give the path of the tokenizer.json that "
+            "they were made with"
+        )
+    if data.tokenizer == "char":
+        separator = "\n" if data.document_separator is None else data.document_separator
+        # A char vocabulary without a character of the validation text could not encode it.
+        tasks = [Task(group, "", data.text_field, Ending()) for group in plan.shards(plan.parts)]
+        results = list(_run(tasks, None, folder, num_processes, no_progress))
+        raise_all([error for result in results for error in result.errors])
+        return make_tokenizer("char", ["" if plan.is_one_text else separator, *(r.characters for r in results)], 0)
+    return make_tokenizer("bpe", _sample(plan, data), data.bpe_vocab_size)
 
 
-def _read_file(path: Path) -> str:
-    converted = path.with_suffix(".utf8" + path.suffix)
-    advice = (
-        f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
-    )
-    try:
-        with open_regular(path) as file:
-            beginning = file.peek()
-            if 0 in beginning and _encoding_of(beginning) == "utf-8":
-                # This raises: a large binary file is refused without reading all of it.
-                decode_text(beginning[: beginning.index(0) + 1], str(path), advice)
-            content = file.read()
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; give a text file, a folder of .txt files or a glob") from None
-    except PermissionError:
-        raise UserError(f"{path}: there is no permission to read it; chmod u+r {shlex.quote(str(path))}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; give a text file") from None
-    except MemoryError:
-        raise UserError(f"{path}: is larger than this machine's memory; give a part of it") from None
-    text = decode_text(content, str(path), advice)
-    if not text or text.isspace():  # strip() would copy it
-        raise UserError(f"{path}: {'has only white space' if text else 'is empty'}; give a file with text in it")
-    return text
+def _sample(plan: Plan, data: DataConfig) -> Iterator[str]:
+    """Training text of at most about `data.bpe_train_bytes`: the beginning of each part."""
+    share = min(data.bpe_train_bytes / sum(part.num_bytes for part in plan.train), 1)
+    for part in plan.train:
+        rest = part.num_bytes * share if share < 1 else float("inf")
+        for piece in formats.pieces_of(part, data.text_field):
+            text = piece.text if len(piece.text) <= rest else piece.text[: int(rest)]
+            yield text
+            rest -= len(text)
+            if rest <= 0:
+                break
 
 
-def decode_text(content: bytes, name: str, advice: str) -> str:
-    """Decodes UTF-8, or UTF-16 with a byte order mark. Newlines stay as they are; one byte order mark is dropped.
+def _run(
+    tasks: Sequence[Task], tokenizer: Tokenizer | None, folder: Path, num_processes: int, progress: Progress
+) -> list[Result]:
+    """The results of tasks, in their order; `tokenizer` is that in the folder."""
+    sizes = [sum(part.num_bytes for part in task.parts) for task in tasks]
+    results: dict[int, Result] = {}
 
-    Args:
-        content: the bytes.
-        name: start of error messages.
-        advice: end of error messages: how to convert the text.
+    def note(index: int, result: Result) -> None:
+        results[index] = result
+        done = sum(sizes[index] for index in results)
+        progress(done, sum(sizes), sum(result.documents for result in results.values()))
 
-    Raises:
-        UserError: the bytes are in another encoding, or contain NUL.
-    """
-    encoding = _encoding_of(content)
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise _not_text(content, error.start, name, advice) from None
-    if "\0" in text:
-        raise _not_text(content, len(text[: text.index("\0")].encode(encoding)), name, advice)
-    return text.removeprefix("\ufeff") if encoding == "utf-8" else text  # the codec of UTF-16 has dropped its mark
+    if min(num_processes, len(tasks)) == 1:
+        for index, task in enumerate(tasks):
+            note(index, encoding.perform(task, tokenizer))
+        return [results[index] for index in range(len(tasks))]
+
+    with contextlib.ExitStack() as stack:
+        free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(min(num_processes, len(tasks))):
+            free.put(stack.enter_context(_Worker(None if tokenizer is None else folder / TOKENIZER)))
+
+        def perform(task: Task) -> Result:
+            worker = free.get()
+            try:
+                return worker.perform(task)
+            finally:
+                free.put(worker)
+
+        with ThreadPoolExecutor(num_processes) as threads:
+            futures = {threads.submit(perform, task): index for index, task in enumerate(tasks)}
+            try:
+                for future in as_completed(futures):
+                    note(futures[future], future.result())
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                stack.close()  # ends the workers, and with them the threads that wait for them
+                raise
+    return [results[index] for index in range(len(tasks))]
 
 
-def _encoding_of(content: bytes) -> str:
-    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+class _Worker:
+    """A process that performs tasks. It ends when this one does, as its standard input ends."""
+
+    def __init__(self, tokenizer: Path | None):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", encoding.__name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # One thread each; and a Ctrl-C of the terminal is for this process alone.
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            process_group=0,
+        )
+        self._send(None if tokenizer is None else str(tokenizer))
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def _send(self, document: Any) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its end is seen when the reply is read
+            self._process.stdin.write(json.dumps(document).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def perform(self, task: Task) -> Result:
+        """Has a task performed; raises FaultError if the process ends, or cannot write."""
+        assert self._process.stdout is not None
+        self._send(dataclasses.asdict(task))
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise FaultError(f"a process that reads texts has ended with code {code}; is there enough memory?")
+        reply = json.loads(line)
+        if "fault" in reply:
+            raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
+        return Result(**reply)
 
 
-def _not_text(content: bytes, offset: int, name: str, advice: str) -> UserError:
-    """The error for a byte at which the content stops being text."""
-    encoding = _encoding_of(content)
-    line = content[:offset].decode(encoding).count("\n") + 1
-    place = f"byte 0x{content[offset]:02X} at offset {offset}, line {line}"
-    return UserError(f"{name}: is not {encoding.upper()} text ({place}); {advice}")
+def _what_was_read(plan: Plan, results: Sequence[Result], folder: Path) -> str:
+    """A line on files, documents and what was passed over."""
+    documents, empty = (sum(getattr(result, name) for result in results) for name in ("documents", "empty"))
+    listing, empty = plan.listing, empty + plan.num_empty
+    parts = [
+        f"{len(listing.files) - plan.num_empty:,} file{'s' * (len(listing.files) - plan.num_empty != 1)}, "
+        f"{documents:,} document{'s' * (documents != 1)}, {_as_bytes(sum(result.bytes for result in results))}"
+    ]
+    skipped = [f"{count:,} {what}" for count, what in ((empty, "empty"), (listing.num_hidden, "hidden")) if count]
+    if skipped:
+        parts.append(f"skipped: {', '.join(skipped)}")
+    if listing.endings:
+        endings = ", ".join(f"{ending or 'none'} {count:,}" for ending, count in listing.endings.most_common(8))
+        parts.append(f"ignored endings: {endings}")
+    duplicates = count_duplicates(sorted(folder.glob("*.hashes")))
+    if duplicates:
+        parts.append(f"{duplicates:,} document{'s are' if duplicates > 1 else ' is'} the same as an earlier one")
+    if plan.cut is not None and not plan.is_one_text:
+        parts.append(f"validation begins inside of {plan.cut}")
+    return "; ".join(parts)
+
+
+def count_duplicates(paths: Sequence[Path]) -> int:
+    """How many of the hashes in files are equal to another one before them, in bounded memory."""
+    total = sum(path.stat().st_size for path in paths) // encoding.HASH_BYTES
+    num_rounds = -(-total // _HASHES_AT_ONCE)
+    duplicates = 0
+    for number in range(num_rounds):
+        chosen = []
+        for path in paths:
+            hashes = np.fromfile(path, "<u8")
+            chosen.append(hashes[hashes % num_rounds == number])
+        hashes = np.concatenate(chosen)
+        duplicates += len(hashes) - len(np.unique(hashes))
+    return duplicates
+
+
+def _as_bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _take_prepared(
+    data: DataConfig, prepared: Path, folder: Path, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, Corpus]:
+    """Puts the files of a prepared corpus into a folder: as second names of the same files where that can be."""
+    facts, own = read_facts(prepared), load_tokenizer(prepared / TOKENIZER)
+    if tokenizer is not None and tokenizer.to_json() != own.to_json():
+        raise UserError(
+            f"{prepared}: was prepared with another tokenizer than the model's; prepare the texts again with it"
+        )
+    if data.tokenizer not in (*KINDS, facts["settings"].get("tokenizer")):
+        given = load_tokenizer(data.tokenizer)
+        if given.to_json() != own.to_json():
+            raise UserError(f"{prepared}: was prepared with another tokenizer than data.tokenizer = {data.tokenizer}")
+    shards = [shard["name"] for split in ("train", "validation") for shard in facts[split]["shards"]]
+    for name in (*shards, *map(starts_name, shards), TOKENIZER, "corpus.json"):
+        target = folder / name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(prepared / name, target, follow_symlinks=False)
+        except OSError:  # another file system, or one without such links
+            shutil.copyfile(prepared / name, target, follow_symlinks=False)
+    return own, load_corpus(folder)

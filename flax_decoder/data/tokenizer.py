@@ -6,11 +6,12 @@ same. The first two do not import that library, and encode a megabyte in millise
 """
 
 import contextlib
+import itertools
 import json
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ _PIECE_CHARACTERS = 1_000_000
 _MAX_NORMALIZED_BYTES = 400_000_000
 _CUT_CONTEXT_CHARACTERS = 200  # far longer than any token that a cut after a newline could split
 _CUT_TRIES = 100
+_SUBWORD_PIECE_CHARACTERS = 50_000  # of which the library encodes many at once
+_PIECES_AT_ONCE = 20
 _MAX_TRAINED_WORD_BYTES = 256  # training time is quadratic in the length of a word
 
 
@@ -56,12 +59,14 @@ class Tokenizer(ABC):
         end_ids: the end-of-text tokens; may be empty.
         lone_byte_id: of a tokenizer with tokens for bytes among those for text, the token of a byte that is no
             character by itself.
+        special_tokens: the texts that it turns into special tokens, wherever they are.
     """
 
     vocab_size: int
     start_id: int | None = None
     end_ids: tuple[int, ...] = ()
     lone_byte_id: int | None = None
+    special_tokens: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises UserError if it is no text, or a character is not in the vocabulary."""
@@ -70,6 +75,10 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a prompt: the text, after what the tokenizer.json puts before it, such as a start token."""
         return self.encode(text)
+
+    def encode_parted(self, text: str, joint: str) -> list[int]:
+        """The ids of a text without the character `joint`; what it parts, such as a special token, is not one token."""
+        return self.encode(text.replace(joint, ""))
 
     def prompt_start(self) -> list[int]:
         """The tokens that `encode_prompt` puts before a text."""
@@ -97,6 +106,14 @@ class Tokenizer(ABC):
         for piece in self._encode_pieces(text):
             ids += piece.astype(dtype, copy=False).data
         return np.frombuffer(ids, dtype)
+
+    def encode_many(self, texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+        """The token ids of many texts, each given after the text that stands before it ("" where it begins).
+
+        Raises:
+            UserError: as `encode_array`.
+        """
+        return [self.encode_array(text) for _, text in texts]
 
     @abstractmethod
     def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
@@ -172,6 +189,10 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 256
 
+    def encode_many(self, texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+        """As the others; without a copy of each text's bytes."""
+        return [np.frombuffer(_utf8(text), np.uint8) for _, text in texts]
+
     def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
         return (np.frombuffer(_utf8(piece), np.uint8) for piece in split_into_pieces(text))
 
@@ -201,18 +222,52 @@ class SubwordTokenizer(Tokenizer):
         self.lone_byte_id = tokenizer.token_to_id("<0xF0>")
         added_tokens = tokenizer.get_added_tokens_decoder()
         special_ids = {token.content: id for id, token in added_tokens.items() if token.special}
+        self.special_tokens = tuple(special_ids)
         self.start_id = next((special_ids[name] for name in _START_TOKENS if name in special_ids), None)
         self.end_ids = tuple(special_ids[name] for name in _END_TOKENS if name in special_ids)[:1]
 
     def _encode_pieces(self, text: str) -> Iterator[np.ndarray]:
         """Encodes without the special tokens around a text."""
+        pieces = self._split("", text)
+        while group := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+            yield from self._encode_after(group)
+
+    def encode_many(self, texts: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+        """As the others; all at once, which is faster than one by one."""
+        pieces = [list(self._split(before, text)) for before, text in texts]
+        arrays = iter(self._encode_after([piece for group in pieces for piece in group]))
+        return [np.concatenate([next(arrays) for _ in group] or [np.zeros(0, np.int32)]) for group in pieces]
+
+    def _split(self, before: str, text: str) -> Iterator[tuple[str, str]]:
+        """Splits a text into pieces, each after the text right before it."""
         for piece in split_into_pieces(text):
             _utf8(piece)
         start = 0
         while start < len(text):
-            end = self._find_cut(text, start + _PIECE_CHARACTERS)
-            yield np.array(self._encode_piece(text[start:end]), np.int32)
+            end = self._find_cut(text, start + _SUBWORD_PIECE_CHARACTERS)
+            yield text[max(start - _CUT_CONTEXT_CHARACTERS, 0) : start] if start else before, text[start:end]
             start = end
+
+    def encode_parted(self, text: str, joint: str) -> list[int]:
+        """Encodes the text with the joint, and leaves out its tokens."""
+        self._require_bounded(len(text))
+        with _as_user_error("the tokenizer cannot encode this text"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)  # with the offsets of tokens
+        starts = {index for index, character in enumerate(text) if character == joint}
+        pairs = [*zip(encoding.ids, encoding.offsets, strict=True)]
+        if any(end - start > 1 and starts & set(range(start, end)) for _, (start, end) in pairs):
+            raise UserError("the tokenizer cannot write a special token as text; take it out of the messages")
+        return [id for id, (start, end) in pairs if not (start in starts and end == start + 1)]
+
+    def _encode_after(self, pieces: Sequence[tuple[str, str]]) -> list[np.ndarray]:
+        """The ids of pieces, each encoded after the text before it: some tokenizers begin each text with a mark."""
+        befores = self._encode_batch([before for before, _ in pieces if before])
+        num_before = iter([len(ids) for ids in befores])
+        wholes = self._encode_batch([before + piece for before, piece in pieces])
+        return [
+            np.array(ids[next(num_before) if before else 0 :], np.int32)
+            for (before, _), ids in zip(pieces, wholes, strict=True)
+        ]
 
     def prompt_start(self) -> list[int]:
         """Those before one letter: without any text, what is before it cannot be told."""
@@ -233,25 +288,33 @@ class SubwordTokenizer(Tokenizer):
         return around[:start] + plain
 
     def _encode_piece(self, piece: str, add_special_tokens: bool = False) -> list[int]:
-        if len(piece) > self._max_characters:  # the library would end the process
+        return self._encode_batch([piece], add_special_tokens)[0]
+
+    def _encode_batch(self, pieces: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+        self._require_bounded(max(map(len, pieces), default=0))
+        with _as_user_error("the tokenizer cannot encode this text"):
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
+
+    def _require_bounded(self, longest: int) -> None:
+        if longest > self._max_characters:  # the library would end the process
             raise UserError(
-                f"the tokenizer may lengthen each character of a text of {len(piece):,} so much that it takes over "
+                f"the tokenizer may lengthen each character of a text of {longest:,} so much that it takes over "
                 f"{_MAX_NORMALIZED_BYTES:,} bytes; give at most {self._max_characters:,}"
             )
-        with _as_user_error("the tokenizer cannot encode this text"):
-            return self._tokenizer.encode(piece, add_special_tokens=add_special_tokens).ids
 
     def _find_cut(self, text: str, earliest: int) -> int:
         """The first index from `earliest` on at which the text can be cut without a change to its tokens, else its end.
 
-        What a cut does depends on the tokenizer (some put a space before each text), so each is tried on the text
-        around it.
+        What a cut does depends on the tokenizer, so each is tried on the text around it: the tokens before it must not
+        depend on what follows.
         """
         for start in range(earliest, len(text), _PIECE_CHARACTERS):
             for cut in _cuts(text, start, start + _PIECE_CHARACTERS):
                 before = text[max(cut - _CUT_CONTEXT_CHARACTERS, 0) : cut]
                 after = text[cut : cut + _CUT_CONTEXT_CHARACTERS]
-                if self._encode_piece(before + after) == self._encode_piece(before) + self._encode_piece(after):
+                head, whole = self._encode_batch([before, before + after])
+                if whole[: len(head)] == head:
                     return cut
         return len(text)
 
@@ -281,23 +344,24 @@ def _cuts(text: str, start: int, end: int) -> Iterator[int]:
             index += 1
 
 
-def make_tokenizer(kind: str, text: str, bpe_vocab_size: int) -> Tokenizer:
+def make_tokenizer(kind: str, text: str | Iterable[str], bpe_vocab_size: int) -> Tokenizer:
     """Makes the tokenizer that `data.tokenizer` names.
 
     Args:
         kind: "char", "byte", "bpe", or the path of a tokenizer.json.
-        text: source of a char or bpe vocabulary.
+        text: source of a char or bpe vocabulary; one text or many, which are read once.
         bpe_vocab_size: V of a bpe tokenizer; a short text may give fewer tokens.
 
     Raises:
         UserError: `kind` is none of these, or the file cannot be used.
     """
+    texts = (text,) if isinstance(text, str) else text
     if kind == "char":
-        return CharTokenizer(text)
+        return CharTokenizer("".join(texts))
     if kind == "byte":
         return ByteTokenizer()
     if kind == "bpe":
-        return _train_bpe(text, bpe_vocab_size)
+        return _train_bpe(texts, bpe_vocab_size)
     if not os.path.exists(kind):
         raise UserError(
             f'data.tokenizer = "{kind}": there is no such file; choose "char", "byte", "bpe" or the path of a '
@@ -398,7 +462,7 @@ def _fast_tokenizer(document: Any) -> Tokenizer | None:
     return None
 
 
-def _train_bpe(text: str, vocab_size: int) -> SubwordTokenizer:
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     """Byte-level BPE as in GPT-2. All 256 bytes are tokens, so it encodes any text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -409,7 +473,7 @@ def _train_bpe(text: str, vocab_size: int) -> SubwordTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = list(byte_characters())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_lines(text), trainer)
+    tokenizer.train_from_iterator(itertools.chain.from_iterable(map(_lines, texts)), trainer)
     tokenizer.pre_tokenizer = byte_level
     return SubwordTokenizer(tokenizer)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from flax_decoder.data.chat_template import ChatTemplate
+from flax_decoder.data.conversations import prompt_tokens
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.generation.generate import prefill
@@ -82,7 +83,7 @@ class Chat:
         """The conversation as tokens; drops the oldest messages if a context that cannot roll is full."""
         config = self.model.config
         while True:
-            tokens = np.asarray(self.tokenizer.encode(self.template.render(self.messages)), np.int32)
+            tokens = np.asarray(prompt_tokens(self.messages, self.tokenizer, self.template), np.int32)
             if supports_rolling_context(config) or len(tokens) < config.context_length:
                 return tokens
             oldest = 0 if self.system is None else 1

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.data.chat_template import CHAT_TEMPLATE, MAX_TEMPLATE_BYTES
 from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.data.tokenizer import Tokenizer, parse_tokenizer, write_tokenizer
 from flax_decoder.errors import UserError
@@ -25,7 +27,7 @@ from flax_decoder.huggingface.weights import (
     flatten,
     read_params,
 )
-from flax_decoder.io.files import write_text
+from flax_decoder.io.files import replacing, write_text
 from flax_decoder.io.foreign_file import open_inside, read_content
 from flax_decoder.io.strict_json import LISTING, SETTINGS, VOCABULARY, Limits, parse_object, shown
 from flax_decoder.nn.decoder import Decoder
@@ -33,7 +35,14 @@ from flax_decoder.nn.params import abstract_params
 
 _WEIGHTS = "model.safetensors"
 _GENERATION = "generation_config.json"
-# Fields of it that are arguments of `Sampling`.
+# Files around a tokenizer.json that stay as they are when a model is converted or tuned, and how large they may be.
+_KEPT = {
+    CHAT_TEMPLATE: MAX_TEMPLATE_BYTES,
+    "tokenizer_config.json": LISTING.num_bytes,
+    "special_tokens_map.json": LISTING.num_bytes,
+    _GENERATION: SETTINGS.num_bytes,
+}
+# Fields of generation_config.json that are arguments of `Sampling`.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.npy", "*.npz")
@@ -93,6 +102,36 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     return tokenizer
 
 
+def read_kept_files(folder: Path) -> dict[str, bytes]:
+    """The files of a model folder or run folder that say how it chats and samples: name -> content.
+
+    Raises:
+        UserError: one cannot be read, or is too large.
+    """
+    names = {name: max_bytes for name, max_bytes in _KEPT.items() if os.path.lexists(folder / name)}
+    return {
+        name: read_content(open_inside(folder, name), max_bytes, str(folder / name))
+        for name, max_bytes in names.items()
+    }
+
+
+def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, kept: Mapping[str, bytes]) -> None:
+    """Writes the files from which `read_tokenizer` reads this tokenizer, with its start and end tokens.
+
+    Args:
+        folder: has none of them.
+        tokenizer: of a model.
+        kept: the files around it, from `read_kept_files`: they stay as they are, but for a generation_config.json
+            without tokens that only the config.json beside it has named.
+    """
+    write_tokenizer(folder / "tokenizer.json", tokenizer)
+    _write_files(folder, kept)
+    found = read_tokenizer(folder)
+    if found is None or (found.start_id, found.end_ids) != (tokenizer.start_id, tokenizer.end_ids):
+        document = parse_object(kept.get(_GENERATION, b"{}"), _GENERATION, SETTINGS)
+        write_text(folder / _GENERATION, _to_json(document | _special_tokens(tokenizer)))
+
+
 def write_folder(
     folder: Path,
     config: ModelConfig,
@@ -100,6 +139,7 @@ def write_folder(
     tokenizer: Tokenizer | None,
     family: Family,
     *,
+    kept: Mapping[str, bytes] = types.MappingProxyType({}),
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model into an empty folder, for `transformers` to load.
@@ -110,6 +150,7 @@ def write_folder(
         params: its parameters.
         tokenizer: its tokenizer.
         family: what to write it as, from `choose_family`.
+        kept: from `read_kept_files`: written as they are, in place of what is known of the tokenizer.
         shard_bytes: maximum size of a file of weights, unless a single tensor is larger.
     """
     document = write_settings(config, family)
@@ -125,6 +166,7 @@ def write_folder(
         # tokenizer.json decodes exactly; transformers must not change spaces afterwards.
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         write_text(folder / "tokenizer_config.json", _to_json(tokenizer_config))
+    _write_files(folder, kept)
     _write_weights(folder, complete_specs(family, shapes), arrays, shard_bytes)
 
 
@@ -183,11 +225,6 @@ def read_sampling(folder: Path) -> dict[str, float]:
     return values | ({"temperature": 0.0} if document.get("do_sample") is False else {})
 
 
-def write_special_tokens(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes the generation_config.json from which `read_tokenizer` reads start and end tokens."""
-    write_text(folder / _GENERATION, _to_json(_special_tokens(tokenizer)))
-
-
 def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The start and end tokens that are known, with the names of transformers."""
     ids: dict[str, Any] = {}
@@ -236,6 +273,12 @@ def _find_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Tensor
         name = min(absent)
         raise UserError(f"{index}: tensor {name} should be in {weight_map[name]}, but is not")
     return tensors
+
+
+def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    for name, content in contents.items():
+        with replacing(folder / name) as file:
+            file.write(content)
 
 
 def _write_weights(folder: Path, specs: list[TensorSpec], arrays: Mapping[str, Any], shard_bytes: int) -> None:

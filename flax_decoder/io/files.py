@@ -159,15 +159,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         if not is_another_process(leftover.name.removeprefix(prefix)):
             shutil.rmtree(leftover, ignore_errors=True)  # of a crash; another process may be removing it too
     unfinished = path.with_name(f"{prefix}{os.getpid()}")
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
         make_parents(unfinished)
         unfinished.mkdir()
         yield unfinished
         flush_folders(unfinished)
         os.rename(unfinished, path)
+        new_parents = []
         flush_names(path.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process may use them by now
+            for parent in new_parents:
+                parent.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

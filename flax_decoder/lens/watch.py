@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_decoder.config import Config
+from flax_decoder.data.shards import Shards
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import make_folder, replacing
@@ -129,7 +130,7 @@ class Watch:
             history.write_index(self._folder, history.Index(self.every, self._tokens_T.tolist(), self._snapshots))
 
 
-def watched_tokens(config: Config, tokenizer: Tokenizer, validation_tokens: np.ndarray) -> np.ndarray:
+def watched_tokens(config: Config, tokenizer: Tokenizer, validation_tokens: np.ndarray | Shards) -> np.ndarray:
     """tokens_T, the text whose attention is recorded.
 
     Args:
@@ -141,7 +142,7 @@ def watched_tokens(config: Config, tokenizer: Tokenizer, validation_tokens: np.n
         UserError: the text has no tokens, the tokenizer cannot encode it, or a snapshot would be too large.
     """
     lens, model = config.lens, config.model
-    tokens = validation_tokens
+    tokens: np.ndarray | Shards = validation_tokens
     if lens.prompt is not None:
         try:
             tokens = np.array(tokenizer.encode_prompt(lens.prompt))

@@ -26,7 +26,8 @@ class Call:
 
     Attributes:
         positions_BT: positions of the tokens, counted from 0; B may be 1.
-        segments_BT: documents of the tokens, which do not see each other; None is one document. Not with a cache.
+        segments_BT: documents of the tokens, which do not see each other, as in `MaskSpec`; None is one document. Not
+            with a cache.
         end_B: with a cache, the position from which on the tokens of a row are padding; None means no padding.
         rollback_slots: with a cache, see `KVCache`.
         in_order: each row is a whole sequence, from position 0 on in order: what fused kernels compute.

@@ -17,7 +17,7 @@ from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.call import Call, Edit
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.linear import project
-from flax_decoder.nn.mask import positions_in_segments
+from flax_decoder.nn.mask import document_starts
 from flax_decoder.nn.norm import Norm
 from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import accumulation_dtype
@@ -106,7 +106,9 @@ class Decoder(nn.Module):
             cache: keys and values of the tokens before, from `empty_cache` or an earlier call.
             positions_BT: positions of the tokens, where they are not in order; not with a cache.
             segments_BT: documents of the tokens, any integers: a token sees its own document only, and positions count
-                from 0 in each, unless they are given. Not with a cache.
+                from 0 in each. Neighbours of one id are of one document, and an id that comes back later is another
+                one. With positions_BT, tokens may lie in any order: all of one id are then one document, and its
+                positions are those given. Not with a cache.
             num_tokens_B: with a cache, number of real tokens of each row; those behind them are padding.
             last_only: return the logits of the last real token only, (B, 1, V).
             hidden_only: return the input of `logits`, (B, T, D): for a loss that never holds T times V numbers.
@@ -165,10 +167,11 @@ class Decoder(nn.Module):
         """What this call gives to all layers alike; see `__call__` for the arguments."""
         # A fused kernel needs whole sequences in order. Parameters do not depend on it, so they are made without one.
         in_order = positions_BT is None and cache is None and num_parts("length") == 1 and not self.is_initializing()
-        if positions_BT is None and segments_BT is not None:
-            positions_BT = positions_in_segments(segments_BT)
-        elif positions_BT is None:
+        if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+            if segments_BT is not None:
+                segments_BT = document_starts(segments_BT)
+                positions_BT -= segments_BT
         call = Call(
             positions_BT,
             segments_BT,

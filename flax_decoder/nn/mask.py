@@ -18,7 +18,7 @@ class MaskSpec(struct.PyTreeNode):
         key_positions_BS: positions of the keys; negative for a slot of a cache that is empty.
         slopes_N: by how much each head's scores fall per position of distance (ALiBi); not learned.
         window: how many positions a query sees, its own included; None is all up to its own.
-        segments_BT: the document of each query, any integers; None is one document.
+        segments_BT: the document of each query, integers that no two documents of a row share; None is one document.
         key_segments_BS: the document of each key.
     """
 
@@ -46,11 +46,17 @@ class MaskSpec(struct.PyTreeNode):
         return -self.slopes_N[None, :, None, None] * self._distance_BTS()[:, None].astype(jnp.float32)
 
     def any_visible(self) -> jax.Array:
-        """False only if no query sees any key, by their positions alone; exact if neither these nor those have gaps."""
-        not_all_later = self.positions_BT.max() >= self.key_positions_BS.min()
-        if self.window is None:
-            return not_all_later
-        return not_all_later & (self.positions_BT.min() - self.key_positions_BS.max() < self.window)
+        """False only if no query sees any key, by the ends of their positions and documents.
+
+        Of one document it is exact, if neither these positions nor those have gaps.
+        """
+        any_visible = self.positions_BT.max() >= self.key_positions_BS.min()
+        if self.window is not None:
+            any_visible &= self.positions_BT.min() - self.key_positions_BS.max() < self.window
+        if self.segments_BT is not None and self.key_segments_BS is not None:
+            any_visible &= self.segments_BT.max() >= self.key_segments_BS.min()
+            any_visible &= self.segments_BT.min() <= self.key_segments_BS.max()
+        return any_visible
 
     def block(self, queries: slice, keys: slice) -> "MaskSpec":
         """The mask of some of the queries and some of the keys."""
@@ -80,9 +86,12 @@ class MaskSpec(struct.PyTreeNode):
         return self.positions_BT[:, :, None] - self.key_positions_BS[:, None]
 
 
-def positions_in_segments(segments_BT: jax.Array) -> jax.Array:
-    """positions_BT that count from 0 in each document, for documents that follow each other in a row."""
-    index_T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+def document_starts(segments_BT: jax.Array) -> jax.Array:
+    """starts_BT: where in its row the document of each token begins, for rows in order.
+
+    Neighbours of one id are of one document; an id that comes back after another one is another document. So the
+    starts, too, say which tokens are of one document, and no two documents of a row share one.
+    """
+    index_1T = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None]
     is_first_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    starts_BT = jax.lax.cummax(jnp.where(is_first_BT, index_T[None], 0), axis=1)
-    return index_T[None] - starts_BT
+    return jax.lax.cummax(jnp.where(is_first_BT, index_1T, 0), axis=1)

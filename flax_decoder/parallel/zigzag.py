@@ -6,7 +6,8 @@ import numpy as np
 def zigzag(length: int, num_parts: int) -> np.ndarray:
     """Positions in the order in which devices hold them.
 
-    Later queries attend to more keys, so of 2 C chunks device i holds an early and a late one: i and 2 C - 1 - i.
+    Later queries attend to more keys, so of 2 C chunks device i holds an early and a late one: C - 1 - i and C + i.
+    The last token stays last, where a loss looks for the end of a row.
 
     Args:
         length: T, tokens per sequence.
@@ -21,4 +22,4 @@ def zigzag(length: int, num_parts: int) -> np.ndarray:
     if length % (2 * num_parts) != 0:
         raise ValueError(f"{length} tokens are not a multiple of 2 x {num_parts} chunks")
     chunks = np.arange(length, dtype=np.int32).reshape(2 * num_parts, -1)
-    return np.concatenate([chunks[[i, 2 * num_parts - 1 - i]].reshape(-1) for i in range(num_parts)])
+    return np.concatenate([chunks[[num_parts - 1 - i, num_parts + i]].reshape(-1) for i in range(num_parts)])

@@ -19,7 +19,7 @@ import numpy as np
 from flax_decoder.allocator import describe_freed_memory
 from flax_decoder.config import Config, ModelConfig, OptimizerConfig
 from flax_decoder.data.batches import train_batch
-from flax_decoder.data.corpus import prepare_corpus
+from flax_decoder.data.corpus import prepare_corpus, require_fit
 from flax_decoder.errors import FaultError
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
@@ -75,8 +75,10 @@ def examine(config: Config) -> Iterator[Finding]:
     yield Finding("memory", "ok", f"freed memory is {describe_freed_memory()}")
     yield check_devices(config)
     choose_kernel(config.model)
-    tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size)
-    tokens = corpus.train_tokens
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer, corpus = prepare_corpus(config.data, Path(temporary))
+        require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
+        tokens = corpus.train.tokens  # mapped: they outlive their file
     yield Finding("text", "ok", f"{corpus.source}: {len(tokens):,} tokens, vocabulary {tokenizer.vocab_size:,}")
 
     config = memorizing(config, tokenizer.vocab_size)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from flax_decoder.config import Config
+from flax_decoder.data.shards import Split
 from flax_decoder.generation.generate import generate
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
@@ -41,7 +42,7 @@ def measure_speed(config: Config) -> dict[str, float | str]:
     state = init_state(Decoder(model), config, rng=jax.random.key(training.seed), mesh=mesh)
     num_tokens = training.batch_size * (model.context_length + 1)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, num_tokens, np.int32)
-    batch = place_batch(tokens, training, model.context_length, mesh, 0)
+    batch = place_batch(Split(tokens, np.zeros(1, np.int64), 1), training, model.context_length, mesh, 0)
 
     with use_mesh(mesh):
         start = time.perf_counter()

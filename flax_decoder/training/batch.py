@@ -26,8 +26,12 @@ OTHER_NAMES = {
     "loss_mask": "mask",
     "weights": "mask",
     "position_ids": "positions",
+    "inputs_position": "positions",
     "segment_ids": "segments",
+    "inputs_segmentation": "segments",
     "document_ids": "segments",
+    "doc_ids": "segments",
+    "documents": "segments",
 }
 
 
@@ -37,7 +41,8 @@ def checked_batch(batch: Batch, vocab_size: int, num_parts: int = 1) -> Batch:
     Args:
         batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
             loss, a constant to the gradient; "positions", (B, T) or (1, T); and "segments" (B, T), the documents of
-            the inputs: tokens see their own document only, and a target in the next one has no weight.
+            the inputs: tokens see their own document only, and a target in the next one has no weight; see
+            `without_borders`.
         vocab_size: V.
         num_parts: the rows are computed in this many parts.
 
@@ -71,19 +76,42 @@ def checked_batch(batch: Batch, vocab_size: int, num_parts: int = 1) -> Batch:
     if shape[0] % num_parts != 0:
         raise ValueError(f"a batch of {shape[0]} rows cannot be computed in {num_parts} parts of the same size")
 
-    check_tokens(arrays["targets"], vocab_size, arrays.get("mask"), "targets")
-    checked = {name: as_integers(array, name) for name, array in arrays.items() if name != "mask"}
+    checked = {name: as_integers(array, name) for name, array in arrays.items() if name not in ("targets", "mask")}
     if "mask" in arrays:
         checked["mask"] = checked_weights(arrays["mask"])
-    if "segments" in checked:
-        checked["mask"] = checked.get("mask", jnp.ones(shape, jnp.float32)) * is_inside(checked["segments"])
-    return checked
+    checked = without_borders(checked)
+    if num_parts > 1 and "positions" in checked:  # each part has its rows of them
+        checked["positions"] = jnp.broadcast_to(checked["positions"], shape)
+    weights = checked["mask"] if "segments" in checked else arrays.get("mask")
+    check_tokens(arrays["targets"], vocab_size, weights, "targets")
+    return checked | {"targets": as_integers(arrays["targets"], "targets")}
 
 
-def is_inside(segments_BT: jax.Array) -> jax.Array:
-    """1.0 where the next token of a row is of the same document, else 0; the last one of a row counts."""
-    same_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    return same_BT.astype(jnp.float32)
+def without_borders(batch: Batch) -> Batch:
+    """The batch with no weight where a target is of another document than its input.
+
+    That is where the document of an input has no further token in the row, save for the last token of the row: of its
+    target "segments" says nothing, and a given "mask" decides. Without "positions" tokens are in order. With them they
+    may lie in any order that leaves the row's last token last; no document's id may then come back.
+    """
+    if "segments" not in batch:
+        return batch
+    segments_BT, positions_BT = batch["segments"], batch.get("positions")
+    if positions_BT is None:
+        is_end_BT = segments_BT != jnp.roll(segments_BT, -1, axis=1)
+    else:
+        is_end_BT = _is_last_of_document(segments_BT, jnp.broadcast_to(positions_BT, segments_BT.shape))
+    inside_BT = (~is_end_BT).at[:, -1].set(True).astype(jnp.float32)
+    return dict(batch) | {"mask": batch["mask"] * inside_BT if "mask" in batch else inside_BT}
+
+
+def _is_last_of_document(segments_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """True where no token of a document has a later position."""
+    index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
+    sorted_BT, _, index_BT = jax.lax.sort((segments_BT, positions_BT, index_BT), num_keys=2)
+    is_last_BT = sorted_BT != jnp.roll(sorted_BT, -1, axis=1)
+    is_last_BT = is_last_BT.at[:, -1].set(True)  # of the largest id, even where there is no other
+    return jax.lax.sort((index_BT, is_last_BT), num_keys=1)[1]  # in the order of the batch again
 
 
 def checked_weights(mask_BT: jax.Array | np.ndarray) -> jax.Array:

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from flax_decoder.data.batches import validation_batches
+from flax_decoder.data.shards import Shards
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.training.batch import Batch
+from flax_decoder.training.batch import Batch, without_borders
 from flax_decoder.training.metrics import bits_per_byte
 from flax_decoder.training.step import Metrics, loss_sum
 
@@ -21,13 +22,14 @@ MAX_EXPONENT = 709.0
 def evaluate(
     model: Decoder,
     params: Any,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Shards,
     num_bytes: int,
     *,
     batch_size: int,
     limit: int = 0,
     loss_chunk_tokens: int | None = None,
     start: Sequence[int] = (),
+    document_starts: np.ndarray | None = None,
 ) -> dict[str, float]:
     """The loss on a text, in consecutive windows of the context length (or of the text, if that is shorter).
 
@@ -40,12 +42,20 @@ def evaluate(
         limit: number of batches to evaluate, evenly spaced over the text; 0 evaluates all.
         loss_chunk_tokens: see `TrainingConfig`.
         start: tokens that every window begins with, such as a start token that the model has always seen.
+        document_starts: where documents start in the tokens; given, each sees itself only.
 
     Returns:
         "loss" in nats per token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" predicted.
     """
     context_length = min(model.config.context_length, len(tokens) - 1 + len(start))
-    batches = validation_batches(tokens, batch_size=batch_size, context_length=context_length, limit=limit, start=start)
+    batches = validation_batches(
+        tokens,
+        batch_size=batch_size,
+        context_length=context_length,
+        limit=limit,
+        start=start,
+        document_starts=document_starts,
+    )
     # One at a time: many programs in flight can deadlock the devices that one CPU simulates.
     sums = [jax.device_get(_loss_sums(model, params, batch, loss_chunk_tokens)) for batch in batches]
     # In float64 on the host: float32 would lose digits over a long text.
@@ -61,4 +71,4 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnames=("model", "loss_chunk_tokens"))
 def _loss_sums(model: Decoder, params: Any, batch: Batch, loss_chunk_tokens: int | None) -> Metrics:
-    return loss_sum(params, model.apply, batch, loss_chunk_tokens=loss_chunk_tokens)[1]
+    return loss_sum(params, model.apply, without_borders(batch), loss_chunk_tokens=loss_chunk_tokens)[1]

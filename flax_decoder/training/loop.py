@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from flax_decoder.allocator import limit_kept_memory
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.config_file import to_toml
-from flax_decoder.data.corpus import BUILT_IN, Corpus
+from flax_decoder.data.listing import BUILT_IN
+from flax_decoder.data.shards import Corpus
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
@@ -41,7 +42,16 @@ from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
-from flax_decoder.training.metrics import LOG, MetricsLog, log_row, plot_losses, require_reporters
+from flax_decoder.training.metrics import (
+    LOG,
+    LogRow,
+    MetricsLog,
+    evaluations_since_best,
+    log_row,
+    plot_losses,
+    read_metrics,
+    require_reporters,
+)
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
@@ -85,11 +95,13 @@ def train(config: Config, folder: Path, start: Start | None = None) -> int:
 
 def run(config: Config, folder: Path, start: Start | None = None) -> int:
     """`train`, after all processes of the job have joined."""
-    choose_kernel(config.model)  # raises if the requested one does not run here
+    choose_kernel(
+        config.model, has_documents=config.data.document_mask
+    )  # raises if the requested one does not run here
 
     def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
         require_room(config, jax.device_count())
-        watched_tokens(config, tokenizer, corpus.validation_tokens)
+        watched_tokens(config, tokenizer, corpus.validation.tokens)
 
     with FolderLock() as lock:
         owner = lock if processes.is_first() else None
@@ -98,12 +110,12 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         done = processes.broadcast(done)
         if owner is not None:
             remove_unfinished(folder, done)
-        if processes.broadcast(done >= config.training.num_steps and has_results(folder, done)):
-            rise = prolonging(config.optimizer, done)
+        rows = read_metrics(folder / LOG) if config.training.patience > 0 else []
+        is_settled = has_settled([row for row in rows if row["step"] <= done], config.training)
+        is_over = done >= config.training.num_steps or is_settled
+        if processes.broadcast(is_over and has_results(folder, done)):
             print_escaped(
-                f"{folder} is finished after {done} steps. Continue with --training.num-steps {2 * done}"
-                + (f", which {rise}," if rise else ",")
-                + " or start another run with --run.folder"
+                f"{folder} is finished after {done} steps. {how_to_go_on(config, done, is_settled=is_settled)}"
             )
             return 0
         if owner is not None:
@@ -138,7 +150,7 @@ def train_from(
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
-    watched = watched_tokens(config, tokenizer, corpus.validation_tokens)
+    watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
     describe(model, state.params, tokenizer, corpus, mesh)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
@@ -189,16 +201,17 @@ def run_steps(
     tokens_per_step = training.batch_size * T
     step = int(state.step)
     skipped = step - num_updates(state.opt_state)
-    stops = step >= training.num_steps  # a run killed after its last step only lacks its results
+    # A run killed after its last step only lacks its results.
+    stops = step >= training.num_steps or has_settled(log.rows, training)
     step_seconds: list[float] = []  # since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
         watch.record(step, state.params)
-        batch = place_batch(corpus.train_tokens, training, T, mesh, step)
+        batch = place_batch(corpus.train, training, T, mesh, step)
         while not stops:
             start = time.perf_counter()
             state, metrics = take_step(state, batch)
             step += 1
-            next_batch = place_batch(corpus.train_tokens, training, T, mesh, step)  # while the devices compute
+            next_batch = place_batch(corpus.train, training, T, mesh, step)  # while the devices compute
             metrics = jax.device_get(metrics)  # waits for the devices
             step_seconds.append(time.perf_counter() - start)
             limit_kept_memory()
@@ -236,6 +249,7 @@ def run_steps(
             if evaluates:
                 row |= validate(model, state, corpus, training)
                 stops = stops or interruption.requested()  # a signal may have arrived during the evaluation
+                stops = stops or has_settled([*log.rows, row], training)
                 saves = saves or stops
             log.add(row)
             progress.update(row)
@@ -244,16 +258,33 @@ def run_steps(
     return state
 
 
+def has_settled(rows: list[LogRow], training: TrainingConfig) -> bool:
+    """Whether `training.patience` is over: the validation loss has not been lower for so many evaluations."""
+    return 0 < training.patience <= evaluations_since_best(rows)
+
+
+def how_to_go_on(config: Config, done: int, *, is_settled: bool) -> str:
+    """What continues a finished run, which may have ended before its last step."""
+    if is_settled and done < config.training.num_steps:
+        return "Its validation loss no longer fell: --step best is its best model, and --training.patience 0 continues"
+    rise = prolonging(config.optimizer, done)
+    return (
+        f"Continue with --training.num-steps {2 * done}{f', which {rise},' if rise else ','} "
+        "or start another run with --run.folder"
+    )
+
+
 def validate(model: Decoder, state: TrainState, corpus: Corpus, training: TrainingConfig) -> dict[str, float]:
     """Evaluates the validation split; returns its log entries."""
     result = evaluate(
         model,
         state.params,
-        corpus.validation_tokens,
-        corpus.validation_bytes,
+        corpus.validation.tokens,
+        corpus.validation.num_bytes,
         batch_size=training.batch_size,
         limit=training.eval_batches,
         loss_chunk_tokens=training.loss_chunk_tokens,
+        document_starts=corpus.validation.masked_documents,
     )
     if not np.isfinite(result["loss"]):
         raise FaultError(
@@ -274,9 +305,11 @@ def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, 
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
     num_params, config = sum(leaf.size for leaf in jax.tree.leaves(params)), model.config
+    source = built_in if corpus.source == BUILT_IN else corpus.source
+    what_was_read = f"{corpus.what_was_read}\n      " if corpus.num_documents > 1 else ""
     print_escaped(
-        f"text: {built_in if corpus.source == BUILT_IN else corpus.source}\n"
-        f"      {len(corpus.train_tokens):,} tokens to train on, {len(corpus.validation_tokens):,} to validate, "
+        f"text: {source}\n      {what_was_read}"
+        f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"
         f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
         f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
@@ -320,7 +353,7 @@ def write_results(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
             f"at step {best['step']}; curve in {curve}"
         )
-        epochs = training.num_steps * training.batch_size * model.config.context_length / len(corpus.train_tokens)
+        epochs = log.rows[-1]["step"] * training.batch_size * model.config.context_length / len(corpus.train.tokens)
         num_steps, V = training.num_steps, tokenizer.vocab_size
         print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:

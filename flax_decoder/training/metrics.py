@@ -9,7 +9,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,12 @@ def _rows_until(path: Path, step: int) -> tuple[list[LogRow], int]:
         if last_step < step or isinstance(error.__cause__, OSError):  # it cannot be read at all
             raise
     return rows, last_step
+
+
+def evaluations_since_best(rows: Sequence[LogRow]) -> int:
+    """The number of evaluations after that of the lowest validation loss, the first of equal ones."""
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def read_metrics(path: Path) -> list[LogRow]:

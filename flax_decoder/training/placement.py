@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.data.batches import train_batch
+from flax_decoder.data.shards import Split
 from flax_decoder.errors import UserError
 from flax_decoder.parallel.mesh import mesh_sizes, sharding_of
 from flax_decoder.parallel.zigzag import zigzag
@@ -45,19 +46,19 @@ def device_bytes(num_local: int) -> int:
     return int(stats.get("bytes_limit", machine_bytes // num_local))
 
 
-def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: int, mesh: Mesh, step: int) -> Batch:
+def place_batch(split: Split, training: TrainingConfig, context_length: int, mesh: Mesh, step: int) -> Batch:
     """The training batch of a step, sharded over a mesh; each process reads only the rows of its devices.
 
     Args:
-        tokens: the training split; may be memory-mapped.
+        split: the tokens to train on.
         training: seed and batch size of the run.
         context_length: tokens per sequence, T.
         mesh: the devices.
         step: number of the step, from 0.
 
     Returns:
-        "inputs" and "targets", int32 [B, T]. If the mesh splits sequences, tokens are reordered to balance the work of
-        the devices, and "positions" gives the original position of each.
+        The arrays of `train_batch`, [B, T]. If the mesh splits sequences, tokens are reordered to balance the work of
+        the devices, and "positions" gives the original position of each, in its document where there are "segments".
     """
     B, T = training.batch_size, context_length
     num_parts = mesh.shape["context"]
@@ -66,16 +67,27 @@ def place_batch(tokens: np.ndarray, training: TrainingConfig, context_length: in
     @functools.cache  # devices that hold parts of the same rows share one read
     def read(start: int, stop: int) -> dict[str, np.ndarray]:
         rows = slice(start, stop)
-        batch = train_batch(tokens, seed=training.seed, step=step, batch_size=B, context_length=T, rows=rows)
+        order = {"seed": training.seed, "step": step, "batch_size": B, "context_length": T}
+        batch = train_batch(split.tokens, **order, rows=rows, document_starts=split.masked_documents)
         if order_T is None:
             return batch
-        positions = np.broadcast_to(np.arange(T, dtype=np.int32), batch["inputs"].shape)
-        return {name: array[:, order_T] for name, array in (batch | {"positions": positions}).items()}
+        return {name: array[:, order_T] for name, array in with_positions(batch).items()}
 
     def part(name: str, index: Any) -> np.ndarray:
         rows, columns = index
         return read(*rows.indices(B)[:2])[name][:, columns]
 
     sharding = sharding_of(mesh, "batch", "length")
-    names = ("inputs", "targets") if order_T is None else ("inputs", "targets", "positions")
+    own, *_ = filter(None, sharding.addressable_devices_indices_map((B, T)).values())  # of a device of this process
+    names = read(*own[0].indices(B)[:2])
     return {name: jax.make_array_from_callback((B, T), sharding, functools.partial(part, name)) for name in names}
+
+
+def with_positions(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch for any order of its tokens: "positions" count in each document, and no two share their "segments"."""
+    index_BT = np.broadcast_to(np.arange(batch["inputs"].shape[1], dtype=np.int32), batch["inputs"].shape)
+    if "segments" not in batch:
+        return batch | {"positions": index_BT}
+    is_first_BT = np.diff(batch["segments"], axis=1, prepend=batch["segments"][:, :1]) != 0
+    starts_BT = np.maximum.accumulate(np.where(is_first_BT, index_BT, 0), axis=1)
+    return batch | {"positions": index_BT - starts_BT, "segments": starts_BT}

@@ -11,10 +11,12 @@ from typing import Any
 
 from flax_decoder.config import Config, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
-from flax_decoder.data.corpus import Corpus, load_corpus, prepare_corpus, read_text, save_corpus
-from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, write_tokenizer
+from flax_decoder.data.corpus import prepare_corpus, require_fit, source_identity
+from flax_decoder.data.reading_progress import ReadingProgress
+from flax_decoder.data.shards import Corpus, load_corpus
+from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
-from flax_decoder.huggingface.folder import write_special_tokens
+from flax_decoder.huggingface.folder import write_tokenizer_files
 from flax_decoder.io.files import new_folder, not_plain, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
@@ -70,7 +72,8 @@ def open_run(
         if lock is not None:
             lock.take(folder)
         require_same_inputs(folder)
-        corpus, tokenizer = load_corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer.json")
+        corpus = load_corpus(folder / "corpus").masked(config.data.document_mask)
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
         config = _resolve(config, tokenizer, corpus)
         check(config, tokenizer, corpus)
         _require_same_run(config, saved_config(folder), tokenizer, corpus, folder)
@@ -81,16 +84,17 @@ def open_run(
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
     given = None if start is None else start.tokenizer
-    tokenizer, corpus = prepare_corpus(config.data, config.model.context_length, config.model.vocab_size, given)
-    config = _resolve(config, tokenizer, corpus)
-    check(config, tokenizer, corpus)
     try:
-        with new_folder(folder) as unfinished:
-            save_corpus(corpus, unfinished / "corpus")
-            write_tokenizer(unfinished / "tokenizer.json", tokenizer)
+        with new_folder(folder) as unfinished, ReadingProgress() as progress:
+            (unfinished / "corpus").mkdir()
+            tokenizer, corpus = prepare_corpus(config.data, unfinished / "corpus", given, progress=progress)
+            require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
+            (unfinished / "corpus" / "tokenizer.json").replace(unfinished / "tokenizer.json")
+            config = _resolve(config, tokenizer, corpus)
+            check(config, tokenizer, corpus)
             write_text(unfinished / "config.toml", to_toml(config))
             if start is not None:
-                write_special_tokens(unfinished, tokenizer)
+                write_tokenizer_files(unfinished, tokenizer, start.kept)
                 write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
             if lock is not None:
                 lock.take(unfinished)
@@ -98,7 +102,7 @@ def open_run(
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise InUseError(f"{folder}: another process has just created it; give another --run.folder") from None
         raise FaultError(f"{folder}: cannot create the run folder: {error}") from error
-    return config, tokenizer, load_corpus(folder / "corpus")
+    return config, tokenizer, load_corpus(folder / "corpus").masked(config.data.document_mask)
 
 
 def _require_same_start(config: Config, folder: Path, start: Start | None) -> None:
@@ -194,7 +198,7 @@ def _require_same_run(config: Config, saved: Config, tokenizer: Tokenizer, corpu
         saved_hash, asked_hash = (hashlib.sha256(one.to_json().encode()).hexdigest() for one in both)
         rows.append(("data.tokenizer, SHA-256", saved_hash, asked_hash))
     try:
-        rows.append(("data.path, SHA-256 of the text", corpus.sha256, read_text(config.data.path).sha256))
+        rows.append(("data.path, SHA-256 of the text", corpus.sha256, source_identity(config.data)))
     except UserError:
         if config.data.path != saved.data.path:
             raise

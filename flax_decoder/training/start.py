@@ -20,12 +20,14 @@ class Start:
         hashes: SHA-256 of its weights, by file.
         params: its parameters.
         tokenizer: its tokenizer, with start and end tokens.
+        kept: the files that say how it chats and samples, such as its chat template, by name.
     """
 
     path: Path
     hashes: Mapping[str, str]
     params: Any
     tokenizer: Tokenizer
+    kept: Mapping[str, bytes]
 
     def give(self, state: TrainState) -> TrainState:
         """The state with these parameters, laid out over devices as its own are; the optimizer is as new."""

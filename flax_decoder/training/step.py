@@ -142,7 +142,9 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
         state: the current state; not changed.
         batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
             loss; "positions" (B, T) of the inputs, if they are not consecutive; and "segments" (B, T), their documents,
-            which do not see each other.
+            which do not see each other: positions count anew in each, an id that comes back is another one, and no loss
+            is asked across a border. Of the target of a row's last token the mask alone decides. With both, see
+            `training.batch.without_borders`.
         axis_name: under `pmap` or `shard_map`, the mapped axis over which the batch is split.
 
     Returns:

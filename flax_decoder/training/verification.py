@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flax_decoder.config_file import load_config
-from flax_decoder.data.corpus import load_corpus
+from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.tokenizer import load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import not_plain
@@ -88,7 +88,7 @@ def _tokenizer(path: Path) -> str:
 
 def _corpus(path: Path) -> str:
     require_same_inputs(path.parent, ["corpus/corpus.json"])
-    return f"{len(load_corpus(path).train_tokens):,} tokens to train on"
+    return f"{len(load_corpus(path, checks_all=True).train.tokens):,} tokens to train on"
 
 
 def _log(path: Path, steps: set[int]) -> str:

@@ -1,6 +1,5 @@
 """A corpus on disk: damage to its tokens or to corpus.json is detected."""
 
-import hashlib
 import json
 import os
 import random
@@ -10,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_decoder.data.corpus import Corpus, load_corpus, save_corpus
+from flax_decoder.config import DataConfig
+from flax_decoder.data.corpus import prepare_corpus
+from flax_decoder.data.shards import Corpus, load_corpus
 from flax_decoder.errors import FaultError
 
 pytestmark = pytest.mark.fault("Damaged corpus")
 
-ARRAYS = ("train.npy", "validation.npy")
+ARRAYS = ("train-00000.bin", "validation-00000.bin", "train-00000.starts.bin")
 FOLDER = Path("corpus")
 
 
@@ -23,10 +24,10 @@ FOLDER = Path("corpus")
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """A saved corpus of a few hundred tokens, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    tokens = np.random.default_rng(0).integers(0, 2**16, 331, np.uint16)
-    corpus = Corpus(tokens[:301], tokens[301:], 301, 30, "hamlet.txt", "f" * 64)
-    save_corpus(corpus, FOLDER)
-    return corpus
+    text = "".join(map(chr, np.random.default_rng(0).integers(32, 127, 331)))
+    Path("hamlet.jsonl").write_text("".join(json.dumps({"text": text[i : i + 30]}) + "\n" for i in range(0, 331, 30)))
+    FOLDER.mkdir()
+    return prepare_corpus(DataConfig(path="hamlet.jsonl"), FOLDER)[1]
 
 
 def refusal() -> str:
@@ -58,7 +59,7 @@ def test_every_flipped_bit_of_the_tokens_is_seen(name: str, every: int, count_ca
 def test_what_is_not_the_whole_file_is_refused(name: str, count_cases: Callable[[int], None]) -> None:
     path = FOLDER / name
     content = path.read_bytes()
-    other = (FOLDER / ("train.npy" if name != "train.npy" else "validation.npy")).read_bytes()
+    other = (FOLDER / ("train-00000.bin" if name != "train-00000.bin" else "validation-00000.bin")).read_bytes()
     damages = {
         "cut in half": content[: len(content) // 2],
         "cut by a byte": content[:-1],
@@ -78,7 +79,7 @@ def test_what_is_not_the_whole_file_is_refused(name: str, count_cases: Callable[
         change()
         assert refusal().startswith(f"{path}: is missing or damaged")
         path.touch() if not path.exists() else None
-    assert os.listdir() == ["corpus"]
+    assert sorted(os.listdir()) == ["corpus", "hamlet.jsonl"]
     count_cases(len(damages) + 3)
 
 
@@ -88,8 +89,10 @@ def test_a_corpus_json_with_other_fields_is_refused(count_cases: Callable[[int],
     cases = {name: {other: value for other, value in facts.items() if other != name} for name in facts}
     cases |= {
         "new": facts | {"new": 1},
-        "train_tokens": facts | {"train_tokens": "301"},
+        "item_bytes": facts | {"item_bytes": "2"},
         "source": facts | {"source": 1},
+        "bytes": facts | {"train": {"shards": facts["train"]["shards"]}},
+        "tokens": facts | {"train": facts["train"] | {"shards": [facts["train"]["shards"][0] | {"tokens": True}]}},
     }
     for name, changed in cases.items():
         path.write_text(json.dumps(changed))
@@ -98,49 +101,22 @@ def test_a_corpus_json_with_other_fields_is_refused(count_cases: Callable[[int],
         "[]": "must hold a JSON object",
         "[" * 100_000: "damaged",
         json.dumps(facts)[:-1] + ', "source": "b"}': "has the name 'source' twice",
-        json.dumps(facts | {"train_tokens": True}): "'train_tokens'",
-        " " * 1_000_001: "over the limit of 1,000,000",
+        json.dumps(facts | {"format": True}): "'format'",
+        json.dumps(facts | {"format": 3}): "its format 3 is not known",
+        json.dumps(facts | {"train": {"bytes": 1, "shards": []}}): "its train split is empty",
+        json.dumps(facts).replace("train-00000", "../../x"): "its shard 0 is called",
+        json.dumps(facts).replace('"tokens": ', '"tokens": -'): "must be at least 0",
+        " " * 5_000_001: "over the limit of 5,000,000",
         "\ufeff" + json.dumps(facts): "damaged",
     }
     for content, reason in contents.items():
         path.write_text(content)
         error = refusal()
         assert error.startswith(f"{path}: is missing or damaged") and reason in error
-    path.write_text(json.dumps(facts | {"train_tokens": 300}))
-    assert refusal().startswith("corpus/train.npy: holds uint16 (301,), but corpus.json says 300 tokens")
+    tokens = facts["train"]["shards"][0]["tokens"]
+    path.write_text(json.dumps(facts).replace(f'"tokens": {tokens}', f'"tokens": {tokens - 1}'))
+    assert refusal().startswith(f"corpus/train-00000.bin: is missing or damaged: it has {2 * tokens} bytes, but ")
     count_cases(len(cases) + len(contents) + 1)
-
-
-def test_a_made_up_array_is_refused(corpus: Corpus, count_cases: Callable[[int], None]) -> None:
-    """A hash does not show who wrote a file: even with the right hash it is parsed with care."""
-    facts = json.loads((FOLDER / "corpus.json").read_text())
-    header = b"{'descr': '<u2', 'fortran_order': False, 'shape': (301,), }"
-    contents = {
-        "floats": _npy(b"{'descr': '<f2', 'fortran_order': False, 'shape': (301,), }") + bytes(602),
-        "objects": _npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (301,), }") + b"\x80\x04N.",
-        "two axes": _npy(b"{'descr': '<u2', 'fortran_order': False, 'shape': (7, 43), }") + bytes(602),
-        "more than there is": _npy(header.replace(b"301", b"3010")) + bytes(602),
-        "more than there can be": _npy(header.replace(b"301", b"9" * 30)) + bytes(602),
-        "a negative size": _npy(header.replace(b"301", b"-1")) + bytes(602),
-        "no header": _npy(b"") + bytes(602),
-        "a program": _npy(b"__import__('os').system('touch was_here')") + bytes(602),
-        "a header without end": b"\x93NUMPY\x02\x00" + b"\xff" * 4 + header,
-        "a deep header": _npy(b"(" * 9000),
-        "pickled": b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0etouch was_here\x85R.",
-        "an archive": b"PK\x03\x04" + bytes(600),
-    }
-    for content in contents.values():
-        (FOLDER / "train.npy").write_bytes(content)
-        facts["train_sha256"] = hashlib.sha256(content).hexdigest()
-        (FOLDER / "corpus.json").write_text(json.dumps(facts))
-        assert refusal().startswith("corpus/train.npy: ")
-    assert os.listdir() == ["corpus"]
-    count_cases(len(contents))
-
-
-def _npy(header: bytes) -> bytes:
-    header = header.ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
 
 
 def test_random_damage_to_corpus_json_is_refused_or_changes_nothing_of_the_tokens(
@@ -159,6 +135,6 @@ def test_random_damage_to_corpus_json_is_refused_or_changes_nothing_of_the_token
             loaded = load_corpus(FOLDER)
         except FaultError:
             continue
-        np.testing.assert_array_equal(loaded.train_tokens, corpus.train_tokens)
-        np.testing.assert_array_equal(loaded.validation_tokens, corpus.validation_tokens)
+        np.testing.assert_array_equal(loaded.train.tokens, corpus.train.tokens)
+        np.testing.assert_array_equal(loaded.validation.tokens, corpus.validation.tokens)
     count_cases(300)

@@ -173,7 +173,7 @@ def test_what_a_checkpoint_hangs_on_is_looked_at_too(copied, capsys, name):
     text = (run / name).read_text()
     changed = {
         "tokenizer.json": text.replace('"b"', '"Z"'),
-        "corpus/corpus.json": text.replace('"train_bytes": 6', '"train_bytes": 7'),
+        "corpus/corpus.json": text.replace('"tokens": 6', '"tokens": 7'),
         "config.toml": text.replace("embed_dim = 16", "embed_dim = 20"),
         "metrics.jsonl": text.replace('"step"', '"stap"', 1),
     }[name]

@@ -10,7 +10,9 @@ import pytest
 from model_folder import INDEX, WEIGHTS, change, make_folder, refusal, split_in_two
 
 import flax_decoder as fd
-from flax_decoder.data.corpus import load_corpus
+from flax_decoder.config import DataConfig
+from flax_decoder.data.corpus import prepare_corpus
+from flax_decoder.data.shards import load_corpus
 
 ROW = pytest.mark.fault("pickles")
 
@@ -144,9 +146,9 @@ def test_a_pickle_in_place_of_a_checkpoint_is_refused(command, folder, canary, r
 @ROW
 @pytest.mark.parametrize("make", [plain, torch_zip, numpy_object])
 def test_a_pickle_in_place_of_tokens_is_refused(make, tmp_path, canary):
-    facts = '{"train_tokens": 1, "validation_tokens": 1, "train_bytes": 1, "validation_bytes": 1'
-    (tmp_path / "corpus.json").write_text(facts + ', "source": "x", "sha256": "x"}')
-    for name in ("train.npy", "validation.npy"):
-        (tmp_path / name).write_bytes(make(Bomb(canary)))
+    (tmp_path / "text").write_text("to be or not to be\n" * 9)
+    prepare_corpus(DataConfig(path=str(tmp_path / "text")), tmp_path)
+    for path in tmp_path.glob("*.bin"):
+        path.write_bytes(make(Bomb(canary)))
     with pytest.raises(fd.FaultError, match="missing or damaged"):
         load_corpus(tmp_path)

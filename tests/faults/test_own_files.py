@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.config import OptimizerConfig, RunConfig
-from flax_decoder.data.corpus import load_corpus, read_text
+from flax_decoder.data.corpus import read_text
+from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.tokenizer import load_tokenizer
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.io.lock import LOCK, FolderLock
@@ -129,7 +130,7 @@ def read_a_manifest(run: Path) -> None:
 
 def read_corpus(run: Path) -> None:
     corpus = load_corpus(run / "corpus")
-    assert len(corpus.train_tokens) / corpus.train_bytes and len(corpus.validation_tokens) / corpus.validation_bytes
+    assert all(len(split.tokens) / split.num_bytes for split in (corpus.train, corpus.validation))
 
 
 def read_lock(run: Path) -> None:
@@ -258,7 +259,7 @@ COMMANDS = {
     "a step as text": ("metrics.jsonl", '"step": 2,', '"step": "2",'),
     "a loss of 1e400": ("metrics.jsonl", '"train_loss": ', '"train_loss": 1e400, "was": '),
     "a deep line": ("metrics.jsonl", '"train_loss": ', f'"deep": {DEEP}, "was": '),
-    "no bytes": ("corpus/corpus.json", r'"validation_bytes": \d+', '"validation_bytes": 0'),
+    "no bytes": ("corpus/corpus.json", r'"bytes": \d+', '"bytes": 0'),
 }
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from limits import HANGS_SECONDS  # a FIFO that is waited for would be for ever
@@ -19,8 +20,9 @@ from limits import HANGS_SECONDS  # a FIFO that is waited for would be for ever
 import flax_decoder.training.loop  # noqa: F401 (a test that goes on as another user cannot read the package)
 from flax_decoder.cli import main
 from flax_decoder.config import DataConfig
-from flax_decoder.data.corpus import load_corpus, prepare_corpus, save_corpus, split_text
-from flax_decoder.data.tokenizer import load_tokenizer, make_tokenizer, write_tokenizer
+from flax_decoder.data.corpus import prepare_corpus
+from flax_decoder.data.shards import load_corpus
+from flax_decoder.data.tokenizer import load_tokenizer, make_tokenizer
 from flax_decoder.io.files import open_regular
 
 ROW = "Texts of every kind"
@@ -87,15 +89,14 @@ def test_tens_of_thousands_of_characters_come_back(num_characters: int, kind: st
 
 def assert_comes_back(path: str, kind: str, text: str) -> None:
     """Text -> tokens -> disk -> tokens -> text, also by the tokenizer that its file makes."""
-    tokenizer, corpus = prepare_corpus(DataConfig(path=path, tokenizer=kind, bpe_vocab_size=300), 1, None)
-    save_corpus(corpus, "corpus")
-    write_tokenizer(Path("tokenizer.json"), tokenizer)
-    loaded, again = load_corpus("corpus"), load_tokenizer("tokenizer.json")
-    parts = split_text(text, 0.1)
-    assert tuple(map(tokenizer.decode, (loaded.train_tokens, loaded.validation_tokens))) == parts
-    assert tuple(map(again.decode, (loaded.train_tokens, loaded.validation_tokens))) == parts
+    Path("corpus").mkdir()
+    tokenizer, _ = prepare_corpus(DataConfig(path=path, tokenizer=kind, bpe_vocab_size=300), Path("corpus"))
+    loaded, again = load_corpus("corpus"), load_tokenizer("corpus/tokenizer.json")
+    tokens = [np.asarray(split.tokens) for split in (loaded.train, loaded.validation)]
+    assert "".join(map(tokenizer.decode, tokens)) == "".join(map(again.decode, tokens)) == text
+    assert len(tokenizer.decode(tokens[0])) == int(len(text) * 0.9) or len(text) > 20_000_000
     assert loaded.sha256 == hashlib.sha256(text.encode()).hexdigest()
-    assert loaded.train_bytes + loaded.validation_bytes == len(text.encode())
+    assert loaded.train.num_bytes + loaded.validation.num_bytes == len(text.encode())
 
 
 NUM_LINE_BYTES = 55_000_000

@@ -55,7 +55,7 @@ def choose_attention(
         make_rng: gives the key of a ring's dropout.
 
     Raises:
-        UserError: `config.attention` names an implementation that does not run on the devices.
+        UserError: `config.attention` names an implementation that does not run on the devices, or has no documents.
     """
     scale, soft_cap = config.attention_scale, config.attention_soft_cap
     is_watched = call.records or call.edits is not None
@@ -65,9 +65,8 @@ def choose_attention(
         attend = functools.partial(ring_attention, ring, scale=scale, soft_cap=soft_cap)
         return functools.partial(attend, dropout=config.dropout, rng=make_rng()) if has_dropout else attend
 
-    kernel = choose_kernel(config) if call.in_order and not (is_watched or has_dropout) else "reference"
-    if kernel == "cudnn" and call.segments_BT is not None:
-        kernel = "reference"  # JAX's interface to cuDNN has no documents
+    is_plain = call.in_order and not (is_watched or has_dropout)
+    kernel = choose_kernel(config, has_documents=call.segments_BT is not None) if is_plain else "reference"
     if kernel == "blockwise" and not isinstance(q_BTNH.shape[1], int):
         kernel = "reference"  # with a free length, as in `jax.export`, the number of blocks is not known
     if kernel in FUSED:
@@ -79,18 +78,24 @@ def choose_attention(
     return functools.partial(blockwise, formula) if kernel == "blockwise" else formula
 
 
-def choose_kernel(config: ModelConfig) -> str:
+def choose_kernel(config: ModelConfig, *, has_documents: bool = False) -> str:
     """The implementation that `config.attention` means on the devices a program is traced for.
+
+    Args:
+        config: the model.
+        has_documents: rows are documents that do not see each other.
 
     Returns:
         "reference", "blockwise", "cudnn" or "splash".
 
     Raises:
-        UserError: the implementation named by `config.attention` does not run on these devices.
+        UserError: the implementation named by `config.attention` does not run on these devices, or has no documents.
     """
     platform = target_platform()
     name = FASTEST.get(platform, "reference") if config.attention == "auto" else config.attention
     obstacle = config.attention_obstacle(name) or _device_obstacle(name, platform, config.head_width)
+    if obstacle is None and name == "cudnn" and has_documents:
+        obstacle = "has no documents that do not see each other (segments), in JAX's interface"
     if config.attention != "auto":
         if obstacle is not None:
             raise UserError(f'model.attention = "{name}" {obstacle}; use model.attention = "auto"')

@@ -60,7 +60,7 @@ def ring_attention(
         q_BTNH: queries.
         k_BSKH: keys; S = T.
         v_BSKH: values.
-        mask: which keys a query sees; each position is there once.
+        mask: which keys a query sees; each position of a document is there once.
         scale: factor of the scores; None is 1 / sqrt(H).
         soft_cap: scores go through soft_cap * tanh(score / soft_cap) first (Gemma 2).
         dropout: probability of zeroing a weight, where there is an `rng`.
@@ -97,8 +97,12 @@ class ScoreParams:
         """Zeroes some weights: of one pair of blocks always the same ones, since both passes must agree on them."""
         if self.dropout == 0 or rng is None:
             return weights_BKGTS
-        rng = jax.random.fold_in(rng, mask.positions_BT.max())
-        rng = jax.random.fold_in(rng, mask.key_positions_BS.min())
+        places_BT, key_places_BS = mask.positions_BT, mask.key_positions_BS
+        if mask.segments_BT is not None and mask.key_segments_BS is not None:
+            # Positions count anew in each document, so many pairs have the same; with the starts they are places.
+            places_BT, key_places_BS = places_BT + mask.segments_BT, key_places_BS + mask.key_segments_BS
+        rng = jax.random.fold_in(rng, places_BT.max())
+        rng = jax.random.fold_in(rng, key_places_BS.min())
         kept_BKGTS = jax.random.bernoulli(rng, 1 - self.dropout, weights_BKGTS.shape)
         return jnp.where(kept_BKGTS, weights_BKGTS / (1 - self.dropout), 0)
 
