@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, DataConfig, fields_of
 from flax_decoder.config_file import load_config, require_consent
-from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError, did_you_mean
+from flax_decoder.errors import DEVICE_FAILS, FaultError, FolderWarning, InUseError, UserError, did_you_mean
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 # Limit of a prompt from standard input, which may be endless: more than any model reads.
 MAX_PROMPT_BYTES = 16_000_000
-# Errors of a disk or a network, for which nothing that the user gave is to blame.
-DEVICE_FAILS = (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT)
 # Less random than 1, more varied than 0; for folders that say nothing.
 DEFAULT_TEMPERATURE = 0.8
 DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a text and generate from it."

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import numpy as np
 from power_cut import SECTOR
 
-from flax_decoder.config import RunConfig
-from flax_decoder.data.corpus import Corpus, save_corpus
+from flax_decoder.config import DataConfig, RunConfig
+from flax_decoder.data.corpus import prepare_corpus
 from flax_decoder.io.files import new_folder
 from flax_decoder.training.checkpoint import NO_FACTS, commit, prune, remove_unfinished, steps_folder
 from flax_decoder.training.metrics import MetricsLog
 
 RUN = "runs/x"
-CORPUS = Corpus(np.arange(99, dtype=np.uint16), np.arange(9, dtype=np.uint16), 99, 9, "hamlet.txt", "0" * 64)
+TEXT = "hamlet.txt"  # beside the disk
 
 
 def save(run: Path, step: int) -> None:
@@ -28,7 +27,9 @@ def live(root: Path) -> None:
     """A run that saves at steps 2, 4 and 6, and then goes on from step 4 as if the last checkpoint were damaged."""
     run = root / RUN
     with new_folder(run) as unfinished:
-        save_corpus(CORPUS, unfinished / "corpus")
+        (unfinished / "corpus").mkdir()
+        (root.parent / TEXT).write_text("to be, or not to be\n" * 9)
+        prepare_corpus(DataConfig(path=str(root.parent / TEXT)), unfinished / "corpus")
     log = MetricsLog(RunConfig(), run, 0)
     for step in (1, 2, 3, 4, 5, 6, 7, 5, 6, 7):
         if log.rows and step <= log.rows[-1]["step"]:

@@ -15,7 +15,7 @@ from tiny_run import command, finish
 
 from flax_decoder.cli import main
 from flax_decoder.config import RunConfig
-from flax_decoder.data.corpus import load_corpus
+from flax_decoder.data.shards import load_corpus
 from flax_decoder.errors import FaultError
 from flax_decoder.training.checkpoint import saved_steps, steps_folder
 from flax_decoder.training.manifest import verify

@@ -17,7 +17,7 @@ from tiny_run import HERE, command, finish
 
 from flax_decoder.cli import main
 from flax_decoder.config import RunConfig
-from flax_decoder.data.corpus import load_corpus
+from flax_decoder.data.shards import load_corpus
 from flax_decoder.errors import BrokenError
 from flax_decoder.training.checkpoint import (
     choose_step,
