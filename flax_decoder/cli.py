@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, DataConfig, fields_of
 from flax_decoder.config_file import load_config, require_consent
-from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError, did_you_mean
+from flax_decoder.errors import DEVICE_FAILS, FaultError, FolderWarning, InUseError, UserError, did_you_mean
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
@@ -77,6 +77,9 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # a disk may be full only now
         return code
     except (UserError, InUseError) as error:
+        if isinstance(error.__context__, OSError) and error.__context__.errno in DEVICE_FAILS:
+            print_escaped(f"fault: {error}", file=sys.stderr)
+            return 1
         print_escaped(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 73
     except FaultError as error:

@@ -56,6 +56,29 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path, step, kept):
     assert log.seconds() == (ROWS[kept - 1]["seconds"] if kept else 0)
 
 
+# What was not flushed may be zeros after a power cut, and after them the next page.
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0" * 99 + b': 3.0}\n{"step": 8}\n', b"\0" * 99, b'{"step": "x"}\n{"step": 8}\n'],
+    ids=["zeros and a line", "zeros", "another line"],
+)
+def test_damage_after_the_checkpoint_goes_with_the_lines_that_come_again(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, ROWS)
+    path.write_bytes(path.read_bytes() + damage)
+    if damage.endswith(b"\n"):
+        with pytest.raises(BrokenError, match="line 4: "):
+            MetricsLog(RunConfig(), tmp_path, 8)
+    assert MetricsLog(RunConfig(), tmp_path, 6).rows == ROWS == read_metrics(path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_cannot_be_read_is_not_replaced(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(BrokenError, match="cannot be read: is a folder"):
+        MetricsLog(RunConfig(), tmp_path, 0)
+
+
 @pytest.mark.parametrize(
     ("config", "module", "name"),
     [

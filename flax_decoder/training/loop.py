@@ -47,6 +47,7 @@ from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.metrics import (
+    LOG,
     LogRow,
     MetricsLog,
     evaluations_since_best,
@@ -113,7 +114,9 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner, start))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
-        rows = read_metrics(folder / "metrics.jsonl") if config.training.patience > 0 else []
+        if owner is not None:
+            remove_unfinished(folder, done)
+        rows = read_metrics(folder / LOG) if config.training.patience > 0 else []
         is_settled = has_settled([row for row in rows if row["step"] <= done], config.training)
         is_over = done >= config.training.num_steps or is_settled
         if processes.broadcast(is_over and has_results(folder, done)):
@@ -123,7 +126,6 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
             return 0
         if owner is not None:
             owner.announce()
-            remove_unfinished(folder, done)
             write_text(folder / "config.toml", to_toml(config))
         with Interruption() as interruption:
             return train_from(done, config, folder, tokenizer, corpus, interruption, start)
@@ -185,7 +187,7 @@ def newest_step(folder: Path) -> int:
     """
     if saved_steps(folder):
         return choose_step(folder, "latest")
-    if (folder / "metrics.jsonl").exists():
+    if (folder / LOG).exists():
         print_escaped(f"{folder} has no checkpoint yet: it starts from the beginning")
     return 0
 
