@@ -202,9 +202,27 @@ SHAPES |= {
         | {"num_hidden_layers": 3, "sliding_window": WINDOW, "sliding_window_pattern": 2, "rope_parameters": LLAMA3},
     ],
 }
+SHAPES |= {
+    "jais2": [
+        SIZES,
+        SIZES | {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "head_dim": 10},
+        SIZES | {"rope_parameters": LLAMA3, "num_key_value_heads": 1, "hidden_act": "gelu", "layer_norm_eps": 0.1},
+    ],
+    "internlm3": [
+        SIZES | {"head_dim": 10},
+        SIZES | {"head_dim": 6, "tie_word_embeddings": True, "rope_parameters": LINEAR},
+        SIZES | {"head_dim": 10, "num_key_value_heads": 1, "rms_norm_eps": 0.1},
+    ],
+    "iquestcoder": [
+        SIZES | {"head_dim": 10},
+        SIZES | {"head_dim": 6, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        SIZES | {"head_dim": 10, "num_key_value_heads": 1, "rope_parameters": LLAMA3},
+    ],
+}
 # What shows nothing new but another table runs with --full.
 NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo", "mpt"}
 NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium", "smollm3", "exaone4"}
+NEW_TABLES |= {"jais2", "internlm3", "iquestcoder"}
 # One shape per family, not the same number for all; with --full, all.
 a_case_each = pytest.mark.parametrize(
     ("model_type", "number"),

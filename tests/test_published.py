@@ -171,6 +171,18 @@ SMOLLM3 |= {"layer_types": ["full_attention"] * LAYERS, "max_window_layers": 28,
 SMOLLM3 |= {"use_sliding_window": False, "rope_theta": 5000000.0, "tie_word_embeddings": True}
 EXAONE4 = LLAMA2 | {"model_type": "exaone4", "rope_theta": 1000000, "sliding_window": 7, "attention_dropout": 0.0}
 EXAONE4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+JAIS2 = SIZES | {"model_type": "jais2", "hidden_act": "relu2", "layer_norm_eps": 1e-5, "num_key_value_heads": 2}
+JAIS2 |= {"attention_bias": True, "mlp_bias": True, "rope_theta": 500000.0, "attention_dropout": 0.0}
+INTERNLM3 = LLAMA2 | {
+    "model_type": "internlm3",
+    "head_dim": 8,
+    "qkv_bias": False,
+    "bias": False,
+    "rope_theta": 50000000,
+}
+INTERNLM3 |= {"attention_dropout": 0.0}
+IQUEST = LLAMA31 | {"model_type": "iquestcoder", "head_dim": 8, "clip_qkv": None, "use_sliding_window": False}
+IQUEST |= {"max_window_layers": 0, "sliding_window": None, "rope_theta": 500000.0}
 MPT_ATTENTION = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "prefix_lm": False}
 MPT_ATTENTION |= {"attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None, "qk_ln": False}
 MPT_ATTENTION |= {"softmax_scale": None}
@@ -314,6 +326,9 @@ OPENS = {
     | V4
     | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * LAYERS},
     "helium-1": HELIUM | V4,
+    "jais-2-8b": JAIS2 | V4,
+    "internlm3-8b": INTERNLM3 | V4,
+    "iquest-coder-40b": IQUEST | V4,
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -461,6 +476,7 @@ BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, 
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
 NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
+NEW = (*NEW, JAIS2, INTERNLM3, IQUEST)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}

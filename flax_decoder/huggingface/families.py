@@ -375,7 +375,6 @@ GPT_NEO = Family(
     tied=True,
     rotary=None,
     windows=Windows("listed", default=256),
-    ignored=frozenset({"embed_dropout"}),
     ignored_tensors=r"h\.\d+\.attn\.attention\.(bias|masked_bias)",
     divides_width=True,
     has_own_attention=True,
@@ -504,10 +503,53 @@ EXAONE4 = Family(
     windows=Windows("periodic", default=4096, period=4, writes_null=True),
 )
 
+JAIS2 = Family(
+    "jais2",
+    "Jais2ForCausalLM",
+    constants={"positions": "rotary", "norm_bias": True},
+    settings=(
+        *with_defaults(GROUPED_SIZES, max_position_embeddings=8192),
+        Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
+        activation("hidden_act", PLAIN, "relu2"),
+        replace(ATTENTION_BIAS, default=True),
+        replace(MLP_BIAS, default=True),
+    ),
+    rules=(*ends(), *layer_norms(PRE_NORMS), *ATTENTION, *UP_AND_DOWN),
+    divides_width=True,
+)
+
+INTERNLM3 = replace(
+    LLAMA,
+    model_type="internlm3",
+    settings=with_defaults(
+        LLAMA_SETTINGS, num_key_value_heads=REQUIRED, head_dim=128, max_position_embeddings=32_768, rms_norm_eps=1e-5
+    ),
+    supported={"attention_bias": (False,), "qkv_bias": (False,), "mlp_bias": (False,), "bias": (False,)},
+)
+
+IQUESTCODER = replace(
+    LLAMA,
+    model_type="iquestcoder",
+    settings=(
+        *with_defaults(
+            LLAMA_SETTINGS,
+            num_key_value_heads=REQUIRED,
+            head_dim=128,
+            max_position_embeddings=131_072,
+            rms_norm_eps=1e-5,
+        ),
+        ATTENTION_BIAS,
+        MLP_BIAS,
+    ),
+    supported={"clip_qkv": (None,)},
+    ignored=frozenset({"max_window_layers"}),  # it counts only with use_sliding_window
+)
+
 _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
     *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
     *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
+    *(JAIS2, INTERNLM3, IQUESTCODER),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 
