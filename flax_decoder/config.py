@@ -158,6 +158,8 @@ class ModelConfig(_Shown):
     final_norm: bool = True
     """a norm between the last block and the head; post-norm models often have none"""
 
+    norm_scale: bool = True
+    """norms learn a factor for each number; false: they normalise, and learn nothing"""
     norm_bias: bool = False
     """LayerNorm also learns a shift"""
     attention_in_bias: bool = False
@@ -296,6 +298,10 @@ class ModelConfig(_Shown):
         refuse_if(
             self.norm == "rmsnorm" and self.norm_bias,
             'norm_bias = true needs norm = "layernorm": RMSNorm has no shift',
+        )
+        refuse_if(
+            self.norm_bias and not self.norm_scale,
+            "norm_bias = true needs norm_scale = true, or both false",
         )
         refuse_if(
             self.parallel_residual and self.norm_position != "pre",

@@ -26,9 +26,15 @@ def rms_norm(x_D, scale_D, epsilon):
 
 def norm(x_D, params, config):
     """The norm a model has chosen."""
+    scale_D = params["scale"] if config.norm_scale else 1.0
     if config.norm == "rmsnorm":
-        return rms_norm(x_D, params["scale"], config.norm_epsilon)
-    return layer_norm(x_D, params["scale"], params["bias"] if config.norm_bias else 0.0, config.norm_epsilon)
+        return rms_norm(x_D, scale_D, config.norm_epsilon)
+    return layer_norm(x_D, scale_D, params["bias"] if config.norm_bias else 0.0, config.norm_epsilon)
+
+
+def scale_of(params, name):
+    """What a norm has learned to multiply with; 1 if it learns nothing."""
+    return params.get(name, {}).get("scale", 1.0)
 
 
 def sinusoidal(position, width):
@@ -203,11 +209,11 @@ def self_attention(x_TD, params, config, window, rotates=True):
     for name, array in (("query_norm", q_TNH), ("key_norm", k_TKH)):
         for t in range(len(array)):
             if config.qk_norm == "all":
-                whole = rms_norm(array[t].reshape(-1), params[name]["scale"], config.norm_epsilon)
+                whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
                 array[t] = whole.reshape(array[t].shape)
         for t, head in np.ndindex(array.shape[:2]):
             if config.qk_norm == "head":
-                array[t, head] = rms_norm(array[t, head], params[name]["scale"], config.norm_epsilon)
+                array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
             if config.positions == "rotary" and rotates:
                 frequencies = rotary_frequencies(array.shape[2], config, window)
                 array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
@@ -220,7 +226,7 @@ def block(x_TD, params, config, window, rotates=True):
     """One layer; the four places for norms as the config describes them, and PaLM's parallel form."""
 
     def normed(x_TD, name):
-        return np.array([norm(x_D, params[name], config) for x_D in x_TD])
+        return np.array([norm(x_D, params.get(name), config) for x_D in x_TD])
 
     def attend(x_TD):
         return self_attention(x_TD, params["attention"], config, window, rotates)
@@ -257,7 +263,7 @@ def decode_row(params, tokens_T, config):
         rotates = config.rotary_pattern[layer % len(config.rotary_pattern)]
         x_TD = block(x_TD, own, config, config.window if has_window else None, rotates)
     if config.final_norm:
-        x_TD = np.array([norm(x_D, params["final_norm"], config) for x_D in x_TD])
+        x_TD = np.array([norm(x_D, params.get("final_norm"), config) for x_D in x_TD])
     head_DV = params["embedding"].T if config.tied_head else params["head"]
     logits_TV = x_TD @ head_DV + (params["head_bias"] if config.head_bias else 0.0)
     if config.logit_soft_cap is not None:

@@ -37,6 +37,7 @@ ORDERS = {
     },
     "output": {**BIASES, "norm_position": "output", "num_kv_heads": 1, "scan_layers": True},
     "rms": {"norm": "rmsnorm", "norm_position": "post", "positions": "alibi", "logit_soft_cap": 1.9},
+    "no scale": {"norm_position": "both", "norm_scale": False},
 }
 
 
@@ -118,13 +119,13 @@ def alone(part, model, params, seen):
     def norm(params, whole_BTD, own_BTD):
         if config.norm == "layernorm":
             whole_BTD, own_BTD = (x_BTD - x_BTD.mean(-1, keepdims=True) for x_BTD in (whole_BTD, own_BTD))
-        gain_BTD = params["scale"] / np.sqrt((whole_BTD**2).mean(-1, keepdims=True) + config.norm_epsilon)
+        gain_BTD = params.get("scale", 1.0) / np.sqrt((whole_BTD**2).mean(-1, keepdims=True) + config.norm_epsilon)
         bias_D = params.get("bias", 0.0)
         return whole_BTD * gain_BTD + bias_D, own_BTD * gain_BTD + bias_D * (kind == "bias")
 
     def add(name, params, streams, writes):
         if config.norm_position in ("both", "output"):
-            writes = norm(params[f"{name}_output_norm"], *writes)
+            writes = norm(params.get(f"{name}_output_norm", {}), *writes)
         streams = [stream_BTD + write_BTD for stream_BTD, write_BTD in zip(streams, writes, strict=True)]
         return norm(params[f"{name}_norm"], *streams) if config.norm_position == "post" else streams
 
@@ -148,7 +149,7 @@ def alone(part, model, params, seen):
         streams = add("attention", layer, streams, (whole_BTD, own_BTD))
         whole_BTD = seen["hidden"][i] @ down["kernel"] + down.get("bias", 0.0)
         streams = add("feed_forward", layer, streams, (whole_BTD, whole_BTD * (part == ("feed_forward", i))))
-    hidden_BTD = norm(params["final_norm"], *streams)[1] if config.final_norm else streams[1]
+    hidden_BTD = norm(params.get("final_norm", {}), *streams)[1] if config.final_norm else streams[1]
     head_VD = params["embedding"] if config.tied_head else params["head"].T
     bias_V = params["head_bias"] if config.head_bias and kind == "bias" else np.zeros(V)
     return (hidden_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT]

@@ -103,7 +103,10 @@ CHOICES = {
         "norm": "rmsnorm",
         "feed_forward": "geglu_tanh",
     },
-    "primer": {"feed_forward": "relu_squared", "positions": "none", "num_kv_heads": 1, "remat": "dots"},
+    "primer": {
+        **{"feed_forward": "relu_squared", "positions": "none", "num_kv_heads": 1, "remat": "dots"},
+        **{"norm_scale": False, "qk_norm": "head"},
+    },
     "stretched": {
         "positions": "rotary",
         "rotary_scaling": "linear",

@@ -219,6 +219,13 @@ SHAPES |= {
         SIZES | {"head_dim": 10, "num_key_value_heads": 1, "rope_parameters": LLAMA3},
     ],
 }
+SHAPES |= {
+    "olmo": [
+        SIZES,
+        SIZES | {"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": LINEAR, "hidden_act": "gelu"},
+        SIZES | {"num_key_value_heads": 1, "num_hidden_layers": 3, "rope_parameters": LLAMA3},
+    ],
+}
 # What shows nothing new but another table runs with --full.
 NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo", "mpt"}
 NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium", "smollm3", "exaone4"}

@@ -265,6 +265,7 @@ FORWARD = {
     "linear scaling": ("llama-2", {"rotary_scaling": "none"}, Q_ROTATED, "positions count 3 times as much in ours"),
     "llama3 scaling": ("llama-1", {"rotary_scaling": "none"}, Q_ROTATED, "some wavelengths are stretched on one side"),
     "rotary layout of weights": ("llama-0", edited(QUERY, reordered), Q, "are reordered, from adjacent pairs to pairs"),
+    "scale of a norm": ("olmo-0", {"norm_epsilon": 1e-6}, "attention_norm", "norm: ours 1e-06, PyTorch's 1e-05"),
     "K and V swapped": ("gpt2-0", swapped("attention", "key", "value"), "attention.k", "keys and values are swapped"),
     "no 1 / sqrt(H)": ("gpt2-0", {"attention_scale": 1.0}, SCORES, "root of the head width, 2.449, in ours"),
     "window off by one": ("mistral-0", {"window": 6}, SCORES, "ours sees 6 positions, one of PyTorch's 5: off by one"),

@@ -173,6 +173,7 @@ EXAONE4 = LLAMA2 | {"model_type": "exaone4", "rope_theta": 1000000, "sliding_win
 EXAONE4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 JAIS2 = SIZES | {"model_type": "jais2", "hidden_act": "relu2", "layer_norm_eps": 1e-5, "num_key_value_heads": 2}
 JAIS2 |= {"attention_bias": True, "mlp_bias": True, "rope_theta": 500000.0, "attention_dropout": 0.0}
+OLMO = without(LLAMA2, "rms_norm_eps") | {"model_type": "olmo", "clip_qkv": None, "attention_bias": False}
 INTERNLM3 = LLAMA2 | {
     "model_type": "internlm3",
     "head_dim": 8,
@@ -329,6 +330,7 @@ OPENS = {
     "jais-2-8b": JAIS2 | V4,
     "internlm3-8b": INTERNLM3 | V4,
     "iquest-coder-40b": IQUEST | V4,
+    "olmo-1b": OLMO | V4 | {"tie_word_embeddings": True, "rope_theta": 10000.0},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -370,6 +372,7 @@ REFUSED = {
         "a list of 0 and 1, one for each of the 3",
     ),
     "smollm3 without a period": (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0"),
+    "olmo-7b": (OLMO | {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     "embedding gemma": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
 }
 
@@ -476,7 +479,7 @@ BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, 
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
 NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
-NEW = (*NEW, JAIS2, INTERNLM3, IQUEST)
+NEW = (*NEW, OLMO, JAIS2, INTERNLM3, IQUEST)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}

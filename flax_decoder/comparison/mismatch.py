@@ -129,10 +129,11 @@ class Mismatch:
         return self.attended if after_attention else self.residual
 
     def params(self, name: str, side: str = "theirs", module: str | None = None) -> Array:
-        """A parameter of this norm or projection, or of another module beside it; 0 for a bias that is not there."""
+        """A parameter of this norm or projection, or of another module beside it; if it is not there, one that does
+        nothing: 0 for a bias, 1 for a scale."""
         path = f"{'' if self._layer is None else 'layers/'}{(module or self.kind).replace('.', '/')}/{name}"
         if path not in self.evidence.theirs.shapes:
-            return np.zeros(1)
+            return np.ones(self.ours.shape[-1]) if name == "scale" else np.zeros(1)
         array: Array = getattr(self.evidence, side).array("params", path)
         return array if self._layer is None else array[self._layer]
 

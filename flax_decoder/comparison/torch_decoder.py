@@ -136,8 +136,9 @@ class SelfAttention(nn.Module):
         self.dot_product = DotProductAttention(config, kind.window)
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
-            self.query_norm = nn.RMSNorm(H if per_head else N * H, eps=config.norm_epsilon)
-            self.key_norm = nn.RMSNorm(H if per_head else K * H, eps=config.norm_epsilon)
+            settings: Any = {"eps": config.norm_epsilon, "elementwise_affine": config.norm_scale}
+            self.query_norm = nn.RMSNorm(H if per_head else N * H, **settings)
+            self.key_norm = nn.RMSNorm(H if per_head else K * H, **settings)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (B, T, D) to (B, T, D)."""
@@ -199,9 +200,10 @@ class FeedForward(nn.Module):
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm of a residual stream."""
+    settings: Any = {"eps": config.norm_epsilon, "elementwise_affine": config.norm_scale}
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.embed_dim, eps=config.norm_epsilon)
-    return nn.LayerNorm(config.embed_dim, eps=config.norm_epsilon, bias=config.norm_bias)
+        return nn.RMSNorm(config.embed_dim, **settings)
+    return nn.LayerNorm(config.embed_dim, bias=config.norm_bias, **settings)
 
 
 def sinusoidal(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -518,6 +518,19 @@ JAIS2 = Family(
     divides_width=True,
 )
 
+OLMO = Family(
+    "olmo",
+    "OlmoForCausalLM",
+    constants={"positions": "rotary", "norm": "layernorm", "norm_scale": False, "norm_epsilon": 1e-5},
+    settings=(
+        *(setting for setting in LLAMA_SETTINGS if setting.name != RMS_EPSILON.name),
+        ATTENTION_BIAS,
+    ),
+    rules=LLAMA.rules,
+    supported={"clip_qkv": (None,)},
+    divides_width=True,
+)
+
 INTERNLM3 = replace(
     LLAMA,
     model_type="internlm3",
@@ -549,7 +562,7 @@ _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
     *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
     *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
-    *(JAIS2, INTERNLM3, IQUESTCODER),
+    *(JAIS2, INTERNLM3, IQUESTCODER, OLMO),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 

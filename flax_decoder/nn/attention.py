@@ -101,7 +101,7 @@ class SelfAttention(nn.Module):
 
     def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:
         """Queries or keys of unit size, per head or over all heads of a position."""
-        norm = Norm("rmsnorm", self.config.norm_epsilon, name=name)
+        norm = Norm("rmsnorm", self.config.norm_epsilon, use_scale=self.config.norm_scale, name=name)
         if self.config.qk_norm == "head":
             return norm(x_BTNH)
         return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)

@@ -18,7 +18,7 @@ from flax_decoder.nn.call import Call, Edit
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.mask import positions_in_segments
-from flax_decoder.nn.norm import Norm
+from flax_decoder.nn.norm import norm_of
 from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import accumulation_dtype
 from flax_decoder.nn.stack import (
@@ -51,7 +51,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerKV | None]:
         """Adds the writes of this layer to the residual stream; see `SelfAttention` for the arguments."""
         config, record = self.config, call.hook(self)
-        norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.norm_bias)
+        norm = functools.partial(norm_of, config)
         before = config.norm_position in ("pre", "both")
         after = config.norm_position in ("both", "output")
         dropout = nn.Dropout(config.dropout, deterministic=call.deterministic)
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
 
         x_BCD = last_real(x_BTD, num_tokens_B) if last_only else x_BTD  # the C positions whose logits are wanted
         if config.final_norm:
-            x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
+            x_BCD = norm_of(config, "final_norm")(x_BCD)
         if not config.tied_head:
             self.param("head", normal, (config.embed_dim, config.vocab_size))
         if config.head_bias:
