@@ -143,6 +143,8 @@ class ModelConfig(_Shown):
     """llama3: the context length of the first training, in tokens"""
     embed_scale: Positive = 1.0
     """token embeddings are multiplied by this"""
+    embedding_norm: bool = False
+    """token embeddings go through a norm, before positions are added"""
 
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """how activations are normalised"""
@@ -152,8 +154,14 @@ class ModelConfig(_Shown):
     """pre: x + f(norm(x)); post: norm(x + f(x)); both: x + norm(f(norm(x))); output: x + norm(f(x))"""
     parallel_residual: bool = False
     """attention and feed-forward read the same input: x + attention(norm(x)) + feed_forward(norm(x))"""
+    shared_norm: bool = False
+    """with parallel_residual: they read the output of one norm; without, each has its own"""
+    residual_scale: Positive = 1.0
+    """what attention and feed-forward add to the residual stream is multiplied by this"""
     qk_norm: Literal["none", "head", "all"] = "none"
-    """normalises queries and keys (RMS) before the rotation: over the width of each head, or over all heads at once"""
+    """normalises queries and keys (RMS): over the width of each head, or over all heads at once"""
+    qk_norm_position: Annotated[Literal["before", "after"], UsedWhere(lambda model: model.qk_norm != "none")] = "before"
+    """queries and keys are normalised before they are rotated, or after"""
 
     final_norm: bool = True
     """a norm between the last block and the head; post-norm models often have none"""
@@ -181,6 +189,8 @@ class ModelConfig(_Shown):
     """scores are multiplied by this; left out, 1 / sqrt(H)"""
     attention_soft_cap: Positive | None = None
     """scores are squashed into ± this by tanh"""
+    logit_scale: Positive = 1.0
+    """logits are multiplied by this"""
     logit_soft_cap: Positive | None = None
     """logits are squashed into ± this by tanh"""
 
@@ -219,6 +229,11 @@ class ModelConfig(_Shown):
     def mlp_width(self) -> int:
         """F, width of the feed-forward layer."""
         return self.mlp_dim or 4 * self.embed_dim
+
+    @property
+    def normalises_before(self) -> bool:
+        """Whether queries and keys are normalised before they are rotated."""
+        return self.qk_norm != "none" and self.qk_norm_position == "before"
 
     @property
     def output_stddev(self) -> float:
@@ -307,6 +322,11 @@ class ModelConfig(_Shown):
             self.parallel_residual and self.norm_position != "pre",
             f'parallel_residual = true needs norm_position = "pre", not "{self.norm_position}"',
         )
+        refuse_if(
+            self.qk_norm != "none" and self.qk_norm_position == "after" and not rotary,
+            f'qk_norm_position = "after" needs positions = "rotary", not "{self.positions}"',
+        )
+        refuse_if(self.shared_norm and not self.parallel_residual, "shared_norm = true needs parallel_residual = true")
         refuse_if(
             self.window is None and self.window_pattern != (True,),
             "window_pattern says which layers have a window, but window is not set",

@@ -208,15 +208,21 @@ def self_attention(x_TD, params, config, window, rotates=True):
     v_TKH = np.array([linear(x_D, params["value"]) for x_D in x_TD])
     for name, array in (("query_norm", q_TNH), ("key_norm", k_TKH)):
         for t in range(len(array)):
-            if config.qk_norm == "all":
+            if config.qk_norm == "all" and config.qk_norm_position == "before":
                 whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
                 array[t] = whole.reshape(array[t].shape)
         for t, head in np.ndindex(array.shape[:2]):
-            if config.qk_norm == "head":
+            if config.qk_norm == "head" and config.qk_norm_position == "before":
                 array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
             if config.positions == "rotary" and rotates:
                 frequencies = rotary_frequencies(array.shape[2], config, window)
                 array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
+            if config.qk_norm == "head" and config.qk_norm_position == "after":
+                array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
+        for t in range(len(array)):
+            if config.qk_norm == "all" and config.qk_norm_position == "after":
+                whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
+                array[t] = whole.reshape(array[t].shape)
     slopes_N = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
     heads_TNH = attention(q_TNH, k_TKH, v_TKH, window, slopes_N, config.attention_soft_cap, config.attention_scale)
     return np.array([linear(heads_NH, params["out"]) for heads_NH in heads_TNH])
@@ -234,24 +240,28 @@ def block(x_TD, params, config, window, rotates=True):
     def feed(x_TD):
         return np.array([feed_forward(x_D, params["feed_forward"], config) for x_D in x_TD])
 
+    scale = config.residual_scale
     if config.parallel_residual:
-        return x_TD + attend(normed(x_TD, "attention_norm")) + feed(normed(x_TD, "feed_forward_norm"))
+        second = "attention_norm" if config.shared_norm else "feed_forward_norm"
+        return x_TD + scale * attend(normed(x_TD, "attention_norm")) + scale * feed(normed(x_TD, second))
     if config.norm_position == "pre":
-        x_TD = x_TD + attend(normed(x_TD, "attention_norm"))
-        return x_TD + feed(normed(x_TD, "feed_forward_norm"))
+        x_TD = x_TD + scale * attend(normed(x_TD, "attention_norm"))
+        return x_TD + scale * feed(normed(x_TD, "feed_forward_norm"))
     if config.norm_position == "post":
-        x_TD = normed(x_TD + attend(x_TD), "attention_norm")
-        return normed(x_TD + feed(x_TD), "feed_forward_norm")
+        x_TD = normed(x_TD + scale * attend(x_TD), "attention_norm")
+        return normed(x_TD + scale * feed(x_TD), "feed_forward_norm")
     if config.norm_position == "both":
-        x_TD = x_TD + normed(attend(normed(x_TD, "attention_norm")), "attention_output_norm")
-        return x_TD + normed(feed(normed(x_TD, "feed_forward_norm")), "feed_forward_output_norm")
-    x_TD = x_TD + normed(attend(x_TD), "attention_output_norm")
-    return x_TD + normed(feed(x_TD), "feed_forward_output_norm")
+        x_TD = x_TD + scale * normed(attend(normed(x_TD, "attention_norm")), "attention_output_norm")
+        return x_TD + scale * normed(feed(normed(x_TD, "feed_forward_norm")), "feed_forward_output_norm")
+    x_TD = x_TD + scale * normed(attend(x_TD), "attention_output_norm")
+    return x_TD + scale * normed(feed(x_TD), "feed_forward_output_norm")
 
 
 def decode_row(params, tokens_T, config):
     """The logits of one sequence."""
     x_TD = np.array([config.embed_scale * params["embedding"][token] for token in tokens_T])
+    if config.embedding_norm:
+        x_TD = np.array([norm(x_D, params.get("embedding_norm"), config) for x_D in x_TD])
     for t in range(len(tokens_T)):
         if config.positions == "learned":
             x_TD[t] += params["positions"][t]
@@ -266,6 +276,7 @@ def decode_row(params, tokens_T, config):
         x_TD = np.array([norm(x_D, params.get("final_norm"), config) for x_D in x_TD])
     head_DV = params["embedding"].T if config.tied_head else params["head"]
     logits_TV = x_TD @ head_DV + (params["head_bias"] if config.head_bias else 0.0)
+    logits_TV = config.logit_scale * logits_TV
     if config.logit_soft_cap is not None:
         logits_TV = config.logit_soft_cap * np.tanh(logits_TV / config.logit_soft_cap)
     return logits_TV

@@ -37,7 +37,11 @@ ORDERS = {
     },
     "output": {**BIASES, "norm_position": "output", "num_kv_heads": 1, "scan_layers": True},
     "rms": {"norm": "rmsnorm", "norm_position": "post", "positions": "alibi", "logit_soft_cap": 1.9},
-    "no scale": {"norm_position": "both", "norm_scale": False},
+    "no scale": {"norm_position": "both", "norm_scale": False, "residual_scale": 0.7},
+    "scaled": {
+        **{**BIASES, "embedding_norm": True, "residual_scale": 0.7, "logit_scale": 1.9, "head_bias": True},
+        **{"embed_scale": 3.7, "parallel_residual": True, "shared_norm": True},
+    },
 }
 
 
@@ -126,7 +130,8 @@ def alone(part, model, params, seen):
     def add(name, params, streams, writes):
         if config.norm_position in ("both", "output"):
             writes = norm(params.get(f"{name}_output_norm", {}), *writes)
-        streams = [stream_BTD + write_BTD for stream_BTD, write_BTD in zip(streams, writes, strict=True)]
+        pairs, scale = zip(streams, writes, strict=True), config.residual_scale
+        streams = [stream_BTD + scale * write_BTD for stream_BTD, write_BTD in pairs]
         return norm(params[f"{name}_norm"], *streams) if config.norm_position == "post" else streams
 
     token_BTD = params["embedding"][TOKENS_BT] * config.embed_scale
@@ -135,7 +140,10 @@ def alone(part, model, params, seen):
         position_BTD += params["positions"][:T]
     elif config.positions == "sinusoidal":
         position_BTD += [reference.sinusoidal(t, config.embed_dim) for t in range(T)]
-    streams = (token_BTD + position_BTD, token_BTD * (kind == "token") + position_BTD * (kind == "position"))
+    streams = (token_BTD, token_BTD * (kind == "token"))
+    if config.embedding_norm:
+        streams = norm(params.get("embedding_norm", {}), *streams)
+    streams = (streams[0] + position_BTD, streams[1] + position_BTD * (kind == "position"))
     for i in range(config.num_layers):
         layer = reference.map_leaves(lambda leaf, i=i: leaf[i], params["layers"])
         out, down = layer["attention"]["out"], layer["feed_forward"]["down"]
@@ -152,7 +160,7 @@ def alone(part, model, params, seen):
     hidden_BTD = norm(params.get("final_norm", {}), *streams)[1] if config.final_norm else streams[1]
     head_VD = params["embedding"] if config.tied_head else params["head"].T
     bias_V = params["head_bias"] if config.head_bias and kind == "bias" else np.zeros(V)
-    return (hidden_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT]
+    return config.logit_scale * ((hidden_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT])
 
 
 @pytest.mark.short("both")

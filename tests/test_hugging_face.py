@@ -211,6 +211,10 @@ GEMMA = {"feed_forward": "geglu_tanh", "embed_scale": 20**0.5}
         ("nemotron", {"feed_forward": "relu_squared", "norm": "layernorm", "rotary_fraction": 0.4}),
         ("gpt_neo", {**PLAIN, "positions": "learned", "attention_scale": 1.0, "window": 3}),
         ("gpt_bigcode", {**PLAIN, "positions": "learned", "num_kv_heads": 1}),
+        ("granite", {"embed_scale": 3.0}),
+        ("hyperclovax", {"residual_scale": 0.5, "norm_position": "both"}),
+        ("olmo", {"norm": "layernorm", "norm_scale": False}),
+        ("hunyuan_v1_dense", {"qk_norm": "head", "qk_norm_position": "after"}),
         ("mpt", {**PLAIN, "positions": "alibi", "mlp_dim": 80, "attention_scale": 0.3}),
     ],
 )
@@ -223,7 +227,7 @@ def test_the_nearest_family_is_chosen(model_type, settings):
     [
         ({"positions": "alibi"}, "positions = 'alibi'"),
         ({"qk_norm": "head", "feed_forward": "gelu"}, "qwen3: feed_forward = 'gelu'"),
-        ({"embed_scale": 3.0}, "llama: embed_scale = 3.0"),
+        ({"embed_scale": 3.0, "window": 3}, "mistral: embed_scale = 3.0"),
         ({"window": 3, "mlp_bias": True}, "mistral: mlp_bias = True"),
         ({"rotary_fraction": 0.4, "rotary_scaling": "linear"}, "rotary_"),
     ],

@@ -133,9 +133,10 @@ def test_a_gradient_that_is_truly_zero_is_no_difference():
 
 # How families with names of their own call width, layers and heads.
 OTHER_NAMES = {
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("n_embd", "n_layer", "n_head")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj"), ("n_embd", "n_layer", "n_head")),
     "gpt_neo": ("hidden_size", "num_layers", "num_heads"),
     "mpt": ("d_model", "n_layers", "n_heads"),
+    "bloom": ("hidden_size", "n_layer", "n_head"),
 }
 
 
@@ -164,9 +165,13 @@ def random_case(seed):
         sizes |= {"attention_types": [[["local"], sizes["num_layers"]]], "window_size": int(rng.integers(2, 12))}
     if model_type == "gpt_neox":
         sizes = {n: v for n, v in sizes.items() if n not in ("num_key_value_heads", "head_dim")} | {"rotary_pct": 0.5}
-    if model_type in ("nemotron", "stablelm", "glm", "glm4"):
+    if model_type == "gptj":
+        sizes |= {"rotary_dim": width}
+    if model_type in ("granite", "hyperclovax"):
+        sizes |= {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}
+    if model_type in ("nemotron", "stablelm", "glm", "glm4", "phi"):
         sizes |= {"partial_rotary_factor": 1.0}
-    if model_type in ("gemma2", "gemma3_text", "vaultgemma", "mistral", "ministral", "phi3", "starcoder2"):
+    if model_type in ("gemma2", "gemma3_text", "vaultgemma", "mistral", "ministral", "phi3", "starcoder2", "cohere2"):
         sizes |= {"sliding_window": int(rng.integers(2, 12))}
     if model_type in ("gemma2", "gemma3_text", "vaultgemma", "ministral"):
         kinds = ("sliding_attention", "full_attention")
@@ -218,6 +223,14 @@ def without_biases(params):
     for name in ("query", "key", "value"):
         del params["layers"]["attention"][name]["bias"]
     return params
+
+
+def without_head_bias(params):
+    return {name: leaf for name, leaf in params.items() if name != "head_bias"}
+
+
+def without_embedding_norm(params):
+    return {name: leaf for name, leaf in params.items() if name != "embedding_norm"}
 
 
 def without_head(params):
@@ -304,6 +317,27 @@ FORWARD = {
     "no ALiBi": ("mpt-0", {"positions": "none"}, "attention.weights", "ALiBi: the weights of PyTorch fall faster"),
     "own attention scaled": ("gpt_neo-0", {"attention_scale": None}, SCORES, "root of the head width"),
     "norm of nemotron": ("nemotron-0", edited(SCALE, lambda s: s - 1), "attention_norm", "is 1 + weight on one side"),
+    "residual multiplier": (
+        *("granite-0", {"residual_scale": 1.0}),
+        *("feed_forward_norm", "ours adds 1 times what attention writes, PyTorch 0.7 times"),
+    ),
+    "residual multiplier behind norms": (
+        *("hyperclovax-0", {"residual_scale": 1.0}),
+        *("feed_forward_norm", "ours adds 1 times what attention writes, PyTorch 0.7 times"),
+    ),
+    "multiplier of embeddings": ("granite-0", {"embed_scale": 1.0}, "embeddings", "ours is 0.333333 times PyTorch's"),
+    "multiplier of logits": ("cohere-0", {"logit_scale": 1.0}, "logits", "ours is 3.33333 times PyTorch's everywhere"),
+    "multiplier of scores": ("granite-0", {"attention_scale": 0.6}, SCORES, "ours are 2 times PyTorch's"),
+    "no norm of embeddings": (
+        *("bloom-0", {"embedding_norm": False, "edit": without_embedding_norm}),
+        *("embeddings", "the norm of embeddings: ours has none"),
+    ),
+    "norm of queries before the rotation": (
+        *("hunyuan_v1_dense-0", {"qk_norm_position": "before"}),
+        *(Q, "in ours before the rotation"),
+    ),
+    "interleaved pairs of gptj": ("gptj-0", {"rotary_layout": "half"}, Q_ROTATED, "half-by-half pairs, PyTorch interl"),
+    "bias of the head": ("gptj-0", {"head_bias": False, "edit": without_head_bias}, "logits", "a bias differs, or is"),
     "bfloat16": ("llama-0", {"dtype": "bfloat16"}, "embeddings", "reduced matmul precision"),
 }
 

@@ -174,6 +174,34 @@ EXAONE4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_atte
 JAIS2 = SIZES | {"model_type": "jais2", "hidden_act": "relu2", "layer_norm_eps": 1e-5, "num_key_value_heads": 2}
 JAIS2 |= {"attention_bias": True, "mlp_bias": True, "rope_theta": 500000.0, "attention_dropout": 0.0}
 OLMO = without(LLAMA2, "rms_norm_eps") | {"model_type": "olmo", "clip_qkv": None, "attention_bias": False}
+PHI = SIZES | {"model_type": "phi", "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5}
+PHI |= {"num_key_value_heads": 4, "qk_layernorm": False, "rope_theta": 10000.0, "rope_scaling": None, "embd_pdrop": 0.0}
+PHI |= {"attention_dropout": 0.0, "resid_pdrop": 0.1, "tie_word_embeddings": False}
+GPTJ = GPT2 | {"model_type": "gptj", "rotary": True, "rotary_dim": 4, "scale_attn_weights": True}
+GPTJ |= {"tie_word_embeddings": False, "gradient_checkpointing": False, "tokenizer_class": "GPT2Tokenizer"}
+GRANITE = LLAMA31 | {"model_type": "granite", "attention_multiplier": 0.3, "embedding_multiplier": 12.0}
+GRANITE |= {"logits_scaling": 2.0, "residual_multiplier": 0.22}
+CLOVAX = GRANITE | {"model_type": "hyperclovax", "head_dim": 8, "use_post_norm": True, "logits_scaling": 0.5}
+COHERE = SIZES | {"model_type": "cohere", "hidden_act": "silu", "layer_norm_eps": 1e-5, "logit_scale": 0.7}
+COHERE |= {"num_key_value_heads": 2, "rope_theta": 8000000.0, "use_qk_norm": False, "attention_bias": False}
+COHERE |= {"attention_dropout": 0.0, "model_max_length": 131072}
+COHERE2 = without(COHERE, "use_qk_norm") | {
+    "model_type": "cohere2",
+    "head_dim": 8,
+    "layer_switch": 3,
+    "rotary_pct": 1.0,
+}
+COHERE2 |= {"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj"}
+COHERE2 |= {"sliding_window": 7, "sliding_window_pattern": 3, "use_embedding_sharing": True, "rope_scaling": None}
+COHERE2 |= {"use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": False}
+BLOOM = {"model_type": "bloom", "hidden_size": 32, "n_layer": LAYERS, "n_head": 4, "seq_length": CONTEXT}
+BLOOM |= {"vocab_size": V, "layer_norm_epsilon": 1e-5, "apply_residual_connection_post_layernorm": False}
+BLOOM |= {"attention_softmax_in_fp32": True, "masked_softmax_fusion": True, "bias_dropout_fusion": True}
+BLOOM |= {"offset_alibi": 100, "pretraining_tp": 2, "skip_bias_add": True, "skip_bias_add_qkv": False, "n_inner": None}
+BLOOM |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "slow_but_exact": False, "unk_token_id": 0}
+HUNYUAN = LLAMA31 | {"model_type": "hunyuan_v1_dense", "head_dim": 8, "attention_head_dim": 8, "eod_token_id": 3}
+HUNYUAN |= {"use_qk_norm": True, "norm_type": "rms", "use_cla": False, "cla_share_factor": 2, "rope_theta": 10000.0}
+HUNYUAN_ROPE = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 INTERNLM3 = LLAMA2 | {
     "model_type": "internlm3",
     "head_dim": 8,
@@ -330,6 +358,22 @@ OPENS = {
     "jais-2-8b": JAIS2 | V4,
     "internlm3-8b": INTERNLM3 | V4,
     "iquest-coder-40b": IQUEST | V4,
+    "phi-2": PHI | V4,
+    "phi saved by 5": new_rope(PHI, partial_rotary_factor=0.5),
+    "gpt-j-6b": GPTJ | V4 | {"task_specific_params": {"text-generation": {"do_sample": True}}},
+    "gptj with common names": without(GPTJ, "n_embd", "n_layer", "n_head", "n_positions") | COMMON | V4,
+    "granite-3.1": GRANITE | V4,
+    "granite with the defaults": without(GRANITE, "attention_multiplier", "logits_scaling") | V4,
+    "granite saved by 5": new_rope(GRANITE),
+    "hyperclovax-seed": CLOVAX | V4,
+    "hyperclovax without norms behind": without(CLOVAX, "attention_multiplier") | V4 | {"use_post_norm": False},
+    "command-r": COHERE | V4,
+    "command-r7b": COHERE2 | V4,
+    "cohere2 saved by 5": new_rope(without(COHERE2, "sliding_window_pattern") | {"layer_types": LAYER_TYPES}),
+    "bloom-560m": BLOOM | V4,
+    "bloomz": BLOOM | V4 | {"n_embed": 32, "num_attention_heads": 4},
+    "hunyuan-0.5b": HUNYUAN | V4 | {"rope_scaling": HUNYUAN_ROPE | {"type": "dynamic"}},
+    "hunyuan saved by 5": new_rope(HUNYUAN, **HUNYUAN_ROPE | {"rope_type": "dynamic"}),
     "olmo-1b": OLMO | V4 | {"tie_word_embeddings": True, "rope_theta": 10000.0},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
@@ -372,6 +416,12 @@ REFUSED = {
         "a list of 0 and 1, one for each of the 3",
     ),
     "smollm3 without a period": (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0"),
+    "command-r-plus": (COHERE | {"use_qk_norm": True}, "use_qk_norm = True"),
+    "bloom with other residuals": (BLOOM | {"apply_residual_connection_post_layernorm": True}, "post_layernorm = True"),
+    "phi with normalised queries": (PHI | {"qk_layernorm": True}, "qk_layernorm = True"),
+    "gptj that rotates too much": (GPTJ | {"rotary_dim": 64}, "rotary_dim = 64 must be a whole number up to 8"),
+    "hunyuan without alpha": (HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+    "granite that divides by zero": (GRANITE | {"logits_scaling": 0}, "logits_scaling = 0 must be a positive number"),
     "olmo-7b": (OLMO | {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     "embedding gemma": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
 }
@@ -479,11 +529,11 @@ BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, 
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
 NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
-NEW = (*NEW, OLMO, JAIS2, INTERNLM3, IQUEST)
+NEW = (*NEW, PHI, GPTJ, GRANITE, CLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO, JAIS2, INTERNLM3, IQUEST)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}
-OTHERS |= {"layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
+OTHERS |= {"rotary_dim", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
 OTHERS |= {"no_rope_layers", "no_rope_layer_interval", "attention_types", "attention_layers", "window_size"}
 
 
@@ -591,6 +641,10 @@ def test_defaults_are_those_of_transformers(model_type):
         )
         whole = read_settings(absent | ({} if value is None else {setting.name: value}), "x")
         same = {"num_kv_heads": config.kv_heads, "head_dim": config.head_width, "mlp_dim": config.mlp_width}
+        config, whole = (
+            dataclasses.replace(read, attention_scale=read.attention_scale or read.head_width**-0.5)
+            for read in (config, whole)
+        )
         assert dataclasses.replace(config, **same) == dataclasses.replace(whole, **same), setting.name
         assert config.kv_heads == whole.kv_heads
         assert (config.head_width, config.mlp_width) == (whole.head_width, whole.mlp_width), setting.name

@@ -36,6 +36,8 @@ VALUES = {
     "rotary_high_frequency_factor": (4.0, 6.0),
     "rotary_original_context": (8192, 24),
     "embed_scale": (1.0, 3.7),
+    "residual_scale": (1.0, 0.7),
+    "logit_scale": (1.0, 1.9),
     "norm_epsilon": (1e-5, 0.3),
     "window": (None, 5),
     "window_pattern": ((True,), (True, False)),

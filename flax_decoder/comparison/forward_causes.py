@@ -383,8 +383,8 @@ def _activation(row: Mismatch, hidden: Array) -> str | None:
 
 
 def _not_added(row: Mismatch) -> Found:
-    written = "feed_forward_output_norm" if row.has("feed_forward_output_norm") else "feed_forward.down"
-    attention, feed_forward = row.attended - row.residual, row.input(written)
+    attention, feed_forward = row.attended - row.residual, row.input(_last_write(row))
+    feed_forward = row.evidence.ours.config.residual_scale * feed_forward
     total = row.attended + feed_forward
     parts = {"the residual": row.residual, "attention": attention, "feed-forward": feed_forward}
     for side, own, _ in row.sides:
@@ -392,6 +392,38 @@ def _not_added(row: Mismatch) -> Found:
             if same(own, total - array):
                 return {"part": part, "side": side}
     return False
+
+
+def _residual_scale(row: Mismatch, own: Array) -> float | None:
+    """How many times a side adds what attention writes to the residual stream, read off the norm behind the sum."""
+    config = row.evidence.ours.config
+    if row.kind == "residual":
+        return factor_between(own - row.residual, row.attended - row.residual + row.input(_last_write(row)))
+    written = "attention_output_norm" if row.has("attention_output_norm") else "attention.out"
+    scale = row.params("scale")
+    normal = np.divide(own - row.params("bias"), scale, out=np.zeros_like(own), where=scale != 0)
+    x, write = row.residual, row.input(written)
+    if config.norm == "layernorm":
+        x, write = (array - array.mean(-1, keepdims=True) for array in (x, write))
+    used = scale != 0
+    # At one position, x + factor * write = size * normal has two unknowns.
+    factors = [
+        np.linalg.lstsq(np.stack([-write_D, normal_D], -1)[used], x_D[used])[0][0]
+        for x_D, write_D, normal_D in zip(
+            *(array.reshape(-1, array.shape[-1]) for array in (x, write, normal)), strict=True
+        )
+    ]
+    return float(np.mean(factors)) if np.allclose(factors, factors[0], rtol=RTOL, atol=0) else None
+
+
+def _last_write(row: Mismatch) -> str:
+    return "feed_forward_output_norm" if row.has("feed_forward_output_norm") else "feed_forward.down"
+
+
+def _plain_embeddings(row: Mismatch, own: Array, other: Array) -> bool:
+    """Whether the embeddings of a side are as they stand in the table, and the other's are not."""
+    tokens_BTD = row.evidence.theirs.array("params", "embedding")[row.evidence.batch["inputs"]]
+    return row.evidence.ours.config.positions != "learned" and factor_between(own, tokens_BTD) is not None
 
 
 def _tied(row: Mismatch, own: Array, other: Array) -> bool:
@@ -418,15 +450,26 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     ("embeddings", _other_positions, "the vectors of positions differ, or are counted from another number"),
     ("embeddings", _some_tokens, "the embeddings of some tokens differ, such as that of token {token}"),
     ("embeddings", _other_table("embedding", "positions"), OTHER),
+    ("embeddings", one_side(_plain_embeddings), "the norm of embeddings: {side} has none"),
     (
         "feed_forward_norm",
         one_side(_parallel),
         "parallel residual: the feed-forward of {side} reads what attention reads, not what it writes",
     ),
     (
+        "feed_forward_norm",
+        unlike(_residual_scale),
+        "residual scale: ours adds {ours:.6g} times what attention writes, PyTorch {theirs:.6g} times",
+    ),
+    (
         "attention_norm",
         _comes_after,
         "the place of the norm: in PyTorch it comes after the sum (post-norm), in ours not",
+    ),
+    (
+        r"attention\.(query|key)_norm",
+        lambda row: same(row.theirs[:, 0], row.ours[:, 0]),  # what stands at position 0 is not turned
+        "the place of the norm of queries and keys: in ours before the rotation, in PyTorch after it",
     ),
     (NORM, unlike(_norm, "kind"), "the norm: ours is {ours.kind}, PyTorch's {theirs.kind}"),
     (NORM, unlike(_norm, "epsilon"), "epsilon of the norm: ours {ours.epsilon:.2g}, PyTorch's {theirs.epsilon:.2g}"),
@@ -465,8 +508,14 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (r"attention\.heads", one_side(_reads_values), "keys and values are swapped behind their projections in {side}"),
     (r"attention\.heads", one_side(_heads_mixed), "{side} reshapes the heads without transposing them before"),
     (r"feed_forward\.hidden", unlike(_activation), "the activation: ours is {ours}, PyTorch's {theirs}"),
+    (
+        "residual",
+        unlike(_residual_scale),
+        "residual scale: ours adds {ours:.6g} times the writes, PyTorch {theirs:.6g}",
+    ),
     ("residual", _not_added, "{part} is not added in {side}"),
     ("logits", _cap, "a soft cap of {cap:.4g} squashes the logits of {side} only"),
+    ("logits", *PROPORTIONAL),
     ("logits", one_side(_tied), "tied head: {side} takes the embedding for its head, the other side does not"),
     (NOT_SCORES, *PROPORTIONAL),
     ("logits", _other_table("head"), OTHER),

@@ -54,6 +54,7 @@ TABLE = Family(
         Rule("positions.weight", ("positions",)),
         *(rule for path in _NORMS for rule in norm_rules(_in_layers(path), f"layers/{path}")),
         *(rule for path in _PROJECTIONS for rule in linear_rules(_in_layers(path), path)),
+        *norm_rules("embedding_norm", "embedding_norm"),
         *norm_rules("final_norm", "final_norm"),
         Rule("head.bias", ("head_bias",)),
     ),
@@ -71,6 +72,8 @@ class TorchDecoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size or 0, config.embed_dim)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context_length, config.embed_dim)
+        if config.embedding_norm:
+            self.embedding_norm = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
         self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
@@ -81,6 +84,7 @@ class TorchDecoder(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Maps tokens (B, T) to logits (B, T, V)."""
         x = self.embedding(tokens) * self.config.embed_scale
+        x = self.embedding_norm(x) if self.config.embedding_norm else x
         if self.config.positions == "learned":
             x = x + self.positions(torch.arange(tokens.shape[1]))
         elif self.config.positions == "sinusoidal":
@@ -88,7 +92,7 @@ class TorchDecoder(nn.Module):
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x)
-        logits: torch.Tensor = self.head(self.final_norm(x))
+        logits: torch.Tensor = self.head(self.final_norm(x)) * self.config.logit_scale
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -99,27 +103,36 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
         self.position, self.parallel = config.norm_position, config.parallel_residual
+        self.has_shared_norm, self.scale = config.shared_norm, config.residual_scale
         self.attention, self.feed_forward = SelfAttention(config, kind), FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
         if self.position != "output":
-            self.attention_norm, self.feed_forward_norm = make_norm(config), make_norm(config)
+            self.attention_norm = make_norm(config)
+            if not config.shared_norm:
+                self.feed_forward_norm = make_norm(config)
         if self.position in ("both", "output"):
             self.attention_output_norm, self.feed_forward_output_norm = make_norm(config), make_norm(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (B, T, D) to (B, T, D)."""
         if self.position == "post":
-            x = self.attention_norm(x + self.dropout(self.attention(x)))
-            return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+            x = self.attention_norm(x + self.written(self.attention(x)))
+            return self.feed_forward_norm(x + self.written(self.feed_forward(x)))
         if self.position == "output":
-            x = x + self.dropout(self.attention_output_norm(self.attention(x)))
-            return x + self.dropout(self.feed_forward_output_norm(self.feed_forward(x)))
+            x = x + self.written(self.attention_output_norm(self.attention(x)))
+            return x + self.written(self.feed_forward_output_norm(self.feed_forward(x)))
         if self.position == "both":
-            x = x + self.dropout(self.attention_output_norm(self.attention(self.attention_norm(x))))
-            return x + self.dropout(self.feed_forward_output_norm(self.feed_forward(self.feed_forward_norm(x))))
-        attended = x + self.dropout(self.attention(self.attention_norm(x)))
-        h = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
-        return attended + self.dropout(h)
+            x = x + self.written(self.attention_output_norm(self.attention(self.attention_norm(x))))
+            return x + self.written(self.feed_forward_output_norm(self.feed_forward(self.feed_forward_norm(x))))
+        normal = self.attention_norm(x)
+        attended = x + self.written(self.attention(normal))
+        if not self.has_shared_norm:
+            normal = self.feed_forward_norm(x if self.parallel else attended)
+        return attended + self.written(self.feed_forward(normal))
+
+    def written(self, h: torch.Tensor) -> torch.Tensor:
+        """What a part of the block adds to the residual stream."""
+        return self.dropout(h * self.scale)
 
 
 class SelfAttention(nn.Module):
@@ -144,14 +157,19 @@ class SelfAttention(nn.Module):
         """Maps (B, T, D) to (B, T, D)."""
         B, T, _ = x.shape
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.config.qk_norm == "all":
+        if self.config.qk_norm == "all" and self.config.qk_norm_position == "before":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (y.view(B, T, -1, self.config.head_width) for y in (q, k, v))
-        if self.config.qk_norm == "head":
+        before = self.config.qk_norm_position == "before"
+        if self.config.qk_norm == "head" and before:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.positions == "rotary" and self.kind.rotates:
             frequencies = rotary_frequencies(self.config, self.kind.window)
             q, k = (rotate(y, frequencies, self.config.rotary_layout) for y in (q, k))
+        if self.config.qk_norm == "head" and not before:
+            q, k = self.query_norm(q), self.key_norm(k)
+        elif self.config.qk_norm == "all" and not before:
+            q, k = self.query_norm(q.flatten(2)).view_as(q), self.key_norm(k.flatten(2)).view_as(k)
         heads, _ = self.dot_product(q, k, v)
         return self.out(heads.reshape(B, T, -1))
 

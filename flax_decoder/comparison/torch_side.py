@@ -122,10 +122,11 @@ class PyTorchSide:
                 handle.remove()
         for layer, tensors in enumerate(layers):
             recorded |= {f"layers.{layer}.attention.{name}": tensor for name, tensor in tensors.items()}
+        before = ("query_norm", "key_norm") if self.config.normalises_before else ()
         for layer in range(self.config.num_layers):
             prefix = f"layers.{layer}.attention."
             for name, *sources in (("q", "query_norm", "query"), ("k", "key_norm", "key"), ("v", "value")):
-                for source in sources:
+                for source in (source for source in sources if source in before or not source.endswith("_norm")):
                     if prefix + source in recorded:
                         recorded.setdefault(prefix + name, recorded[prefix + source])
         return {name: tensor.detach().cpu().numpy() for name, tensor in recorded.items()}

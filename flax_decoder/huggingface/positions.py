@@ -1,5 +1,6 @@
 """What config.json says of positions: rotary settings, as transformers 4 and 5 name them, and windows."""
 
+import math
 from typing import Any
 
 from flax_decoder.config import ModelConfig
@@ -15,11 +16,15 @@ _FIELDS = {
 }
 # rope_type -> the fields that it needs.
 _TYPES = {"default": [], "linear": ["factor"], "llama3": list(_FIELDS)}
+# What stands beside a number alpha, and is not read.
+_BESIDE_ALPHA = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _GPT_NEO_TYPES = ["global", "local"]  # without a window, with one
 _LAYER_TYPES = ["full_attention", "sliding_attention"]  # without a window, with one
 
 
-def read_rotary(rest: dict[str, Any], rotary: Rotary, context_length: int, source: str) -> dict[str, Any]:
+def read_rotary(
+    rest: dict[str, Any], rotary: Rotary, context_length: int, head_width: int, source: str
+) -> dict[str, Any]:
     """Reads the rotary settings, and removes them from `rest`.
 
     transformers 4 has rope_theta and rope_scaling; version 5 one table, rope_parameters, or one per type of layer.
@@ -28,11 +33,14 @@ def read_rotary(rest: dict[str, Any], rotary: Rotary, context_length: int, sourc
         rest: the fields of config.json that are not read yet.
         rotary: their names.
         context_length: the default of llama3's original context.
+        head_width: width of a head.
         source: how error messages begin.
 
     Raises:
         UserError: a setting is missing, unknown, or has two values.
     """
+    if rotary.width is not None:
+        return _read_width(rest, rotary.width, rotary.default_width, head_width, source)
     own = {"rope_theta": rotary.base, "partial_rotary_factor": rotary.fraction or "partial_rotary_factor"}
     given = [(ours, name, rest.pop(ours, None)) for name, ours in own.items()]
     in_window = [(rotary.window_base, rest.pop(rotary.window_base, None))] if rotary.window_base else []
@@ -57,7 +65,23 @@ def read_rotary(rest: dict[str, Any], rotary: Rotary, context_length: int, sourc
     if rotary.window_base:
         bases = _merged([(place, "base", value) for place, value in in_window], source)
         values["rotary_window_base"] = bases.get("base", 10_000.0)
+    if rotary.has_alpha and rope.get("rope_type") == "dynamic" and rope.get("alpha"):
+        alpha = rope.pop("alpha")
+        if type(alpha) not in (int, float) or alpha < 1 or head_width <= 2:
+            raise UserError(f"{source}: alpha = {shown(alpha)} must be a number from 1 on")
+        values["rotary_base"] *= alpha ** (head_width / (head_width - 2))
+        rope = {name: value for name, value in rope.items() if name not in (*_BESIDE_ALPHA, "rope_type")}
     return values | _read_scaling(rope, rotary.types, context_length, source)
+
+
+def _read_width(rest: dict[str, Any], name: str, default: int, head_width: int, source: str) -> dict[str, Any]:
+    """Reads how many numbers of each head are rotated."""
+    width = rest.pop(name, default)
+    if type(width) is not int or not 0 < width <= head_width:
+        raise UserError(f"{source}: {name} = {shown(width)} must be a whole number up to {head_width}, a head's width")
+    fraction = width / head_width
+    # The quotient may be rounded down, and then the product to the number below.
+    return {"rotary_fraction": fraction if int(head_width * fraction) == width else math.nextafter(fraction, 1)}
 
 
 def _table(value: Any, name: str, source: str) -> dict[str, Any]:
@@ -145,6 +169,8 @@ def _shortest(pattern: list[bool]) -> tuple[bool, ...]:
 
 def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
     """The fields that `read_rotary` reads, with the names of transformers 4, which version 5 reads too."""
+    if rotary.width is not None:
+        return {rotary.width: int(config.head_width * config.rotary_fraction)}
     document: dict[str, Any] = {rotary.base: config.rotary_base, "rope_scaling": None}
     if rotary.fraction is not None:
         document[rotary.fraction] = config.rotary_fraction

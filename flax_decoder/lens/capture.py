@@ -12,7 +12,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.nn.arguments import as_integers, check_shape, check_tokens
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit
-from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.decoder import Decoder, scaled
 from flax_decoder.nn.params import layers_of
 from flax_decoder.nn.precision import accumulation_dtype
 
@@ -26,7 +26,7 @@ NAMES = {
     "q": "LBTNH",  # queries, before the rotation
     "k": "LBSKH",  # keys, before the rotation
     "v": "LBSKH",  # values
-    "q_rotated": "LBTNH",  # queries after the rotation; equal to q if positions are not rotary
+    "q_rotated": "LBTNH",  # queries as they meet keys, after the rotation; equal to q if positions are not rotary
     "k_rotated": "LBSKH",  # keys after the rotation
     "scores": "LBNTS",  # scaled, soft-capped and with position bias; minus infinity if masked
     "weights": "LBNTS",  # softmax of the scores over S
@@ -153,10 +153,10 @@ def _head_writes(config: ModelConfig, params: Any, heads_LBTNH: jax.Array, sum_L
     layers, dtype = stacked_layers(params), accumulation_dtype(heads_LBTNH.dtype)
     kernel_LNHD = layers["attention"]["out"]["kernel"].astype(dtype)
     writes_LBTND = jnp.einsum("LBTNH,LNHD->LBTND", heads_LBTNH.astype(dtype), kernel_LNHD)
-    if config.norm_position not in ("both", "output"):
-        return writes_LBTND
-    norm = functools.partial(through_norm, config)
-    return jax.vmap(norm)(norm_params(layers, "attention_output_norm"), sum_LBTD.astype(dtype), writes_LBTND)
+    if config.norm_position in ("both", "output"):
+        norm, params = functools.partial(through_norm, config), norm_params(layers, "attention_output_norm")
+        writes_LBTND = jax.vmap(norm)(params, sum_LBTD.astype(dtype), writes_LBTND)
+    return scaled(writes_LBTND, config.residual_scale)
 
 
 def stacked_layers(params: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax_decoder.config import ModelConfig
 from flax_decoder.lens.attribution import head_columns, normalise
 from flax_decoder.lens.capture import Activations, final_norm_params, norm_params, through_norm
+from flax_decoder.nn.decoder import scaled
 from flax_decoder.nn.params import unstack_layers
 
 
@@ -32,6 +33,7 @@ def pushes(
         changes, then the `count` smallest, in descending order.
     """
     columns_BCD = head_columns(params, jnp.maximum(tokens_BC, 0)).astype(activations["residual"].dtype)
+    columns_BCD = scaled(columns_BCD, config.logit_scale)
     is_token_1C = tokens_BC >= 0
     layers = unstack_layers(params)["layers"]
 

@@ -56,17 +56,20 @@ class Block(nn.Module):
         after = config.norm_position in ("both", "output")
         dropout = nn.Dropout(config.dropout, deterministic=call.deterministic)
 
-        h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
-        h_BTD, cached = SelfAttention(config, name="attention")(h_BTD, call, kind, cached)
+        input_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
+        h_BTD, cached = SelfAttention(config, name="attention")(input_BTD, call, kind, cached)
         h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
+        h_BTD = scaled(h_BTD, config.residual_scale)
         attended_BTD = x_BTD + dropout(record("attention_write", h_BTD))
         if config.norm_position == "post":
             attended_BTD = norm(name="attention_norm")(attended_BTD)
 
-        h_BTD = x_BTD if config.parallel_residual else attended_BTD
-        h_BTD = norm(name="feed_forward_norm")(h_BTD) if before else h_BTD
-        h_BTD = FeedForward(config, name="feed_forward")(h_BTD, call)
+        if not config.shared_norm:
+            input_BTD = x_BTD if config.parallel_residual else attended_BTD
+            input_BTD = norm(name="feed_forward_norm")(input_BTD) if before else input_BTD
+        h_BTD = FeedForward(config, name="feed_forward")(input_BTD, call)
         h_BTD = norm(name="feed_forward_output_norm")(h_BTD) if after else h_BTD
+        h_BTD = scaled(h_BTD, config.residual_scale)
         x_BTD = attended_BTD + dropout(record("feed_forward_write", h_BTD))
         if config.norm_position == "post":
             x_BTD = norm(name="feed_forward_norm")(x_BTD)
@@ -212,6 +215,7 @@ class Decoder(nn.Module):
         if config.head_bias:
             bias_V: jax.Array = self.get_variable("params", "head_bias").astype(config.dtype)
             logits_BCV += bias_V[None, None].astype(dtype)
+        logits_BCV = scaled(logits_BCV, config.logit_scale)
         if config.logit_soft_cap is not None:
             logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
         return logits_BCV
@@ -224,8 +228,9 @@ class Decoder(nn.Module):
         embedding_VD = constrain(embedding_VD, "vocab", "embed")
         x_BTD = look_up(embedding_VD, constrain(tokens_BT, "copies", "length"))
         x_BTD = constrain(x_BTD, "copies", "length", "embed")
-        if config.embed_scale != 1:
-            x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
+        x_BTD = scaled(x_BTD, config.embed_scale)
+        if config.embedding_norm:
+            x_BTD = norm_of(config, "embedding_norm")(x_BTD)
         positions_BT = call.positions_BT
         if call.end_B is not None:
             # Padding may be beyond the learned positions, and NaN there would spread by attention.
@@ -281,6 +286,11 @@ class Decoder(nn.Module):
         if call.records:
             self.put_variable("intermediates", "layers", recorded)
         return x_BTD, cached_layers
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a factor, without a product where that is 1."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def last_real(x_BTD: jax.Array, num_tokens_B: jax.Array | None) -> jax.Array:
