@@ -29,7 +29,7 @@ class UsedWhere:
 
 _WITH_ROTARY = UsedWhere(lambda model: model.positions == "rotary")
 _WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling != "none")
-_WITH_LLAMA3_SCALING = UsedWhere(lambda model: model.rotary_scaling == "llama3")
+_WITH_SCALING_BY_TURNS = UsedWhere(lambda model: model.rotary_scaling in ("llama3", "yarn"))
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
 _WITH_MUON = UsedWhere(lambda optimizer: optimizer.name == "muon")
 _WITH_WSD = UsedWhere(lambda optimizer: optimizer.schedule == "wsd")
@@ -131,16 +131,18 @@ class ModelConfig(_Shown):
     """which numbers of the rotated part R turn as a pair: half: i and i + R/2; interleaved: 2 i and 2 i + 1"""
     rotary_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (True,)
     """which layers rotate, repeated over the stack: [true, true, true, false] leaves every fourth without positions"""
-    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """how rotary wavelengths are stretched to reach beyond the length of the first training"""
     rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15), _WITH_ROTARY_SCALING] = 8.0
     """by how much they are stretched"""
-    rotary_low_frequency_factor: Annotated[Positive, _WITH_LLAMA3_SCALING] = 1.0
-    """llama3: wavelengths over original context / this are stretched in full"""
-    rotary_high_frequency_factor: Annotated[Positive, _WITH_LLAMA3_SCALING] = 4.0
-    """llama3: wavelengths under original context / this stay as they are"""
-    rotary_original_context: Annotated[Count, _WITH_LLAMA3_SCALING] = 8192
-    """llama3: the context length of the first training, in tokens"""
+    rotary_low_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 1.0
+    """llama3, yarn: wavelengths over original context / this are stretched in full"""
+    rotary_high_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 4.0
+    """llama3, yarn: wavelengths under original context / this stay as they are; yarn's own value is 32"""
+    rotary_original_context: Annotated[Count, _WITH_SCALING_BY_TURNS] = 8192
+    """llama3, yarn: the context length of the first training, in tokens"""
+    rotary_magnitude: Annotated[Positive, UsedWhere(lambda model: model.rotary_scaling == "yarn")] = 1.0
+    """yarn: what is rotated is also multiplied by this, in queries and in keys; its own value is 0.1 ln(factor) + 1"""
     embed_scale: Positive = 1.0
     """token embeddings are multiplied by this"""
     embedding_norm: bool = False

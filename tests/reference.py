@@ -62,8 +62,32 @@ def rotary_frequencies(head_width, config, window=None):
             frequency = frequency / config.rotary_scaling_factor
         if config.rotary_scaling == "llama3":
             frequency = llama3_frequency(frequency, config)
+        if config.rotary_scaling == "yarn":
+            frequency = yarn_frequency(i, frequency, rotated, config)
         frequencies.append(frequency)
     return frequencies
+
+
+def yarn_frequency(i, frequency, rotated, config):
+    """Peng et al. 2023, and `yarn_find_correction_range` and `yarn_linear_ramp_mask` in their code."""
+
+    def pair(turns):
+        log = math.log(config.rotary_original_context / (turns * 2 * math.pi))
+        return rotated * log / (2 * math.log(config.rotary_base))
+
+    low = max(math.floor(pair(config.rotary_high_frequency_factor)), 0)
+    high = min(math.ceil(pair(config.rotary_low_frequency_factor)), rotated - 1)
+    if low == high:
+        high += 0.001
+    stretched = min(max((i - low) / (high - low), 0.0), 1.0)
+    return frequency / config.rotary_scaling_factor * stretched + frequency * (1 - stretched)
+
+
+def magnitude(config, window):
+    """The other half of YaRN: rotated numbers grow, so that the softmax stays as sharp; not in windows of Gemma 3."""
+    if config.rotary_scaling != "yarn" or (window is not None and config.rotary_window_base is not None):
+        return 1.0
+    return config.rotary_magnitude
 
 
 def llama3_frequency(frequency, config):
@@ -217,6 +241,7 @@ def self_attention(x_TD, params, config, window, rotates=True):
             if config.positions == "rotary" and rotates:
                 frequencies = rotary_frequencies(array.shape[2], config, window)
                 array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
+                array[t, head, : 2 * len(frequencies)] *= magnitude(config, window)
             if config.qk_norm == "head" and config.qk_norm_position == "after":
                 array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
         for t in range(len(array)):

@@ -115,6 +115,12 @@ CHOICES = {
         **{"feed_forward": "relu_squared", "positions": "none", "num_kv_heads": 1, "remat": "dots"},
         **{"norm_scale": False, "qk_norm": "head"},
     },
+    "yarn": {
+        **{"positions": "rotary", "rotary_scaling": "yarn", "rotary_scaling_factor": 4.0, "rotary_fraction": 0.8},
+        **{"rotary_original_context": 29, "rotary_high_frequency_factor": 6.0, "rotary_magnitude": 1.3},
+        **{"rotary_low_frequency_factor": 0.4, "window": 3, "window_pattern": (True, False)},
+        **{"rotary_window_base": 97.0},
+    },
     "stretched": {
         "positions": "rotary",
         "rotary_scaling": "linear",

@@ -226,6 +226,21 @@ SHAPES |= {
         SIZES | {"num_key_value_heads": 1, "num_hidden_layers": 3, "rope_parameters": LLAMA3},
     ],
 }
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 20}
+YARN |= {"beta_fast": 3.0, "beta_slow": 0.4}
+SHAPES["llama"].append(SIZES | {"rope_parameters": YARN, "head_dim": 20})
+SHAPES["gpt_neox"].append(NEOX | {"rotary_pct": 0.67, "rope_scaling": YARN | {"attention_factor": 1.7}})
+SHAPES |= {
+    "olmo3": [
+        SIZES
+        | {"sliding_window": WINDOW, "layer_types": SLIDING_FIRST, "head_dim": 16}
+        | {
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 70}}
+        },
+        SIZES | {"sliding_window": WINDOW, "num_hidden_layers": 5, "tie_word_embeddings": True, "attention_bias": True},
+        SIZES | {"sliding_window": WINDOW, "rope_scaling": YARN, "num_key_value_heads": 1, "num_hidden_layers": 4},
+    ],
+}
 FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3}
 BLOOM = {"vocab_size": V, "hidden_size": 24, "n_layer": 2, "n_head": 4, "seq_length": CONTEXT}
 SHAPES |= {
@@ -274,7 +289,7 @@ SHAPES |= {
 NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo", "mpt"}
 NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium", "smollm3", "exaone4"}
 NEW_TABLES |= {"jais2", "internlm3", "iquestcoder", "gptj", "hyperclovax", "cohere", "cohere2"}
-NEW_TABLES |= {"phi", "granite", "bloom", "hunyuan_v1_dense"}
+NEW_TABLES |= {"olmo3", "phi", "granite", "bloom", "hunyuan_v1_dense"}
 # One shape per family, not the same number for all; with --full, all.
 a_case_each = pytest.mark.parametrize(
     ("model_type", "number"),

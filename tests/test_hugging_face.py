@@ -416,7 +416,7 @@ TWO_BASES = {"full_attention": {}, "sliding_attention": {"rope_theta": 8.0}}
         ("llama", {"hidden_size": "14"}, "hidden_size = '14' must be a positive whole number"),
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads = 3"),
         ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, "mscale = 1.0"),
         ("llama", {"rope_scaling": [2.0]}, "rope_scaling = [2.0] must be an object"),

@@ -202,6 +202,8 @@ BLOOM |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "slow_but_exact": Fal
 HUNYUAN = LLAMA31 | {"model_type": "hunyuan_v1_dense", "head_dim": 8, "attention_head_dim": 8, "eod_token_id": 3}
 HUNYUAN |= {"use_qk_norm": True, "norm_type": "rms", "use_cla": False, "cla_share_factor": 2, "rope_theta": 10000.0}
 HUNYUAN_ROPE = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+OLMO3 = OLMO2 | {"model_type": "olmo3", "sliding_window": 7, "rope_theta": 500000}
 INTERNLM3 = LLAMA2 | {
     "model_type": "internlm3",
     "head_dim": 8,
@@ -374,6 +376,14 @@ OPENS = {
     "bloomz": BLOOM | V4 | {"n_embed": 32, "num_attention_heads": 4},
     "hunyuan-0.5b": HUNYUAN | V4 | {"rope_scaling": HUNYUAN_ROPE | {"type": "dynamic"}},
     "hunyuan saved by 5": new_rope(HUNYUAN, **HUNYUAN_ROPE | {"rope_type": "dynamic"}),
+    "qwen2.5 with yarn": QWEN2 | V4 | {"rope_scaling": YARN},
+    "qwen3 with yarn": QWEN3 | V4 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "yarn with scales": LLAMA2 | V4 | {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 8}},
+    "gemma3 with yarn": GEMMA3 | V4 | {"rope_scaling": YARN},
+    "neox with yarn": NEOX | V4 | {"rotary_pct": 0.5, "rope_scaling": YARN | {"attention_factor": 1.4, "factor": None}},
+    "olmo-3-7b": OLMO3
+    | V4
+    | {"rope_scaling": without(YARN, "type") | {"rope_type": "yarn"}, "layer_types": LAYER_TYPES},
     "olmo-1b": OLMO | V4 | {"tie_word_embeddings": True, "rope_theta": 10000.0},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
@@ -385,7 +395,16 @@ NOT_IN_TRANSFORMERS = {"mistral with window 0"}
 REFUSED = {
     "llama-2-gptq": (LLAMA2 | {"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "quantised weights"),
     "qwen-mlx": (QWEN2 | {"quantization": {"group_size": 64, "bits": 4}}, "quantised weights"),
-    "qwen2.5 with yarn": (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+    "yarn without whole numbers": (
+        QWEN2 | {"rope_scaling": YARN | {"truncate": False}},
+        "truncate = False must be true",
+    ),
+    "yarn of a word": (
+        QWEN2 | {"rope_scaling": YARN | {"beta_fast": "x"}},
+        "beta_fast = 'x' must be a positive number",
+    ),
+    "olmo3 with an old name": (OLMO3 | {"rope_scaling": YARN}, "rope_scaling.type = 'yarn' must be called rope_type"),
+    "olmo3 with one table": (OLMO3 | {"rope_parameters": {"rope_theta": 5.0}}, "must hold full_attention"),
     "phi-3 128k": (PHI3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type = 'longrope'"),
     "yarn-llama": (LLAMA2 | {"auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"}}, "auto_map names Python"),
     "llama with dynamic": (LLAMA2 | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
@@ -529,7 +548,7 @@ BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, 
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
 NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
-NEW = (*NEW, PHI, GPTJ, GRANITE, CLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO, JAIS2, INTERNLM3, IQUEST)
+NEW = (*NEW, OLMO3, PHI, GPTJ, GRANITE, CLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO, JAIS2, INTERNLM3, IQUEST)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}

@@ -35,6 +35,7 @@ VALUES = {
     "rotary_low_frequency_factor": (1.0, 1.5),
     "rotary_high_frequency_factor": (4.0, 6.0),
     "rotary_original_context": (8192, 24),
+    "rotary_magnitude": (1.0, 1.3),
     "embed_scale": (1.0, 3.7),
     "residual_scale": (1.0, 0.7),
     "logit_scale": (1.0, 1.9),

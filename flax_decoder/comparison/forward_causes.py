@@ -262,6 +262,7 @@ def _pairs(x_BTNR: Array, layout: str) -> Array:
 
 def _angles(before: Array, after: Array) -> tuple[Array, float] | None:
     """Angle per position, and the position of the first token, if all tokens turn by such angles."""
+    after = after * (np.linalg.norm(before) / max(np.linalg.norm(after), 1e-300))  # YaRN's magnitude is no angle
     turns_TR = (after * before.conj()).sum((0, 2))
     per_step_R = np.angle(turns_TR[1:] * turns_TR[:-1].conj()).mean(0)
     first_R = np.angle(turns_TR[0])
@@ -289,6 +290,13 @@ def _angle_ratio(row: Mismatch) -> Found:
     ratio = ours.angles / theirs.angles
     constant = same(ratio, np.full_like(ratio, ratio[0])) and not math.isclose(ratio[0], 1, rel_tol=TOLERANCE)
     return constant and {"ratio": ratio[0]}
+
+
+def _magnitude(row: Mismatch) -> Found:
+    """Whether what turns is multiplied by different numbers on the two sides."""
+    turned_H = np.abs(row.theirs - row.input(row.kind.removesuffix("_rotated"))).max((0, 1, 2)) > 0
+    factor = factor_between(row.ours[..., turned_H], row.theirs[..., turned_H])
+    return factor is not None and not math.isclose(abs(factor), 1, rel_tol=TOLERANCE) and {"ratio": factor}
 
 
 def _opposite(row: Mismatch) -> bool:
@@ -487,6 +495,7 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (PROJECTION, _mixed_heads, "heads and head width are mixed up in a reshape"),
     (PROJECTION, _other_weights, OTHER),
     (ROTATED, one_side(_unturned), "rotary positions: {side} does not turn it, in this layer or in all"),
+    (ROTATED, _magnitude, "rotary magnitude: what ours turns is {ratio:.6g} times PyTorch's"),
     (ROTATED, one_side(_no_rotation), "what {side} does to it is no rotation of pairs"),
     (ROTATED, rotation("layout"), "rotary layout: ours turns {ours.layout} pairs, PyTorch {theirs.layout} pairs"),
     (ROTATED, rotation("width"), "rotary fraction: ours turns {ours.width} numbers of a head, PyTorch {theirs.width}"),

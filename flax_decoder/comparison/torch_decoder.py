@@ -166,6 +166,11 @@ class SelfAttention(nn.Module):
         if self.config.positions == "rotary" and self.kind.rotates:
             frequencies = rotary_frequencies(self.config, self.kind.window)
             q, k = (rotate(y, frequencies, self.config.rotary_layout) for y in (q, k))
+            is_stretched = self.kind.window is None or self.config.rotary_window_base is None
+            if self.config.rotary_scaling == "yarn" and is_stretched:
+                factors = torch.ones(self.config.head_width, dtype=q.dtype)
+                factors[: 2 * len(frequencies)] = self.config.rotary_magnitude
+                q, k = q * factors, k * factors
         if self.config.qk_norm == "head" and not before:
             q, k = self.query_norm(q), self.key_norm(k)
         elif self.config.qk_norm == "all" and not before:
@@ -245,6 +250,16 @@ def rotary_frequencies(config: ModelConfig, window: int | None) -> torch.Tensor:
         low, high = config.rotary_low_frequency_factor, config.rotary_high_frequency_factor
         kept = (config.rotary_original_context * frequencies / (2 * math.pi) - low) / (high - low)
         return torch.lerp(stretched, frequencies, kept.clamp(0, 1))
+    if config.rotary_scaling == "yarn":
+        low, high = (
+            width
+            * math.log(config.rotary_original_context / (2 * math.pi * turns))
+            / (2 * math.log(config.rotary_base))
+            for turns in (config.rotary_high_frequency_factor, config.rotary_low_frequency_factor)
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+        ramp = (torch.arange(width // 2, dtype=torch.float64) - low) / (high - low if high != low else 0.001)
+        return torch.lerp(frequencies, stretched, ramp.clamp(0, 1))
     return frequencies
 
 

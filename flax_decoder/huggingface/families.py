@@ -559,6 +559,14 @@ IQUESTCODER = replace(
     ignored=frozenset({"max_window_layers"}),  # it counts only with use_sliding_window
 )
 
+OLMO3 = replace(
+    OLMO2,
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    rotary=Rotary(default_base=500_000.0, default_window_base=500_000.0, by_kind=True),
+    windows=Windows("periodic", default=4096, period=4),
+)
+
 PHI = Family(
     "phi",
     "PhiForCausalLM",
@@ -754,7 +762,7 @@ _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
     *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
     *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
-    *(JAIS2, INTERNLM3, IQUESTCODER, OLMO, PHI, GPTJ, GRANITE, HYPERCLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN),
+    *(JAIS2, INTERNLM3, IQUESTCODER, OLMO, PHI, GPTJ, GRANITE, HYPERCLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO3),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 

@@ -18,7 +18,7 @@ from flax_decoder.nn.kernels.choice import choose_attention
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.nn.norm import Norm
-from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
+from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotary_magnitude, rotate
 from flax_decoder.nn.precision import accumulation_dtype
 
 
@@ -67,7 +67,8 @@ class SelfAttention(nn.Module):
 
         if config.positions == "rotary":
             with jax.named_scope("rotary"):
-                turn = functools.partial(rotate, layout=config.rotary_layout)
+                magnitude = rotary_magnitude(config, kind)
+                turn = functools.partial(rotate, layout=config.rotary_layout, magnitude=magnitude)
                 frequencies = rotary_frequencies(config, kind)
                 q_BTNH, k_BTKH = (turn(x, call.positions_BT, frequencies) for x in (q_BTNH, k_BTKH))
                 if config.qk_norm_position == "after":
