@@ -366,7 +366,7 @@ def check(result, row, cause):
     assert first in result.conclusion and result.cause in result.conclusion
 
 
-def interleaved_rotate(x_BTNH, positions_BT, frequencies, layout):
+def interleaved_rotate(x_BTNH, positions_BT, frequencies, **_):
     """`positions.rotate` for pairs of neighbours."""
     return rotate(x_BTNH, positions_BT, frequencies, "interleaved")
 
@@ -396,7 +396,7 @@ def unshifted_accumulation(state, batch, rng):
 
 
 def rotate_at(positions):
-    return lambda x_BTNH, positions_BT, frequencies: ROTATE(x_BTNH, positions(positions_BT), frequencies)
+    return lambda x_BTNH, positions_BT, *rest, **settings: ROTATE(x_BTNH, positions(positions_BT), *rest, **settings)
 
 
 def softmax_over_queries(*arguments, hook, **settings):
