@@ -262,7 +262,7 @@ def _pairs(x_BTNR: Array, layout: str) -> Array:
 
 def _angles(before: Array, after: Array) -> tuple[Array, float] | None:
     """Angle per position, and the position of the first token, if all tokens turn by such angles."""
-    after = after * (np.linalg.norm(before) / max(np.linalg.norm(after), 1e-300))  # YaRN's magnitude is no angle
+    after = after * (np.linalg.norm(before) / max(float(np.linalg.norm(after)), 1e-300))  # YaRN's magnitude is no angle
     turns_TR = (after * before.conj()).sum((0, 2))
     per_step_R = np.angle(turns_TR[1:] * turns_TR[:-1].conj()).mean(0)
     first_R = np.angle(turns_TR[0])
