@@ -115,7 +115,9 @@ def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type
             assert any("RMSNorm" in name for name in theirs.casts) == rms
     assert worst[False, "logits"] <= 2e-5 and worst[False, "gradient"] <= 1e-4
     assert worst[False, "loss"] <= 1e-5 and worst[False, "params"] <= 1e-4
-    assert max(value for (exact, _), value in worst.items() if exact) <= 1e-10
+    # The code of BLOOM has the constants of its GELU with eight digits.
+    bound = 1e-8 if model_type == "bloom" else 1e-10
+    assert max(value for (exact, _), value in worst.items() if exact) <= bound
 
 
 def test_a_gradient_that_is_truly_zero_is_no_difference():
