@@ -29,7 +29,7 @@ class UsedWhere:
 
 _WITH_ROTARY = UsedWhere(lambda model: model.positions == "rotary")
 _WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling != "none")
-_WITH_LLAMA3_SCALING = UsedWhere(lambda model: model.rotary_scaling == "llama3")
+_WITH_SCALING_BY_TURNS = UsedWhere(lambda model: model.rotary_scaling in ("llama3", "yarn"))
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
 _WITHOUT_VALIDATION_PATH = UsedWhere(lambda data: data.validation_path is None)
 _WITH_MUON = UsedWhere(lambda optimizer: optimizer.name == "muon")
@@ -154,18 +154,22 @@ class ModelConfig(_Shown):
     """which numbers of the rotated part R turn as a pair: half: i and i + R/2; interleaved: 2 i and 2 i + 1"""
     rotary_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (True,)
     """which layers rotate, repeated over the stack: [true, true, true, false] leaves every fourth without positions"""
-    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """how rotary wavelengths are stretched to reach beyond the length of the first training"""
     rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15), _WITH_ROTARY_SCALING] = 8.0
     """by how much they are stretched"""
-    rotary_low_frequency_factor: Annotated[Positive, _WITH_LLAMA3_SCALING] = 1.0
-    """llama3: wavelengths over original context / this are stretched in full"""
-    rotary_high_frequency_factor: Annotated[Positive, _WITH_LLAMA3_SCALING] = 4.0
-    """llama3: wavelengths under original context / this stay as they are"""
-    rotary_original_context: Annotated[Count, _WITH_LLAMA3_SCALING] = 8192
-    """llama3: the context length of the first training, in tokens"""
+    rotary_low_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 1.0
+    """llama3, yarn: wavelengths over original context / this are stretched in full"""
+    rotary_high_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 4.0
+    """llama3, yarn: wavelengths under original context / this stay as they are; yarn's own value is 32"""
+    rotary_original_context: Annotated[Count, _WITH_SCALING_BY_TURNS] = 8192
+    """llama3, yarn: the context length of the first training, in tokens"""
+    rotary_magnitude: Annotated[Positive, UsedWhere(lambda model: model.rotary_scaling == "yarn")] = 1.0
+    """yarn: what is rotated is also multiplied by this, in queries and in keys; its own value is 0.1 ln(factor) + 1"""
     embed_scale: Positive = 1.0
     """token embeddings are multiplied by this"""
+    embedding_norm: bool = False
+    """token embeddings go through a norm, before positions are added"""
 
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """how activations are normalised"""
@@ -175,12 +179,20 @@ class ModelConfig(_Shown):
     """pre: x + f(norm(x)); post: norm(x + f(x)); both: x + norm(f(norm(x))); output: x + norm(f(x))"""
     parallel_residual: bool = False
     """attention and feed-forward read the same input: x + attention(norm(x)) + feed_forward(norm(x))"""
+    shared_norm: bool = False
+    """with parallel_residual: they read the output of one norm; without, each has its own"""
+    residual_scale: Positive = 1.0
+    """what attention and feed-forward add to the residual stream is multiplied by this"""
     qk_norm: Literal["none", "head", "all"] = "none"
-    """normalises queries and keys (RMS) before the rotation: over the width of each head, or over all heads at once"""
+    """normalises queries and keys (RMS): over the width of each head, or over all heads at once"""
+    qk_norm_position: Annotated[Literal["before", "after"], UsedWhere(lambda model: model.qk_norm != "none")] = "before"
+    """queries and keys are normalised before they are rotated, or after"""
 
     final_norm: bool = True
     """a norm between the last block and the head; post-norm models often have none"""
 
+    norm_scale: bool = True
+    """norms learn a factor for each number; false: they normalise, and learn nothing"""
     norm_bias: bool = False
     """LayerNorm also learns a shift"""
     attention_in_bias: bool = False
@@ -202,6 +214,8 @@ class ModelConfig(_Shown):
     """scores are multiplied by this; left out, 1 / sqrt(H)"""
     attention_soft_cap: Positive | None = None
     """scores are squashed into ± this by tanh"""
+    logit_scale: Positive = 1.0
+    """logits are multiplied by this"""
     logit_soft_cap: Positive | None = None
     """logits are squashed into ± this by tanh"""
 
@@ -243,6 +257,11 @@ class ModelConfig(_Shown):
     def mlp_width(self) -> int:
         """F, width of the feed-forward layer."""
         return self.mlp_dim or 4 * self.embed_dim
+
+    @property
+    def normalises_before(self) -> bool:
+        """Whether queries and keys are normalised before they are rotated."""
+        return self.qk_norm != "none" and self.qk_norm_position == "before"
 
     @property
     def output_stddev(self) -> float:
@@ -324,9 +343,18 @@ class ModelConfig(_Shown):
             'norm_bias = true needs norm = "layernorm": RMSNorm has no shift',
         )
         refuse_if(
+            self.norm_bias and not self.norm_scale,
+            "norm_bias = true needs norm_scale = true, or both false",
+        )
+        refuse_if(
             self.parallel_residual and self.norm_position != "pre",
             f'parallel_residual = true needs norm_position = "pre", not "{self.norm_position}"',
         )
+        refuse_if(
+            self.qk_norm != "none" and self.qk_norm_position == "after" and not rotary,
+            f'qk_norm_position = "after" needs positions = "rotary", not "{self.positions}"',
+        )
+        refuse_if(self.shared_norm and not self.parallel_residual, "shared_norm = true needs parallel_residual = true")
         refuse_if(
             self.window is None and self.window_pattern != (True,),
             "window_pattern says which layers have a window, but window is not set",

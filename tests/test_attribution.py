@@ -37,6 +37,11 @@ ORDERS = {
     },
     "output": {**BIASES, "norm_position": "output", "num_kv_heads": 1, "scan_layers": True},
     "rms": {"norm": "rmsnorm", "norm_position": "post", "positions": "alibi", "logit_soft_cap": 1.9},
+    "no scale": {"norm_position": "both", "norm_scale": False, "residual_scale": 0.7},
+    "scaled": {
+        **{**BIASES, "embedding_norm": True, "residual_scale": 0.7, "logit_scale": 1.9, "head_bias": True},
+        **{"embed_scale": 3.7, "parallel_residual": True, "shared_norm": True},
+    },
 }
 
 
@@ -112,7 +117,7 @@ def alone(part, model, params, seen):
     params = reference.map_leaves(lambda leaf: np.asarray(leaf, np.float64), params)
     head_VD = params["embedding"] if config.tied_head else params["head"].T
     bias_V = params["head_bias"] if config.head_bias and part == ("bias",) else np.zeros(V)
-    return (own_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT]
+    return config.logit_scale * ((own_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT])
 
 
 def streams(part, model, params, seen):
@@ -129,14 +134,15 @@ def streams(part, model, params, seen):
     def norm(params, whole_BTD, own_BTD):
         if config.norm == "layernorm":
             whole_BTD, own_BTD = (x_BTD - x_BTD.mean(-1, keepdims=True) for x_BTD in (whole_BTD, own_BTD))
-        gain_BTD = params["scale"] / np.sqrt((whole_BTD**2).mean(-1, keepdims=True) + config.norm_epsilon)
+        gain_BTD = params.get("scale", 1.0) / np.sqrt((whole_BTD**2).mean(-1, keepdims=True) + config.norm_epsilon)
         bias_D = params.get("bias", 0.0)
         return whole_BTD * gain_BTD + bias_D, own_BTD * gain_BTD + bias_D * (kind == "bias")
 
     def add(name, params, streams, writes):
         if config.norm_position in ("both", "output"):
-            writes = norm(params[f"{name}_output_norm"], *writes)
-        streams = [stream_BTD + write_BTD for stream_BTD, write_BTD in zip(streams, writes, strict=True)]
+            writes = norm(params.get(f"{name}_output_norm", {}), *writes)
+        pairs, scale = zip(streams, writes, strict=True), config.residual_scale
+        streams = [stream_BTD + scale * write_BTD for stream_BTD, write_BTD in pairs]
         return norm(params[f"{name}_norm"], *streams) if config.norm_position == "post" else streams
 
     token_BTD = params["embedding"][TOKENS_BT] * config.embed_scale
@@ -145,11 +151,14 @@ def streams(part, model, params, seen):
         position_BTD += params["positions"][:T]
     elif config.positions == "sinusoidal":
         position_BTD += [reference.sinusoidal(t, config.embed_dim) for t in range(T)]
-    now = (token_BTD + position_BTD, token_BTD * (kind == "token") + position_BTD * (kind == "position"))
+    streams = (token_BTD, token_BTD * (kind == "token"))
+    if config.embedding_norm:
+        streams = norm(params.get("embedding_norm", {}), *streams)
+    now = (streams[0] + position_BTD, streams[1] + position_BTD * (kind == "position"))
     given = []
     for i in range(config.num_layers):
         layer = reference.map_leaves(lambda leaf, i=i: leaf[i], params["layers"])
-        given.append(norm(layer["attention_norm"], *now) if config.norm_position in ("pre", "both") else now)
+        given.append(norm(layer.get("attention_norm", {}), *now) if config.norm_position in ("pre", "both") else now)
         out, down = layer["attention"]["out"], layer["feed_forward"]["down"]
         bias_D = out.get("bias", np.zeros(config.embed_dim))
         heads_BTD = np.einsum("btnh,nhd->btd", seen["heads"][i], out["kernel"])
@@ -161,7 +170,7 @@ def streams(part, model, params, seen):
         now = add("attention", layer, now, (heads_BTD + bias_D, own_BTD))
         whole_BTD = seen["hidden"][i] @ down["kernel"] + down.get("bias", 0.0)
         now = add("feed_forward", layer, now, (whole_BTD, whole_BTD * (kind == "feed_forward" and which in ([], [i]))))
-    return [*given, norm(params["final_norm"], *now) if config.final_norm else now]
+    return [*given, norm(params.get("final_norm", {}), *now) if config.final_norm else now]
 
 
 @pytest.mark.short("both")

@@ -19,8 +19,8 @@ from flax import struct
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.lens.attribution import linear, score_parts, score_scale
-from flax_decoder.lens.capture import Activations, stacked_layers
-from flax_decoder.nn.decoder import Decoder
+from flax_decoder.lens.capture import Activations, norm_params, stacked_layers
+from flax_decoder.nn.decoder import Decoder, scaled
 
 # Axis O.
 ORIGINS = ("token", "position", "heads", "feed_forward", "bias")
@@ -32,7 +32,8 @@ class ScoreOrigins(struct.PyTreeNode):
 
     Attributes:
         pairs_OO: origin of the query times origin of the key, in the order of `ORIGINS`, before the rotation.
-        rotation: the change by the rotation; 0 unless positions are rotary.
+        rotation: the change by the rotation, and by a norm of queries and keys that follows it; 0 unless positions are
+            rotary.
         soft_cap: the change by the soft cap; 0 if there is none.
         position: the ALiBi bias; 0 if there is none.
         mask: minus infinity if the key is masked, else 0.
@@ -104,7 +105,10 @@ def query_and_key_origins(
     embeddings_BTD = activations["embeddings"]
     dtype = embeddings_BTD.dtype
     token_BTD = jnp.take(params["embedding"], tokens_BT, axis=0).astype(dtype) * config.embed_scale
-    stream_BTOD = _at(TOKEN, token_BTD) + _at(POSITION, embeddings_BTD - token_BTD)
+    stream_BTOD = _at(TOKEN, token_BTD)
+    if config.embedding_norm:
+        stream_BTOD = _through_norm(config, norm_params(params, "embedding_norm"), stream_BTOD)
+    stream_BTOD += _at(POSITION, embeddings_BTD - stream_BTOD.sum(2))
     per_layer = stacked_layers(params), activations["heads"], activations["hidden"]
     _, (q_LBTONH, k_LBTOKH) = jax.lax.scan(functools.partial(_through_layer, config), stream_BTOD, per_layer)
     return q_LBTONH, k_LBTOKH
@@ -119,7 +123,7 @@ def _through_layer(
     attention = params["attention"]
     h_BTOD = stream_BTOD
     if config.norm_position in ("pre", "both"):
-        h_BTOD = _through_norm(config, params["attention_norm"], stream_BTOD)
+        h_BTOD = _through_norm(config, norm_params(params, "attention_norm"), stream_BTOD)
     q_BTONH = _project(config, attention, "query", h_BTOD)
     k_BTOKH = _project(config, attention, "key", h_BTOD)
 
@@ -139,11 +143,12 @@ def _at(origin: int, x_BTD: jax.Array) -> jax.Array:
 
 def _add(config: ModelConfig, params: Any, part: str, x_BTOD: jax.Array, write_BTOD: jax.Array) -> jax.Array:
     """One of the two sums of a block by origin: x + write, norm(x + write) or x + norm(write)."""
-    if config.norm_position == "post":
-        return _through_norm(config, params[f"{part}_norm"], x_BTOD + write_BTOD)
     if config.norm_position in ("both", "output"):
-        return x_BTOD + _through_norm(config, params[f"{part}_output_norm"], write_BTOD)
-    return x_BTOD + write_BTOD
+        write_BTOD = _through_norm(config, norm_params(params, f"{part}_output_norm"), write_BTOD)
+    sum_BTOD = x_BTOD + scaled(write_BTOD, config.residual_scale)
+    if config.norm_position == "post":
+        return _through_norm(config, norm_params(params, f"{part}_norm"), sum_BTOD)
+    return sum_BTOD
 
 
 def _through_norm(config: ModelConfig, params: Any, x_BTOD: jax.Array) -> jax.Array:
@@ -151,7 +156,9 @@ def _through_norm(config: ModelConfig, params: Any, x_BTOD: jax.Array) -> jax.Ar
     if config.norm == "layernorm":
         x_BTOD = x_BTOD - x_BTOD.mean(-1, keepdims=True)
     mean_square_BT11 = jnp.square(x_BTOD.sum(2, keepdims=True)).mean(-1, keepdims=True)
-    x_BTOD = x_BTOD * jax.lax.rsqrt(mean_square_BT11 + config.norm_epsilon) * params["scale"][None, None, None]
+    x_BTOD = x_BTOD * jax.lax.rsqrt(mean_square_BT11 + config.norm_epsilon)
+    if "scale" in params:
+        x_BTOD = x_BTOD * params["scale"].astype(x_BTOD.dtype)[None, None, None]
     return x_BTOD + _at(BIAS, params["bias"][None, None]) if "bias" in params else x_BTOD
 
 
@@ -160,7 +167,7 @@ def _project(config: ModelConfig, params: Any, name: str, h_BTOD: jax.Array) -> 
     x_BTONH = jnp.einsum("BTOD,DNH->BTONH", h_BTOD, params[name]["kernel"])
     if "bias" in params[name]:
         x_BTONH = x_BTONH.at[:, :, BIAS].add(params[name]["bias"][None, None])
-    if config.qk_norm == "none":
+    if config.qk_norm == "none" or config.qk_norm_position == "after":  # then it belongs to what the rotation changes
         return x_BTONH
     axes = (-1,) if config.qk_norm == "head" else (-2, -1)
     mean_square = jnp.square(x_BTONH.sum(2, keepdims=True)).mean(axes, keepdims=True)

@@ -12,7 +12,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.lens.attribution import attribute_activations, normalise, score_scale
-from flax_decoder.lens.capture import capture
+from flax_decoder.lens.capture import capture, final_norm_params
 from flax_decoder.lens.head_scores import head_scores
 from flax_decoder.lens.origins import ORIGINS, query_and_key_origins
 from flax_decoder.lens.packing import pack
@@ -232,7 +232,7 @@ def _guesses(model: Decoder, params: Any, streams_MTD: jax.Array, num_ids: int) 
     """The logit lens: the likeliest next tokens after each layer and their probabilities, (M, T, NUM_GUESSES)."""
 
     def guess(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        normed_BTD = normalise(model.config, params.get("final_norm"), x_TD[None])
+        normed_BTD = normalise(model.config, final_norm_params(model.config, params), x_TD[None])
         logits_BTV: Any = model.apply({"params": head_params(params)}, normed_BTD, method="logits")
         shares, tokens = jax.lax.top_k(jax.nn.softmax(logits_BTV[0])[:, :num_ids], min(NUM_GUESSES, num_ids))
         return tokens, shares

@@ -19,7 +19,7 @@ from flax_decoder.nn.embedding import look_up
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.mask import document_starts
-from flax_decoder.nn.norm import Norm
+from flax_decoder.nn.norm import norm_of
 from flax_decoder.nn.positions import sinusoidal
 from flax_decoder.nn.precision import accumulation_dtype, add_parameter, in_own_precision, widened_to
 from flax_decoder.nn.stack import (
@@ -52,22 +52,25 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerKV | None]:
         """Adds the writes of this layer to the residual stream; see `SelfAttention` for the arguments."""
         config, record = self.config, call.hook(self)
-        norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.norm_bias)
+        norm = functools.partial(norm_of, config)
         before = config.norm_position in ("pre", "both")
         after = config.norm_position in ("both", "output")
         dropout = nn.Dropout(config.dropout, deterministic=call.deterministic)
 
-        h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
-        h_BTD, cached = SelfAttention(config, name="attention")(h_BTD, call, kind, cached)
+        input_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
+        h_BTD, cached = SelfAttention(config, name="attention")(input_BTD, call, kind, cached)
         h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
+        h_BTD = scaled(h_BTD, config.residual_scale)
         attended_BTD = x_BTD + dropout(record("attention_write", h_BTD))
         if config.norm_position == "post":
             attended_BTD = norm(name="attention_norm")(attended_BTD)
 
-        h_BTD = x_BTD if config.parallel_residual else attended_BTD
-        h_BTD = norm(name="feed_forward_norm")(h_BTD) if before else h_BTD
-        h_BTD = FeedForward(config, name="feed_forward")(h_BTD, call)
+        if not config.shared_norm:
+            input_BTD = x_BTD if config.parallel_residual else attended_BTD
+            input_BTD = norm(name="feed_forward_norm")(input_BTD) if before else input_BTD
+        h_BTD = FeedForward(config, name="feed_forward")(input_BTD, call)
         h_BTD = norm(name="feed_forward_output_norm")(h_BTD) if after else h_BTD
+        h_BTD = scaled(h_BTD, config.residual_scale)
         x_BTD = attended_BTD + dropout(record("feed_forward_write", h_BTD))
         if config.norm_position == "post":
             x_BTD = norm(name="feed_forward_norm")(x_BTD)
@@ -144,7 +147,7 @@ class Decoder(nn.Module):
 
         x_BCD = last_real(x_BTD, num_tokens_B) if last_only else x_BTD  # the C positions whose logits are wanted
         if config.final_norm:
-            x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
+            x_BCD = norm_of(config, "final_norm")(x_BCD)
         if not config.tied_head:
             self.param("head", normal, (config.embed_dim, config.vocab_size))
         if config.head_bias:
@@ -221,6 +224,7 @@ class Decoder(nn.Module):
         if config.head_bias:
             bias_V: jax.Array = self.get_variable("params", "head_bias").astype(config.dtype)
             logits_BCV += bias_V[None, None].astype(dtype)
+        logits_BCV = scaled(logits_BCV, config.logit_scale)
         if config.logit_soft_cap is not None:
             logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
         return logits_BCV
@@ -233,8 +237,9 @@ class Decoder(nn.Module):
         embedding_VD = constrain(widened_to(embedding_VD, config.dtype), "vocab", "embed")
         x_BTD = look_up(embedding_VD, constrain(tokens_BT, "copies", "length")).astype(config.dtype)
         x_BTD = constrain(x_BTD, "copies", "length", "embed")
-        if config.embed_scale != 1:
-            x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
+        x_BTD = scaled(x_BTD, config.embed_scale)
+        if config.embedding_norm:
+            x_BTD = norm_of(config, "embedding_norm")(x_BTD)
         positions_BT = call.positions_BT
         if call.end_B is not None:
             # Padding may be beyond the learned positions, and NaN there would spread by attention.
@@ -294,6 +299,11 @@ class Decoder(nn.Module):
         if call.records:
             self.put_variable("intermediates", "layers", recorded)
         return x_BTD, cached_layers
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a factor, without a product where that is 1."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def last_real(x_BTD: jax.Array, num_tokens_B: jax.Array | None) -> jax.Array:
