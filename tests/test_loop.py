@@ -165,6 +165,7 @@ def test_what_a_run_folder_holds(finished, text):
         "loss.png",
         "sample.txt",
         "lens",
+        "run_id",
         ".lock",
     }
     config = fd.load_config(folder / "config.toml")
@@ -189,7 +190,7 @@ def test_what_a_line_of_metrics_says(finished):
     unknown = ("mfu", "mfu_causal")  # of a CPU
     fields = ("train_loss", "val_loss", "val_bits_per_byte", "learning_rate", "gradient_norm", *TIMES)
     for row in rows:
-        assert row.keys() == {"step", "tokens", "skipped_steps", *fields, *unknown}
+        assert row.keys() == {"step", "tokens", "skipped_steps", "run_id", *fields, *unknown}
         assert row["skipped_steps"] == 0
         assert all(row[name] == "unknown" for name in unknown)
         assert row["tokens"] == row["step"] * 2 * 8  # batch_size, context_length

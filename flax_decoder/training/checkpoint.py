@@ -25,6 +25,7 @@ from jax.sharding import SingleDeviceSharding
 
 from flax_decoder.errors import BrokenError, FaultError, UserError, as_whole_number
 from flax_decoder.io.files import flush_names, make_folder
+from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import is_first
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
@@ -47,14 +48,19 @@ class Checkpoints:
     """Writes the checkpoints of a run, each named by its number of completed steps.
 
     Parameters and optimizer state are separate items, so that generation reads only the parameters.
+
+    Attributes:
+        folder: the run folder; set it where the folder has been renamed.
     """
 
-    def __init__(self, folder: Path, keep_newest: int, facts: Mapping[str, Any] = NO_FACTS):
+    def __init__(self, folder: Path, keep_newest: int, facts: Mapping[str, Any] = NO_FACTS, place: Place | None = None):
         """Keeps the newest `keep_newest` checkpoints of a run folder, and the one with the lowest validation loss.
 
-        `facts` about the run, JSON values, become part of each manifest.
+        `facts` about the run, JSON values, become part of each manifest. With a `place`, a save that began before the
+        folder was renamed is committed where it is.
         """
-        self._folder = folder.absolute()
+        self.folder = folder
+        self._place = place
         self._keep_newest = keep_newest
         self._facts = facts
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(PARAMS, OPTIMIZER))
@@ -75,8 +81,12 @@ class Checkpoints:
         arrays = {PARAMS: state.params, OPTIMIZER: state.opt_state}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         facts = {"step": step, "val_loss": val_loss, **self._facts, **_describe(arrays)}
-        new = steps_folder(self._folder) / f"{_NEW}{step}"
-        with as_fault_error(new.parent):
+        # Orbax writes by path, for long: into the folder of the run also where it is renamed meanwhile.
+        folder = self.folder
+        if self._place is not None and jax.process_count() == 1:
+            folder = self._place.path_that_follows()
+        new = steps_folder(folder.absolute()) / f"{_NEW}{step}"
+        with as_fault_error(steps_folder(self.folder), written=new.parent):
             if is_first():
                 make_folder(new.parent)
             self._writer.save(new, args=ocp.args.Composite(**items))
@@ -112,12 +122,13 @@ class Checkpoints:
 
     def _finish(self, new: Path, facts: Mapping[str, Any]) -> None:
         """Commits a save when its arrays are written; runs in the background thread."""
-        with as_fault_error(new.parent):
+        with as_fault_error(steps_folder(self.folder), written=new.parent):
             try:
                 self._writer.wait_until_finished()
                 if is_first():
-                    commit(new, facts)
-                    prune(self._folder, self._keep_newest)
+                    folder = self.folder if self._place is None else self._place.find().absolute()
+                    commit(steps_folder(folder) / new.name, facts)
+                    prune(folder, self._keep_newest)
             except BaseException:
                 for leftover in new.parent.glob(f"{new.name}*"):  # the disk may be full
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -365,8 +376,8 @@ def _losses(folder: Path) -> dict[int, float | None]:
 
 
 @contextlib.contextmanager
-def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterator[None]:
-    """Turns errors of Python, Orbax and tensorstore into a FaultError of one line."""
+def as_fault_error(path: Path, what: str = "cannot save a checkpoint", written: Path | None = None) -> Iterator[None]:
+    """Turns errors of Python, Orbax and tensorstore, which may call `path` `written`, into a FaultError of one line."""
     try:
         with _without_late_results():
             yield
@@ -375,7 +386,8 @@ def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterat
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         # Tensorstore appends how the array is stored, in kilobytes of JSON.
-        raise FaultError(f"{path}: {what}: {reason[0].partition(' [tensorstore_spec')[0]}") from error
+        told = reason[0].partition(" [tensorstore_spec")[0].replace(str(written or path), str(path))
+        raise FaultError(f"{path}: {what}: {told}") from error
 
 
 @contextlib.contextmanager

@@ -1,15 +1,25 @@
-"""Turns SIGINT, SIGTERM and a failing output into a request that the training loop grants at the end of a step."""
+"""What makes the training loop stop at the end of a step: a signal, a failing output, a run folder that was renamed."""
 
 import os
 import signal
 import sys
 import threading
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Protocol, Self
 
+from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import guarded, print_escaped
-from flax_decoder.parallel.processes import max_over_processes
+from flax_decoder.parallel.processes import broadcast_path, max_over_processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Stands for a run folder that was renamed; above all signals.
+_RENAMED = 1000
+
+
+class Writer(Protocol):
+    """What writes into a run folder."""
+
+    folder: Path
 
 
 class Interruption:
@@ -20,21 +30,45 @@ class Interruption:
 
     A standard output that cannot be written counts as SIGPIPE. Nothing is printed any more.
 
+    A run folder that is renamed takes its writers along, for the last line and the last checkpoint: another run may
+    begin at its path.
+
     Attributes:
+        place: the run folder, in the process that has its lock; None in others.
         signal: the signal that was received, or None.
+        renamed: where the run folder is now, if it was renamed.
+        writers: what writes into the run folder.
         output_error: why standard output cannot be written; None if it can, or if its reader has just closed the pipe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place | None = None) -> None:
+        """Watches a run folder, in the process that has its lock."""
+        self.place = place
         self.signal: signal.Signals | None = None
+        self.renamed: Path | None = None
+        self.writers: list[Writer] = []
         self.output_error: OSError | None = None
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def requested(self) -> bool:
-        """Whether any process of the job has received a signal; all processes get the same answer."""
-        number = max_over_processes(self.signal or 0)
-        self.signal = signal.Signals(number) if number else None
+        """Whether any process of the job is to stop; all processes get the same answer. Call it before each write.
+
+        Raises:
+            FaultError: the run folder has been deleted, or moved to where it cannot be found.
+        """
+        stays = self.place is None or self.place.is_here()
+        number = max_over_processes((self.signal or 0) if stays else _RENAMED)
+        if number == _RENAMED:
+            self.renamed = broadcast_path(self.place.find if self.place is not None else None)
+            for writer in self.writers:
+                writer.folder = self.renamed
+        else:
+            self.signal = signal.Signals(number) if number else None
         return number > 0
+
+    def folder(self, otherwise: Path) -> Path:
+        """Where the run folder is now, in the process that has its lock; in others `otherwise`."""
+        return otherwise if self.place is None else self.place.find()
 
     def __enter__(self) -> Self:
         read_end, self._write_end = os.pipe()

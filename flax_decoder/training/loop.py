@@ -1,5 +1,6 @@
 """A training run from start to end."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -21,6 +22,7 @@ from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
 from flax_decoder.io.files import write_text
 from flax_decoder.io.lock import FolderLock
+from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
@@ -47,6 +49,7 @@ from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
 from flax_decoder.training.progress import Progress
 from flax_decoder.training.run_folder import facts_of, open_run, saved_config
+from flax_decoder.training.run_id import RUN_ID, read_id
 from flax_decoder.training.start import Start
 from flax_decoder.training.step import TrainState, init_state, jit_step
 
@@ -104,11 +107,14 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
                 + " or start another run with --run.folder"
             )
             return 0
-        if owner is not None:
-            owner.announce()
-            remove_unfinished(folder, done)
-            write_text(folder / "config.toml", to_toml(config))
-        with Interruption() as interruption:
+        with contextlib.ExitStack() as stack:
+            place = None
+            if owner is not None:
+                place = stack.enter_context(Place(folder))
+                owner.announce(read_id(folder / RUN_ID))
+                remove_unfinished(folder, done)
+                write_text(folder / "config.toml", to_toml(config))
+            interruption = stack.enter_context(Interruption(place))
             return train_from(done, config, folder, tokenizer, corpus, interruption, start)
 
 
@@ -136,18 +142,25 @@ def train_from(
         state = start.give(state)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
-    log = MetricsLog(config.run, folder, done, writes=processes.is_first())
+    log = MetricsLog(config.run, folder, done, read_id(folder / RUN_ID), writes=processes.is_first())
     watched = watched_tokens(config, tokenizer, corpus.validation_tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
     describe(model, state.params, tokenizer, corpus, mesh)
-    with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
+    facts = facts_of(config, folder)
+    with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts, interruption.place) as checkpoints:
+        interruption.writers = [log, watch, checkpoints]
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
             print_escaped(f"started from {start.path}: validation {before['val_loss']:.4f} before the first step")
         state = run_steps(training, schedule, model, state, corpus, mesh, checkpoints, log, watch, interruption)
     if not interruption.requested():
-        write_results(config, folder, model, state.params, tokenizer, corpus, log)
+        write_results(config, folder, interruption, model, state.params, tokenizer, corpus, log)
+    if interruption.renamed is not None:
+        raise FaultError(
+            f"{folder}: was renamed to {interruption.renamed} while it trained; saved there at step {int(state.step)}: "
+            "the same command with that --run.folder continues"
+        )
     if interruption.signal is None:
         return 0
     saved = f"saved at step {int(state.step)}; the same command continues"
@@ -201,6 +214,7 @@ def run_steps(
             metrics = jax.device_get(metrics)  # waits for the devices
             step_seconds.append(time.perf_counter() - start)
             limit_kept_memory()
+            interrupted = interruption.requested()
             checkpoints.check()
             watch.record(step, state.params)
             if not metrics["applied"]:
@@ -208,7 +222,6 @@ def run_steps(
                 print_escaped(skip_batch(training, state, batch, metrics, skipped))
             batch = next_batch
 
-            interrupted = interruption.requested()
             stops = interrupted or step == training.num_steps
             saves = stops or step % training.save_every == 0
             # After a signal, time is short: the state is saved, but evaluated only if an evaluation is due.
@@ -295,6 +308,7 @@ def describe_mesh(mesh: Mesh) -> str:
 def write_results(
     config: Config,
     folder: Path,
+    interruption: Interruption,
     model: Decoder,
     params: Any,
     tokenizer: Tokenizer,
@@ -303,13 +317,15 @@ def write_results(
 ) -> None:
     """Writes a sample and the loss curve, then prints the best loss, advice and the sample."""
     training = config.training
-    sample, curve = (folder / name for name in RESULTS)
     if training.sample_tokens > 0:
         params = processes.all_gather(params)
     if not processes.is_first():
         return
     if training.sample_tokens > 0:
         text = generate_sample(training, model, params, tokenizer)
+    folder = interruption.folder(folder)  # it may have been renamed meanwhile
+    sample, curve = (folder / name for name in RESULTS)
+    if training.sample_tokens > 0:
         write_text(sample, text)
     plot_losses(log.rows, curve)
     evaluated = [row for row in log.rows if "val_loss" in row]

@@ -18,6 +18,7 @@ from flax_decoder.huggingface.folder import write_special_tokens
 from flax_decoder.io.files import new_folder, not_plain, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
+from flax_decoder.training.run_id import RUN_ID, new_id, read_id
 from flax_decoder.training.start import Start
 
 # May change in one way: a warm-up that was shortened to fit few steps gets its full length when the run has more.
@@ -89,6 +90,7 @@ def open_run(
             save_corpus(corpus, unfinished / "corpus")
             write_tokenizer(unfinished / "tokenizer.json", tokenizer)
             write_text(unfinished / "config.toml", to_toml(config))
+            write_text(unfinished / RUN_ID, new_id() + "\n")
             if start is not None:
                 write_special_tokens(unfinished, tokenizer)
                 write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
@@ -136,8 +138,9 @@ def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Config:
 
 
 def facts_of(config: Config, folder: Path) -> dict[str, Any]:
-    """The manifest entries about a run: seed, config, and hashes of tokenizer and corpus."""
+    """The manifest entries about a run: id, seed, config, and hashes of tokenizer and corpus."""
     return {
+        RUN_ID: read_id(folder / RUN_ID),
         "seed": config.training.seed,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "inputs": {name: sha256_of(folder / name) for name in INPUTS if (folder / name).is_file()},
