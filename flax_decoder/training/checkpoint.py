@@ -12,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -28,9 +27,9 @@ from flax_decoder.io.files import flush_names, make_folder
 from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import is_first
+from flax_decoder.training.environment import VERSIONS, versions
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
 from flax_decoder.training.step import TrainState
-from flax_decoder.version import __version__
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -41,7 +40,6 @@ _NEW, _OLD = ".new-", ".old-"
 # Manifest entries of a run about which nothing is known.
 NO_FACTS: Mapping[str, Any] = {"seed": None, "config": None, "inputs": {}}
 _Result = TypeVar("_Result")
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpoints:
@@ -362,8 +360,7 @@ def _describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, tree in arrays.items()
     }
-    versions = {"flax-decoder": __version__} | {package: version(package) for package in _PACKAGES}
-    return {"arrays": described, "versions": versions}
+    return {"arrays": described, VERSIONS: versions()}
 
 
 def _losses(folder: Path) -> dict[int, float | None]:

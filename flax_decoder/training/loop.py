@@ -39,10 +39,11 @@ from flax_decoder.training.checkpoint import (
     saved_steps,
     steps_folder,
 )
+from flax_decoder.training.environment import changes_since
 from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
-from flax_decoder.training.manifest import MANIFEST
+from flax_decoder.training.manifest import MANIFEST, read_manifest
 from flax_decoder.training.metrics import MetricsLog, log_row, plot_losses, require_reporters
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
@@ -135,6 +136,8 @@ def train_from(
     if done > 0:
         state = restore_state(folder, done, state)
         print_escaped(f"continuing {folder} from the checkpoint of step {done}")
+        if changes := changes_since(read_manifest(steps_folder(folder) / str(done))):
+            print_escaped(f"the last digits may differ from those of an undisturbed run: {changes}")
         known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
         if known != asked:
             print_escaped(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")

@@ -18,6 +18,7 @@ from flax_decoder.huggingface.folder import write_special_tokens
 from flax_decoder.io.files import new_folder, not_plain, sha256_of, write_text
 from flax_decoder.io.lock import FolderLock
 from flax_decoder.training.checkpoint import newest_manifest, saved_steps
+from flax_decoder.training.environment import ENVIRONMENT, environment
 from flax_decoder.training.run_id import RUN_ID, new_id, read_id
 from flax_decoder.training.start import Start
 
@@ -138,9 +139,10 @@ def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Config:
 
 
 def facts_of(config: Config, folder: Path) -> dict[str, Any]:
-    """The manifest entries about a run: id, seed, config, and hashes of tokenizer and corpus."""
+    """The manifest entries about a run: id, machine, seed, config, and hashes of tokenizer and corpus."""
     return {
         RUN_ID: read_id(folder / RUN_ID),
+        ENVIRONMENT: environment(),
         "seed": config.training.seed,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "inputs": {name: sha256_of(folder / name) for name in INPUTS if (folder / name).is_file()},
