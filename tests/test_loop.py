@@ -132,7 +132,7 @@ def test_a_run_that_crashed_continues_to_the_same_end(finished, text, tmp_path, 
 
 
 @pytest.mark.short("adamw-15-143")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_path, monkeypatch, capsys, number, code):
     expected, name = finished
     with monkeypatch.context() as patch:

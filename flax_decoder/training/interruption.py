@@ -11,7 +11,7 @@ from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import guarded, print_escaped
 from flax_decoder.parallel.processes import broadcast_path, max_over_processes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Stands for a run folder that was renamed; above all signals.
 _RENAMED = 1000
 
@@ -23,10 +23,13 @@ class Writer(Protocol):
 
 
 class Interruption:
-    """A context in which the first of the two signals is noted and the second ends the process at once.
+    """A context in which the first signal is noted and the second ends the process at once.
 
     Python runs its signal handlers between two bytecode instructions, but compiling can be one instruction that takes
     minutes. So a thread listens to the wakeup file descriptor, to which Python's C handler writes at once.
+
+    A terminal that is closed may send SIGHUP several times, so that is never taken for a second signal. With nohup it
+    stays ignored.
 
     A standard output that cannot be written counts as SIGPIPE. Nothing is printed any more.
 
@@ -75,6 +78,8 @@ class Interruption:
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         for number in SIGNALS:  # the C handler is only installed along with a Python handler
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._handlers_before[number] = signal.signal(number, lambda number, frame: self._note(number))
         self._thread = threading.Thread(target=self._listen, args=(read_end,), daemon=True)
         self._thread.start()
@@ -95,6 +100,8 @@ class Interruption:
 
     def _note_output_error(self, error: OSError) -> None:
         self._note(signal.SIGPIPE)
+        if self.signal == signal.SIGHUP:  # the terminal is gone
+            return
         if not isinstance(error, BrokenPipeError):
             self.output_error = self.output_error or error
 
@@ -103,6 +110,8 @@ class Interruption:
         with os.fdopen(read_end, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
                 if number[0] not in SIGNALS:
+                    continue
+                if is_second and number[0] == signal.SIGHUP:
                     continue
                 if is_second:
                     os._exit(128 + number[0])

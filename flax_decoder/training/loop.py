@@ -114,6 +114,8 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
                 place = stack.enter_context(Place(folder))
                 owner.announce(read_id(folder / RUN_ID))
                 remove_unfinished(folder, done)
+                # Of fewer steps; a clock that was set back would let it look like that of these.
+                (folder / RESULTS[-1]).unlink(missing_ok=True)
                 write_text(folder / "config.toml", to_toml(config))
             interruption = stack.enter_context(Interruption(place))
             return train_from(done, config, folder, tokenizer, corpus, interruption, start)
