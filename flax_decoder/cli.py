@@ -51,7 +51,8 @@ DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a t
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0 done, 1 a fault, 2 the user's input, 73 in use, over 128 a signal."""
     # Training replaces these handlers once it has something to save.
-    before = {number: signal.signal(number, _raise_for_signal) for number in _EXCEPTION_OF}
+    heard = [one for one in _EXCEPTION_OF if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, _raise_for_signal) for number in heard}
     hook_before = sys.unraisablehook
     sys.unraisablehook = hook = functools.partial(_resend_dropped_signal, hook_before)
     try:
@@ -74,7 +75,8 @@ def _run(arguments: Sequence[str]) -> int:
         _keep_threads_quiet()
         _keep_compilations()
         code = command(options)
-        sys.stdout.flush()  # a disk may be full only now
+        if code != 128 + signal.SIGHUP:  # else the terminal is gone
+            sys.stdout.flush()  # a disk may be full only now
         return code
     except (UserError, InUseError) as error:
         if isinstance(error.__context__, OSError) and error.__context__.errno in DEVICE_FAILS:
@@ -92,7 +94,10 @@ def _run(arguments: Sequence[str]) -> int:
         print_escaped(f"fault: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
-        told = _shortage(error, options)
+        try:
+            told = _shortage(error, options)
+        except MemoryError:  # there is too little even for that
+            told = "out of memory"
         if told is None:
             raise
         print_escaped(f"fault: {told}", file=sys.stderr)
@@ -100,6 +105,8 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except HungUp:
+        return 128 + signal.SIGHUP
     except Terminated:
         return 128 + signal.SIGTERM
 
@@ -128,7 +135,11 @@ class Terminated(BaseException):
     """Raised on SIGTERM. Like KeyboardInterrupt, it is not an Exception, so `except Exception` lets it pass."""
 
 
-_EXCEPTION_OF = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+class HungUp(BaseException):
+    """The same on SIGHUP: the terminal has been closed."""
+
+
+_EXCEPTION_OF = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}
 
 
 def _raise_for_signal(number: int, frame: FrameType | None) -> NoReturn:

@@ -17,7 +17,7 @@ from flax_decoder.config import TrainingConfig
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io import files
 from flax_decoder.lens.history import read_history
-from flax_decoder.training import hardware, loop
+from flax_decoder.training import environment, hardware, loop
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.metrics import read_metrics
@@ -119,6 +119,7 @@ def test_a_run_that_crashed_continues_to_the_same_end(finished, text, tmp_path, 
     expected, name = finished
     with monkeypatch.context() as patch, pytest.raises(CrashError):
         at_step(patch, 5, crash)
+        patch.setattr(environment, "cpu_features", lambda: ["abacus"])
         train(tmp_path / "run", text, optimizer__name=name)
     wait_for(lambda: saved_steps(tmp_path / "run") == [2, 4])  # saved in the background
     # A line of the crashed run beyond its checkpoint, and one cut short.
@@ -126,13 +127,14 @@ def test_a_run_that_crashed_continues_to_the_same_end(finished, text, tmp_path, 
         file.write('{"step": 5, "train_loss": 99.0, "seconds": 1.0}\n{"step": 6, "tr')
     capsys.readouterr()
     assert train(tmp_path / "run", text, optimizer__name=name) == 0
-    assert "from the checkpoint of step 4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "from the checkpoint of step 4" in out and "may differ" in out and "without abacus" in out
     assert 5 not in rows_without_times(tmp_path / "run")
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
 @pytest.mark.short("adamw-15-143")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_path, monkeypatch, capsys, number, code):
     expected, name = finished
     with monkeypatch.context() as patch:
@@ -142,6 +144,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_pa
     assert f"stopped by {number.name}: saved at step 5" in capsys.readouterr().out
     assert not (tmp_path / "run" / "sample.txt").exists()
     assert train(tmp_path / "run", text, optimizer__name=name, run__resume="must") == 0
+    assert "may differ" not in capsys.readouterr().out
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
@@ -167,6 +170,7 @@ def test_what_a_run_folder_holds(finished, text):
         "loss.png",
         "sample.txt",
         "lens",
+        "run_id",
         ".lock",
     }
     config = fd.load_config(folder / "config.toml")
@@ -191,7 +195,7 @@ def test_what_a_line_of_metrics_says(finished):
     unknown = ("mfu", "mfu_causal")  # of a CPU
     fields = ("train_loss", "val_loss", "val_bits_per_byte", "learning_rate", "gradient_norm", *TIMES)
     for row in rows:
-        assert row.keys() == {"step", "tokens", "skipped_steps", *fields, *unknown}
+        assert row.keys() == {"step", "tokens", "skipped_steps", "run_id", *fields, *unknown}
         assert row["skipped_steps"] == 0
         assert all(row[name] == "unknown" for name in unknown)
         assert row["tokens"] == row["step"] * 2 * 8  # batch_size, context_length

@@ -58,7 +58,7 @@ EXIT_CODES = """## Exit codes
 | 1 | a fault, such as a disk, a damaged checkpoint or NaN; or what was checked does not hold |
 | 2 | something to mend in what was given; nothing was written |
 | 73 | another process uses the run folder |
-| 130, 143 | ended by Ctrl-C or SIGTERM; training saves first |"""
+| 129, 130, 143 | ended by SIGHUP (the terminal was closed), Ctrl-C or SIGTERM; training saves first |"""
 
 BOUNDS = {annotated_types.Gt: "over", annotated_types.Ge: "from", annotated_types.Lt: "under", annotated_types.Le: "to"}
 

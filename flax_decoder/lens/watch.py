@@ -33,6 +33,7 @@ class Watch:
     """Records snapshots of a run.
 
     Attributes:
+        folder: the run folder; set it where the folder has been renamed.
         every: steps between two snapshots: `lens.every`, or a multiple of it in a long run; 0 if none are recorded.
     """
 
@@ -56,7 +57,7 @@ class Watch:
             FaultError: the history cannot be written.
         """
         self.every = config.lens.every
-        self._folder = folder / history.FOLDER
+        self.folder = folder
         self._writes = writes
         self._tokens_T = tokens_T
         self._last_step = config.training.num_steps
@@ -91,6 +92,10 @@ class Watch:
             return
         with as_fault_error(self._folder):
             self._add(step, history.to_bytes(*arrays))
+
+    @property
+    def _folder(self) -> Path:
+        return self.folder / history.FOLDER
 
     def _resume(self, step: int) -> None:
         """Reads the existing history, up to `step`."""

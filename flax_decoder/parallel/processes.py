@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +24,8 @@ T = TypeVar("T")
 # How long processes that are done wait for the first one, which hashes the last checkpoint: JAX's 5 minutes are too few
 # for hundreds of gigabytes. One that has died is noticed by its heartbeat.
 SHUTDOWN_SECONDS = 3600
+# The longest path on Linux, in bytes.
+_MAX_PATH = 4096
 
 
 def join(config: DistributedConfig) -> None:
@@ -134,6 +137,28 @@ def broadcast(value: T) -> T:
         return value
     result: T = multihost_utils.broadcast_one_to_all(np.asarray(value)).tolist()
     return result
+
+
+def broadcast_path(find: Callable[[], Path] | None) -> Path:
+    """The path that `find` finds in the one process that has it, the first.
+
+    Raises:
+        FaultError: it was not found; in all processes, so that none waits for another.
+    """
+    if jax.process_count() == 1:
+        assert find is not None
+        return find()
+    found, reason = b"", "the first process of the job has stopped; its output says why"
+    if find is not None:
+        try:
+            found = os.fsencode(find())
+        except FaultError as error:
+            reason = str(error)
+    # Arrays must have one size in all processes; paths have no zero bytes.
+    sent = bytes(broadcast(np.frombuffer(found.ljust(_MAX_PATH, b"\0"), np.uint8))).rstrip(b"\0")
+    if not sent:
+        raise FaultError(reason)
+    return Path(os.fsdecode(sent))
 
 
 def all_gather(arrays: Any) -> Any:

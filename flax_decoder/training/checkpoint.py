@@ -12,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -25,12 +24,13 @@ from jax.sharding import SingleDeviceSharding
 
 from flax_decoder.errors import BrokenError, FaultError, UserError, as_whole_number
 from flax_decoder.io.files import flush_names, make_folder
+from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import is_first
+from flax_decoder.training.environment import VERSIONS, versions
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
 from flax_decoder.training.metrics import flush_log
 from flax_decoder.training.step import TrainState
-from flax_decoder.version import __version__
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -41,21 +41,25 @@ _NEW, _OLD = ".new-", ".old-"
 # Manifest entries of a run about which nothing is known.
 NO_FACTS: Mapping[str, Any] = {"seed": None, "config": None, "inputs": {}}
 _Result = TypeVar("_Result")
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpoints:
     """Writes the checkpoints of a run, each named by its number of completed steps.
 
     Parameters and optimizer state are separate items, so that generation reads only the parameters.
+
+    Attributes:
+        folder: the run folder; set it where the folder has been renamed.
     """
 
-    def __init__(self, folder: Path, keep_newest: int, facts: Mapping[str, Any] = NO_FACTS):
+    def __init__(self, folder: Path, keep_newest: int, facts: Mapping[str, Any] = NO_FACTS, place: Place | None = None):
         """Keeps the newest `keep_newest` checkpoints of a run folder, and the one with the lowest validation loss.
 
-        `facts` about the run, JSON values, become part of each manifest.
+        `facts` about the run, JSON values, become part of each manifest. With a `place`, a save that began before the
+        folder was renamed is committed where it is.
         """
-        self._folder = folder.absolute()
+        self.folder = folder
+        self._place = place
         self._keep_newest = keep_newest
         self._facts = facts
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(PARAMS, OPTIMIZER))
@@ -76,8 +80,12 @@ class Checkpoints:
         arrays = {PARAMS: state.params, OPTIMIZER: state.opt_state}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         facts = {"step": step, "val_loss": val_loss, **self._facts, **_describe(arrays)}
-        new = steps_folder(self._folder) / f"{_NEW}{step}"
-        with as_fault_error(new.parent):
+        # Orbax writes by path, for long: into the folder of the run also where it is renamed meanwhile.
+        folder = self.folder
+        if self._place is not None and jax.process_count() == 1:
+            folder = self._place.path_that_follows()
+        new = steps_folder(folder.absolute()) / f"{_NEW}{step}"
+        with as_fault_error(steps_folder(self.folder), written=new.parent):
             if is_first():
                 make_folder(new.parent)
             self._writer.save(new, args=ocp.args.Composite(**items))
@@ -113,12 +121,13 @@ class Checkpoints:
 
     def _finish(self, new: Path, facts: Mapping[str, Any]) -> None:
         """Commits a save when its arrays are written; runs in the background thread."""
-        with as_fault_error(new.parent):
+        with as_fault_error(steps_folder(self.folder), written=new.parent):
             try:
                 self._writer.wait_until_finished()
                 if is_first():
-                    commit(new, facts)
-                    prune(self._folder, self._keep_newest)
+                    folder = self.folder if self._place is None else self._place.find().absolute()
+                    commit(steps_folder(folder) / new.name, facts)
+                    prune(folder, self._keep_newest)
             except BaseException:
                 for leftover in new.parent.glob(f"{new.name}*"):  # the disk may be full
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -370,8 +379,7 @@ def _describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, tree in arrays.items()
     }
-    versions = {"flax-decoder": __version__} | {package: version(package) for package in _PACKAGES}
-    return {"arrays": described, "versions": versions}
+    return {"arrays": described, VERSIONS: versions()}
 
 
 def _losses(folder: Path) -> dict[int, float | None]:
@@ -384,8 +392,8 @@ def _losses(folder: Path) -> dict[int, float | None]:
 
 
 @contextlib.contextmanager
-def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterator[None]:
-    """Turns errors of Python, Orbax and tensorstore into a FaultError of one line."""
+def as_fault_error(path: Path, what: str = "cannot save a checkpoint", written: Path | None = None) -> Iterator[None]:
+    """Turns errors of Python, Orbax and tensorstore, which may call `path` `written`, into a FaultError of one line."""
     try:
         with _without_late_results():
             yield
@@ -398,7 +406,7 @@ def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterat
         reason = str(error).strip().splitlines() or [type(error).__name__]
         # Tensorstore and Orbax append how the array is stored, in kilobytes.
         short = reason[0].partition(" [tensorstore_spec")[0].partition(" See full TensorStore details")[0]
-        raise FaultError(f"{path}: {what}: {short}") from error
+        raise FaultError(f"{path}: {what}: {short.replace(str(written or path), str(path))}") from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A training run from start to end."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -23,6 +24,7 @@ from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
 from flax_decoder.io.files import write_text
 from flax_decoder.io.lock import FolderLock
+from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
@@ -42,10 +44,11 @@ from flax_decoder.training.checkpoint import (
     saved_steps,
     steps_folder,
 )
+from flax_decoder.training.environment import changes_since
 from flax_decoder.training.evaluation import evaluate
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
-from flax_decoder.training.manifest import MANIFEST
+from flax_decoder.training.manifest import MANIFEST, read_manifest
 from flax_decoder.training.metrics import (
     LOG,
     LogRow,
@@ -62,6 +65,7 @@ from flax_decoder.training.placement import place_batch, require_room
 from flax_decoder.training.profile import Profile, profiling
 from flax_decoder.training.progress import Progress
 from flax_decoder.training.run_folder import facts_of, open_run, read_base, saved_config
+from flax_decoder.training.run_id import RUN_ID, read_id
 from flax_decoder.training.start import Start
 from flax_decoder.training.step import TrainState, init_state, jit_step, require_adapters, state_shardings
 
@@ -124,10 +128,15 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
                 f"{folder} is finished after {done} steps. {how_to_go_on(config, done, is_settled=is_settled)}"
             )
             return 0
-        if owner is not None:
-            owner.announce()
-            write_text(folder / "config.toml", to_toml(config))
-        with Interruption() as interruption:
+        with contextlib.ExitStack() as stack:
+            place = None
+            if owner is not None:
+                place = stack.enter_context(Place(folder))
+                owner.announce(read_id(folder / RUN_ID))
+                # Of fewer steps; a clock that was set back would let it look like that of these.
+                (folder / RESULTS[-1]).unlink(missing_ok=True)
+                write_text(folder / "config.toml", to_toml(config))
+            interruption = stack.enter_context(Interruption(place))
             return train_from(done, config, folder, tokenizer, corpus, interruption, start)
 
 
@@ -151,16 +160,20 @@ def train_from(
     if done > 0:
         state = restore_state(folder, done, state)
         print_escaped(f"continuing {folder} from the checkpoint of step {done}")
+        if changes := changes_since(read_manifest(steps_folder(folder) / str(done))):
+            print_escaped(f"the last digits may differ from those of an undisturbed run: {changes}")
         known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
         if known != asked:
             print_escaped(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
-    log = MetricsLog(config.run, folder, done, writes=processes.is_first())
+    log = MetricsLog(config.run, folder, done, read_id(folder / RUN_ID), writes=processes.is_first())
     watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
     describe(model, state, tokenizer, corpus, mesh)
-    with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
+    facts = facts_of(config, folder)
+    with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts, interruption.place) as checkpoints:
+        interruption.writers = [log, watch, checkpoints]
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
@@ -169,7 +182,12 @@ def train_from(
             recorders = checkpoints, log, watch, profile
             state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
-        write_results(config, folder, model, state.all_params, tokenizer, corpus, log)
+        write_results(config, folder, interruption, model, state.all_params, tokenizer, corpus, log)
+    if interruption.renamed is not None:
+        raise FaultError(
+            f"{folder}: was renamed to {interruption.renamed} while it trained; saved there at step {int(state.step)}: "
+            "the same command with that --run.folder continues"
+        )
     if interruption.signal is None:
         return 0
     saved = f"saved at step {int(state.step)}; the same command continues"
@@ -229,6 +247,7 @@ def run_steps(
             step_seconds.append(end - start)  # from one step to the next, with all that the loop does between them
             start = end
             limit_kept_memory()
+            interrupted = interruption.requested()
             checkpoints.check()
             watch.record(step, state.all_params)
             if not metrics["applied"]:
@@ -236,7 +255,6 @@ def run_steps(
                 print_escaped(skip_batch(training, state, batch, metrics, skipped))
             batch = next_batch
 
-            interrupted = interruption.requested()
             stops = interrupted or step == training.num_steps
             saves = stops or step % training.save_every == 0
             # After a signal, time is short: the state is saved, but evaluated only if an evaluation is due.
@@ -350,6 +368,7 @@ def describe_mesh(mesh: Mesh) -> str:
 def write_results(
     config: Config,
     folder: Path,
+    interruption: Interruption,
     model: Decoder,
     params: Any,
     tokenizer: Tokenizer,
@@ -358,13 +377,15 @@ def write_results(
 ) -> None:
     """Writes a sample and the loss curve, then prints the best loss, advice and the sample."""
     training = config.training
-    sample, curve = (folder / name for name in RESULTS)
     if training.sample_tokens > 0:
         params = processes.all_gather(params)
     if not processes.is_first():
         return
     if training.sample_tokens > 0:
         text = generate_sample(training, model, params, tokenizer)
+    folder = interruption.folder(folder)  # it may have been renamed meanwhile
+    sample, curve = (folder / name for name in RESULTS)
+    if training.sample_tokens > 0:
         write_text(sample, text)
     plot_losses(log.rows, curve)
     evaluated = [row for row in log.rows if "val_loss" in row]

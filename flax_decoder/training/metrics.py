@@ -5,8 +5,6 @@ import importlib
 import json
 import math
 import os
-import re
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +18,7 @@ from flax_decoder.io.strict_json import Limits, parse_object, shown
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
+from flax_decoder.training.run_id import new_id, read_id
 
 LOG = "metrics.jsonl"
 # A line of the log: names and numbers, or "unknown".
@@ -39,10 +38,11 @@ class MetricsLog:
     """Appends lines to metrics.jsonl, one JSON object each.
 
     Attributes:
+        folder: the run folder; set it where the folder has been renamed.
         rows: all lines so far, including those from before the run was resumed.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, step: int, *, writes: bool = True):
+    def __init__(self, config: RunConfig, folder: Path, step: int, run_id: str | None = None, *, writes: bool = True):
         """Opens the log of a run at `step`; lines of later steps, which will be repeated, are dropped.
 
         Only one process of a job writes; the others keep their lines in memory. A line says so if there is none of the
@@ -51,15 +51,23 @@ class MetricsLog:
         Raises:
             BrokenError: the file cannot be read, or a line that is kept is damaged.
         """
-        self._path = folder / LOG
+        self.folder = folder
+        self._stamp = {} if run_id is None else {"run_id": run_id}
         self._writes = writes
-        rows, last_step = _rows_until(self._path, step)
+        rows, last_step = _rows_until(self._path, step, run_id)
         self._reporters = open_reporters(config, folder, step, last_step) if writes else []
         self.rows = rows
         if writes:
             if step > 0 and (not rows or rows[-1]["step"] < step):
                 print_escaped(f"warning: {self._path}: {lost_line(step)}", file=sys.stderr)
-            write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_text(self._path, "".join(map(self._line, self.rows)))
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / LOG
+
+    def _line(self, row: LogRow) -> str:
+        return json.dumps(row | self._stamp) + "\n"
 
     def add(self, row: LogRow) -> None:
         """Writes a line to disk, and its known numbers to the other reporters, of which one that fails is switched off.
@@ -71,7 +79,7 @@ class MetricsLog:
         if self._writes:
             try:
                 with open(self._path, "a", encoding="utf-8", opener=without_links) as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(self._line(row))
             except OSError as error:
                 raise FaultError(f"{self._path}: cannot be written: {error.strerror}") from error
         numbers = {name: value for name, value in row.items() if value != UNKNOWN}
@@ -98,14 +106,14 @@ def lost_line(step: int) -> str:
     return f"has no line of step {step}, of which there is a checkpoint: lines are lost, but training can go on"
 
 
-def _rows_until(path: Path, step: int) -> tuple[list[LogRow], int]:
+def _rows_until(path: Path, step: int, run_id: str | None) -> tuple[list[LogRow], int]:
     """The lines up to a step, and the step of the last one that can be read.
 
     Later lines were perhaps not on disk yet when the power went: as they are written again, damage in them is nothing.
     """
     rows, last_step = [], 0
     try:
-        for row in metrics_rows(path):
+        for row in metrics_rows(path, run_id):
             last_step = max(last_step, row["step"])
             if row["step"] <= step:
                 rows.append(row)
@@ -126,17 +134,23 @@ def read_metrics(path: Path) -> list[LogRow]:
     return list(metrics_rows(path))
 
 
-def metrics_rows(path: Path) -> Iterator[LogRow]:
+def metrics_rows(path: Path, run_id: str | None = None) -> Iterator[LogRow]:
     """Yields the lines of a metrics.jsonl, without a last one cut short by a crash; none if there is no file.
 
+    Each says in the file which run it is of, which is left out; lines of earlier versions do not.
+
     Raises:
-        BrokenError: the file cannot be read, or a line is damaged.
+        BrokenError: the file cannot be read, or a line is damaged, or of another run than that of a given id.
     """
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_LINE.num_bytes + 1), b""), start=1):
                 if line.endswith(b"\n") or len(line) > _LINE.num_bytes:
-                    yield _row_of(line, f"{path}: line {number}")
+                    row = _row_of(line, f"{path}: line {number}")
+                    written_by = row.pop("run_id", run_id)
+                    if run_id is not None and written_by != run_id:
+                        raise UserError(f"{path}: line {number}: is of another run, {shown(written_by)}; {_ADVICE}")
+                    yield row
     except FileNotFoundError:
         return
     except OSError as error:
@@ -224,7 +238,11 @@ def _open_tensorboard(folder: Path, step: int) -> Callable[[LogRow], None]:
 def _open_wandb(config: RunConfig, folder: Path, last_step: int) -> Callable[[LogRow], None]:
     import wandb
 
-    is_known, id = _wandb_id(folder / "wandb_id")
+    id = read_id(folder / "wandb_id", "delete it to begin a new chart")
+    is_known = id is not None
+    if id is None:  # not the name of the folder: ids are those of a whole project
+        id = new_id()
+        write_text(folder / "wandb_id", id + "\n")
     run = wandb.init(project=config.wandb, name=folder.name, id=id, dir=folder, resume="allow")
     # The server knows which steps it has and drops those that come again; without it, none may come again.
     num_sent = last_step if is_known and run.offline else 0
@@ -239,25 +257,6 @@ def _open_wandb(config: RunConfig, folder: Path, last_step: int) -> Callable[[Lo
 def _tell_switched_off(name: str, error: Exception) -> None:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     print_escaped(f"warning: run.{name} is switched off, training goes on: {reason}", file=sys.stderr)
-
-
-def _wandb_id(path: Path) -> tuple[bool, str]:
-    """Whether the run has an id at Weights & Biases, and the id; else a new one, which is written to the file.
-
-    Ids are those of a whole project: with the name of its folder as id, a run would continue the chart of another one.
-    """
-    try:
-        with open_regular(path) as file:
-            content = file.read(100)
-    except FileNotFoundError:
-        id = secrets.token_hex(8)
-        write_text(path, id + "\n")
-        return False, id
-    except OSError as error:
-        raise BrokenError(f"{path}: cannot be read: {error.strerror}; delete it to begin a new chart") from None
-    if not re.fullmatch(rb"[0-9a-f]{16}\n?", content):
-        raise BrokenError(f"{path}: is damaged: {shown(content)} is no id; delete it to begin a new chart")
-    return True, content.decode().strip()
 
 
 def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:

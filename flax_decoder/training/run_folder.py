@@ -27,7 +27,9 @@ from flax_decoder.io.lock import FolderLock
 from flax_decoder.io.strict_json import SETTINGS, parse_object
 from flax_decoder.nn.lora import init_adapters
 from flax_decoder.training.checkpoint import newest_manifest, read_checkpoint, restore_params, save_params, saved_steps
+from flax_decoder.training.environment import ENVIRONMENT, environment
 from flax_decoder.training.manifest import MANIFEST
+from flax_decoder.training.run_id import RUN_ID, new_id, read_id
 from flax_decoder.training.start import Start
 
 # May change in one way: a warm-up that was shortened to fit few steps gets its full length when the run has more.
@@ -106,6 +108,7 @@ def open_run(
             config = _resolve(config, tokenizer, corpus)
             check(config, tokenizer, corpus)
             write_text(unfinished / "config.toml", to_toml(config))
+            write_text(unfinished / RUN_ID, new_id() + "\n")
             if start is not None:
                 write_tokenizer_files(unfinished, tokenizer, start.kept)
                 write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
@@ -212,8 +215,10 @@ def read_adapters(folder: Path, step: int, lora: LoraConfig, base: Any) -> Any:
 
 
 def facts_of(config: Config, folder: Path) -> dict[str, Any]:
-    """The manifest entries about a run: seed, config, and hashes of tokenizer and corpus."""
+    """The manifest entries about a run: id, machine, seed, config, and hashes of tokenizer and corpus."""
     return {
+        RUN_ID: read_id(folder / RUN_ID),
+        ENVIRONMENT: environment(),
         "seed": config.training.seed,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "inputs": {name: sha256_of(folder / name) for name in INPUTS if (folder / name).is_file()},
