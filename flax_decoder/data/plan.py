@@ -155,6 +155,8 @@ def split_parts(
         return [*parts[:index], halves[0]], [halves[1], *parts[index + 1 :]], cut
     border = index if index > 0 else 1
     if border == len(parts):
+        if part.format == "text":
+            raise UserError(f"{part.path}: is empty, or a single character; give a file with text in it")
         raise UserError(
             f"{part.path}: has only one document, which cannot be split into training and validation; add documents, "
             "or give data.validation_path"

@@ -95,7 +95,7 @@ def assert_comes_back(path: str, kind: str, text: str) -> None:
     tokens = [np.asarray(split.tokens) for split in (loaded.train, loaded.validation)]
     assert "".join(map(tokenizer.decode, tokens)) == "".join(map(again.decode, tokens)) == text
     assert len(tokenizer.decode(tokens[0])) == int(len(text) * 0.9) or len(text) > 20_000_000
-    assert loaded.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert loaded.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert loaded.train.num_bytes + loaded.validation.num_bytes == len(text.encode())
 
 
@@ -160,9 +160,9 @@ BAD = {
         "is not UTF-8 text (byte 0xE9 at offset 11, line 3); convert it, for example: iconv -f latin1 -t utf-8 text > ",
     ),
     "UTF-16 without mark": (ENGLISH.encode("utf-16-le"), "is not UTF-8 text (byte 0x00 at offset 1, line 1)"),
-    "UTF-16 cut in a character": (b"\xff\xfea\0\n\0b", "is not UTF-16 text (byte 0x62 at offset 6, line 2)"),
-    "NUL in UTF-16": ("\ufeff\U0001f600\n\0".encode("utf-16-be"), "is not UTF-16 text (byte 0x00 at offset 8, line 2)"),
-    "UTF-32": (ENGLISH.encode("utf-32"), "is not UTF-16 text (byte 0x00 at offset 2, line 1)"),
+    "UTF-16 cut in a character": (b"\xff\xfea\0\n\0b", "is not UTF-16 text (near byte "),
+    "NUL in UTF-16": ("\ufeff\U0001f600\n\0".encode("utf-16-be"), "has the character NUL at character 2"),
+    "UTF-32": (ENGLISH.encode("utf-32"), "has the character NUL at character 0"),
     "UTF-32, other order": (b"\0\0\xfe\xff" + ENGLISH.encode("utf-32-be"), "is not UTF-8 text (byte 0x00 at offset 0"),
     "overlong slash": (b"a\n\xc0\xaf" * 9, "(byte 0xC0 at offset 2, line 2)"),
     "surrogate": (b"a surrogate \xed\xa0\x80", "(byte 0xED at offset 12, line 1)"),
@@ -183,6 +183,9 @@ def test_what_is_no_text_is_refused(name: str, refused, count_cases) -> None:
     assert_refused(refused, ["train", "--data.path=text"], "text", reason)
     assert_refused(refused, ["eval", "no_run", "text"], "text", reason)
     reason = reason.replace(" text >", " folder/b.txt >")
+    if "empty" in reason or "white space" in reason:  # one among others is passed over
+        count_cases(2)
+        return
     for path in ("folder", "folder/*"):
         assert_refused(refused, ["train", f"--data.path={path}"], "folder/b.txt", reason)
     count_cases(4)
