@@ -84,7 +84,7 @@ def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> S
     raise_all(errors)
     text, name = "".join(texts), ", ".join(paths_of(path))
     if not text or text.isspace():  # strip() would copy it
-        raise UserError(f"{name}: has only white space; give a file with text in it")
+        raise UserError(f"{name}: {'has only white space' if text else 'is empty'}; give a file with text in it")
     return SourceText(text, name, source_hash(DataConfig(path=path)))
 
 
@@ -204,6 +204,14 @@ def _prepare(
         if path.name == PLAN or path.suffix in (".hashes", ".done"):
             path.unlink()
     return tokenizer, load_corpus(folder)
+
+
+def require_readable(data: DataConfig) -> None:
+    """Raises UserError if a file of a corpus cannot be opened, or is not what its ending says; reads no text."""
+    for path in (data.path, *([] if data.validation_path is None else [data.validation_path])):
+        paths = paths_of(path)
+        if not (len(paths) == 1 and is_corpus(paths[0])):
+            raise_all(divide(path)[3])
 
 
 def source_identity(data: DataConfig) -> str:

@@ -123,11 +123,14 @@ def parts_of(path: Path) -> list[Part]:
         "gz" if path.suffix == ".gz" else "zst" if path.suffix == ".zst" else "",
     )
     with open_file(path) as file:
-        num_bytes, beginning = os.fstat(file.fileno()).st_size, file.peek(16)[:16]
+        num_bytes, head = os.fstat(file.fileno()).st_size, file.peek()
     if not packing and format in ("text", "lines"):
         for mark, what in _BEGINNINGS.items():
-            if beginning.startswith(mark):
+            if head.startswith(mark):
                 raise UserError(f"{path}: is {what}")
+    if not packing and format == "text" and 0 in head and not _is_utf16(head):
+        # This raises: a large binary file is refused without reading all of it.
+        decode_text(head[: head.index(0) + 1], str(path), _how_to_convert(path))
     whole = Part(str(path), format, packing, 0, None, num_bytes)
     if format in ("parquet", "arrow"):
         num_rows = _count_rows(whole)
@@ -138,7 +141,7 @@ def parts_of(path: Path) -> list[Part]:
         tokens = open_tokens(path)
         whole = dataclasses.replace(whole, stop=len(tokens))
         borders = [*range(0, len(tokens), PART_BYTES // tokens.itemsize), len(tokens)] if len(tokens) else []
-    elif packing or _is_utf16(beginning):
+    elif packing or _is_utf16(head):
         borders = []
     else:
         whole = dataclasses.replace(whole, stop=num_bytes)
@@ -393,11 +396,12 @@ def _not_text(name: str, encoding: str, byte: int, offset: int, line: int, advic
 
 
 def _not_utf8(path: Path, offset: int, byte: int) -> UserError:
+    return _not_text(str(path), "utf-8", byte, offset, _line_number(path, offset), _how_to_convert(path))
+
+
+def _how_to_convert(path: Path) -> str:
     converted = path.with_suffix(".utf8" + path.suffix)
-    advice = (
-        f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
-    )
-    return _not_text(str(path), "utf-8", byte, offset, _line_number(path, offset), advice)
+    return f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
 
 
 def _line_number(path: Path, offset: int) -> int:

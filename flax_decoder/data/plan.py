@@ -216,7 +216,7 @@ def divide(path: str | tuple[str, ...] | None) -> tuple[list[Part], Listing, int
 
 def _warn_of_json(listing: Listing) -> None:
     for file in listing.files:
-        is_text = str(file) != BUILT_IN and format_of(file) in (None, ("text", "")) and file.is_file()
+        is_text = str(file) != BUILT_IN and format_of(file) in (None, ("text", "")) and os.path.isfile(file)
         if is_text and formats.looks_like_json_lines(file):
             warnings.warn(
                 f"{file}: looks like lines of JSON, but is read as plain text, braces and all; if each line is a "

@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_decoder.config import Config, DataConfig, LoraConfig, ModelConfig, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
-from flax_decoder.data.corpus import prepare_corpus, require_fit, source_identity
+from flax_decoder.data.corpus import prepare_corpus, require_fit, require_readable, source_identity
 from flax_decoder.data.reading_progress import ReadingProgress
 from flax_decoder.data.shards import Corpus, load_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
@@ -97,6 +97,7 @@ def open_run(
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
     given = None if start is None else start.tokenizer
+    require_readable(config.data)
     try:
         with new_folder(folder) as unfinished, ReadingProgress() as progress:
             (unfinished / "corpus").mkdir()

@@ -55,7 +55,7 @@ WITH = {
     "model.rotary_pattern": {"model.positions": "rotary", "model.num_layers": 2},
     "model.rotary_scaling_factor": {"model.rotary_scaling": "linear"},
     "model.rotary_magnitude": {"model.rotary_scaling": "yarn"},
-    "model.shared_norm": {"model.parallel_block": True},
+    "model.shared_norm": {"model.parallel_residual": True},
     "model.qk_norm_position": {"model.qk_norm": "head"},
     "data.bpe_vocab_size": {"data.tokenizer": "bpe"},
     "data.bpe_train_bytes": {"data.tokenizer": "bpe"},

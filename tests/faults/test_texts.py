@@ -150,9 +150,9 @@ BAD = {
     "ends of lines": (b"\r\n\t\n" * 5000, "has only white space"),
     "random bytes": (random.Random(1).randbytes(100_000), "line "),
     "PNG": (PNG, "is not UTF-8 text (byte 0x89 at offset 0, line 1)"),
-    "gzip": (gzip.compress(ENGLISH.encode()), "is not UTF-8 text (byte 0x"),
-    "zip": (b"PK\x03\x04\x14\0", "is not UTF-8 text (byte 0x00 at offset 5, line 1)"),
-    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "is not UTF-8 text (byte 0xE2 at offset 10, line 2)"),
+    "gzip": (gzip.compress(ENGLISH.encode()), "is a gzip file; give it the ending .gz"),
+    "zip": (b"PK\x03\x04\x14\0", "is a zip file"),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "is a PDF file"),
     "NUL": (b"hello\n\0 world", "is not UTF-8 text (byte 0x00 at offset 6, line 2)"),
     "NUL at the end": (GOOD_START.encode() + b"\0", f"(byte 0x00 at offset {len(GOOD_START)}, line 4001)"),
     "Latin-1": (
@@ -213,7 +213,7 @@ PLACES = {
     "/dev/zero": (make_link("/dev/zero"), "is not a regular file"),
     "/dev/null": (make_link("/dev/null"), "is not a regular file"),
     "the terminal": (make_link("/dev/tty"), "cannot be read: "),
-    "folder without texts": (os.mkdir, "there is no .txt file in this folder"),
+    "folder without texts": (os.mkdir, "there is no .txt, .md, .jsonl, "),
     "nothing": (lambda path: None, "there is no such file"),
     "link to nothing": (make_link("nowhere"), "there is no such file"),
     "links in a circle": (lambda path: os.symlink(path, path), "cannot be read: Too many levels"),
@@ -327,7 +327,7 @@ def test_a_config_that_is_no_file_is_refused(name: str, refused) -> None:
     ("module", "arguments", "reason"),
     [
         ("config_file", ["train", "large"], "has over 500,000 bytes"),
-        ("data.corpus", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
+        ("data.formats", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
     ],
 )
 def test_a_gigabyte_that_is_no_text_is_not_read(module, arguments, reason, refused, monkeypatch) -> None:
