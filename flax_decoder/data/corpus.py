@@ -24,7 +24,7 @@ from flax_decoder.config import DataConfig
 from flax_decoder.data import encoding, formats
 from flax_decoder.data.encoding import Ending, Result, Task
 from flax_decoder.data.formats import PART_BYTES
-from flax_decoder.data.plan import Plan, divide, make_plan, paths_of, raise_all, source_hash
+from flax_decoder.data.plan import Plan, divide, hash_of_files, make_plan, paths_of, raise_all, source_hash
 from flax_decoder.data.shards import Corpus, is_corpus, load_corpus, read_facts, shard_name, starts_name, write_facts
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
@@ -93,6 +93,7 @@ def prepare_corpus(
     folder: Path,
     tokenizer: Tokenizer | None = None,
     *,
+    plan: Plan | None = None,
     num_processes: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Tokenizer, Corpus]:
@@ -102,6 +103,7 @@ def prepare_corpus(
         data: which texts, and how they become tokens.
         folder: exists. It gets the corpus and its tokenizer.json; what an interrupted call has finished in it is kept.
         tokenizer: that of the model, if it has one already, in place of the one of `data`.
+        plan: from `make_plan` with the same arguments, if it was made before.
         num_processes: by default one for a small text, else as many as there are cores.
         progress: called now and then.
 
@@ -109,11 +111,11 @@ def prepare_corpus(
         UserError: a text or the tokenizer cannot be used.
         FaultError: the folder cannot be written.
     """
-    paths = paths_of(data.path)
+    prepared = prepared_folder(data)
     try:
-        if len(paths) == 1 and is_corpus(paths[0]):
-            return _take_prepared(data, Path(paths[0]), folder, tokenizer)
-        return _prepare(data, folder, tokenizer, num_processes, progress)
+        if prepared is not None:
+            return _take_prepared(data, prepared, folder, tokenizer)
+        return _prepare(data, folder, plan or make_plan(data, tokenizer), num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
 
@@ -154,17 +156,19 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
     return load_corpus(out)
 
 
+def prepared_folder(data: DataConfig) -> Path | None:
+    """The corpus that `data` names, if it was prepared before."""
+    paths = paths_of(data.path)
+    return Path(paths[0]) if len(paths) == 1 and is_corpus(paths[0]) else None
+
+
 def _prepare(
-    data: DataConfig, folder: Path, tokenizer: Tokenizer | None, num_processes: int | None, progress: Progress
+    data: DataConfig, folder: Path, plan: Plan, num_processes: int | None, progress: Progress
 ) -> tuple[Tokenizer, Corpus]:
-    if tokenizer is None and data.tokenizer not in ("char", "bpe"):
-        tokenizer = make_tokenizer(data.tokenizer, "", data.bpe_vocab_size)
-    plan = make_plan(data, () if tokenizer is None else tokenizer.end_ids)
     if num_processes is None:
         num_processes = 1 if plan.num_bytes <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     _keep_what_is_done(plan, data, folder)
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(plan, data, folder, num_processes)
+    tokenizer = plan.tokenizer or _make_tokenizer(plan, data, folder, num_processes)
     write_tokenizer(folder / TOKENIZER, tokenizer)
     item_bytes = 2 if tokenizer.vocab_size <= 2**16 else 4
     ending = ending_of(plan, data, tokenizer)
@@ -192,7 +196,7 @@ def _prepare(
             raise UserError(f"{source}: has only white space, or nothing, for {name}; give files with text in them")
     facts = {
         "source": source,
-        "sha256": source_hash(data),
+        "sha256": hash_of_files(plan.listing.files),
         "what_was_read": _what_was_read(plan, [*results.values()], folder),
         "item_bytes": item_bytes,
         "tokenizer_sha256": sha256_of(folder / TOKENIZER),
@@ -206,20 +210,10 @@ def _prepare(
     return tokenizer, load_corpus(folder)
 
 
-def require_readable(data: DataConfig) -> None:
-    """Raises UserError if a file of a corpus cannot be opened, or is not what its ending says; reads no text."""
-    for path in (data.path, *([] if data.validation_path is None else [data.validation_path])):
-        paths = paths_of(path)
-        if not (len(paths) == 1 and is_corpus(paths[0])):
-            raise_all(divide(path)[3])
-
-
 def source_identity(data: DataConfig) -> str:
     """The SHA-256 that the corpus of these texts has; raises UserError if they cannot be read."""
-    paths = paths_of(data.path)
-    if len(paths) == 1 and is_corpus(paths[0]):
-        return str(read_facts(Path(paths[0]))["sha256"])
-    return source_hash(data)
+    prepared = prepared_folder(data)
+    return source_hash(data) if prepared is None else str(read_facts(prepared)["sha256"])
 
 
 def require_fit(
