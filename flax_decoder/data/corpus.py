@@ -10,8 +10,6 @@ import json
 import os
 import queue
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from flax_decoder.data.shards import Corpus, is_corpus, load_corpus, read_facts,
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io.files import flush_names, make_folder, make_parents, sha256_of, write_text
+from flax_decoder.io.line_process import LineProcess
 from flax_decoder.io.lock import LOCK, FolderLock
 
 TOKENIZER, PLAN = "tokenizer.json", "plan.json"
@@ -328,17 +327,19 @@ def _run(
             note(index, encoding.perform(task, tokenizer))
         return [results[index] for index in range(len(tasks))]
 
+    arguments = ["-m", encoding.__name__, *([] if tokenizer is None else [str(folder / TOKENIZER)])]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # one thread each
     with contextlib.ExitStack() as stack:
-        free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        free: queue.SimpleQueue[LineProcess] = queue.SimpleQueue()
         for _ in range(min(num_processes, len(tasks))):
-            free.put(stack.enter_context(_Worker(None if tokenizer is None else folder / TOKENIZER)))
+            free.put(stack.enter_context(contextlib.closing(LineProcess(arguments, environment))))
 
         def perform(task: Task) -> Result:
-            worker = free.get()
+            process = free.get()
             try:
-                return worker.perform(task)
+                return _performed(task, process)
             finally:
-                free.put(worker)
+                free.put(process)
 
         with ThreadPoolExecutor(num_processes) as threads:
             futures = {threads.submit(perform, task): index for index, task in enumerate(tasks)}
@@ -347,54 +348,19 @@ def _run(
                     note(futures[future], future.result())
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
-                stack.close()  # ends the workers, and with them the threads that wait for them
+                stack.close()  # ends the processes, and with them the threads that wait for them
                 raise
     return [results[index] for index in range(len(tasks))]
 
 
-class _Worker:
-    """A process that performs tasks. It ends when this one does, as its standard input ends."""
-
-    def __init__(self, tokenizer: Path | None):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", encoding.__name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # One thread each; and a Ctrl-C of the terminal is for this process alone.
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            process_group=0,
-        )
-        self._send(None if tokenizer is None else str(tokenizer))
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _send(self, document: Any) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end is seen when the reply is read
-            self._process.stdin.write(json.dumps(document).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def perform(self, task: Task) -> Result:
-        """Has a task performed; raises FaultError if the process ends, or cannot write."""
-        assert self._process.stdout is not None
-        self._send(dataclasses.asdict(task))
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise FaultError(f"a process that reads texts has ended with code {code}; is there enough memory?")
-        reply = json.loads(line)
-        if "fault" in reply:
-            raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
-        return Result(**reply)
+def _performed(task: Task, process: LineProcess) -> Result:
+    """The result of a task in a process of `encoding`; raises FaultError if that ends, or cannot write."""
+    reply = process.exchange(dataclasses.asdict(task))
+    if reply is None:
+        raise FaultError(f"a process that reads texts has ended with code {process.wait()}; is there enough memory?")
+    if "fault" in reply:
+        raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
+    return Result(**reply)
 
 
 def _what_was_read(plan: Plan, results: Sequence[Result], folder: Path) -> str:
