@@ -10,8 +10,6 @@ import json
 import os
 import queue
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -24,11 +22,12 @@ from flax_decoder.config import DataConfig
 from flax_decoder.data import encoding, formats
 from flax_decoder.data.encoding import Ending, Result, Task
 from flax_decoder.data.formats import PART_BYTES
-from flax_decoder.data.plan import Plan, divide, make_plan, paths_of, raise_all, source_hash
+from flax_decoder.data.plan import Plan, divide, hash_of_files, make_plan, paths_of, raise_all, source_hash
 from flax_decoder.data.shards import Corpus, is_corpus, load_corpus, read_facts, shard_name, starts_name, write_facts
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io.files import flush_names, make_folder, make_parents, sha256_of, write_text
+from flax_decoder.io.line_process import LineProcess
 from flax_decoder.io.lock import LOCK, FolderLock
 
 TOKENIZER, PLAN = "tokenizer.json", "plan.json"
@@ -84,7 +83,7 @@ def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> S
     raise_all(errors)
     text, name = "".join(texts), ", ".join(paths_of(path))
     if not text or text.isspace():  # strip() would copy it
-        raise UserError(f"{name}: has only white space; give a file with text in it")
+        raise UserError(f"{name}: {'has only white space' if text else 'is empty'}; give a file with text in it")
     return SourceText(text, name, source_hash(DataConfig(path=path)))
 
 
@@ -93,6 +92,7 @@ def prepare_corpus(
     folder: Path,
     tokenizer: Tokenizer | None = None,
     *,
+    plan: Plan | None = None,
     num_processes: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Tokenizer, Corpus]:
@@ -102,6 +102,7 @@ def prepare_corpus(
         data: which texts, and how they become tokens.
         folder: exists. It gets the corpus and its tokenizer.json; what an interrupted call has finished in it is kept.
         tokenizer: that of the model, if it has one already, in place of the one of `data`.
+        plan: from `make_plan` with the same arguments, if it was made before.
         num_processes: by default one for a small text, else as many as there are cores.
         progress: called now and then.
 
@@ -109,11 +110,11 @@ def prepare_corpus(
         UserError: a text or the tokenizer cannot be used.
         FaultError: the folder cannot be written.
     """
-    paths = paths_of(data.path)
+    prepared = prepared_folder(data)
     try:
-        if len(paths) == 1 and is_corpus(paths[0]):
-            return _take_prepared(data, Path(paths[0]), folder, tokenizer)
-        return _prepare(data, folder, tokenizer, num_processes, progress)
+        if prepared is not None:
+            return _take_prepared(data, prepared, folder, tokenizer)
+        return _prepare(data, folder, plan or make_plan(data, tokenizer), num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
 
@@ -154,17 +155,19 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
     return load_corpus(out)
 
 
+def prepared_folder(data: DataConfig) -> Path | None:
+    """The corpus that `data` names, if it was prepared before."""
+    paths = paths_of(data.path)
+    return Path(paths[0]) if len(paths) == 1 and is_corpus(paths[0]) else None
+
+
 def _prepare(
-    data: DataConfig, folder: Path, tokenizer: Tokenizer | None, num_processes: int | None, progress: Progress
+    data: DataConfig, folder: Path, plan: Plan, num_processes: int | None, progress: Progress
 ) -> tuple[Tokenizer, Corpus]:
-    if tokenizer is None and data.tokenizer not in ("char", "bpe"):
-        tokenizer = make_tokenizer(data.tokenizer, "", data.bpe_vocab_size)
-    plan = make_plan(data, () if tokenizer is None else tokenizer.end_ids)
     if num_processes is None:
         num_processes = 1 if plan.num_bytes <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     _keep_what_is_done(plan, data, folder)
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(plan, data, folder, num_processes)
+    tokenizer = plan.tokenizer or _make_tokenizer(plan, data, folder, num_processes)
     write_tokenizer(folder / TOKENIZER, tokenizer)
     item_bytes = 2 if tokenizer.vocab_size <= 2**16 else 4
     ending = ending_of(plan, data, tokenizer)
@@ -192,7 +195,7 @@ def _prepare(
             raise UserError(f"{source}: has only white space, or nothing, for {name}; give files with text in them")
     facts = {
         "source": source,
-        "sha256": source_hash(data),
+        "sha256": hash_of_files(plan.listing.files),
         "what_was_read": _what_was_read(plan, [*results.values()], folder),
         "item_bytes": item_bytes,
         "tokenizer_sha256": sha256_of(folder / TOKENIZER),
@@ -208,10 +211,8 @@ def _prepare(
 
 def source_identity(data: DataConfig) -> str:
     """The SHA-256 that the corpus of these texts has; raises UserError if they cannot be read."""
-    paths = paths_of(data.path)
-    if len(paths) == 1 and is_corpus(paths[0]):
-        return str(read_facts(Path(paths[0]))["sha256"])
-    return source_hash(data)
+    prepared = prepared_folder(data)
+    return source_hash(data) if prepared is None else str(read_facts(prepared)["sha256"])
 
 
 def require_fit(
@@ -326,17 +327,19 @@ def _run(
             note(index, encoding.perform(task, tokenizer))
         return [results[index] for index in range(len(tasks))]
 
+    arguments = ["-m", encoding.__name__, *([] if tokenizer is None else [str(folder / TOKENIZER)])]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # one thread each
     with contextlib.ExitStack() as stack:
-        free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        free: queue.SimpleQueue[LineProcess] = queue.SimpleQueue()
         for _ in range(min(num_processes, len(tasks))):
-            free.put(stack.enter_context(_Worker(None if tokenizer is None else folder / TOKENIZER)))
+            free.put(stack.enter_context(contextlib.closing(LineProcess(arguments, environment))))
 
         def perform(task: Task) -> Result:
-            worker = free.get()
+            process = free.get()
             try:
-                return worker.perform(task)
+                return _performed(task, process)
             finally:
-                free.put(worker)
+                free.put(process)
 
         with ThreadPoolExecutor(num_processes) as threads:
             futures = {threads.submit(perform, task): index for index, task in enumerate(tasks)}
@@ -345,54 +348,19 @@ def _run(
                     note(futures[future], future.result())
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
-                stack.close()  # ends the workers, and with them the threads that wait for them
+                stack.close()  # ends the processes, and with them the threads that wait for them
                 raise
     return [results[index] for index in range(len(tasks))]
 
 
-class _Worker:
-    """A process that performs tasks. It ends when this one does, as its standard input ends."""
-
-    def __init__(self, tokenizer: Path | None):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", encoding.__name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # One thread each; and a Ctrl-C of the terminal is for this process alone.
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            process_group=0,
-        )
-        self._send(None if tokenizer is None else str(tokenizer))
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _send(self, document: Any) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end is seen when the reply is read
-            self._process.stdin.write(json.dumps(document).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def perform(self, task: Task) -> Result:
-        """Has a task performed; raises FaultError if the process ends, or cannot write."""
-        assert self._process.stdout is not None
-        self._send(dataclasses.asdict(task))
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise FaultError(f"a process that reads texts has ended with code {code}; is there enough memory?")
-        reply = json.loads(line)
-        if "fault" in reply:
-            raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
-        return Result(**reply)
+def _performed(task: Task, process: LineProcess) -> Result:
+    """The result of a task in a process of `encoding`; raises FaultError if that ends, or cannot write."""
+    reply = process.exchange(dataclasses.asdict(task))
+    if reply is None:
+        raise FaultError(f"a process that reads texts has ended with code {process.wait()}; is there enough memory?")
+    if "fault" in reply:
+        raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
+    return Result(**reply)
 
 
 def _what_was_read(plan: Plan, results: Sequence[Result], folder: Path) -> str:
