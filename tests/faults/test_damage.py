@@ -17,6 +17,7 @@ from flax_decoder.cli import main
 from flax_decoder.config import RunConfig
 from flax_decoder.training.checkpoint import choose_step, saved_steps
 from flax_decoder.training.metrics import MetricsLog
+from flax_decoder.training.run_id import RUN_ID, read_id
 
 NEWEST, OLDER = 12, 8
 
@@ -199,7 +200,7 @@ def test_lost_lines_of_the_log_are_told(copied, capsys, change):
     assert main(["verify", str(run)]) == 1
     told = "has no line of step {}, of which there is a checkpoint: lines are lost, but training can go on"
     assert f"BROKEN   {path}: {told.format(missing)}\n" in capsys.readouterr().out
-    MetricsLog(RunConfig(), run, NEWEST)  # as when training goes on
+    MetricsLog(RunConfig(), run, NEWEST, read_id(run / RUN_ID))  # as when training goes on
     assert capsys.readouterr().err == f"warning: {path}: {told.format(NEWEST)}\n"
     assert path.read_bytes().startswith(b"".join(kept))
 
