@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,20 @@ import numpy as np
 from flax_decoder.config import DataConfig
 from flax_decoder.data import encoding, formats
 from flax_decoder.data.encoding import Ending, Result, Task
-from flax_decoder.data.formats import PART_BYTES
+from flax_decoder.data.formats import PART_BYTES, Part
 from flax_decoder.data.plan import Plan, divide, make_plan, paths_of, raise_all, source_hash
-from flax_decoder.data.shards import Corpus, is_corpus, load_corpus, read_facts, shard_name, starts_name, write_facts
+from flax_decoder.data.shards import (
+    CORPUS,
+    Corpus,
+    Mixture,
+    is_corpus,
+    load_corpus,
+    load_one,
+    read_facts,
+    shard_name,
+    starts_name,
+    write_facts,
+)
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io.files import flush_names, make_folder, sha256_of, write_text
@@ -95,7 +107,7 @@ def prepare_corpus(
     *,
     num_processes: int | None = None,
     progress: Progress = no_progress,
-) -> tuple[Tokenizer, Corpus]:
+) -> tuple[Tokenizer, Corpus | Mixture]:
     """Makes a corpus of the texts that `data` names, or takes one that is prepared already.
 
     Args:
@@ -109,10 +121,12 @@ def prepare_corpus(
         UserError: a text or the tokenizer cannot be used.
         FaultError: the folder cannot be written.
     """
-    paths = paths_of(data.path)
     try:
-        if len(paths) == 1 and is_corpus(paths[0]):
-            return _take_prepared(data, Path(paths[0]), folder, tokenizer)
+        if data.mixture is not None:
+            return _prepare_mixture(data, folder, tokenizer, num_processes, progress)
+        prepared = _prepared(data)
+        if prepared is not None:
+            return _take_prepared(data, prepared, folder, tokenizer)
         return _prepare(data, folder, tokenizer, num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
@@ -132,6 +146,8 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
         InUseError: another process is at it.
         FaultError: the folder cannot be written.
     """
+    if data.mixture is not None:
+        raise UserError("data.mixture: prepare each of its sources in a folder of its own, all with one tokenizer.json")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; give a new folder")
     unfinished = out.with_name(f".{out.name}.unfinished")
@@ -151,20 +167,98 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
             flush_names(out.parent)
     except OSError as error:
         raise FaultError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return load_corpus(out)
+    return load_one(out)
+
+
+def _prepare_mixture(
+    data: DataConfig, folder: Path, tokenizer: Tokenizer | None, num_processes: int | None, progress: Progress
+) -> tuple[Tokenizer, Corpus | Mixture]:
+    """A corpus of each source in a folder of its own, all with one tokenizer."""
+    sources = [source for source, _ in data.sources]
+    prepared = [_prepared(source) for source in sources]
+    if tokenizer is None:
+        tokenizer = _common_tokenizer([path for path in prepared if path is not None]) or _ready_tokenizer(data)
+    end_ids = () if tokenizer is None else tokenizer.end_ids
+    plans = [
+        make_plan(source, end_ids) if path is None else None for source, path in zip(sources, prepared, strict=True)
+    ]
+    made = [plan for plan in plans if plan is not None]
+    if tokenizer is None:
+        tokenizer = _make_tokenizer(made, data, folder, num_processes)
+    write_tokenizer(folder / TOKENIZER, tokenizer)
+    all_bytes, before = sum(plan.num_bytes for plan in made), [0, 0]
+
+    def go_on(done_bytes: int, _: int, documents: int) -> None:
+        progress(before[0] + done_bytes, all_bytes, before[1] + documents)
+
+    for index, (source, path, plan) in enumerate(zip(sources, prepared, plans, strict=True)):
+        inner = folder / str(index)
+        if inner.exists():  # of an interrupted call, perhaps with another tokenizer
+            shutil.rmtree(inner)
+        make_folder(inner)
+        if plan is not None:
+            corpus = _encode(plan, source, inner, tokenizer, num_processes, go_on)
+            before = [before[0] + plan.num_bytes, before[1] + corpus.num_documents]
+        elif path is not None:
+            _take_prepared(source, path, inner, tokenizer)
+        (inner / TOKENIZER).unlink()
+    names = _names_of([paths_of(source.path)[0] for source in sources])
+    facts = [
+        {"name": name, "weight": weight, "sha256": sha256_of(folder / str(index) / CORPUS)}
+        for index, (name, (_, weight)) in enumerate(zip(names, data.sources, strict=True))
+    ]
+    write_facts(folder, {"mixture": facts})
+    return tokenizer, load_corpus(folder)
+
+
+def _prepared(data: DataConfig) -> Path | None:
+    """The folder of the prepared corpus that `data.path` names; None if it names texts."""
+    paths = paths_of(data.path)
+    return Path(paths[0]) if len(paths) == 1 and is_corpus(paths[0]) else None
+
+
+def _common_tokenizer(prepared: Sequence[Path]) -> Tokenizer | None:
+    """The tokenizer of all prepared sources of a mixture; raises UserError if two differ."""
+    tokenizers = [load_tokenizer(path / TOKENIZER) for path in prepared if read_facts(path)]
+    for path, tokenizer in zip(prepared, tokenizers, strict=True):
+        if tokenizer.to_json() != tokenizers[0].to_json():
+            raise UserError(
+                f"{path}: was prepared with another tokenizer than {prepared[0]}; prepare it again with "
+                f"--data.tokenizer {prepared[0] / TOKENIZER}"
+            )
+    return tokenizers[0] if tokenizers else None
+
+
+def _names_of(paths: Sequence[str]) -> list[str]:
+    """A short name for each source of a mixture, from its path: safe to print and to log, no two alike."""
+    names: list[str] = []
+    for path in paths:
+        words = [re.sub(r"[^A-Za-z0-9]+", "-", part.lstrip(".").split(".")[0]) for part in reversed(Path(path).parts)]
+        word = next(filter(None, (word.strip("-")[:28] for word in words)), "source")
+        numbered = (f"{word}-{count}" for count in range(2, len(paths) + 2))
+        names.append(next(name for name in (word, *numbered) if name not in names))
+    return names
+
+
+def _ready_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer that needs no text to be made from."""
+    return None if data.tokenizer in ("char", "bpe") else make_tokenizer(data.tokenizer, "", data.bpe_vocab_size)
 
 
 def _prepare(
     data: DataConfig, folder: Path, tokenizer: Tokenizer | None, num_processes: int | None, progress: Progress
 ) -> tuple[Tokenizer, Corpus]:
-    if tokenizer is None and data.tokenizer not in ("char", "bpe"):
-        tokenizer = make_tokenizer(data.tokenizer, "", data.bpe_vocab_size)
+    tokenizer = tokenizer or _ready_tokenizer(data)
     plan = make_plan(data, () if tokenizer is None else tokenizer.end_ids)
-    if num_processes is None:
-        num_processes = 1 if plan.num_bytes <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     _keep_what_is_done(plan, data, folder)
     if tokenizer is None:
-        tokenizer = _make_tokenizer(plan, data, folder, num_processes)
+        tokenizer = _make_tokenizer([plan], data, folder, num_processes)
+    return tokenizer, _encode(plan, data, folder, tokenizer, num_processes, progress)
+
+
+def _encode(
+    plan: Plan, data: DataConfig, folder: Path, tokenizer: Tokenizer, num_processes: int | None, progress: Progress
+) -> Corpus:
     write_tokenizer(folder / TOKENIZER, tokenizer)
     item_bytes = 2 if tokenizer.vocab_size <= 2**16 else 4
     ending = ending_of(plan, data, tokenizer)
@@ -203,19 +297,17 @@ def _prepare(
     for path in folder.iterdir():
         if path.name == PLAN or path.suffix in (".hashes", ".done"):
             path.unlink()
-    return tokenizer, load_corpus(folder)
+    return load_one(folder)
 
 
 def source_identity(data: DataConfig) -> str:
     """The SHA-256 that the corpus of these texts has; raises UserError if they cannot be read."""
-    paths = paths_of(data.path)
-    if len(paths) == 1 and is_corpus(paths[0]):
-        return str(read_facts(Path(paths[0]))["sha256"])
-    return source_hash(data)
+    prepared = _prepared(data)
+    return source_hash(data) if prepared is None else str(read_facts(prepared)["sha256"])
 
 
 def require_fit(
-    corpus: Corpus, tokenizer: Tokenizer, data: DataConfig, context_length: int, vocab_size: int | None
+    corpus: Corpus | Mixture, tokenizer: Tokenizer, data: DataConfig, context_length: int, vocab_size: int | None
 ) -> None:
     """Raises UserError if a corpus does not fit a model.
 
@@ -232,14 +324,19 @@ def require_fit(
             f"{tokenizer.vocab_size} tokens on {corpus.source}; raise it to that, or leave it to the tokenizer: "
             "--model.vocab-size none"
         )
+    for source in corpus.sources:
+        _require_windows(source.corpus, data, context_length)
+
+
+def _require_windows(corpus: Corpus, data: DataConfig, context_length: int) -> None:
     for part, split, fraction in (
         ("training", corpus.train, f"first {100 * (1 - data.validation_fraction):g} %"),
         ("validation", corpus.validation, f"last {100 * data.validation_fraction:g} %"),
     ):
-        if len(split.tokens) < context_length + 1:
+        if split.num_tokens < context_length + 1:
             source = f"{corpus.source} ({fraction})" if data.validation_path is None else corpus.source
             raise UserError(
-                f"the {part} part of {source} has {len(split.tokens)} tokens, but context_length = {context_length} "
+                f"the {part} part of {source} has {split.num_tokens} tokens, but context_length = {context_length} "
                 f"needs at least {context_length + 1}: use a longer text or a smaller model.context_length"
             )
 
@@ -276,11 +373,11 @@ def _keep_what_is_done(plan: Plan, data: DataConfig, folder: Path) -> None:
     write_text(folder / PLAN, fingerprint)
 
 
-def _make_tokenizer(plan: Plan, data: DataConfig, folder: Path, num_processes: int) -> Tokenizer:
+def _make_tokenizer(plans: Sequence[Plan], data: DataConfig, folder: Path, num_processes: int | None) -> Tokenizer:
     """A char tokenizer of all text, or a bpe tokenizer of the training text."""
     with contextlib.suppress(UserError):  # of an interrupted call
         return load_tokenizer(folder / TOKENIZER)
-    tokens = next((part.path for part in plan.parts if part.format == "tokens"), None)
+    tokens = next((part.path for plan in plans for part in plan.parts if part.format == "tokens"), None)
     if tokens is not None:
         raise UserError(
             f"{tokens}: holds tokens, but data.tokenizer = {data.tokenizer}; give the path of the tokenizer.json that "
@@ -289,17 +386,18 @@ def _make_tokenizer(plan: Plan, data: DataConfig, folder: Path, num_processes: i
     if data.tokenizer == "char":
         separator = "\n" if data.document_separator is None else data.document_separator
         # A char vocabulary without a character of the validation text could not encode it.
-        tasks = [Task(group, "", data.text_field, Ending()) for group in plan.shards(plan.parts)]
+        tasks = [Task(group, "", data.text_field, Ending()) for plan in plans for group in plan.shards(plan.parts)]
         results = list(_run(tasks, None, folder, num_processes, no_progress))
         raise_all([error for result in results for error in result.errors])
-        return make_tokenizer("char", ["" if plan.is_one_text else separator, *(r.characters for r in results)], 0)
-    return make_tokenizer("bpe", _sample(plan, data), data.bpe_vocab_size)
+        between = "" if all(plan.is_one_text for plan in plans) else separator
+        return make_tokenizer("char", [between, *(result.characters for result in results)], 0)
+    return make_tokenizer("bpe", _sample([part for plan in plans for part in plan.train], data), data.bpe_vocab_size)
 
 
-def _sample(plan: Plan, data: DataConfig) -> Iterator[str]:
+def _sample(parts: Sequence[Part], data: DataConfig) -> Iterator[str]:
     """Training text of at most about `data.bpe_train_bytes`: the beginning of each part."""
-    share = min(data.bpe_train_bytes / sum(part.num_bytes for part in plan.train), 1)
-    for part in plan.train:
+    share = min(data.bpe_train_bytes / sum(part.num_bytes for part in parts), 1)
+    for part in parts:
         rest = part.num_bytes * share if share < 1 else float("inf")
         for piece in formats.pieces_of(part, data.text_field):
             text = piece.text if len(piece.text) <= rest else piece.text[: int(rest)]
@@ -310,10 +408,12 @@ def _sample(plan: Plan, data: DataConfig) -> Iterator[str]:
 
 
 def _run(
-    tasks: Sequence[Task], tokenizer: Tokenizer | None, folder: Path, num_processes: int, progress: Progress
+    tasks: Sequence[Task], tokenizer: Tokenizer | None, folder: Path, num_processes: int | None, progress: Progress
 ) -> list[Result]:
     """The results of tasks, in their order; `tokenizer` is that in the folder."""
     sizes = [sum(part.num_bytes for part in task.parts) for task in tasks]
+    if num_processes is None:
+        num_processes = 1 if sum(sizes) <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     results: dict[int, Result] = {}
 
     def note(index: int, result: Result) -> None:
@@ -460,4 +560,4 @@ def _take_prepared(
             os.link(prepared / name, target, follow_symlinks=False)
         except OSError:  # another file system, or one without such links
             shutil.copyfile(prepared / name, target, follow_symlinks=False)
-    return own, load_corpus(folder)
+    return own, load_one(folder)

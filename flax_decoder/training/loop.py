@@ -16,7 +16,7 @@ from flax_decoder.allocator import limit_kept_memory
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.config_file import to_toml
 from flax_decoder.data.listing import BUILT_IN
-from flax_decoder.data.shards import Corpus
+from flax_decoder.data.shards import Corpus, Mixture
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
@@ -47,6 +47,7 @@ from flax_decoder.training.metrics import (
     MetricsLog,
     evaluations_since_best,
     log_row,
+    losses_of_sources,
     plot_losses,
     read_metrics,
     require_reporters,
@@ -98,7 +99,7 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         config.model, has_documents=config.data.document_mask
     )  # raises if the requested one does not run here
 
-    def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    def check(config: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture) -> None:
         require_room(config, jax.device_count())
         watched_tokens(config, tokenizer, corpus.validation.tokens)
 
@@ -128,7 +129,7 @@ def train_from(
     config: Config,
     folder: Path,
     tokenizer: Tokenizer,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     interruption: Interruption,
     start: Start | None = None,
 ) -> int:
@@ -150,7 +151,7 @@ def train_from(
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
     watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
-    describe(model, state.params, tokenizer, corpus, mesh)
+    describe(model, state.params, tokenizer, corpus, training, mesh)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
@@ -186,7 +187,7 @@ def run_steps(
     schedule: optax.Schedule,
     model: Decoder,
     state: TrainState,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     mesh: Mesh,
     checkpoints: Checkpoints,
     log: MetricsLog,
@@ -272,24 +273,32 @@ def how_to_go_on(config: Config, done: int, *, is_settled: bool) -> str:
     )
 
 
-def validate(model: Decoder, state: TrainState, corpus: Corpus, training: TrainingConfig) -> dict[str, float]:
-    """Evaluates the validation split; returns its log entries."""
-    result = evaluate(
-        model,
-        state.params,
-        corpus.validation.tokens,
-        corpus.validation.num_bytes,
-        batch_size=training.batch_size,
-        limit=training.eval_batches,
-        loss_chunk_tokens=training.loss_chunk_tokens,
-        document_starts=corpus.validation.masked_documents,
-    )
-    if not np.isfinite(result["loss"]):
-        raise FaultError(
-            f"the validation loss is {result['loss']} after step {int(state.step)}; {CONTINUE_HINT};\n"
-            f"if it happens again, {RESTART_HINT}"
+def validate(model: Decoder, state: TrainState, corpus: Corpus | Mixture, training: TrainingConfig) -> dict[str, float]:
+    """Evaluates the validation split; returns its log entries. Of a mixture: those of each source, and their mean."""
+    entries: dict[str, float] = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
+    for source in corpus.sources:
+        split = source.corpus.validation
+        result = evaluate(
+            model,
+            state.params,
+            split.tokens,
+            split.num_bytes,
+            batch_size=training.batch_size,
+            limit=training.eval_batches,
+            loss_chunk_tokens=training.loss_chunk_tokens,
+            document_starts=split.masked_documents,
         )
-    return {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
+        if not np.isfinite(result["loss"]):
+            raise FaultError(
+                f"the validation loss is {result['loss']} after step {int(state.step)}; {CONTINUE_HINT};\n"
+                f"if it happens again, {RESTART_HINT}"
+            )
+        for name, value in (("val_loss", result["loss"]), ("val_bits_per_byte", result["bits_per_byte"])):
+            entries[name] += source.weight * value
+            if source.name:
+                entries[f"{name}/{source.name}"] = value
+    num_rows = int(state.step) * training.batch_size
+    return entries | corpus.tokens_read(num_rows, model.config.context_length, training.seed)
 
 
 def has_results(folder: Path, step: int) -> bool:
@@ -299,15 +308,19 @@ def has_results(folder: Path, step: int) -> bool:
     return last_result.exists() and last_result.stat().st_mtime >= saved
 
 
-def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, mesh: Mesh) -> None:
+def describe(
+    model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus | Mixture, training: TrainingConfig, mesh: Mesh
+) -> None:
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
     num_params, config = sum(leaf.size for leaf in jax.tree.leaves(params)), model.config
     source = built_in if corpus.source == BUILT_IN else corpus.source
-    what_was_read = f"{corpus.what_was_read}\n      " if corpus.num_documents > 1 else ""
+    what_was_read = corpus.describe(training.num_steps * training.batch_size, config.context_length)
+    num_validation = sum(one.corpus.validation.num_tokens for one in corpus.sources)
+    lines = "".join(f"{line}\n      " for line in what_was_read.splitlines())
     print_escaped(
-        f"text: {source}\n      {what_was_read}"
-        f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} to validate, "
+        f"text: {source}\n      {lines}"
+        f"{corpus.train.num_tokens:,} tokens to train on, {num_validation:,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"
         f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
         f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
@@ -330,7 +343,7 @@ def write_results(
     model: Decoder,
     params: Any,
     tokenizer: Tokenizer,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     log: MetricsLog,
 ) -> None:
     """Writes a sample and the loss curve, then prints the best loss, advice and the sample."""
@@ -349,9 +362,9 @@ def write_results(
         best = min(evaluated, key=lambda row: row["val_loss"])
         print_escaped(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
-            f"at step {best['step']}; curve in {curve}"
+            f"at step {best['step']}{losses_of_sources(best)}; curve in {curve}"
         )
-        epochs = log.rows[-1]["step"] * training.batch_size * model.config.context_length / len(corpus.train.tokens)
+        epochs = corpus.train.epochs(log.rows[-1]["step"] * training.batch_size, model.config.context_length)
         num_steps, V = training.num_steps, tokenizer.vocab_size
         print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:
