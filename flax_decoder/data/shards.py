@@ -284,14 +284,8 @@ def load_corpus(folder: str | os.PathLike[str], *, checks_all: bool = False) -> 
         if actual != source["sha256"]:
             raise _damaged(path, ValueError(f"its SHA-256 is {actual}, but {folder / CORPUS} says {source['sha256']}"))
         corpora.append(load_one(path.parent, checks_all=checks_all))
-    return mixture_of([source["name"] for source in sources], [source["weight"] for source in sources], corpora)
-
-
-def mixture_of(names: Sequence[str], weights: Sequence[float], corpora: Sequence[Corpus]) -> Mixture:
-    """A mixture of corpora that are open; the weights need not add up to 1."""
-    total = sum(weights)
-    sources = zip(names, weights, corpora, strict=True)
-    return Mixture(tuple(Source(name, weight / total, corpus) for name, weight, corpus in sources))
+    named = zip(sources, corpora, strict=True)
+    return Mixture(tuple(Source(source["name"], source["weight"], corpus) for source, corpus in named))
 
 
 def load_one(folder: Path, *, checks_all: bool = False) -> Corpus:
@@ -344,10 +338,12 @@ def read_mixture(folder: Path) -> list[dict[str, Any]]:
     sources: list[dict[str, Any]] = facts["mixture"]
     for source in sources:
         _require_fields(path, source, _SOURCE_FACTS)
-        if not 0 < source["weight"] < math.inf or not _SOURCE_NAME.fullmatch(source["name"]):
+        if not 0 < source["weight"] < 1 or not _SOURCE_NAME.fullmatch(source["name"]):
             raise _damaged(path, ValueError("it has a source with a wrong name or weight"))
     if facts["format"] != FORMAT or not 2 <= len({source["name"] for source in sources}) == len(sources) <= MAX_SOURCES:
         raise _damaged(path, ValueError("its sources are not those of a mixture"))
+    if not math.isclose(sum(source["weight"] for source in sources), 1):
+        raise _damaged(path, ValueError("the weights of its sources do not add up to 1"))
     return sources
 
 
