@@ -447,7 +447,7 @@ class TrainingConfig(_Shown):
     eval_every: Annotated[Count, MAY_CHANGE] = 250
     """steps between evaluations"""
     eval_batches: Annotated[CountOrZero, MAY_CHANGE] = 0
-    """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
+    """batches an evaluation reads, evenly spaced, of each source of a mixture; 0 is the whole validation split"""
     patience: Annotated[CountOrZero, MAY_CHANGE] = 0
     """the run ends after this many evaluations in a row without a new lowest validation loss; 0 is off"""
     save_every: Annotated[Count, MAY_CHANGE] = 500
