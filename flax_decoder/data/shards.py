@@ -266,6 +266,9 @@ def load_corpus(folder: str | os.PathLike[str], *, checks_all: bool = False) -> 
         folder: of the corpus.
         checks_all: checks the hash of each shard, however large they are.
 
+    Returns:
+        The corpus; or a `Mixture`, whose `sources` have one each, for that of a run with `data.mixture`.
+
     Raises:
         BrokenError: a file is missing, or does not match corpus.json.
         UserError: it was written by an older version.
