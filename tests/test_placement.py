@@ -8,7 +8,7 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.data.batches import train_batch
-from flax_decoder.data.shards import Split
+from flax_decoder.data.shards import MixedSplit, Split
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.parallel.zigzag import zigzag
 from flax_decoder.training import loop
@@ -149,6 +149,15 @@ def test_each_row_is_read_once_and_only_where_it_is_needed(monkeypatch):
     config = make_config(data=2, fsdp=2, tensor=2)
     jax.block_until_ready(place(config, one_mesh(config), 0))
     assert sorted(asked) == [(0, 6), (6, 12), (12, 18), (18, 24)]  # "inputs" and "targets" of two devices each
+
+
+def test_a_mixture_is_the_same_on_any_devices():
+    config = make_config(data=4, fsdp=2)
+    split = MixedSplit((Split(TOKENS, STARTS, 1), Split(TOKENS[::-1], STARTS, 1)), (0.5, 0.5))
+    placed = place_batch(split, config.training, T, one_mesh(config), 7)
+    expected = split.train_batch(seed=0, step=7, batch_size=B, context_length=T)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(placed[name], array)
 
 
 def test_positions_say_where_tokens_stand_and_the_load_is_balanced():
