@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, DataConfig, fields_of
 from flax_decoder.config_file import load_config, require_consent
-from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError, did_you_mean
+from flax_decoder.errors import DEVICE_FAILS, FaultError, FolderWarning, InUseError, UserError, did_you_mean
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
@@ -77,6 +77,9 @@ def _run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # a disk may be full only now
         return code
     except (UserError, InUseError) as error:
+        if isinstance(error.__context__, OSError) and error.__context__.errno in DEVICE_FAILS:
+            print_escaped(f"fault: {error}", file=sys.stderr)
+            return 1
         print_escaped(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 73
     except FaultError as error:
@@ -161,6 +164,9 @@ def train(options: argparse.Namespace) -> int:
     # The lock is taken later; this refuses before JAX is imported. The processes of a job share the folder.
     if config.distributed.coordinator is None and not in_a_job(os.environ):
         refuse_if_in_use(folder)
+    is_new = not (folder / "config.toml").is_file()  # a run has a copy of what it started from
+    if config.lora.rank is not None and config.run.start_from is None and is_new:
+        raise UserError(f"lora.rank = {config.lora.rank} needs a trained model: give --run.start-from PATH")
     from flax_decoder.training import loop
 
     config, start = (config, None) if config.run.start_from is None else _started(config, folder)
@@ -314,7 +320,7 @@ def convert(options: argparse.Namespace) -> int:
     """Converts a run folder to a Hugging Face folder or a checkpoint of nanoGPT, or one of these to a run folder."""
     from flax_decoder.loading import convert
 
-    names = ("model_type", "to", "allow_nan", "strict", "tokenizer", "names")
+    names = ("model_type", "to", "allow_nan", "strict", "tokenizer", "names", "merge", "base")
     convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     print_escaped(f"{options.destination}: written")
     return 0
@@ -763,6 +769,8 @@ def build_parser() -> Parser:
         "--names", metavar="FILE.toml", type=expand_home, help="what the tensors of your own PyTorch model are in ours"
     )
     argument("--to", metavar="nanogpt", help="write a ckpt.pt of nanoGPT instead of a Hugging Face folder")
+    argument("--merge", action="store_true", help="of a run with adapters, write whole weights and not the adapters")
+    argument("--base", metavar="PATH", type=expand_home, help="of a folder of PEFT, the model its adapters belong to")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -306,6 +307,51 @@ def test_a_disk_that_refuses_a_snapshot_ends_the_run(text, tmp_path, monkeypatch
     assert all(result.passed is not False for result in verify_run(tmp_path / "run"))
     assert train(tmp_path / "run", text) == 0
     assert read_history(tmp_path / "run").steps_M.tolist() == [0, 3, 6, 8]
+
+
+def test_the_next_batch_is_made_while_the_step_runs_and_all_time_between_steps_counts(tmp_path, text, monkeypatch):
+    events, clock, num_steps = [], [0.0], 6
+    jit_step, place_batch, check = loop.jit_step, loop.place_batch, loop.Checkpoints.check
+
+    def jit_and_note(*args, **options):
+        take_step = jit_step(*args, **options)
+
+        def step(*args):
+            events.append("step")
+            return take_step(*args)
+
+        return step
+
+    def place_and_note(*args):
+        events.append("batch")
+        clock[0] += 1  # a slow one
+        return place_batch(*args)
+
+    def check_slowly(self):
+        clock[0] += 3  # what the loop does after a step
+        check(self)
+
+    class Reader:
+        def device_get(self, tree):
+            events.append("read")
+            return jax.device_get(tree)
+
+        def __getattr__(self, name):
+            return getattr(jax, name)
+
+    monkeypatch.setattr(loop, "jit_step", jit_and_note)
+    monkeypatch.setattr(loop, "place_batch", place_and_note)
+    monkeypatch.setattr(loop.Checkpoints, "check", check_slowly)
+    monkeypatch.setattr(loop, "jax", Reader())
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    every = {"training__num_steps": num_steps, "training__log_every": 3, "training__sample_tokens": 0, "lens__every": 0}
+    never = {"training__eval_every": 100, "training__save_every": 100}
+    assert train(tmp_path / "run", text, **every, **never) == 0
+    # The device has the next step's batch before anybody waits for this one.
+    assert events == ["batch"] + ["step", "batch", "read"] * num_steps
+    tokens_per_step = RULES["training.batch_size"] * RULES["model.context_length"]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["tokens_per_second"] for row in rows] == [tokens_per_step / (1 + 3)] * 2
 
 
 @pytest.mark.parametrize(

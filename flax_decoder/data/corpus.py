@@ -40,7 +40,7 @@ from flax_decoder.data.shards import (
 )
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.io.files import flush_names, make_folder, sha256_of, write_text
+from flax_decoder.io.files import flush_names, make_folder, make_parents, sha256_of, write_text
 from flax_decoder.io.lock import LOCK, FolderLock
 
 TOKENIZER, PLAN = "tokenizer.json", "plan.json"
@@ -152,7 +152,7 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
         raise UserError(f"{out}: exists; give a new folder")
     unfinished = out.with_name(f".{out.name}.unfinished")
     try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        make_parents(unfinished)
         make_folder(unfinished)
         with FolderLock() as lock:
             lock.take(unfinished)

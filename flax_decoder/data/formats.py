@@ -14,13 +14,14 @@ import os
 import shlex
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 import numpy as np
 
 from flax_decoder.data.listing import BUILT_IN
-from flax_decoder.errors import UserError
+from flax_decoder.errors import DEVICE_FAILS, FaultError, UserError
 from flax_decoder.io.files import open_regular
 from flax_decoder.io.strict_json import shown
 
@@ -121,8 +122,8 @@ def parts_of(path: Path) -> list[Part]:
         "text",
         "gz" if path.suffix == ".gz" else "zst" if path.suffix == ".zst" else "",
     )
-    with _open(path) as file:
-        num_bytes, beginning = os.fstat(file.fileno()).st_size, file.peek(16)[:16]  # type: ignore[attr-defined]
+    with open_file(path) as file:
+        num_bytes, beginning = os.fstat(file.fileno()).st_size, file.peek(16)[:16]
     if not packing and format in ("text", "lines"):
         for mark, what in _BEGINNINGS.items():
             if beginning.startswith(mark):
@@ -143,7 +144,7 @@ def parts_of(path: Path) -> list[Part]:
         whole = dataclasses.replace(whole, stop=num_bytes)
         nominal = range(PART_BYTES, num_bytes - PART_BYTES // 2, PART_BYTES)
         find = _next_line if format == "lines" else _next_cut
-        with _open(path) as file:
+        with open_file(path) as file:
             borders = sorted({0, *(min(find(file, offset), num_bytes) for offset in nominal), num_bytes})
     if len(borders) < 3:
         return [whole]
@@ -177,7 +178,7 @@ def split(part: Part, fraction: float, end_ids: tuple[int, ...] = ()) -> tuple[P
         mark = 3 if start == 0 and _has_mark(part) else 0
         border = start + mark + len(text[: int(len(text) * fraction)].encode("utf-8", "surrogatepass"))
     elif part.packing == "" and part.format in ("text", "lines") and not _is_utf16_file(part):
-        with _open(path) as file:
+        with open_file(path) as file:
             if part.format == "text":
                 border = _next_cut(file, border)
             else:
@@ -228,7 +229,7 @@ def place_of(part: Part, row: int | None) -> str:
 
 def looks_like_json_lines(path: Path) -> bool:
     """Whether a file that is read as a text has a JSON object in each of its first lines."""
-    with _open(path) as file:
+    with open_file(path) as file:
         lines = file.read(100_000).split(b"\n")[:3]
     try:
         return lines[0][:1] == b"{" and all(isinstance(json.loads(line), dict) for line in lines[: len(lines) - 1 or 1])
@@ -277,7 +278,7 @@ def open_tokens(path: Path) -> np.ndarray:
     Raises:
         UserError: it is neither.
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         num_bytes, beginning = os.fstat(file.fileno()).st_size, file.read(8)
     try:
         if path.suffix.lower() == ".npy":
@@ -297,15 +298,17 @@ def open_tokens(path: Path) -> np.ndarray:
         ) from None
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Opens a file that a corpus names; raises UserError."""
     try:
-        return cast(BinaryIO, open_regular(path))
+        return open_regular(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; give a text file, a folder of texts or a glob") from None
     except PermissionError:
         raise UserError(f"{path}: there is no permission to read it; chmod u+r {shlex.quote(str(path))}") from None
     except OSError as error:
+        if error.errno in DEVICE_FAILS:
+            raise FaultError(f"{path}: cannot be read: {error.strerror}") from error
         raise UserError(f"{path}: cannot be read: {error.strerror}; give a text file") from None
 
 
@@ -319,14 +322,14 @@ def _is_utf16(beginning: bytes) -> bool:
 def _is_utf16_file(part: Part) -> bool:
     if part.format != "text" or part.packing or part.path == BUILT_IN:
         return False
-    with _open(Path(part.path)) as file:
+    with open_file(Path(part.path)) as file:
         return _is_utf16(file.read(2))
 
 
 def _has_mark(part: Part) -> bool:
     if part.path == BUILT_IN:
         return False
-    with _open(Path(part.path)) as file:
+    with open_file(Path(part.path)) as file:
         return file.read(3) == codecs.BOM_UTF8
 
 
@@ -349,7 +352,7 @@ def _next_cut(file: BinaryIO, offset: int) -> int:
 def _text_pieces(part: Part) -> Iterator[Piece]:
     """A text in UTF-8, or a range of it, as one piece."""
     path, stop = Path(part.path), cast(int, part.stop)
-    with _open(path) as file:
+    with open_file(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         file.seek(max(part.start - _BEFORE_BYTES, 0))
         before = file.read(min(part.start, _BEFORE_BYTES)).decode("utf-8", "ignore")
@@ -400,7 +403,7 @@ def _not_utf8(path: Path, offset: int, byte: int) -> UserError:
 def _line_number(path: Path, offset: int) -> int:
     """The line, from 1, that has a byte of a file."""
     newlines = 0
-    with _open(path) as file:
+    with open_file(path) as file:
         while offset > 0 and (block := file.read(min(_READ_BYTES, offset))):
             newlines += block.count(b"\n")
             offset -= len(block)
@@ -452,7 +455,7 @@ def _characters(part: Part) -> Iterator[str]:
 @contextlib.contextmanager
 def _unpacked(part: Part) -> Iterator[BinaryIO]:
     path = Path(part.path)
-    with _open(path) as file:
+    with open_file(path) as file:
         if part.packing == "gz":
             yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
         elif part.packing == "zst":
@@ -460,9 +463,34 @@ def _unpacked(part: Part) -> Iterator[BinaryIO]:
                 import zstandard
             except ImportError:
                 raise _needs_extra(path, "zstandard") from None
-            yield cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+            yield cast(BinaryIO, _Zstandard(file, zstandard.ZstdDecompressor()))
         else:
             yield file
+
+
+class _Zstandard:
+    """A packed file of one or more frames. The package's own reader would take one that is cut off for a whole one."""
+
+    _INPUT_BYTES = 4096  # a malicious frame makes up to 128 MB of them
+
+    def __init__(self, file: BinaryIO, decompressor: Any):
+        self._file, self._decompressor = file, decompressor
+        self._frame: Any = None
+
+    def read(self, size: int) -> bytes:
+        """Reads at least `size` bytes, unless the file ends; raises EOFError if it ends inside of a frame."""
+        parts, length = [], 0
+        while length < size and (block := self._file.read(self._INPUT_BYTES)):
+            while block:
+                self._frame = self._frame or self._decompressor.decompressobj()
+                parts.append(self._frame.decompress(block))
+                length += len(parts[-1])
+                block = b""
+                if self._frame.eof:
+                    block, self._frame = self._frame.unused_data, None
+        if length < size and self._frame is not None:
+            raise EOFError("it ends inside of a frame")
+        return b"".join(parts)
 
 
 def _read(file: BinaryIO, part: Part, size: int) -> bytes:
@@ -671,7 +699,7 @@ def _parquet(part: Part) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise _needs_extra(path, "pyarrow") from None
-    _open(path).close()
+    open_file(path).close()
     with _as_user_error(part):
         return pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
 
@@ -697,7 +725,7 @@ def _arrow_batches(part: Part) -> Iterator[Any]:
         import pyarrow
     except ImportError:
         raise _needs_extra(Path(part.path), "pyarrow") from None
-    _open(Path(part.path)).close()
+    open_file(Path(part.path)).close()
     with pyarrow.memory_map(part.path) as source:
         if source.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)

@@ -14,7 +14,6 @@ from flax_decoder.data.formats import PART_BYTES, Part, format_of, parts_of
 from flax_decoder.data.listing import BUILT_IN, Listing, list_files
 from flax_decoder.data.shards import hash_of_hashes
 from flax_decoder.errors import FolderWarning, UserError
-from flax_decoder.io.files import sha256_of
 
 _MAX_SHARDS = 2000  # in larger corpora the shards are larger
 _MAX_SHOWN_ERRORS = 20
@@ -113,10 +112,7 @@ def source_hash(data: DataConfig) -> str:
     """The hash of all files of a corpus, by which a resumed run sees that its text is the same."""
     paths = paths_of(data.path) + (() if data.validation_path is None else paths_of(data.validation_path))
     files = list_files(paths, lambda path: format_of(path) is not None).files
-    try:
-        return hash_of_hashes([_hash_of(file) for file in files])
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return hash_of_hashes([_hash_of(file) for file in files])
 
 
 def split_parts(
@@ -237,4 +233,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _hash_of(file: Path) -> str:
-    return hashlib.sha256(formats.built_in_text().encode()).hexdigest() if str(file) == BUILT_IN else sha256_of(file)
+    if str(file) == BUILT_IN:
+        return hashlib.sha256(formats.built_in_text().encode()).hexdigest()
+    with formats.open_file(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -102,8 +102,9 @@ class FolderLock:
             return
         with contextlib.suppress(OSError):  # the file of another user, or on a file system without permissions
             os.fchmod(self._descriptor, 0o600)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, _this_process(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without it
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, _this_process(), 0)
 
     def release(self) -> None:
         """Releases the lock, if it is held."""

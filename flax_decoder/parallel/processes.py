@@ -17,9 +17,12 @@ from jax.experimental import multihost_utils
 
 from flax_decoder.config import DistributedConfig
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.parallel.launchers import find_job, in_a_job
+from flax_decoder.parallel.launchers import find_job, in_a_job, local_device_ids, refuse_lone_process
 
 T = TypeVar("T")
+# How long processes that are done wait for the first one, which hashes the last checkpoint: JAX's 5 minutes are too few
+# for hundreds of gigabytes. One that has died is noticed by its heartbeat.
+SHUTDOWN_SECONDS = 3600
 
 
 def join(config: DistributedConfig) -> None:
@@ -30,7 +33,8 @@ def join(config: DistributedConfig) -> None:
             Kubernetes, or a TPU pod).
 
     Raises:
-        UserError: the other processes were not found, or the number or index of this one is missing.
+        UserError: the other processes were not found, the number or index of this one is missing, or the processes of
+            this machine do not divide its GPUs.
     """
     count, index = find_job(config, os.environ)
     if config.coordinator is not None and (count is None or index is None):
@@ -44,8 +48,11 @@ def join(config: DistributedConfig) -> None:
             f"distributed.num_processes = {config.num_processes} and process_id = {config.process_id} do not say "
             "where the other processes are: give --distributed.coordinator HOST:PORT"
         )
-    if count == 1 or not found or jax.distributed.is_initialized():
+    if count == 1 or jax.distributed.is_initialized():
         return
+    if not found:
+        return refuse_lone_process(os.environ)
+    own_devices = local_device_ids(os.environ)
     if config.coordinator is not None and index != 0:
         wait_for(config.coordinator, config.join_seconds)
     try:
@@ -53,7 +60,9 @@ def join(config: DistributedConfig) -> None:
             config.coordinator,
             count,
             index,
+            own_devices,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             initialization_timeout=config.join_seconds,
         )
     except (RuntimeError, ValueError) as error:

@@ -1,8 +1,8 @@
 """Checkpoints: saved atomically in the background; the newest few and the best one are kept.
 
-Orbax writes the arrays into a temporary folder. The manifest of all files is added, everything is flushed to disk, and
-only then is the folder renamed to the number of its step. A folder with such a name is a checkpoint; its manifest shows
-whether its files are still those that were saved.
+Orbax writes the arrays into a temporary folder. The manifest of all files is added, everything is flushed to disk, the
+log of the run too, and only then is the folder renamed to the number of its step. A folder with such a name is a
+checkpoint; its manifest shows whether its files are still those that were saved.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from flax_decoder.io.files import flush_names, make_folder
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import is_first
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
+from flax_decoder.training.metrics import flush_log
 from flax_decoder.training.step import TrainState
 from flax_decoder.version import __version__
 
@@ -128,6 +129,8 @@ def commit(new: Path, facts: Mapping[str, Any]) -> None:
     """Adds the manifest to a folder with the arrays of a step, and renames the folder to the step."""
     make_folder(new.parent)  # Orbax writes by path: it is still a folder, not a link to one
     write_manifest(new, facts)
+    flush_log(new.parent.parent)
+    flush_names(new.parent.parent)  # Orbax, or a process that was killed, may have made the folder
     final = new.with_name(str(facts["step"]))
     quarantine(final)
     os.rename(new, final)
@@ -135,14 +138,20 @@ def commit(new: Path, facts: Mapping[str, Any]) -> None:
 
 
 def prune(folder: Path, keep_newest: int) -> None:
-    """Deletes all checkpoints but the newest and the best; renamed first, so that a step's folder is never partial."""
+    """Deletes all checkpoints but the newest and the best; renamed first, so that a step's folder is never partial.
+
+    Each new name is on disk before a file is deleted, so that a power cut cannot bring back the old one without files.
+    """
     losses = _losses(folder)
+    if not losses:  # the disk does not give the manifests now
+        return
     newest = sorted(losses)[-keep_newest:]
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
     best = min(evaluated, key=lambda step: evaluated[step], default=newest[-1])
     for step in sorted(losses.keys() - {*newest, best}):
         old = steps_folder(folder) / f"{_OLD}{step}"
         os.rename(old.with_name(str(step)), old)
+        flush_names(old.parent)
         shutil.rmtree(old)
 
 
@@ -179,10 +188,19 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def newest_manifest(folder: Path) -> Manifest | None:
-    """The newest readable manifest in a run folder; the other files of that checkpoint are not verified."""
+    """The newest readable manifest in a run folder; the other files of that checkpoint are not verified.
+
+    Raises:
+        BrokenError: there is none, but perhaps one that the disk does not give now: its facts are not passed over.
+    """
+    unread = None
     for step in reversed(saved_steps(folder)):
-        with contextlib.suppress(BrokenError):
+        try:
             return read_manifest(steps_folder(folder) / str(step))
+        except BrokenError as error:
+            unread = unread or (error if isinstance(error.__cause__, OSError) else None)
+    if unread is not None:
+        raise unread
     return None
 
 
@@ -210,6 +228,7 @@ def quarantine(path: Path) -> None:
     names = (f"{path.name}.broken{count}" for count in ("", *range(2, 1_000_000)))
     aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     os.rename(path, aside)
+    flush_names(path.parent)
     print_escaped(f"{path}: not a valid checkpoint; renamed to {aside.name}")
 
 
@@ -370,20 +389,24 @@ def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterat
     try:
         with _without_late_results():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, FaultError):
+    except Exception as error:
+        is_meant = (
+            isinstance(error, OSError | ValueError | KeyError | RuntimeError) or type(error) is Exception
+        )  # Orbax
+        if isinstance(error, FaultError) or not is_meant:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        # Tensorstore appends how the array is stored, in kilobytes of JSON.
-        raise FaultError(f"{path}: {what}: {reason[0].partition(' [tensorstore_spec')[0]}") from error
+        # Tensorstore and Orbax append how the array is stored, in kilobytes.
+        short = reason[0].partition(" [tensorstore_spec")[0].partition(" See full TensorStore details")[0]
+        raise FaultError(f"{path}: {what}: {short}") from error
 
 
 @contextlib.contextmanager
 def _without_late_results() -> Iterator[None]:
     """Silences the reads and writes that Orbax leaves behind when one has failed: each would print a traceback.
 
-    They end at any time later, in threads of tensorstore, and call an event loop that is closed by then. So after a
-    failure the hook stays; it passes on everything else.
+    They end at any time later, in threads of tensorstore, and call an event loop that is closed by then, or fail too.
+    So after a failure the hook stays; it passes on everything else.
     """
     before = sys.unraisablehook
     if not (isinstance(before, functools.partial) and before.func is _drop_late_result):
@@ -393,7 +416,9 @@ def _without_late_results() -> Iterator[None]:
 
 
 def _drop_late_result(hook: Callable[["UnraisableHookArgs"], Any], dropped: "UnraisableHookArgs") -> None:
-    if dropped.exc_type is not RuntimeError or str(dropped.exc_value) != "Event loop is closed":
+    is_late = dropped.exc_type is RuntimeError and str(dropped.exc_value) == "Event loop is closed"
+    is_late |= dropped.exc_type is Exception and str(dropped.exc_value).startswith("Encountered error while reading")
+    if not is_late:
         hook(dropped)
 
 

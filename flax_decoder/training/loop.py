@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -26,7 +27,10 @@ from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
+from flax_decoder.nn.params import abstract_params
+from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel import processes
+from flax_decoder.parallel.launchers import idle_part
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.advice import advice, next_commands, prolonging
 from flax_decoder.training.checkpoint import (
@@ -43,6 +47,7 @@ from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.metrics import (
+    LOG,
     LogRow,
     MetricsLog,
     evaluations_since_best,
@@ -55,10 +60,11 @@ from flax_decoder.training.metrics import (
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
+from flax_decoder.training.profile import Profile, profiling
 from flax_decoder.training.progress import Progress
-from flax_decoder.training.run_folder import facts_of, open_run, saved_config
+from flax_decoder.training.run_folder import facts_of, open_run, read_base, saved_config
 from flax_decoder.training.start import Start
-from flax_decoder.training.step import TrainState, init_state, jit_step
+from flax_decoder.training.step import TrainState, init_state, jit_step, require_adapters, state_shardings
 
 # Slightly under 1: fewer unlikely tokens than in the model's own distribution.
 SAMPLE_TEMPERATURE = 0.8
@@ -101,6 +107,7 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
 
     def check(config: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture) -> None:
         require_room(config, jax.device_count())
+        require_adapters(config)
         watched_tokens(config, tokenizer, corpus.validation.tokens)
 
     with FolderLock() as lock:
@@ -108,7 +115,9 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner, start))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
-        rows = read_metrics(folder / "metrics.jsonl") if config.training.patience > 0 else []
+        if owner is not None:
+            remove_unfinished(folder, done)
+        rows = read_metrics(folder / LOG) if config.training.patience > 0 else []
         is_settled = has_settled([row for row in rows if row["step"] <= done], config.training)
         is_over = done >= config.training.num_steps or is_settled
         if processes.broadcast(is_over and has_results(folder, done)):
@@ -118,7 +127,6 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
             return 0
         if owner is not None:
             owner.announce()
-            remove_unfinished(folder, done)
             write_text(folder / "config.toml", to_toml(config))
         with Interruption() as interruption:
             return train_from(done, config, folder, tokenizer, corpus, interruption, start)
@@ -136,30 +144,33 @@ def train_from(
     """Trains from step `done`, restoring its checkpoint unless it is 0, and writes the results."""
     training = config.training
     mesh = make_mesh(config, jax.devices())
-    model = Decoder(config.model)
-    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh)
+    model = Decoder(config.model, config.lora.adapter)
+    params = None if start is None else start.params
+    if params is None and config.lora.rank is not None:  # the run has a copy of what stays as it is
+        params = read_base(folder, abstract_params(model, state_shardings(mesh, abstract_params(model))))
+    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh, params=params)
     if done > 0:
         state = restore_state(folder, done, state)
         print_escaped(f"continuing {folder} from the checkpoint of step {done}")
         known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
         if known != asked:
             print_escaped(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
-    elif start is not None:
-        state = start.give(state)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, writes=processes.is_first())
     watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
-    describe(model, state.params, tokenizer, corpus, training, mesh)
+    describe(model, state, tokenizer, corpus, training, mesh)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
             print_escaped(f"started from {start.path}: validation {before['val_loss']:.4f} before the first step")
-        state = run_steps(training, schedule, model, state, corpus, mesh, checkpoints, log, watch, interruption)
+        with profiling(config.run, folder, writes=processes.is_first()) as profile:
+            recorders = checkpoints, log, watch, profile
+            state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
-        write_results(config, folder, model, state.params, tokenizer, corpus, log)
+        write_results(config, folder, model, state.all_params, tokenizer, corpus, log)
     if interruption.signal is None:
         return 0
     saved = f"saved at step {int(state.step)}; the same command continues"
@@ -177,7 +188,7 @@ def newest_step(folder: Path) -> int:
     """
     if saved_steps(folder):
         return choose_step(folder, "latest")
-    if (folder / "metrics.jsonl").exists():
+    if (folder / LOG).exists():
         print_escaped(f"{folder} has no checkpoint yet: it starts from the beginning")
     return 0
 
@@ -192,30 +203,35 @@ def run_steps(
     checkpoints: Checkpoints,
     log: MetricsLog,
     watch: Watch,
+    profile: Profile,
     interruption: Interruption,
 ) -> TrainState:
     """Trains until all steps are done or a signal arrives; evaluates, records, saves and logs on the way."""
     T = model.config.context_length
-    take_step = jit_step(state, mesh)
+    take_step = jit_step(state, mesh, deterministic=training.deterministic)
     tokens_per_step = training.batch_size * T
     step = int(state.step)
     skipped = step - num_updates(state.opt_state)
     # A run killed after its last step only lacks its results.
     stops = step >= training.num_steps or has_settled(log.rows, training)
+    adapters = None if state.frozen is None else sum(leaf.size for leaf in jax.tree.leaves(state.params))
     step_seconds: list[float] = []  # since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
-        watch.record(step, state.params)
+        watch.record(step, state.all_params)
         batch = place_batch(corpus.train, training, T, mesh, step)
+        start = time.perf_counter()
         while not stops:
-            start = time.perf_counter()
+            profile.update(step)
             state, metrics = take_step(state, batch)
             step += 1
             next_batch = place_batch(corpus.train, training, T, mesh, step)  # while the devices compute
             metrics = jax.device_get(metrics)  # waits for the devices
-            step_seconds.append(time.perf_counter() - start)
+            end = time.perf_counter()
+            step_seconds.append(end - start)  # from one step to the next, with all that the loop does between them
+            start = end
             limit_kept_memory()
             checkpoints.check()
-            watch.record(step, state.params)
+            watch.record(step, state.all_params)
             if not metrics["applied"]:
                 skipped += 1
                 print_escaped(skip_batch(training, state, batch, metrics, skipped))
@@ -240,7 +256,7 @@ def run_steps(
                 learning_rate=schedule(max(step - skipped - 1, 0)),
                 skipped_steps=skipped,
                 tokens_per_second=tokens_per_second,
-                **utilization(model.config, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size),
+                **utilization(model.config, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size, adapters),
                 seconds=progress.seconds(),
             )
             if evaluates or saves:
@@ -254,6 +270,7 @@ def run_steps(
             progress.update(row)
             if saves:
                 checkpoints.save(state, row.get("val_loss"))
+            start = time.perf_counter()  # evaluations and checkpoints are no part of a step
     return state
 
 
@@ -280,7 +297,7 @@ def validate(model: Decoder, state: TrainState, corpus: Corpus | Mixture, traini
         split = source.corpus.validation
         result = evaluate(
             model,
-            state.params,
+            state.all_params,
             split.tokens,
             split.num_bytes,
             batch_size=training.batch_size,
@@ -309,11 +326,17 @@ def has_results(folder: Path, step: int) -> bool:
 
 
 def describe(
-    model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus | Mixture, training: TrainingConfig, mesh: Mesh
+    model: Decoder,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    corpus: Corpus | Mixture,
+    training: TrainingConfig,
+    mesh: Mesh,
 ) -> None:
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
-    num_params, config = sum(leaf.size for leaf in jax.tree.leaves(params)), model.config
+    config = model.config
+    learning, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
     source = built_in if corpus.source == BUILT_IN else corpus.source
     what_was_read = corpus.describe(training.num_steps * training.batch_size, config.context_length)
     num_validation = sum(one.corpus.validation.num_tokens for one in corpus.sources)
@@ -322,9 +345,14 @@ def describe(
         f"text: {source}\n      {lines}"
         f"{corpus.train.num_tokens:,} tokens to train on, {num_validation:,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"
-        f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
-        f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
+        f"model: {learning:,} parameters{f' beside {frozen:,} that stay' if frozen else ''}, "
+        f"{config.num_layers} layers, {config.num_heads} heads, {config.embed_dim} wide, "
+        f"context {config.context_length}; on {describe_mesh(mesh)}"
     )
+    if rounds := rounding_of_products(config, mesh.devices.flat[0].platform):
+        print_escaped(rounds)
+    if idle := idle_part(os.environ, jax.local_device_count()):
+        print_escaped(idle)
 
 
 def describe_mesh(mesh: Mesh) -> str:

@@ -1,5 +1,6 @@
 """The log of a run: metrics.jsonl, the loss curve, and on request TensorBoard and Weights & Biases."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -14,12 +15,13 @@ from typing import Any
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import make_folder, open_regular, without_links, write_text
+from flax_decoder.io.files import flush, make_folder, open_regular, without_links, write_text
 from flax_decoder.io.strict_json import Limits, parse_object, shown
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
 
+LOG = "metrics.jsonl"
 # A line of the log: names and numbers, or "unknown".
 LogRow = dict[str, Any]
 # A line has some 400 bytes.
@@ -31,7 +33,6 @@ _MAX_NUMBER = 1e100  # far beyond float32 and any count of tokens, and still a n
 # Blue and vermilion of Okabe and Ito's palette.
 TRAINING, VALIDATION = "#0072b2", "#d55e00"
 # A white background keeps a number readable on top of the curve.
-LABEL = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 
 
 class MetricsLog:
@@ -44,15 +45,20 @@ class MetricsLog:
     def __init__(self, config: RunConfig, folder: Path, step: int, *, writes: bool = True):
         """Opens the log of a run at `step`; lines of later steps, which will be repeated, are dropped.
 
-        Only one process of a job writes; the others keep their lines in memory.
+        Only one process of a job writes; the others keep their lines in memory. A line says so if there is none of the
+        checkpoint of `step`.
+
+        Raises:
+            BrokenError: the file cannot be read, or a line that is kept is damaged.
         """
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / LOG
         self._writes = writes
-        rows = read_metrics(self._path)
-        last_step = max((row["step"] for row in rows), default=0)
+        rows, last_step = _rows_until(self._path, step)
         self._reporters = open_reporters(config, folder, step, last_step) if writes else []
-        self.rows = [row for row in rows if row["step"] <= step]
+        self.rows = rows
         if writes:
+            if step > 0 and (not rows or rows[-1]["step"] < step):
+                print_escaped(f"warning: {self._path}: {lost_line(step)}", file=sys.stderr)
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: LogRow) -> None:
@@ -81,6 +87,34 @@ class MetricsLog:
         return float(self.rows[-1].get("seconds", 0)) if self.rows else 0.0
 
 
+def flush_log(folder: Path) -> None:
+    """Waits until the lines of a run's log are on disk, if it has one: a checkpoint needs those before it."""
+    with contextlib.suppress(FileNotFoundError), open_regular(folder / LOG, follow_links=False) as file:
+        flush(file)
+
+
+def lost_line(step: int) -> str:
+    """What is said where the log lacks the line that was written before the checkpoint of a step."""
+    return f"has no line of step {step}, of which there is a checkpoint: lines are lost, but training can go on"
+
+
+def _rows_until(path: Path, step: int) -> tuple[list[LogRow], int]:
+    """The lines up to a step, and the step of the last one that can be read.
+
+    Later lines were perhaps not on disk yet when the power went: as they are written again, damage in them is nothing.
+    """
+    rows, last_step = [], 0
+    try:
+        for row in metrics_rows(path):
+            last_step = max(last_step, row["step"])
+            if row["step"] <= step:
+                rows.append(row)
+    except BrokenError as error:
+        if last_step < step or isinstance(error.__cause__, OSError):  # it cannot be read at all
+            raise
+    return rows, last_step
+
+
 def evaluations_since_best(rows: Sequence[LogRow]) -> int:
     """The number of evaluations after that of the lowest validation loss, the first of equal ones."""
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
@@ -106,7 +140,7 @@ def metrics_rows(path: Path) -> Iterator[LogRow]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise BrokenError(f"{path}: cannot be read: {error.strerror}; repair or delete it") from None
+        raise BrokenError(f"{path}: cannot be read: {error.strerror}; repair or delete it") from error
     except UserError as error:
         raise BrokenError(str(error)) from None
 
@@ -254,13 +288,13 @@ def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.Path
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAINING, linewidth=0.8, label="training, single batches")
     if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color=VALIDATION, linewidth=2, label="validation")
-        step, loss = min(validation, key=lambda point: point[1])
-        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center", bbox=LABEL)
+        best = min(loss for _, loss in validation)
+        label = f"validation, {best:.3f} at best"
+        axes.plot(*zip(*validation, strict=True), "o-", color=VALIDATION, linewidth=2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)  # above the axes, where it covers no curve
     save_picture(figure, path)
 
 

@@ -17,8 +17,8 @@ from flax_decoder.parallel.zigzag import zigzag
 from flax_decoder.training.batch import Batch
 from flax_decoder.training.flops import num_product_weights
 
-# A weight and its gradient in float32: the least that training needs.
-BYTES_PER_WEIGHT = 8
+# A weight in float32, and as much for its gradient if it has one: the least that training needs.
+BYTES_PER_WEIGHT = 4
 
 
 def require_room(config: Config, num_devices: int) -> None:
@@ -28,7 +28,8 @@ def require_room(config: Config, num_devices: int) -> None:
         UserError: the mesh does not fit the devices, or the model does not fit their memory.
     """
     sizes = mesh_sizes(config, num_devices)
-    required = BYTES_PER_WEIGHT * num_product_weights(config.model) // (sizes["fsdp"] * sizes["tensor"])
+    bytes_per_weight = (2 if config.lora.rank is None else 1) * BYTES_PER_WEIGHT
+    required = bytes_per_weight * num_product_weights(config.model) // (sizes["fsdp"] * sizes["tensor"])
     available = device_bytes(min(math.prod(sizes.values()), jax.local_device_count()))
     if required > available:
         raise UserError(

@@ -2,14 +2,18 @@
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_decoder.config import Config, DataConfig, fixed_fields, is_used, warmup_within
+import jax
+import numpy as np
+
+from flax_decoder.config import Config, DataConfig, LoraConfig, ModelConfig, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import prepare_corpus, require_fit, source_identity
 from flax_decoder.data.reading_progress import ReadingProgress
@@ -17,9 +21,13 @@ from flax_decoder.data.shards import Corpus, Mixture, load_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
 from flax_decoder.huggingface.folder import write_tokenizer_files
-from flax_decoder.io.files import new_folder, not_plain, sha256_of, write_text
+from flax_decoder.io.files import make_folder, new_folder, not_plain, sha256_of, write_text
+from flax_decoder.io.foreign_file import open_inside, read_content
 from flax_decoder.io.lock import FolderLock
-from flax_decoder.training.checkpoint import newest_manifest, saved_steps
+from flax_decoder.io.strict_json import SETTINGS, parse_object
+from flax_decoder.nn.lora import init_adapters
+from flax_decoder.training.checkpoint import newest_manifest, read_checkpoint, restore_params, save_params, saved_steps
+from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.start import Start
 
 # May change in one way: a warm-up that was shortened to fit few steps gets its full length when the run has more.
@@ -28,11 +36,16 @@ WARMUP = "optimizer.warmup_steps"
 # Where a run began that did not draw its weights.
 START_FROM = "start_from.json"
 
+# The model whose weights stay as they are while adapters learn: a run folder of its own, written with the run.
+BASE = "base"
+
 # Folders in a run folder in which another library writes, and makes links of its own.
 FOREIGN = ("wandb",)
 
-# Files that the checkpoints depend on, and their names in messages. corpus.json in turn has hashes of the token arrays.
-INPUTS = {"tokenizer.json": "tokenizer", "corpus/corpus.json": "corpus"}
+# Files that the checkpoints depend on, and their names in messages. corpus.json in turn has hashes of the token arrays,
+# and the manifest of the base those of its weights.
+BASE_MANIFEST = f"{BASE}/checkpoints/0/{MANIFEST}"
+INPUTS = {"tokenizer.json": "tokenizer", "corpus/corpus.json": "corpus", BASE_MANIFEST: "base"}
 
 
 def open_run(
@@ -96,6 +109,8 @@ def open_run(
             if start is not None:
                 write_tokenizer_files(unfinished, tokenizer, start.kept)
                 write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
+            if start is not None and config.lora.rank is not None:
+                write_run(unfinished / BASE, config.model, start.params, tokenizer, start.kept)
             if lock is not None:
                 lock.take(unfinished)
     except OSError as error:
@@ -107,15 +122,16 @@ def open_run(
 
 def _require_same_start(config: Config, folder: Path, start: Start | None) -> None:
     """Raises UserError if a run would go on from other weights than those it was told to start from."""
-    asked, has_record = config.run.start_from, (folder / START_FROM).is_file()
+    record = folder / START_FROM
+    asked, has_record = config.run.start_from, record.is_file()
     if asked is not None and not has_record:
         raise UserError(
             f"{folder}: has a run that began elsewhere than run.start_from = {asked}; give another --run.folder"
         )
     if has_record and start is None and not saved_steps(folder):
-        raise UserError(
-            f"{folder}: has no checkpoint yet: give --run.start-from again, as {folder / START_FROM} has it"
-        )
+        raise UserError(f"{folder}: has no checkpoint yet: give --run.start-from again, as {record} has it")
+    if has_record and start is not None and start_record(folder)["sha256"] != start.record()["sha256"]:
+        raise UserError(f"{folder}: began with other weights than {start.path} has now; give another --run.folder")
 
 
 def require_plain(folder: Path) -> None:
@@ -140,6 +156,62 @@ def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture) -> 
         model=config.model.with_vocab_size(tokenizer.vocab_size),
         data=data,
     )
+
+
+def write_run(
+    folder: Path,
+    model: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    kept: Mapping[str, bytes],
+    lora: LoraConfig | None = None,
+    adapters: Any = None,
+) -> None:
+    """Writes the run folder of a model that was trained elsewhere; its only checkpoint is that of step 0.
+
+    Args:
+        folder: is empty, or does not exist.
+        model: its settings.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        kept: the files around the tokenizer, see `Start`.
+        lora: how the adapters count, if it has any.
+        adapters: beside `params`, which are then the base.
+    """
+    make_folder(folder)
+    write_tokenizer_files(folder, tokenizer, kept)
+    if adapters is not None:
+        write_run(folder / BASE, model, params, tokenizer, kept)
+    config = Config(model=model, data=DataConfig(tokenizer="tokenizer.json"), lora=lora or LoraConfig())
+    write_text(folder / "config.toml", to_toml(config))
+    save_params(folder, 0, params if adapters is None else adapters, facts_of(config, folder))
+
+
+def start_record(folder: Path) -> dict[str, Any]:
+    """Where a run began that did not draw its weights: `Start.record`. Raises BrokenError if it is damaged."""
+    path = folder / START_FROM
+    try:
+        record = parse_object(
+            read_content(open_inside(folder, path.name), SETTINGS.num_bytes, str(path)), str(path), SETTINGS
+        )
+    except UserError as error:
+        raise BrokenError(str(error)) from None
+    texts = [value for name, value in record.items() if name in ("path", "model_type")]
+    if not {"path", "sha256"} <= record.keys() or not all(isinstance(text, str) for text in texts):
+        raise BrokenError(f"{path}: is damaged: it lacks an entry, or has one of the wrong type")
+    return record
+
+
+def read_base(folder: Path, like: Any) -> Any:
+    """The frozen parameters of a run whose adapters learn; `like` has their shapes and shardings. Raises FaultError."""
+    base = folder / BASE
+    return read_checkpoint(base, 0, lambda step: restore_params(base, step, like))
+
+
+def read_adapters(folder: Path, step: int, lora: LoraConfig, base: Any) -> Any:
+    """The adapters in a checkpoint of a run, as NumPy arrays; `base` has the shapes of its base. Raises FaultError."""
+    like = jax.eval_shape(functools.partial(init_adapters, lora), base, jax.random.key(0))
+    return jax.tree.map(np.asarray, restore_params(folder, step, like))
 
 
 def facts_of(config: Config, folder: Path) -> dict[str, Any]:
@@ -171,7 +243,7 @@ def require_same_inputs(folder: Path, names: Iterable[str] = INPUTS) -> None:
 def require_same_model(folder: Path, config: Config) -> None:
     """Raises BrokenError if the config in a run folder describes another model than that of its checkpoints."""
     for name, saved, found in _guarded(config, saved_config(folder)):
-        if name.startswith("model.") and saved != found:
+        if name.startswith(("model.", "lora.")) and saved != found:
             raise BrokenError(
                 f"{folder / 'config.toml'}: {name} is {found}, but the checkpoints were saved with {saved}; restore it"
             )

@@ -1,5 +1,6 @@
 """Checks every file of a run that checkpoints depend on."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,14 +9,14 @@ from pathlib import Path
 from flax_decoder.config_file import load_config
 from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.tokenizer import load_tokenizer
-from flax_decoder.errors import FaultError, UserError
+from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import not_plain
 from flax_decoder.lens.history import FOLDER as LENS
 from flax_decoder.lens.history import read_history
 from flax_decoder.training.checkpoint import saved_steps, steps_folder
 from flax_decoder.training.manifest import verify
-from flax_decoder.training.metrics import metrics_rows
-from flax_decoder.training.run_folder import FOREIGN, require_same_inputs, require_same_model
+from flax_decoder.training.metrics import LOG, lost_line, metrics_rows
+from flax_decoder.training.run_folder import BASE, BASE_MANIFEST, FOREIGN, require_same_inputs, require_same_model
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def verify_run(folder: Path) -> Iterator[CheckResult]:
     yield _check(folder / "tokenizer.json", _tokenizer)
     if (folder / "corpus").exists():  # a converted model has no corpus and no log
         yield _check(folder / "corpus", _corpus)
-        yield _check(folder / "metrics.jsonl", lambda path: f"{sum(1 for _ in metrics_rows(path)):,} lines")
+        yield _check(folder / LOG, functools.partial(_log, steps=checked))
+    if (folder / BASE).exists():
+        yield _check(folder / BASE, _base)
+        yield from verify_run(folder / BASE)
     if (folder / LENS).exists():
         yield _check(folder / LENS, _history)
 
@@ -88,6 +92,21 @@ def _tokenizer(path: Path) -> str:
 def _corpus(path: Path) -> str:
     require_same_inputs(path.parent, ["corpus/corpus.json"])
     return f"{load_corpus(path, checks_all=True).train.num_tokens:,} tokens to train on"
+
+
+def _base(path: Path) -> str:
+    require_same_inputs(path.parent, [BASE_MANIFEST])
+    return "is that of the adapters in the checkpoints"
+
+
+def _log(path: Path, steps: set[int]) -> str:
+    missing, num_lines = steps - {0}, 0
+    for row in metrics_rows(path):  # a log may be larger than memory
+        missing.discard(row["step"])
+        num_lines += 1
+    if missing:
+        raise BrokenError(lost_line(min(missing)))
+    return f"{num_lines:,} lines"
 
 
 def _history(path: Path) -> str:

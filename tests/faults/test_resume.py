@@ -41,6 +41,8 @@ OTHERS = {
     "model.logit_soft_cap": 20.0,
     "data.tokenizer": "byte",
     "optimizer.warmup_steps": 3,
+    "lora.rank": 3,
+    "lora.targets": ["query"],
     "training.accumulation_steps": 2,
     "training.skip_spikes": 3.0,
 }
@@ -57,6 +59,7 @@ WITH = {
     "optimizer.muon_learning_rate": {"optimizer.name": "muon"},
     "optimizer.muon_momentum": {"optimizer.name": "muon"},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
+    **{f"lora.{name}": {"lora.rank": 3} for name in ("alpha", "rank_stabilised", "dropout", "targets")},
 }
 GUARDED = [f"{section}.{name}" for section, name in fixed_fields()]
 
