@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_loss import equations_in
 
 import flax_decoder as fd
 from flax_decoder.nn import embedding
@@ -96,15 +97,6 @@ SUMS = ("reduce_sum", "cumsum", "scatter-add", "cumlogsumexp", "reduce_window_su
 CURVES = ("tanh", "erf", "erfc", "logistic", "exp", "rsqrt", "sin", "cos")
 
 
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 def equations_of_a_step(**changes):
     """Those of a training step in bfloat16, as it is traced."""
     config = fd.load_config(None, SIZES | {name.replace("__", "."): value for name, value in changes.items()})
@@ -112,7 +104,7 @@ def equations_of_a_step(**changes):
     state = jax.eval_shape(lambda: fd.init_state(model, config, rng=jax.random.key(0)))
     tokens_BT = jax.ShapeDtypeStruct((4, 8), jnp.int32)
     batch = {"inputs": tokens_BT, "targets": tokens_BT}
-    return list(equations(jax.make_jaxpr(fd.train_step)(state, batch).jaxpr))
+    return list(equations_in(jax.make_jaxpr(fd.train_step)(state, batch).jaxpr))
 
 
 @pytest.mark.short("gpt2", "chunks")

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_start import QUICK, train_and_convert
+from test_start import SIZES as TINY
 
 import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.config import Config, LoraConfig, MeshConfig, ModelConfig, TrainingConfig
-from flax_decoder.loading import convert
 from flax_decoder.nn.lora import init_adapters, merged, with_adapters
 from flax_decoder.parallel.mesh import mesh_of, sharding_of, use_mesh
 from flax_decoder.planning.plan import make_plan
@@ -195,22 +196,13 @@ def test_a_plan_counts_adapters_and_what_is_frozen():
 
 # --- Runs ---
 
-TINY = ["--model.num-layers=1", "--model.embed-dim=16", "--model.num-heads=2", "--model.context-length=16"]
-QUICK = ["--training.sample-tokens=0", "--mesh.data=1", "--lens.every=0", "--training.batch-size=2"]
 TUNE = ["train", *QUICK, "--training.num-steps=4", "--run.folder=tuned", "--data.path=other.txt", "--lora.rank=3"]
 TUNE += ["--optimizer.learning-rate=0.003"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run, and the same as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("lora")
-    (folder / "input.txt").write_text("To be, or not to be, that is the question:\n" * 40)
-    (folder / "other.txt").write_text("question not the that, or be be to To:\n" * 40)
-    paths = [f"--run.folder={folder / 'run'}", f"--data.path={folder / 'input.txt'}"]
-    assert main(["train", *TINY, *QUICK, *paths, "--training.num-steps=4"]) == 0
-    convert(folder / "run", folder / "hf")
-    return folder
+    return train_and_convert(tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture

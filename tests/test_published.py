@@ -675,7 +675,7 @@ def test_a_command_says_what_it_passes_over_and_strict_refuses(tmp_path, capsys)
     folder = make_folder(tmp_path / "model")
     change(folder / "config.json", colour="green", num_labels=3)
     (folder / "tokenizer.json").unlink()  # ends the command once the model is read
-    command = ["eval", str(folder), str(folder / "config.json")]
+    command = ["eval", str(folder), __file__]
     assert main([*command, "--strict"]) == 2
     assert "colour = 'green' is not known for llama" in capsys.readouterr().err
     assert main(command) == 2

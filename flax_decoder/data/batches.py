@@ -254,10 +254,10 @@ def _orders_of(source: int | None) -> Callable[..., tuple[int, np.ndarray]]:
 
 def _round_order(seed: int, epoch: int, round: int, length: int, num_offsets: int) -> tuple[int, np.ndarray]:
     """The start of an epoch's first window (each epoch has another offset), and the order of the windows of a round."""
-    offset = int(np.random.default_rng([seed, epoch]).integers(num_offsets))
-    generator = np.random.default_rng([seed, epoch, round] if round else [seed, epoch])
-    if not round:
-        generator.integers(num_offsets)  # the first round goes on where the offset was drawn
+    generator = np.random.default_rng([seed, epoch])
+    offset = int(generator.integers(num_offsets))
+    if round > 0:  # the first one goes on with the numbers of the epoch
+        generator = np.random.default_rng([seed, epoch, round])
     order = generator.permutation(length)
     order.flags.writeable = False  # the cache returns the same array each time
     return offset, order

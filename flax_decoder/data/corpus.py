@@ -11,8 +11,6 @@ import os
 import queue
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from flax_decoder.config import DataConfig
 from flax_decoder.data import encoding, formats
 from flax_decoder.data.encoding import Ending, Result, Task
 from flax_decoder.data.formats import PART_BYTES, Part
-from flax_decoder.data.plan import Plan, divide, make_plan, paths_of, raise_all, source_hash
+from flax_decoder.data.plan import Plan, divide, hash_of_files, make_plan, paths_of, raise_all, source_hash
 from flax_decoder.data.shards import (
     CORPUS,
     Corpus,
@@ -41,6 +39,7 @@ from flax_decoder.data.shards import (
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io.files import flush_names, make_folder, make_parents, sha256_of, write_text
+from flax_decoder.io.line_process import LineProcess
 from flax_decoder.io.lock import LOCK, FolderLock
 
 TOKENIZER, PLAN = "tokenizer.json", "plan.json"
@@ -96,7 +95,7 @@ def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> S
     raise_all(errors)
     text, name = "".join(texts), ", ".join(paths_of(path))
     if not text or text.isspace():  # strip() would copy it
-        raise UserError(f"{name}: has only white space; give a file with text in it")
+        raise UserError(f"{name}: {'has only white space' if text else 'is empty'}; give a file with text in it")
     return SourceText(text, name, source_hash(DataConfig(path=path)))
 
 
@@ -105,6 +104,7 @@ def prepare_corpus(
     folder: Path,
     tokenizer: Tokenizer | None = None,
     *,
+    plans: Sequence[Plan | Path] | None = None,
     num_processes: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Tokenizer, Corpus | Mixture]:
@@ -114,6 +114,7 @@ def prepare_corpus(
         data: which texts, and how they become tokens.
         folder: exists. It gets the corpus and its tokenizer.json; what an interrupted call has finished in it is kept.
         tokenizer: that of the model, if it has one already, in place of the one of `data`.
+        plans: from `make_plans` with the same arguments, if they were made before.
         num_processes: by default one for a small text, else as many as there are cores.
         progress: called now and then.
 
@@ -121,13 +122,13 @@ def prepare_corpus(
         UserError: a text or the tokenizer cannot be used.
         FaultError: the folder cannot be written.
     """
+    plans = plans or make_plans(data, tokenizer)
     try:
         if data.mixture is not None:
-            return _prepare_mixture(data, folder, tokenizer, num_processes, progress)
-        prepared = _prepared(data)
-        if prepared is not None:
-            return _take_prepared(data, prepared, folder, tokenizer)
-        return _prepare(data, folder, tokenizer, num_processes, progress)
+            return _prepare_mixture(data, folder, tokenizer, plans, num_processes, progress)
+        if isinstance(plans[0], Path):
+            return _take_prepared(data, plans[0], folder, tokenizer)
+        return _prepare(data, folder, plans[0], num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
 
@@ -170,37 +171,55 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
     return load_one(out)
 
 
+def make_plans(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Plan | Path]:
+    """What is to be done for each source of a text: see `make_plan`; or its folder, if it was prepared before.
+
+    Args:
+        data: see `make_plan`.
+        tokenizer: see `make_plan`.
+
+    Raises:
+        UserError: see `make_plan`; or prepared sources have different tokenizers.
+    """
+    prepared = [prepared_folder(source) for source, _ in data.sources]
+    if data.mixture is not None:
+        tokenizer = tokenizer or _common_tokenizer(prepared)
+    return [folder or make_plan(source, tokenizer) for folder, (source, _) in zip(prepared, data.sources, strict=True)]
+
+
 def _prepare_mixture(
-    data: DataConfig, folder: Path, tokenizer: Tokenizer | None, num_processes: int | None, progress: Progress
+    data: DataConfig,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    plans: Sequence[Plan | Path],
+    num_processes: int | None,
+    progress: Progress,
 ) -> tuple[Tokenizer, Corpus | Mixture]:
     """A corpus of each source in a folder of its own, all with one tokenizer."""
     sources = [source for source, _ in data.sources]
-    prepared = [_prepared(source) for source in sources]
-    if tokenizer is None:
-        tokenizer = _common_tokenizer([path for path in prepared if path is not None]) or _ready_tokenizer(data)
-    end_ids = () if tokenizer is None else tokenizer.end_ids
-    plans = [
-        make_plan(source, end_ids) if path is None else None for source, path in zip(sources, prepared, strict=True)
-    ]
-    made = [plan for plan in plans if plan is not None]
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(made, data, folder, num_processes)
+    made = [plan for plan in plans if isinstance(plan, Plan)]
+    tokenizer = (
+        tokenizer
+        or _common_tokenizer([plan for plan in plans if isinstance(plan, Path)])
+        or made[0].tokenizer
+        or _make_tokenizer(made, data, folder, num_processes)
+    )
     write_tokenizer(folder / TOKENIZER, tokenizer)
     all_bytes, before = sum(plan.num_bytes for plan in made), [0, 0]
 
     def go_on(done_bytes: int, _: int, documents: int) -> None:
         progress(before[0] + done_bytes, all_bytes, before[1] + documents)
 
-    for index, (source, path, plan) in enumerate(zip(sources, prepared, plans, strict=True)):
+    for index, (source, plan) in enumerate(zip(sources, plans, strict=True)):
         inner = folder / str(index)
         if inner.exists():  # of an interrupted call, perhaps with another tokenizer
             shutil.rmtree(inner)
         make_folder(inner)
-        if plan is not None:
+        if isinstance(plan, Plan):
             corpus = _encode(plan, source, inner, tokenizer, num_processes, go_on)
             before = [before[0] + plan.num_bytes, before[1] + corpus.num_documents]
-        elif path is not None:
-            _take_prepared(source, path, inner, tokenizer)
+        else:
+            _take_prepared(source, plan, inner, tokenizer)
         (inner / TOKENIZER).unlink()
     names = _names_of([paths_of(source.path)[0] for source in sources])
     facts = [
@@ -211,14 +230,9 @@ def _prepare_mixture(
     return tokenizer, load_corpus(folder)
 
 
-def _prepared(data: DataConfig) -> Path | None:
-    """The folder of the prepared corpus that `data.path` names; None if it names texts."""
-    paths = paths_of(data.path)
-    return Path(paths[0]) if len(paths) == 1 and is_corpus(paths[0]) else None
-
-
-def _common_tokenizer(prepared: Sequence[Path]) -> Tokenizer | None:
+def _common_tokenizer(folders: Sequence[Path | None]) -> Tokenizer | None:
     """The tokenizer of all prepared sources of a mixture; raises UserError if two differ."""
+    prepared = [folder for folder in folders if folder is not None]
     tokenizers = [load_tokenizer(path / TOKENIZER) for path in prepared if read_facts(path)]
     for path, tokenizer in zip(prepared, tokenizers, strict=True):
         if tokenizer.to_json() != tokenizers[0].to_json():
@@ -240,19 +254,17 @@ def _names_of(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _ready_tokenizer(data: DataConfig) -> Tokenizer | None:
-    """The tokenizer that needs no text to be made from."""
-    return None if data.tokenizer in ("char", "bpe") else make_tokenizer(data.tokenizer, "", data.bpe_vocab_size)
+def prepared_folder(data: DataConfig) -> Path | None:
+    """The corpus that `data` names, if it was prepared before."""
+    paths = paths_of(data.path)
+    return Path(paths[0]) if len(paths) == 1 and is_corpus(paths[0]) else None
 
 
 def _prepare(
-    data: DataConfig, folder: Path, tokenizer: Tokenizer | None, num_processes: int | None, progress: Progress
+    data: DataConfig, folder: Path, plan: Plan, num_processes: int | None, progress: Progress
 ) -> tuple[Tokenizer, Corpus]:
-    tokenizer = tokenizer or _ready_tokenizer(data)
-    plan = make_plan(data, () if tokenizer is None else tokenizer.end_ids)
     _keep_what_is_done(plan, data, folder)
-    if tokenizer is None:
-        tokenizer = _make_tokenizer([plan], data, folder, num_processes)
+    tokenizer = plan.tokenizer or _make_tokenizer([plan], data, folder, num_processes)
     return tokenizer, _encode(plan, data, folder, tokenizer, num_processes, progress)
 
 
@@ -286,7 +298,7 @@ def _encode(
             raise UserError(f"{source}: has only white space, or nothing, for {name}; give files with text in them")
     facts = {
         "source": source,
-        "sha256": source_hash(data),
+        "sha256": hash_of_files(plan.listing.files),
         "what_was_read": _what_was_read(plan, [*results.values()], folder),
         "item_bytes": item_bytes,
         "tokenizer_sha256": sha256_of(folder / TOKENIZER),
@@ -302,7 +314,7 @@ def _encode(
 
 def source_identity(data: DataConfig) -> str:
     """The SHA-256 that the corpus of these texts has; raises UserError if they cannot be read."""
-    prepared = _prepared(data)
+    prepared = prepared_folder(data)
     return source_hash(data) if prepared is None else str(read_facts(prepared)["sha256"])
 
 
@@ -426,17 +438,19 @@ def _run(
             note(index, encoding.perform(task, tokenizer))
         return [results[index] for index in range(len(tasks))]
 
+    arguments = ["-m", encoding.__name__, *([] if tokenizer is None else [str(folder / TOKENIZER)])]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # one thread each
     with contextlib.ExitStack() as stack:
-        free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        free: queue.SimpleQueue[LineProcess] = queue.SimpleQueue()
         for _ in range(min(num_processes, len(tasks))):
-            free.put(stack.enter_context(_Worker(None if tokenizer is None else folder / TOKENIZER)))
+            free.put(stack.enter_context(contextlib.closing(LineProcess(arguments, environment))))
 
         def perform(task: Task) -> Result:
-            worker = free.get()
+            process = free.get()
             try:
-                return worker.perform(task)
+                return _performed(task, process)
             finally:
-                free.put(worker)
+                free.put(process)
 
         with ThreadPoolExecutor(num_processes) as threads:
             futures = {threads.submit(perform, task): index for index, task in enumerate(tasks)}
@@ -445,54 +459,19 @@ def _run(
                     note(futures[future], future.result())
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
-                stack.close()  # ends the workers, and with them the threads that wait for them
+                stack.close()  # ends the processes, and with them the threads that wait for them
                 raise
     return [results[index] for index in range(len(tasks))]
 
 
-class _Worker:
-    """A process that performs tasks. It ends when this one does, as its standard input ends."""
-
-    def __init__(self, tokenizer: Path | None):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", encoding.__name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # One thread each; and a Ctrl-C of the terminal is for this process alone.
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            process_group=0,
-        )
-        self._send(None if tokenizer is None else str(tokenizer))
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _send(self, document: Any) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end is seen when the reply is read
-            self._process.stdin.write(json.dumps(document).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def perform(self, task: Task) -> Result:
-        """Has a task performed; raises FaultError if the process ends, or cannot write."""
-        assert self._process.stdout is not None
-        self._send(dataclasses.asdict(task))
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise FaultError(f"a process that reads texts has ended with code {code}; is there enough memory?")
-        reply = json.loads(line)
-        if "fault" in reply:
-            raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
-        return Result(**reply)
+def _performed(task: Task, process: LineProcess) -> Result:
+    """The result of a task in a process of `encoding`; raises FaultError if that ends, or cannot write."""
+    reply = process.exchange(dataclasses.asdict(task))
+    if reply is None:
+        raise FaultError(f"a process that reads texts has ended with code {process.wait()}; is there enough memory?")
+    if "fault" in reply:
+        raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
+    return Result(**reply)
 
 
 def _what_was_read(plan: Plan, results: Sequence[Result], folder: Path) -> str:

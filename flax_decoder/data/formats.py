@@ -64,9 +64,9 @@ class Part:
     Attributes:
         path: of the file; `BUILT_IN` for the built-in text.
         format: "text", "lines" (of JSON), "parquet", "arrow" or "tokens".
-        packing: "gz", "zst" or "" (none).
-        start: where it begins: in a text a byte (a character, if that is packed or in UTF-16); in lines a byte (a line,
-            if they are packed); in a table a row; in tokens a token.
+        packing: "gz", "zst", "utf-16" or "" (none). A packed text or packed lines can only be read from the start on.
+        start: where it begins: the number of a byte of a text or of lines, of a character of a packed text, of a line
+            of packed lines, of a row of a table, or of a token.
         stop: where it ends; None is the end of the file.
         num_bytes: about its size on disk, for weighing parts against each other.
     """
@@ -77,11 +77,6 @@ class Part:
     start: int
     stop: int | None
     num_bytes: int
-
-    @property
-    def begins_inside(self) -> bool:
-        """Whether it begins in the middle of a document."""
-        return self.format == "text" and self.start > 0
 
 
 class Piece(NamedTuple):
@@ -118,16 +113,18 @@ def parts_of(path: Path) -> list[Part]:
     if str(path) == BUILT_IN:
         num_bytes = len(built_in_text().encode())
         return [Part(BUILT_IN, "text", "", 0, num_bytes, num_bytes)]
-    format, packing = format_of(path) or (
-        "text",
-        "gz" if path.suffix == ".gz" else "zst" if path.suffix == ".zst" else "",
-    )
+    format, packing = format_of(path) or ("text", _PACKINGS.get(path.suffix.lower(), ""))
     with open_file(path) as file:
-        num_bytes, beginning = os.fstat(file.fileno()).st_size, file.peek(16)[:16]
+        num_bytes, head = os.fstat(file.fileno()).st_size, file.peek()
     if not packing and format in ("text", "lines"):
         for mark, what in _BEGINNINGS.items():
-            if beginning.startswith(mark):
+            if head.startswith(mark):
                 raise UserError(f"{path}: is {what}")
+    if not packing and format == "text":
+        if _is_utf16(head):
+            packing = "utf-16"
+        elif 0 in head:  # this raises: a large binary file is refused without reading all of it
+            decode_text(head[: head.index(0) + 1], str(path), _how_to_convert(path))
     whole = Part(str(path), format, packing, 0, None, num_bytes)
     if format in ("parquet", "arrow"):
         num_rows = _count_rows(whole)
@@ -138,7 +135,7 @@ def parts_of(path: Path) -> list[Part]:
         tokens = open_tokens(path)
         whole = dataclasses.replace(whole, stop=len(tokens))
         borders = [*range(0, len(tokens), PART_BYTES // tokens.itemsize), len(tokens)] if len(tokens) else []
-    elif packing or _is_utf16(beginning):
+    elif packing:
         borders = []
     else:
         whole = dataclasses.replace(whole, stop=num_bytes)
@@ -173,11 +170,11 @@ def split(part: Part, fraction: float, end_ids: tuple[int, ...] = ()) -> tuple[P
     border = start + int((stop - start) * fraction)
     if part.format == "tokens":
         border = _after_end(open_tokens(path), border, stop, end_ids)
-    elif part.format == "text" and part.packing == "" and stop - start <= 2 * PART_BYTES and not _is_utf16_file(part):
+    elif part.format == "text" and part.packing == "" and stop - start <= 2 * PART_BYTES:
         text = "".join(piece.text for piece in pieces_of(part, ""))  # by characters
         mark = 3 if start == 0 and _has_mark(part) else 0
         border = start + mark + len(text[: int(len(text) * fraction)].encode("utf-8", "surrogatepass"))
-    elif part.packing == "" and part.format in ("text", "lines") and not _is_utf16_file(part):
+    elif part.packing == "" and part.format in ("text", "lines"):
         with open_file(path) as file:
             if part.format == "text":
                 border = _next_cut(file, border)
@@ -211,9 +208,7 @@ def pieces_of(part: Part, text_field: str) -> Iterator[Piece]:
         is_last = part.stop is None or part.stop >= len(text.encode())
         return iter([Piece(piece, part.start == 0, is_last)])
     if part.format == "text":
-        if part.packing or _is_utf16_file(part):
-            return _stream_pieces(part)
-        return _text_pieces(part)
+        return _stream_pieces(part) if part.packing else _text_pieces(part)
     rows = _json_rows(part, text_field) if part.format == "lines" else _table_rows(part, text_field)
     return (Piece(_checked_text(text, part, row), row=row) for row, text in rows)
 
@@ -319,13 +314,6 @@ def _is_utf16(beginning: bytes) -> bool:
     return beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
-def _is_utf16_file(part: Part) -> bool:
-    if part.format != "text" or part.packing or part.path == BUILT_IN:
-        return False
-    with open_file(Path(part.path)) as file:
-        return _is_utf16(file.read(2))
-
-
 def _has_mark(part: Part) -> bool:
     if part.path == BUILT_IN:
         return False
@@ -356,33 +344,16 @@ def _text_pieces(part: Part) -> Iterator[Piece]:
         num_bytes = os.fstat(file.fileno()).st_size
         file.seek(max(part.start - _BEFORE_BYTES, 0))
         before = file.read(min(part.start, _BEFORE_BYTES)).decode("utf-8", "ignore")
-        content = b"".join(_blocks_without_nul(file, path, part.start, stop))
+        content = file.read(stop - part.start)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, part.start + error.start, content[error.start]) from None
+    if "\0" in text:
+        raise _not_utf8(path, part.start + content.index(0), 0)
     if part.start == 0:
         text = text.removeprefix("\ufeff")
     yield Piece(text, part.start == 0, stop >= num_bytes, before)
-
-
-def _blocks_without_nul(file: BinaryIO, path: Path, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes of a range; a large binary file is refused without reading all of it."""
-    while start < stop:
-        block = file.read(min(_READ_BYTES, stop - start))
-        if not block:
-            return
-        if 0 in block:
-            offset = block.index(0)
-            head = block[:offset]
-            try:
-                head.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if error.end < len(head) or error.reason != "unexpected end of data":
-                    raise _not_utf8(path, start + error.start, head[error.start]) from None
-            raise _not_utf8(path, start + offset, 0)
-        yield block
-        start += len(block)
 
 
 def _not_text(name: str, encoding: str, byte: int, offset: int, line: int, advice: str) -> UserError:
@@ -393,11 +364,12 @@ def _not_text(name: str, encoding: str, byte: int, offset: int, line: int, advic
 
 
 def _not_utf8(path: Path, offset: int, byte: int) -> UserError:
+    return _not_text(str(path), "utf-8", byte, offset, _line_number(path, offset), _how_to_convert(path))
+
+
+def _how_to_convert(path: Path) -> str:
     converted = path.with_suffix(".utf8" + path.suffix)
-    advice = (
-        f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
-    )
-    return _not_text(str(path), "utf-8", byte, offset, _line_number(path, offset), advice)
+    return f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
 
 
 def _line_number(path: Path, offset: int) -> int:

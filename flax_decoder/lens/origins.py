@@ -65,19 +65,11 @@ def score_origins(
 ) -> ScoreOrigins:
     """Splits one score, query · key, by the origins of both: what came from tokens, and what from positions.
 
-    Args:
-        model: the model.
-        params: its parameters.
-        tokens_BT: the input tokens.
-        activations: from `capture`, without a cache and without edits.
-        layer: counted from 0, as all others.
-        head: the query head.
-        batch: the row.
-        t: the query position.
-        s: the key position.
+    Other arguments and errors: see `score_parts`.
 
-    Raises:
-        UserError: the activations were captured with a cache, so that earlier keys are missing.
+    Args:
+        params: the parameters of the model.
+        tokens_BT: the input tokens.
     """
     config = model.config
     parts = score_parts(model, activations, layer, head, batch, t, s)

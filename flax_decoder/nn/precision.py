@@ -50,7 +50,8 @@ def in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def precise(self: Any, *arguments: Any, **options: Any) -> Any:
-        highest = self.config.matmul_precision == "highest"
+        # What is no config is refused inside of the method.
+        highest = getattr(self.config, "matmul_precision", "default") == "highest"
         with jax.default_matmul_precision("highest") if highest else contextlib.nullcontext():
             return method(self, *arguments, **options)
 

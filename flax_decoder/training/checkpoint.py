@@ -390,9 +390,8 @@ def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterat
         with _without_late_results():
             yield
     except Exception as error:
-        is_meant = (
-            isinstance(error, OSError | ValueError | KeyError | RuntimeError) or type(error) is Exception
-        )  # Orbax
+        # Orbax raises plain exceptions, too.
+        is_meant = type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | RuntimeError)
         if isinstance(error, FaultError) or not is_meant:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]

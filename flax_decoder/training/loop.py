@@ -101,9 +101,7 @@ def train(config: Config, folder: Path, start: Start | None = None) -> int:
 
 def run(config: Config, folder: Path, start: Start | None = None) -> int:
     """`train`, after all processes of the job have joined."""
-    choose_kernel(
-        config.model, has_documents=config.data.document_mask
-    )  # raises if the requested one does not run here
+    choose_kernel(config.model, has_documents=config.data.document_mask)  # raises if it does not run here
 
     def check(config: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture) -> None:
         require_room(config, jax.device_count())

@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_decoder.config import Config, DataConfig, LoraConfig, ModelConfig, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
-from flax_decoder.data.corpus import prepare_corpus, require_fit, source_identity
+from flax_decoder.data.corpus import make_plans, prepare_corpus, require_fit, source_identity
 from flax_decoder.data.reading_progress import ReadingProgress
 from flax_decoder.data.shards import Corpus, Mixture, load_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
@@ -97,10 +97,13 @@ def open_run(
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
     given = None if start is None else start.tokenizer
+    plans = make_plans(config.data, given)
     try:
         with new_folder(folder) as unfinished, ReadingProgress() as progress:
             (unfinished / "corpus").mkdir()
-            tokenizer, corpus = prepare_corpus(config.data, unfinished / "corpus", given, progress=progress)
+            tokenizer, corpus = prepare_corpus(
+                config.data, unfinished / "corpus", given, plans=plans, progress=progress
+            )
             require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
             (unfinished / "corpus" / "tokenizer.json").replace(unfinished / "tokenizer.json")
             config = _resolve(config, tokenizer, corpus)
@@ -117,7 +120,8 @@ def open_run(
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise InUseError(f"{folder}: another process has just created it; give another --run.folder") from None
         raise FaultError(f"{folder}: cannot create the run folder: {error}") from error
-    return config, tokenizer, load_corpus(folder / "corpus").masked(config.data.document_mask)
+    # What is mapped stays so when the folder is renamed.
+    return config, tokenizer, corpus.masked(config.data.document_mask)
 
 
 def _require_same_start(config: Config, folder: Path, start: Start | None) -> None:

@@ -135,7 +135,8 @@ def state_maker(model: Decoder, config: Config, num_devices: int = 1) -> Callabl
     """The function from a random key, and perhaps parameters, to the state if so many devices share a batch."""
     training, lora = config.training, config.lora
     tx = make_optimizer(config.optimizer, training.num_steps, remembers_losses=training.skip_spikes > 0)
-    model = model.clone(adapter=lora.adapter)
+    if lora.adapter is not None:  # a clone would be another program for `jit`
+        model = model.clone(adapter=lora.adapter)
 
     def make(rng: jax.Array, params: Any = None) -> TrainState:
         frozen = None

@@ -196,14 +196,18 @@ int ftruncate(int descriptor, off_t length) {
 
 int ftruncate64(int descriptor, off_t length) { return ftruncate(descriptor, length); }
 
-int openat(int in, const char *name, int flags, ...) {
-  mode_t mode = 0;
-  if (flags & (O_CREAT | O_TMPFILE)) {
-    va_list rest;
-    va_start(rest, flags);
-    mode = va_arg(rest, mode_t);
-    va_end(rest);
+// The mode is given only where a file may be made.
+#define TAKE_MODE(flags)                 \
+  mode_t mode = 0;                       \
+  if (flags & (O_CREAT | O_TMPFILE)) {   \
+    va_list rest;                        \
+    va_start(rest, flags);               \
+    mode = va_arg(rest, mode_t);         \
+    va_end(rest);                        \
   }
+
+int openat(int in, const char *name, int flags, ...) {
+  TAKE_MODE(flags)
   char path[PATH_MAX];
   path_of(in, name, path);
   if (!is_watched(path)) return REAL(openat)(in, name, flags, mode);
@@ -221,28 +225,16 @@ int openat(int in, const char *name, int flags, ...) {
   return descriptor;
 }
 
-#define OPEN_AS(function)                            \
-  int function(const char *name, int flags, ...) {   \
-    mode_t mode = 0;                                 \
-    if (flags & (O_CREAT | O_TMPFILE)) {             \
-      va_list rest;                                  \
-      va_start(rest, flags);                         \
-      mode = va_arg(rest, mode_t);                   \
-      va_end(rest);                                  \
-    }                                                \
-    return openat(AT_FDCWD, name, flags, mode);      \
+#define OPEN_AS(function)                          \
+  int function(const char *name, int flags, ...) { \
+    TAKE_MODE(flags)                               \
+    return openat(AT_FDCWD, name, flags, mode);    \
   }
 OPEN_AS(open)
 OPEN_AS(open64)
 
 int openat64(int in, const char *name, int flags, ...) {
-  mode_t mode = 0;
-  if (flags & (O_CREAT | O_TMPFILE)) {
-    va_list rest;
-    va_start(rest, flags);
-    mode = va_arg(rest, mode_t);
-    va_end(rest);
-  }
+  TAKE_MODE(flags)
   return openat(in, name, flags, mode);
 }
 
