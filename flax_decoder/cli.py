@@ -386,8 +386,8 @@ def prepare(options: argparse.Namespace) -> int:
     with ReadingProgress() as progress:
         corpus = prepare_folder(data, options.out, num_processes=options.processes, progress=progress)
     print_escaped(
-        f"{options.out}: {corpus.what_was_read}\n{len(corpus.train.tokens):,} tokens to train on, "
-        f"{len(corpus.validation.tokens):,} to validate; train with --data.path {options.out}"
+        f"{options.out}: {corpus.what_was_read}\n{corpus.train.num_tokens:,} tokens to train on, "
+        f"{corpus.validation.num_tokens:,} to validate; train with --data.path {options.out}"
     )
     return 0
 
@@ -399,7 +399,7 @@ def verify(options: argparse.Namespace) -> int:
     folder = Path(options.path)
     if is_corpus(folder):
         corpus = load_corpus(folder, checks_all=True)
-        print_escaped(f"ok       {folder}: {len(corpus.train.tokens):,} tokens to train on")
+        print_escaped(f"ok       {folder}: {corpus.train.num_tokens:,} tokens to train on")
         return 0
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: is not a run folder: it has no config.toml")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -37,6 +37,9 @@ _WITH_WSD = UsedWhere(lambda optimizer: optimizer.schedule == "wsd")
 _WITH_WEIGHT_DECAY = UsedWhere(lambda optimizer: optimizer.weight_decay > 0)
 _WITH_LORA = UsedWhere(lambda lora: lora.rank is not None)
 _WITH_A_FALL = UsedWhere(lambda optimizer: optimizer.schedule != "constant")
+
+# A log line has numbers of each source; each block of 1,000 rows has at least one of each.
+MAX_SOURCES, MIN_WEIGHT = 64, 0.001
 
 # Bounds far beyond sensible values, for what a device cannot compute: float32 rounds 1 - 1e-8 to 1 and 1e-50 to 0, the
 # square of 1e30 is infinite, and counts are int32.
@@ -367,6 +370,23 @@ class ModelConfig(_Shown):
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
+class Source(_Shown):
+    """One of the texts of a mixture."""
+
+    path: Annotated[str | tuple[str, ...], BeforeValidator(_as_tuple)]
+    """see `DataConfig`"""
+    weight: Positive = 1.0
+    """its part of all rows, beside the weights of the other sources"""
+
+
+def _as_source(value: Any) -> Any:
+    """TOML has a table."""
+    if not isinstance(value, Mapping | Source):
+        raise ValueError('a source is a table, such as {path = "books", weight = 1}')
+    return value if isinstance(value, Source) else Source(**value)
+
+
+@dataclass(frozen=True, config=_RULES, repr=False)
 class DataConfig(_Shown):
     """The text, and how it becomes tokens."""
 
@@ -374,6 +394,14 @@ class DataConfig(_Shown):
     path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_tuple), MAY_CHANGE, IS_PATH] = None
     """a file (.txt, .md, .jsonl, .parquet, .arrow; .gz and .zst of them; tokens in .bin or .npy), a folder of these, a
     glob, a list of these, or what `flax-decoder prepare` has written; left out: input.txt, else Python's help texts"""
+    mixture: Annotated[
+        tuple[Annotated[Source, BeforeValidator(_as_source)], ...] | None,
+        BeforeValidator(_as_tuple),
+        MAY_CHANGE,
+        IS_PATH,
+    ] = None
+    """several texts in place of `path`: [{path = "books", weight = 3}, {path = "code", weight = 1}] takes three of four
+    rows from the first, however long it is; the weights may not change on resume"""
     tokenizer: Annotated[str, IS_PATH] = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
     bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24), _WITH_BPE] = 1024
@@ -390,6 +418,37 @@ class DataConfig(_Shown):
     """texts for validation, as `path`; left out, the last documents of `path`"""
     validation_fraction: Annotated[float, Field(gt=0, lt=1), _WITHOUT_VALIDATION_PATH] = 0.1
     """the last part of all text that is kept for validation: whole documents, but one long text is cut"""
+
+    @property
+    def sources(self) -> tuple[tuple[Self, float], ...]:
+        """The settings of each source, and its weight; the weights add up to 1. Without a mixture there is one."""
+        if self.mixture is None:
+            return ((self, 1.0),)
+        total = sum(source.weight for source in self.mixture)
+        return tuple(
+            (dataclasses.replace(self, path=source.path, mixture=None), source.weight / total)
+            for source in self.mixture
+        )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.mixture is None:
+            return self
+        count = len(self.mixture)
+        for name in ("path", "validation_path"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name} = {value!r} does not go with mixture, whose sources have theirs; give only one"
+                )
+        if not 2 <= count <= MAX_SOURCES:
+            raise ValueError(f"mixture has {count} sources, but it takes 2 to {MAX_SOURCES}; path names a single one")
+        for (_, weight), source in zip(self.sources, self.mixture, strict=True):
+            if round(weight, 9) < MIN_WEIGHT:
+                raise ValueError(
+                    f"mixture: the weight {source.weight:g} of {source.path} is under a thousandth of all; raise it, "
+                    "or leave the source out"
+                )
+        return self
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -467,7 +526,7 @@ class TrainingConfig(_Shown):
     eval_every: Annotated[Count, MAY_CHANGE] = 250
     """steps between evaluations"""
     eval_batches: Annotated[CountOrZero, MAY_CHANGE] = 0
-    """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
+    """batches an evaluation reads, evenly spaced, of each source of a mixture; 0 is the whole validation split"""
     patience: Annotated[CountOrZero, MAY_CHANGE] = 0
     """the run ends after this many evaluations in a row without a new lowest validation loss; 0 is off"""
     save_every: Annotated[Count, MAY_CHANGE] = 500

@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -389,3 +391,60 @@ def test_a_run_ends_where_its_validation_loss_no_longer_falls(tmp_path, text, mo
     assert train(run, text, **patient) == 0 and saved_steps(run) == [4, 8]
     assert train(run, text, **patient | {"training__patience": 3, "training__num_steps": 10}) == 0
     assert saved_steps(run)[-1] == 10 and next(losses, None) is None
+
+
+@pytest.fixture(scope="module")
+def mixed(text, tmp_path_factory):
+    """A function that trains on a mixture of two texts, the folder of its runs, and what a first one printed."""
+    folder = tmp_path_factory.mktemp("mixed")
+    other = folder / "other.txt"
+    other.write_text(TEXT.replace("nobler", "robler"))  # the same characters: a program for all
+
+    def run(name, weight=3.0, **changes):
+        mixture = [{"path": str(text), "weight": weight}, {"path": str(other)}]
+        rest = {"data__path": None, "data__mixture": mixture, "training__eval_every": 4, "training__save_every": 4}
+        return train(folder / name, text, **rest | changes)
+
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert run("whole") == 0
+    return run, folder, output.getvalue()
+
+
+def test_a_mixture_is_told_by_source(mixed):
+    _, folder, output = mixed
+    row = rows_without_times(folder / "whole")[8]
+    assert f"hamlet  75.0% of the rows, 0.16 epochs of {len(TEXT) * 9 // 10} tokens, " in output
+    assert (
+        output.count(f": hamlet {row['val_loss/hamlet']:.4f}, other {row['val_loss/other']:.4f}") == 2
+    )  # and the best
+    for name in ("val_loss", "val_bits_per_byte"):
+        assert row[name] == pytest.approx(0.75 * row[f"{name}/hamlet"] + 0.25 * row[f"{name}/other"], rel=1e-12)
+        assert row[f"{name}/hamlet"] != row[f"{name}/other"]
+    assert row["tokens/hamlet"] + row["tokens/other"] == row["tokens"] and row["tokens/other"] > 0
+    assert all(result.passed for result in verify_run(folder / "whole"))
+
+
+def test_a_run_goes_on_with_the_mixture_it_began_with(mixed, text):
+    run, folder, _ = mixed
+    with pytest.raises(UserError, match=r"data\.mixture\[0\]\.weight, part of all rows: +saved 0\.75, asked 0\.66"):
+        run("whole", weight=2.0)
+    with pytest.raises(UserError, match=r"data\.mixture, number of sources: +saved 2, asked 1"):
+        run("whole", data__path=str(text), data__mixture=None)
+    other, before = folder / "other.txt", (folder / "other.txt").read_text()
+    other.write_text(before.replace("robler", "rubler"))
+    with pytest.raises(UserError, match=r"data\.mixture\[1\]\.path, SHA-256 of the text: +saved"):
+        run("whole")
+    other.unlink()
+    assert run("whole") == 0  # it has its tokens
+    other.write_text(before)
+
+
+@pytest.mark.full
+def test_a_mixture_is_resumed_to_the_last_bit(mixed, monkeypatch):
+    run, folder, _ = mixed
+    with monkeypatch.context() as patch, pytest.raises(CrashError):
+        at_step(patch, 6, crash)
+        run("parts", data__document_mask=True)
+    wait_for(lambda: saved_steps(folder / "parts") == [4])
+    assert run("parts", data__document_mask=True) == run("once", data__document_mask=True) == 0
+    assert_equal_to_the_last_bit(folder / "parts", folder / "once")

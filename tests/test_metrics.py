@@ -48,6 +48,15 @@ def test_a_last_line_cut_short_is_left_out(tmp_path, tail):
     assert read_metrics(tmp_path / "metrics.jsonl") == [*ROWS, {"step": 8}]
 
 
+@pytest.mark.parametrize("name", ["val_loss/books", "val_bits_per_byte/books"])
+def test_the_loss_of_a_source_is_a_number(tmp_path, name):
+    write_rows(tmp_path / "metrics.jsonl", [{"step": 1, name: 2.0}])
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, name: 2.0}]
+    write_rows(tmp_path / "metrics.jsonl", [{"step": 1, name: "unknown"}])
+    with pytest.raises(BrokenError, match=f"line 1: {name} = 'unknown' is not a number of a run"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
 @pytest.mark.parametrize(("step", "kept"), [(0, 0), (4, 2), (5, 2), (6, 3)])
 def test_lines_after_the_checkpoint_are_dropped(tmp_path, step, kept):
     write_rows(tmp_path / "metrics.jsonl", ROWS)

@@ -11,7 +11,7 @@ from typing import Any
 import annotated_types
 
 from flax_decoder.cli import build_parser
-from flax_decoder.config import SECTIONS, fields_of, fixed_fields
+from flax_decoder.config import SECTIONS, Source, fields_of, fixed_fields
 
 # The packages that have a page of their own, lowest floor first.
 PACKAGES = (
@@ -104,7 +104,7 @@ def kind_of(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
     ]
     if origin is tuple:
         return f"list of {kind_of(args[0])}"
-    words = {int: "whole number", float: "number", bool: "`true` · `false`", str: "text"}
+    words = {int: "whole number", float: "number", bool: "`true` · `false`", str: "text", Source: "tables"}
     return ", ".join([words[annotation], *bounds])
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,9 +22,20 @@ import numpy as np
 from flax_decoder.config import DataConfig
 from flax_decoder.data import encoding, formats
 from flax_decoder.data.encoding import Ending, Result, Task
-from flax_decoder.data.formats import PART_BYTES
+from flax_decoder.data.formats import PART_BYTES, Part
 from flax_decoder.data.plan import Plan, divide, hash_of_files, make_plan, paths_of, raise_all, source_hash
-from flax_decoder.data.shards import Corpus, is_corpus, load_corpus, read_facts, shard_name, starts_name, write_facts
+from flax_decoder.data.shards import (
+    CORPUS,
+    Corpus,
+    Mixture,
+    is_corpus,
+    load_corpus,
+    load_one,
+    read_facts,
+    shard_name,
+    starts_name,
+    write_facts,
+)
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io.files import flush_names, make_folder, make_parents, sha256_of, write_text
@@ -92,17 +104,17 @@ def prepare_corpus(
     folder: Path,
     tokenizer: Tokenizer | None = None,
     *,
-    plan: Plan | None = None,
+    plans: Sequence[Plan | Path] | None = None,
     num_processes: int | None = None,
     progress: Progress = no_progress,
-) -> tuple[Tokenizer, Corpus]:
+) -> tuple[Tokenizer, Corpus | Mixture]:
     """Makes a corpus of the texts that `data` names, or takes one that is prepared already.
 
     Args:
         data: which texts, and how they become tokens.
         folder: exists. It gets the corpus and its tokenizer.json; what an interrupted call has finished in it is kept.
         tokenizer: that of the model, if it has one already, in place of the one of `data`.
-        plan: from `make_plan` with the same arguments, if it was made before.
+        plans: from `make_plans` with the same arguments, if they were made before.
         num_processes: by default one for a small text, else as many as there are cores.
         progress: called now and then.
 
@@ -110,11 +122,13 @@ def prepare_corpus(
         UserError: a text or the tokenizer cannot be used.
         FaultError: the folder cannot be written.
     """
-    prepared = prepared_folder(data)
+    plans = plans or make_plans(data, tokenizer)
     try:
-        if prepared is not None:
-            return _take_prepared(data, prepared, folder, tokenizer)
-        return _prepare(data, folder, plan or make_plan(data, tokenizer), num_processes, progress)
+        if data.mixture is not None:
+            return _prepare_mixture(data, folder, tokenizer, plans, num_processes, progress)
+        if isinstance(plans[0], Path):
+            return _take_prepared(data, plans[0], folder, tokenizer)
+        return _prepare(data, folder, plans[0], num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
 
@@ -133,6 +147,8 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
         InUseError: another process is at it.
         FaultError: the folder cannot be written.
     """
+    if data.mixture is not None:
+        raise UserError("data.mixture: prepare each of its sources in a folder of its own, all with one tokenizer.json")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; give a new folder")
     unfinished = out.with_name(f".{out.name}.unfinished")
@@ -152,7 +168,90 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
             flush_names(out.parent)
     except OSError as error:
         raise FaultError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return load_corpus(out)
+    return load_one(out)
+
+
+def make_plans(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Plan | Path]:
+    """What is to be done for each source of a text: see `make_plan`; or its folder, if it was prepared before.
+
+    Args:
+        data: see `make_plan`.
+        tokenizer: see `make_plan`.
+
+    Raises:
+        UserError: see `make_plan`; or prepared sources have different tokenizers.
+    """
+    prepared = [prepared_folder(source) for source, _ in data.sources]
+    if data.mixture is not None:
+        tokenizer = tokenizer or _common_tokenizer(prepared)
+    return [folder or make_plan(source, tokenizer) for folder, (source, _) in zip(prepared, data.sources, strict=True)]
+
+
+def _prepare_mixture(
+    data: DataConfig,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    plans: Sequence[Plan | Path],
+    num_processes: int | None,
+    progress: Progress,
+) -> tuple[Tokenizer, Corpus | Mixture]:
+    """A corpus of each source in a folder of its own, all with one tokenizer."""
+    sources = [source for source, _ in data.sources]
+    made = [plan for plan in plans if isinstance(plan, Plan)]
+    tokenizer = (
+        tokenizer
+        or _common_tokenizer([plan for plan in plans if isinstance(plan, Path)])
+        or made[0].tokenizer
+        or _make_tokenizer(made, data, folder, num_processes)
+    )
+    write_tokenizer(folder / TOKENIZER, tokenizer)
+    all_bytes, before = sum(plan.num_bytes for plan in made), [0, 0]
+
+    def go_on(done_bytes: int, _: int, documents: int) -> None:
+        progress(before[0] + done_bytes, all_bytes, before[1] + documents)
+
+    for index, (source, plan) in enumerate(zip(sources, plans, strict=True)):
+        inner = folder / str(index)
+        if inner.exists():  # of an interrupted call, perhaps with another tokenizer
+            shutil.rmtree(inner)
+        make_folder(inner)
+        if isinstance(plan, Plan):
+            corpus = _encode(plan, source, inner, tokenizer, num_processes, go_on)
+            before = [before[0] + plan.num_bytes, before[1] + corpus.num_documents]
+        else:
+            _take_prepared(source, plan, inner, tokenizer)
+        (inner / TOKENIZER).unlink()
+    names = _names_of([paths_of(source.path)[0] for source in sources])
+    facts = [
+        {"name": name, "weight": weight, "sha256": sha256_of(folder / str(index) / CORPUS)}
+        for index, (name, (_, weight)) in enumerate(zip(names, data.sources, strict=True))
+    ]
+    write_facts(folder, {"mixture": facts})
+    return tokenizer, load_corpus(folder)
+
+
+def _common_tokenizer(folders: Sequence[Path | None]) -> Tokenizer | None:
+    """The tokenizer of all prepared sources of a mixture; raises UserError if two differ."""
+    prepared = [folder for folder in folders if folder is not None]
+    tokenizers = [load_tokenizer(path / TOKENIZER) for path in prepared if read_facts(path)]
+    for path, tokenizer in zip(prepared, tokenizers, strict=True):
+        if tokenizer.to_json() != tokenizers[0].to_json():
+            raise UserError(
+                f"{path}: was prepared with another tokenizer than {prepared[0]}; prepare it again with "
+                f"--data.tokenizer {prepared[0] / TOKENIZER}"
+            )
+    return tokenizers[0] if tokenizers else None
+
+
+def _names_of(paths: Sequence[str]) -> list[str]:
+    """A short name for each source of a mixture, from its path: safe to print and to log, no two alike."""
+    names: list[str] = []
+    for path in paths:
+        words = [re.sub(r"[^A-Za-z0-9]+", "-", part.lstrip(".").split(".")[0]) for part in reversed(Path(path).parts)]
+        word = next(filter(None, (word.strip("-")[:28] for word in words)), "source")
+        numbered = (f"{word}-{count}" for count in range(2, len(paths) + 2))
+        names.append(next(name for name in (word, *numbered) if name not in names))
+    return names
 
 
 def prepared_folder(data: DataConfig) -> Path | None:
@@ -164,10 +263,14 @@ def prepared_folder(data: DataConfig) -> Path | None:
 def _prepare(
     data: DataConfig, folder: Path, plan: Plan, num_processes: int | None, progress: Progress
 ) -> tuple[Tokenizer, Corpus]:
-    if num_processes is None:
-        num_processes = 1 if plan.num_bytes <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     _keep_what_is_done(plan, data, folder)
-    tokenizer = plan.tokenizer or _make_tokenizer(plan, data, folder, num_processes)
+    tokenizer = plan.tokenizer or _make_tokenizer([plan], data, folder, num_processes)
+    return tokenizer, _encode(plan, data, folder, tokenizer, num_processes, progress)
+
+
+def _encode(
+    plan: Plan, data: DataConfig, folder: Path, tokenizer: Tokenizer, num_processes: int | None, progress: Progress
+) -> Corpus:
     write_tokenizer(folder / TOKENIZER, tokenizer)
     item_bytes = 2 if tokenizer.vocab_size <= 2**16 else 4
     ending = ending_of(plan, data, tokenizer)
@@ -206,7 +309,7 @@ def _prepare(
     for path in folder.iterdir():
         if path.name == PLAN or path.suffix in (".hashes", ".done"):
             path.unlink()
-    return tokenizer, load_corpus(folder)
+    return load_one(folder)
 
 
 def source_identity(data: DataConfig) -> str:
@@ -216,7 +319,7 @@ def source_identity(data: DataConfig) -> str:
 
 
 def require_fit(
-    corpus: Corpus, tokenizer: Tokenizer, data: DataConfig, context_length: int, vocab_size: int | None
+    corpus: Corpus | Mixture, tokenizer: Tokenizer, data: DataConfig, context_length: int, vocab_size: int | None
 ) -> None:
     """Raises UserError if a corpus does not fit a model.
 
@@ -233,14 +336,19 @@ def require_fit(
             f"{tokenizer.vocab_size} tokens on {corpus.source}; raise it to that, or leave it to the tokenizer: "
             "--model.vocab-size none"
         )
+    for source in corpus.sources:
+        _require_windows(source.corpus, data, context_length)
+
+
+def _require_windows(corpus: Corpus, data: DataConfig, context_length: int) -> None:
     for part, split, fraction in (
         ("training", corpus.train, f"first {100 * (1 - data.validation_fraction):g} %"),
         ("validation", corpus.validation, f"last {100 * data.validation_fraction:g} %"),
     ):
-        if len(split.tokens) < context_length + 1:
+        if split.num_tokens < context_length + 1:
             source = f"{corpus.source} ({fraction})" if data.validation_path is None else corpus.source
             raise UserError(
-                f"the {part} part of {source} has {len(split.tokens)} tokens, but context_length = {context_length} "
+                f"the {part} part of {source} has {split.num_tokens} tokens, but context_length = {context_length} "
                 f"needs at least {context_length + 1}: use a longer text or a smaller model.context_length"
             )
 
@@ -277,11 +385,11 @@ def _keep_what_is_done(plan: Plan, data: DataConfig, folder: Path) -> None:
     write_text(folder / PLAN, fingerprint)
 
 
-def _make_tokenizer(plan: Plan, data: DataConfig, folder: Path, num_processes: int) -> Tokenizer:
+def _make_tokenizer(plans: Sequence[Plan], data: DataConfig, folder: Path, num_processes: int | None) -> Tokenizer:
     """A char tokenizer of all text, or a bpe tokenizer of the training text."""
     with contextlib.suppress(UserError):  # of an interrupted call
         return load_tokenizer(folder / TOKENIZER)
-    tokens = next((part.path for part in plan.parts if part.format == "tokens"), None)
+    tokens = next((part.path for plan in plans for part in plan.parts if part.format == "tokens"), None)
     if tokens is not None:
         raise UserError(
             f"{tokens}: holds tokens, but data.tokenizer = {data.tokenizer}; give the path of the tokenizer.json that "
@@ -290,17 +398,18 @@ def _make_tokenizer(plan: Plan, data: DataConfig, folder: Path, num_processes: i
     if data.tokenizer == "char":
         separator = "\n" if data.document_separator is None else data.document_separator
         # A char vocabulary without a character of the validation text could not encode it.
-        tasks = [Task(group, "", data.text_field, Ending()) for group in plan.shards(plan.parts)]
+        tasks = [Task(group, "", data.text_field, Ending()) for plan in plans for group in plan.shards(plan.parts)]
         results = list(_run(tasks, None, folder, num_processes, no_progress))
         raise_all([error for result in results for error in result.errors])
-        return make_tokenizer("char", ["" if plan.is_one_text else separator, *(r.characters for r in results)], 0)
-    return make_tokenizer("bpe", _sample(plan, data), data.bpe_vocab_size)
+        between = "" if all(plan.is_one_text for plan in plans) else separator
+        return make_tokenizer("char", [between, *(result.characters for result in results)], 0)
+    return make_tokenizer("bpe", _sample([part for plan in plans for part in plan.train], data), data.bpe_vocab_size)
 
 
-def _sample(plan: Plan, data: DataConfig) -> Iterator[str]:
+def _sample(parts: Sequence[Part], data: DataConfig) -> Iterator[str]:
     """Training text of at most about `data.bpe_train_bytes`: the beginning of each part."""
-    share = min(data.bpe_train_bytes / sum(part.num_bytes for part in plan.train), 1)
-    for part in plan.train:
+    share = min(data.bpe_train_bytes / sum(part.num_bytes for part in parts), 1)
+    for part in parts:
         rest = part.num_bytes * share if share < 1 else float("inf")
         for piece in formats.pieces_of(part, data.text_field):
             text = piece.text if len(piece.text) <= rest else piece.text[: int(rest)]
@@ -311,10 +420,12 @@ def _sample(plan: Plan, data: DataConfig) -> Iterator[str]:
 
 
 def _run(
-    tasks: Sequence[Task], tokenizer: Tokenizer | None, folder: Path, num_processes: int, progress: Progress
+    tasks: Sequence[Task], tokenizer: Tokenizer | None, folder: Path, num_processes: int | None, progress: Progress
 ) -> list[Result]:
     """The results of tasks, in their order; `tokenizer` is that in the folder."""
     sizes = [sum(part.num_bytes for part in task.parts) for task in tasks]
+    if num_processes is None:
+        num_processes = 1 if sum(sizes) <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     results: dict[int, Result] = {}
 
     def note(index: int, result: Result) -> None:
@@ -428,4 +539,4 @@ def _take_prepared(
             os.link(prepared / name, target, follow_symlinks=False)
         except OSError:  # another file system, or one without such links
             shutil.copyfile(prepared / name, target, follow_symlinks=False)
-    return own, load_corpus(folder)
+    return own, load_one(folder)

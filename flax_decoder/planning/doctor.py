@@ -19,7 +19,6 @@ import numpy as np
 
 from flax_decoder.allocator import describe_freed_memory
 from flax_decoder.config import Config, LoraConfig, ModelConfig, OptimizerConfig
-from flax_decoder.data.batches import train_batch
 from flax_decoder.data.corpus import prepare_corpus, require_fit
 from flax_decoder.errors import FaultError
 from flax_decoder.nn.decoder import Decoder
@@ -77,8 +76,8 @@ def examine(config: Config) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer, corpus = prepare_corpus(config.data, Path(temporary))
         require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
-        tokens = corpus.train.tokens  # mapped: they outlive their file
-    yield Finding("text", "ok", f"{corpus.source}: {len(tokens):,} tokens, vocabulary {tokenizer.vocab_size:,}")
+        text = corpus.train  # mapped: it outlives its files
+    yield Finding("text", "ok", f"{corpus.source}: {text.num_tokens:,} tokens, vocabulary {tokenizer.vocab_size:,}")
 
     config = memorizing(config, tokenizer.vocab_size)
     model, training, rng = Decoder(config.model), config.training, jax.random.key(config.training.seed)
@@ -95,7 +94,7 @@ def examine(config: Config) -> Iterator[Finding]:
     state = init_state(model, config, rng=rng)
     yield check_first_loss(state, config.model)
     rows, T = training.batch_size, config.model.context_length
-    batch = train_batch(tokens, seed=training.seed, step=0, batch_size=rows, context_length=T)
+    batch = text.train_batch(seed=training.seed, step=0, batch_size=rows, context_length=T)
     state, finding = check_learning(state, batch, time.perf_counter() - start)
     yield finding
     # After training: the outputs of an untrained model may be zero, which would hide a leak.

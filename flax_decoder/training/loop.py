@@ -18,7 +18,7 @@ from flax_decoder.allocator import limit_kept_memory
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.config_file import to_toml
 from flax_decoder.data.listing import BUILT_IN
-from flax_decoder.data.shards import Corpus
+from flax_decoder.data.shards import Corpus, Mixture
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
@@ -55,6 +55,7 @@ from flax_decoder.training.metrics import (
     MetricsLog,
     evaluations_since_best,
     log_row,
+    losses_of_sources,
     plot_losses,
     read_metrics,
     require_reporters,
@@ -106,7 +107,7 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
     """`train`, after all processes of the job have joined."""
     choose_kernel(config.model, has_documents=config.data.document_mask)  # raises if it does not run here
 
-    def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    def check(config: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture) -> None:
         require_room(config, jax.device_count())
         require_adapters(config)
         watched_tokens(config, tokenizer, corpus.validation.tokens)
@@ -143,7 +144,7 @@ def train_from(
     config: Config,
     folder: Path,
     tokenizer: Tokenizer,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     interruption: Interruption,
     start: Start | None = None,
 ) -> int:
@@ -168,7 +169,7 @@ def train_from(
     log = MetricsLog(config.run, folder, done, read_id(folder / RUN_ID), writes=processes.is_first())
     watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
-    describe(model, state, tokenizer, corpus, mesh)
+    describe(model, state, tokenizer, corpus, training, mesh)
     facts = facts_of(config, folder)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts, interruption.place) as checkpoints:
         interruption.writers = [log, watch, checkpoints]
@@ -213,7 +214,7 @@ def run_steps(
     schedule: optax.Schedule,
     model: Decoder,
     state: TrainState,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     mesh: Mesh,
     checkpoints: Checkpoints,
     log: MetricsLog,
@@ -305,24 +306,32 @@ def how_to_go_on(config: Config, done: int, *, is_settled: bool) -> str:
     )
 
 
-def validate(model: Decoder, state: TrainState, corpus: Corpus, training: TrainingConfig) -> dict[str, float]:
-    """Evaluates the validation split; returns its log entries."""
-    result = evaluate(
-        model,
-        state.all_params,
-        corpus.validation.tokens,
-        corpus.validation.num_bytes,
-        batch_size=training.batch_size,
-        limit=training.eval_batches,
-        loss_chunk_tokens=training.loss_chunk_tokens,
-        document_starts=corpus.validation.masked_documents,
-    )
-    if not np.isfinite(result["loss"]):
-        raise FaultError(
-            f"the validation loss is {result['loss']} after step {int(state.step)}; {CONTINUE_HINT};\n"
-            f"if it happens again, {RESTART_HINT}"
+def validate(model: Decoder, state: TrainState, corpus: Corpus | Mixture, training: TrainingConfig) -> dict[str, float]:
+    """Evaluates the validation split; returns its log entries. Of a mixture: those of each source, and their mean."""
+    entries: dict[str, float] = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
+    for source in corpus.sources:
+        split = source.corpus.validation
+        result = evaluate(
+            model,
+            state.all_params,
+            split.tokens,
+            split.num_bytes,
+            batch_size=training.batch_size,
+            limit=training.eval_batches,
+            loss_chunk_tokens=training.loss_chunk_tokens,
+            document_starts=split.masked_documents,
         )
-    return {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
+        if not np.isfinite(result["loss"]):
+            raise FaultError(
+                f"the validation loss is {result['loss']} after step {int(state.step)}; {CONTINUE_HINT};\n"
+                f"if it happens again, {RESTART_HINT}"
+            )
+        for name, value in (("val_loss", result["loss"]), ("val_bits_per_byte", result["bits_per_byte"])):
+            entries[name] += source.weight * value
+            if source.name:
+                entries[f"{name}/{source.name}"] = value
+    num_rows = int(state.step) * training.batch_size
+    return entries | corpus.tokens_read(num_rows, model.config.context_length, training.seed)
 
 
 def has_results(folder: Path, step: int) -> bool:
@@ -332,16 +341,25 @@ def has_results(folder: Path, step: int) -> bool:
     return last_result.exists() and last_result.stat().st_mtime >= saved
 
 
-def describe(model: Decoder, state: TrainState, tokenizer: Tokenizer, corpus: Corpus, mesh: Mesh) -> None:
+def describe(
+    model: Decoder,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    corpus: Corpus | Mixture,
+    training: TrainingConfig,
+    mesh: Mesh,
+) -> None:
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
     config = model.config
     learning, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
     source = built_in if corpus.source == BUILT_IN else corpus.source
-    what_was_read = f"{corpus.what_was_read}\n      " if corpus.num_documents > 1 else ""
+    what_was_read = corpus.describe(training.num_steps * training.batch_size, config.context_length)
+    num_validation = sum(one.corpus.validation.num_tokens for one in corpus.sources)
+    lines = "".join(f"{line}\n      " for line in what_was_read.splitlines())
     print_escaped(
-        f"text: {source}\n      {what_was_read}"
-        f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} to validate, "
+        f"text: {source}\n      {lines}"
+        f"{corpus.train.num_tokens:,} tokens to train on, {num_validation:,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"
         f"model: {learning:,} parameters{f' beside {frozen:,} that stay' if frozen else ''}, "
         f"{config.num_layers} layers, {config.num_heads} heads, {config.embed_dim} wide, "
@@ -370,7 +388,7 @@ def write_results(
     model: Decoder,
     params: Any,
     tokenizer: Tokenizer,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     log: MetricsLog,
 ) -> None:
     """Writes a sample and the loss curve, then prints the best loss, advice and the sample."""
@@ -391,9 +409,9 @@ def write_results(
         best = min(evaluated, key=lambda row: row["val_loss"])
         print_escaped(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
-            f"at step {best['step']}; curve in {curve}"
+            f"at step {best['step']}{losses_of_sources(best)}; curve in {curve}"
         )
-        epochs = log.rows[-1]["step"] * training.batch_size * model.config.context_length / len(corpus.train.tokens)
+        epochs = corpus.train.epochs(log.rows[-1]["step"] * training.batch_size, model.config.context_length)
         num_steps, V = training.num_steps, tokenizer.vocab_size
         print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:

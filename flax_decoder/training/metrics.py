@@ -163,7 +163,7 @@ def _row_of(line: bytes, source: str) -> LogRow:
     """The content of a line, with which the rest of this module can compute; raises UserError."""
     row = parse_object(line, source, _LINE, _ADVICE)
     for name, value in row.items():
-        is_word = isinstance(value, str) and name not in _NUMBERS
+        is_word = isinstance(value, str) and name.partition("/")[0] not in _NUMBERS
         if not is_word and not (type(value) in (int, float) and abs(value) <= _MAX_NUMBER):
             raise UserError(f"{source}: {name} = {shown(value)} is not a number of a run; {_ADVICE}")
     if type(row.get("step")) is not int or row["step"] < 0:
@@ -306,6 +306,12 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
         num_bytes: bytes of the same text in UTF-8.
     """
     return loss / math.log(2) * num_tokens / num_bytes
+
+
+def losses_of_sources(row: LogRow) -> str:
+    """The validation loss of each source of a mixture, to be put behind that of all; nothing of other runs."""
+    losses = [(name.partition("/")[2], loss) for name, loss in row.items() if name.startswith("val_loss/")]
+    return f": {', '.join(f'{name} {loss:.4f}' for name, loss in losses)}" if losses else ""
 
 
 def log_row(**values: Any) -> LogRow:

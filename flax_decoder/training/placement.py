@@ -10,8 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_decoder.config import Config, TrainingConfig
-from flax_decoder.data.batches import train_batch
-from flax_decoder.data.shards import Split
+from flax_decoder.data.shards import MixedSplit, Split
 from flax_decoder.errors import UserError
 from flax_decoder.parallel.mesh import mesh_sizes, sharding_of
 from flax_decoder.parallel.zigzag import zigzag
@@ -47,7 +46,9 @@ def device_bytes(num_local: int) -> int:
     return int(stats.get("bytes_limit", machine_bytes // num_local))
 
 
-def place_batch(split: Split, training: TrainingConfig, context_length: int, mesh: Mesh, step: int) -> Batch:
+def place_batch(
+    split: Split | MixedSplit, training: TrainingConfig, context_length: int, mesh: Mesh, step: int
+) -> Batch:
     """The training batch of a step, sharded over a mesh; each process reads only the rows of its devices.
 
     Args:
@@ -68,8 +69,7 @@ def place_batch(split: Split, training: TrainingConfig, context_length: int, mes
     @functools.cache  # devices that hold parts of the same rows share one read
     def read(start: int, stop: int) -> dict[str, np.ndarray]:
         rows = slice(start, stop)
-        order = {"seed": training.seed, "step": step, "batch_size": B, "context_length": T}
-        batch = train_batch(split.tokens, **order, rows=rows, document_starts=split.masked_documents)
+        batch = split.train_batch(seed=training.seed, step=step, batch_size=B, context_length=T, rows=rows)
         if order_T is None:
             return batch
         return {name: array[:, order_T] for name, array in with_positions(batch).items()}

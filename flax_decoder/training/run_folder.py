@@ -15,10 +15,9 @@ import numpy as np
 
 from flax_decoder.config import Config, DataConfig, LoraConfig, ModelConfig, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
-from flax_decoder.data.corpus import prepare_corpus, prepared_folder, require_fit, source_identity
-from flax_decoder.data.plan import make_plan
+from flax_decoder.data.corpus import make_plans, prepare_corpus, require_fit, source_identity
 from flax_decoder.data.reading_progress import ReadingProgress
-from flax_decoder.data.shards import Corpus, load_corpus
+from flax_decoder.data.shards import Corpus, Mixture, load_corpus
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer
 from flax_decoder.errors import BrokenError, FaultError, InUseError, UserError
 from flax_decoder.huggingface.folder import write_tokenizer_files
@@ -54,10 +53,10 @@ INPUTS = {"tokenizer.json": "tokenizer", "corpus/corpus.json": "corpus", BASE_MA
 def open_run(
     config: Config,
     folder: Path,
-    check: Callable[[Config, Tokenizer, Corpus], Any],
+    check: Callable[[Config, Tokenizer, Corpus | Mixture], Any],
     lock: FolderLock | None,
     start: Start | None = None,
-) -> tuple[Config, Tokenizer, Corpus]:
+) -> tuple[Config, Tokenizer, Corpus | Mixture]:
     """Creates the folder of a new run, or opens that of an existing one.
 
     Args:
@@ -100,11 +99,13 @@ def open_run(
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
     given = None if start is None else start.tokenizer
-    plan = None if prepared_folder(config.data) else make_plan(config.data, given)
+    plans = make_plans(config.data, given)
     try:
         with new_folder(folder) as unfinished, ReadingProgress() as progress:
             (unfinished / "corpus").mkdir()
-            tokenizer, corpus = prepare_corpus(config.data, unfinished / "corpus", given, plan=plan, progress=progress)
+            tokenizer, corpus = prepare_corpus(
+                config.data, unfinished / "corpus", given, plans=plans, progress=progress
+            )
             require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
             (unfinished / "corpus" / "tokenizer.json").replace(unfinished / "tokenizer.json")
             config = _resolve(config, tokenizer, corpus)
@@ -152,12 +153,15 @@ def require_plain(folder: Path) -> None:
         )
 
 
-def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> Config:
+def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture) -> Config:
     """Sets the fields that the text determines."""
+    data = config.data
+    if data.mixture is None:
+        data = dataclasses.replace(data, path=data.path or corpus.source)
     return dataclasses.replace(
         config,
         model=config.model.with_vocab_size(tokenizer.vocab_size),
-        data=dataclasses.replace(config.data, path=config.data.path or corpus.source),
+        data=data,
     )
 
 
@@ -271,18 +275,15 @@ def _guarded(asked: Config, saved: Config) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def _require_same_run(config: Config, saved: Config, tokenizer: Tokenizer, corpus: Corpus, folder: Path) -> None:
+def _require_same_run(
+    config: Config, saved: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture, folder: Path
+) -> None:
     rows = [row for row in _guarded(config, saved) if row[0] != WARMUP or not same_warmup(config, saved)]
     if config.data.tokenizer not in KINDS and Path(config.data.tokenizer).is_file():
         both = tokenizer, load_tokenizer(config.data.tokenizer)
         saved_hash, asked_hash = (hashlib.sha256(one.to_json().encode()).hexdigest() for one in both)
         rows.append(("data.tokenizer, SHA-256", saved_hash, asked_hash))
-    try:
-        rows.append(("data.path, SHA-256 of the text", corpus.sha256, source_identity(config.data)))
-    except UserError:
-        if config.data.path != saved.data.path:
-            raise
-        # The text has been deleted, but the run has its tokens.
+    rows += _text_rows(config.data, saved.data, corpus)
     rows = [row for row in rows if row[1] != row[2]]
     if rows:
         width = max(len(name) for name, _, _ in rows)
@@ -291,6 +292,23 @@ def _require_same_run(config: Config, saved: Config, tokenizer: Tokenizer, corpu
             f"{folder}: holds a run with other settings; restore them, or give another --run.folder, in which "
             f"--run.start-from {folder} begins with its weights\n{table}"
         )
+
+
+def _text_rows(asked: DataConfig, saved: DataConfig, corpus: Corpus | Mixture) -> list[tuple[str, Any, Any]]:
+    """What identifies the text of a run, and each source of a mixture with its weight: name, saved, requested value."""
+    if len(asked.sources) != len(corpus.sources):
+        return [("data.mixture, number of sources", len(corpus.sources), len(asked.sources))]
+    rows: list[tuple[str, Any, Any]] = []
+    for index, (known, (source, weight)) in enumerate(zip(corpus.sources, asked.sources, strict=True)):
+        name = "data" if asked.mixture is None else f"data.mixture[{index}]"
+        rows.append((f"{name}.weight, part of all rows", f"{known.weight:.6g}", f"{weight:.6g}"))
+        try:
+            rows.append((f"{name}.path, SHA-256 of the text", known.corpus.sha256, source_identity(source)))
+        except UserError:
+            if (asked.path, asked.mixture) != (saved.path, saved.mixture):
+                raise
+            # The text has been deleted, but the run has its tokens.
+    return rows
 
 
 def same_warmup(config: Config, saved: Config) -> bool:

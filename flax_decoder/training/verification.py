@@ -111,7 +111,7 @@ def _tokenizer(path: Path) -> str:
 
 def _corpus(path: Path) -> str:
     require_same_inputs(path.parent, ["corpus/corpus.json"])
-    return f"{len(load_corpus(path, checks_all=True).train.tokens):,} tokens to train on"
+    return f"{load_corpus(path, checks_all=True).train.num_tokens:,} tokens to train on"
 
 
 def _base(path: Path) -> str:
