@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, DataConfig, fields_of
 from flax_decoder.config_file import load_config, require_consent
-from flax_decoder.errors import FaultError, FolderWarning, InUseError, UserError, did_you_mean
+from flax_decoder.errors import DEVICE_FAILS, FaultError, FolderWarning, InUseError, UserError, did_you_mean
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
@@ -51,7 +51,8 @@ DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a t
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0 done, 1 a fault, 2 the user's input, 73 in use, over 128 a signal."""
     # Training replaces these handlers once it has something to save.
-    before = {number: signal.signal(number, _raise_for_signal) for number in _EXCEPTION_OF}
+    heard = [one for one in _EXCEPTION_OF if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, _raise_for_signal) for number in heard}
     hook_before = sys.unraisablehook
     sys.unraisablehook = hook = functools.partial(_resend_dropped_signal, hook_before)
     try:
@@ -74,9 +75,13 @@ def _run(arguments: Sequence[str]) -> int:
         _keep_threads_quiet()
         _keep_compilations()
         code = command(options)
-        sys.stdout.flush()  # a disk may be full only now
+        if code != 128 + signal.SIGHUP:  # else the terminal is gone
+            sys.stdout.flush()  # a disk may be full only now
         return code
     except (UserError, InUseError) as error:
+        if isinstance(error.__context__, OSError) and error.__context__.errno in DEVICE_FAILS:
+            print_escaped(f"fault: {error}", file=sys.stderr)
+            return 1
         print_escaped(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 73
     except FaultError as error:
@@ -89,7 +94,10 @@ def _run(arguments: Sequence[str]) -> int:
         print_escaped(f"fault: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:  # JAX's errors are RuntimeErrors
-        told = _shortage(error, options)
+        try:
+            told = _shortage(error, options)
+        except MemoryError:  # there is too little even for that
+            told = "out of memory"
         if told is None:
             raise
         print_escaped(f"fault: {told}", file=sys.stderr)
@@ -97,6 +105,8 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except HungUp:
+        return 128 + signal.SIGHUP
     except Terminated:
         return 128 + signal.SIGTERM
 
@@ -125,7 +135,11 @@ class Terminated(BaseException):
     """Raised on SIGTERM. Like KeyboardInterrupt, it is not an Exception, so `except Exception` lets it pass."""
 
 
-_EXCEPTION_OF = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+class HungUp(BaseException):
+    """The same on SIGHUP: the terminal has been closed."""
+
+
+_EXCEPTION_OF = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}
 
 
 def _raise_for_signal(number: int, frame: FrameType | None) -> NoReturn:
@@ -161,6 +175,9 @@ def train(options: argparse.Namespace) -> int:
     # The lock is taken later; this refuses before JAX is imported. The processes of a job share the folder.
     if config.distributed.coordinator is None and not in_a_job(os.environ):
         refuse_if_in_use(folder)
+    is_new = not (folder / "config.toml").is_file()  # a run has a copy of what it started from
+    if config.lora.rank is not None and config.run.start_from is None and is_new:
+        raise UserError(f"lora.rank = {config.lora.rank} needs a trained model: give --run.start-from PATH")
     from flax_decoder.training import loop
 
     config, start = (config, None) if config.run.start_from is None else _started(config, folder)
@@ -327,7 +344,7 @@ def convert(options: argparse.Namespace) -> int:
     """Converts a run folder to a Hugging Face folder or a checkpoint of nanoGPT, or one of these to a run folder."""
     from flax_decoder.loading import convert
 
-    names = ("model_type", "to", "allow_nan", "strict", "tokenizer", "names")
+    names = ("model_type", "to", "allow_nan", "strict", "tokenizer", "names", "merge", "base")
     convert(options.source, options.destination, **{name: getattr(options, name) for name in names})
     print_escaped(f"{options.destination}: written")
     return 0
@@ -382,8 +399,8 @@ def prepare(options: argparse.Namespace) -> int:
     with ReadingProgress() as progress:
         corpus = prepare_folder(data, options.out, num_processes=options.processes, progress=progress)
     print_escaped(
-        f"{options.out}: {corpus.what_was_read}\n{len(corpus.train.tokens):,} tokens to train on, "
-        f"{len(corpus.validation.tokens):,} to validate; train with --data.path {options.out}"
+        f"{options.out}: {corpus.what_was_read}\n{corpus.train.num_tokens:,} tokens to train on, "
+        f"{corpus.validation.num_tokens:,} to validate; train with --data.path {options.out}"
     )
     return 0
 
@@ -395,7 +412,7 @@ def verify(options: argparse.Namespace) -> int:
     folder = Path(options.path)
     if is_corpus(folder):
         corpus = load_corpus(folder, checks_all=True)
-        print_escaped(f"ok       {folder}: {len(corpus.train.tokens):,} tokens to train on")
+        print_escaped(f"ok       {folder}: {corpus.train.num_tokens:,} tokens to train on")
         return 0
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: is not a run folder: it has no config.toml")
@@ -776,6 +793,8 @@ def build_parser() -> Parser:
         "--names", metavar="FILE.toml", type=expand_home, help="what the tensors of your own PyTorch model are in ours"
     )
     argument("--to", metavar="nanogpt", help="write a ckpt.pt of nanoGPT instead of a Hugging Face folder")
+    argument("--merge", action="store_true", help="of a run with adapters, write whole weights and not the adapters")
+    argument("--base", metavar="PATH", type=expand_home, help="of a folder of PEFT, the model its adapters belong to")
     argument(
         "--model-type", metavar="NAME", help="Hugging Face model type to write, such as llama; by default the nearest"
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -29,13 +29,17 @@ class UsedWhere:
 
 _WITH_ROTARY = UsedWhere(lambda model: model.positions == "rotary")
 _WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling != "none")
-_WITH_LLAMA3_SCALING = UsedWhere(lambda model: model.rotary_scaling == "llama3")
+_WITH_SCALING_BY_TURNS = UsedWhere(lambda model: model.rotary_scaling in ("llama3", "yarn"))
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
 _WITHOUT_VALIDATION_PATH = UsedWhere(lambda data: data.validation_path is None)
 _WITH_MUON = UsedWhere(lambda optimizer: optimizer.name == "muon")
 _WITH_WSD = UsedWhere(lambda optimizer: optimizer.schedule == "wsd")
 _WITH_WEIGHT_DECAY = UsedWhere(lambda optimizer: optimizer.weight_decay > 0)
+_WITH_LORA = UsedWhere(lambda lora: lora.rank is not None)
 _WITH_A_FALL = UsedWhere(lambda optimizer: optimizer.schedule != "constant")
+
+# A log line has numbers of each source; each block of 1,000 rows has at least one of each.
+MAX_SOURCES, MIN_WEIGHT = 64, 0.001
 
 # Bounds far beyond sensible values, for what a device cannot compute: float32 rounds 1 - 1e-8 to 1 and 1e-50 to 0, the
 # square of 1e30 is infinite, and counts are int32.
@@ -61,11 +65,20 @@ def _is_off_or_over_one(factor: float) -> float:
     return factor
 
 
+def _is_start_and_count(text: str) -> str:
+    start, _, count = text.partition(":")
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in (start, count)) or int(count) == 0:
+        raise ValueError(f"{text!r} is not START:STEPS, such as 100:5 for 5 steps after step 100")
+    return text
+
+
 def _as_tuple(value: Any) -> Any:
     """TOML knows lists only; a frozen, hashable config wants tuples."""
     return tuple(value) if isinstance(value, list) else value
 
 
+# The matrices of a layer, by the names of `nn/attention.py` and `nn/feed_forward.py`.
+Targets = Annotated[tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...], Field(min_length=1)]
 # A number of devices, or -1 for all that the other mesh axes leave.
 NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
@@ -83,6 +96,18 @@ class LayerKind(NamedTuple):
 
 
 PLAIN_LAYER = LayerKind()
+
+
+class Adapter(NamedTuple):
+    """How the low-rank adapters of a call count; see `nn/lora.py`.
+
+    Attributes:
+        scale: factor of what an adapter adds.
+        dropout: probability of zeroing a number of its input.
+    """
+
+    scale: float
+    dropout: float = 0.0
 
 
 class _Shown:
@@ -132,18 +157,22 @@ class ModelConfig(_Shown):
     """which numbers of the rotated part R turn as a pair: half: i and i + R/2; interleaved: 2 i and 2 i + 1"""
     rotary_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (True,)
     """which layers rotate, repeated over the stack: [true, true, true, false] leaves every fourth without positions"""
-    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
     """how rotary wavelengths are stretched to reach beyond the length of the first training"""
     rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15), _WITH_ROTARY_SCALING] = 8.0
     """by how much they are stretched"""
-    rotary_low_frequency_factor: Annotated[Positive, _WITH_LLAMA3_SCALING] = 1.0
-    """llama3: wavelengths over original context / this are stretched in full"""
-    rotary_high_frequency_factor: Annotated[Positive, _WITH_LLAMA3_SCALING] = 4.0
-    """llama3: wavelengths under original context / this stay as they are"""
-    rotary_original_context: Annotated[Count, _WITH_LLAMA3_SCALING] = 8192
-    """llama3: the context length of the first training, in tokens"""
+    rotary_low_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 1.0
+    """llama3, yarn: wavelengths over original context / this are stretched in full"""
+    rotary_high_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 4.0
+    """llama3, yarn: wavelengths under original context / this stay as they are; yarn's own value is 32"""
+    rotary_original_context: Annotated[Count, _WITH_SCALING_BY_TURNS] = 8192
+    """llama3, yarn: the context length of the first training, in tokens"""
+    rotary_magnitude: Annotated[Positive, UsedWhere(lambda model: model.rotary_scaling == "yarn")] = 1.0
+    """yarn: what is rotated is also multiplied by this, in queries and in keys; its own value is 0.1 ln(factor) + 1"""
     embed_scale: Positive = 1.0
     """token embeddings are multiplied by this"""
+    embedding_norm: bool = False
+    """token embeddings go through a norm, before positions are added"""
 
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """how activations are normalised"""
@@ -153,12 +182,20 @@ class ModelConfig(_Shown):
     """pre: x + f(norm(x)); post: norm(x + f(x)); both: x + norm(f(norm(x))); output: x + norm(f(x))"""
     parallel_residual: bool = False
     """attention and feed-forward read the same input: x + attention(norm(x)) + feed_forward(norm(x))"""
+    shared_norm: bool = False
+    """with parallel_residual: they read the output of one norm; without, each has its own"""
+    residual_scale: Positive = 1.0
+    """what attention and feed-forward add to the residual stream is multiplied by this"""
     qk_norm: Literal["none", "head", "all"] = "none"
-    """normalises queries and keys (RMS) before the rotation: over the width of each head, or over all heads at once"""
+    """normalises queries and keys (RMS): over the width of each head, or over all heads at once"""
+    qk_norm_position: Annotated[Literal["before", "after"], UsedWhere(lambda model: model.qk_norm != "none")] = "before"
+    """queries and keys are normalised before they are rotated, or after"""
 
     final_norm: bool = True
     """a norm between the last block and the head; post-norm models often have none"""
 
+    norm_scale: bool = True
+    """norms learn a factor for each number; false: they normalise, and learn nothing"""
     norm_bias: bool = False
     """LayerNorm also learns a shift"""
     attention_in_bias: bool = False
@@ -180,6 +217,8 @@ class ModelConfig(_Shown):
     """scores are multiplied by this; left out, 1 / sqrt(H)"""
     attention_soft_cap: Positive | None = None
     """scores are squashed into ± this by tanh"""
+    logit_scale: Positive = 1.0
+    """logits are multiplied by this"""
     logit_soft_cap: Positive | None = None
     """logits are squashed into ± this by tanh"""
 
@@ -194,6 +233,9 @@ class ModelConfig(_Shown):
     """the implementation of attention, all with the same numbers: reference is readable; auto is the fastest one"""
     dtype: Annotated[Literal["float32", "bfloat16", "float64"], NOT_IN_WEIGHTS] = "float32"
     """what activations are computed in; params, norms, softmax and loss stay float32; float64 needs JAX_ENABLE_X64=1"""
+    matmul_precision: Annotated[Literal["default", "highest"], NOT_IN_WEIGHTS] = "default"
+    """digits of the factors of float32 products: default rounds them to TF32 on NVIDIA GPUs and to bfloat16 on TPUs,
+    which is faster; highest keeps all; a CPU always does"""
     scan_layers: Annotated[bool, MAY_CHANGE, NOT_IN_WEIGHTS] = False
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
     remat: Annotated[Literal["none", "attention", "dots", "full"], MAY_CHANGE, NOT_IN_WEIGHTS] = "none"
@@ -218,6 +260,11 @@ class ModelConfig(_Shown):
     def mlp_width(self) -> int:
         """F, width of the feed-forward layer."""
         return self.mlp_dim or 4 * self.embed_dim
+
+    @property
+    def normalises_before(self) -> bool:
+        """Whether queries and keys are normalised before they are rotated."""
+        return self.qk_norm != "none" and self.qk_norm_position == "before"
 
     @property
     def output_stddev(self) -> float:
@@ -299,9 +346,18 @@ class ModelConfig(_Shown):
             'norm_bias = true needs norm = "layernorm": RMSNorm has no shift',
         )
         refuse_if(
+            self.norm_bias and not self.norm_scale,
+            "norm_bias = true needs norm_scale = true, or both false",
+        )
+        refuse_if(
             self.parallel_residual and self.norm_position != "pre",
             f'parallel_residual = true needs norm_position = "pre", not "{self.norm_position}"',
         )
+        refuse_if(
+            self.qk_norm != "none" and self.qk_norm_position == "after" and not rotary,
+            f'qk_norm_position = "after" needs positions = "rotary", not "{self.positions}"',
+        )
+        refuse_if(self.shared_norm and not self.parallel_residual, "shared_norm = true needs parallel_residual = true")
         refuse_if(
             self.window is None and self.window_pattern != (True,),
             "window_pattern says which layers have a window, but window is not set",
@@ -314,6 +370,23 @@ class ModelConfig(_Shown):
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
+class Source(_Shown):
+    """One of the texts of a mixture."""
+
+    path: Annotated[str | tuple[str, ...], BeforeValidator(_as_tuple)]
+    """see `DataConfig`"""
+    weight: Positive = 1.0
+    """its part of all rows, beside the weights of the other sources"""
+
+
+def _as_source(value: Any) -> Any:
+    """TOML has a table."""
+    if not isinstance(value, Mapping | Source):
+        raise ValueError('a source is a table, such as {path = "books", weight = 1}')
+    return value if isinstance(value, Source) else Source(**value)
+
+
+@dataclass(frozen=True, config=_RULES, repr=False)
 class DataConfig(_Shown):
     """The text, and how it becomes tokens."""
 
@@ -322,6 +395,14 @@ class DataConfig(_Shown):
     """a file (.txt, .md, .jsonl, .parquet, .arrow; .gz and .zst of them; tokens in .bin or .npy), a folder of these, a
     glob, a list of these (.jsonl of conversations: these alone), or what `flax-decoder prepare` has written; left out:
     input.txt, else Python's help texts"""
+    mixture: Annotated[
+        tuple[Annotated[Source, BeforeValidator(_as_source)], ...] | None,
+        BeforeValidator(_as_tuple),
+        MAY_CHANGE,
+        IS_PATH,
+    ] = None
+    """several texts in place of `path`: [{path = "books", weight = 3}, {path = "code", weight = 1}] takes three of four
+    rows from the first, however long it is; the weights may not change on resume"""
     tokenizer: Annotated[str, IS_PATH] = "char"
     """char, byte, bpe (trained on the text), or the path of a tokenizer.json"""
     bpe_vocab_size: Annotated[int, Field(ge=257, le=2**24), _WITH_BPE] = 1024
@@ -340,6 +421,37 @@ class DataConfig(_Shown):
     """texts for validation, as `path`; left out, the last documents of `path`"""
     validation_fraction: Annotated[float, Field(gt=0, lt=1), _WITHOUT_VALIDATION_PATH] = 0.1
     """the last part of all text that is kept for validation: whole documents, but one long text is cut"""
+
+    @property
+    def sources(self) -> tuple[tuple[Self, float], ...]:
+        """The settings of each source, and its weight; the weights add up to 1. Without a mixture there is one."""
+        if self.mixture is None:
+            return ((self, 1.0),)
+        total = sum(source.weight for source in self.mixture)
+        return tuple(
+            (dataclasses.replace(self, path=source.path, mixture=None), source.weight / total)
+            for source in self.mixture
+        )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.mixture is None:
+            return self
+        count = len(self.mixture)
+        for name in ("path", "validation_path"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name} = {value!r} does not go with mixture, whose sources have theirs; give only one"
+                )
+        if not 2 <= count <= MAX_SOURCES:
+            raise ValueError(f"mixture has {count} sources, but it takes 2 to {MAX_SOURCES}; path names a single one")
+        for (_, weight), source in zip(self.sources, self.mixture, strict=True):
+            if round(weight, 9) < MIN_WEIGHT:
+                raise ValueError(
+                    f"mixture: the weight {source.weight:g} of {source.path} is under a thousandth of all; raise it, "
+                    "or leave the source out"
+                )
+        return self
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -379,6 +491,29 @@ class OptimizerConfig(_Shown):
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
+class LoraConfig(_Shown):
+    """Low-rank adapters: the weights that a run starts from stay as they are; two thin matrices beside each learn."""
+
+    rank: Width | None = None
+    """r, the width of an adapter: y = x W + (alpha / r) (x A) B, where W does not learn; left out, all weights learn"""
+    alpha: Annotated[Positive, _WITH_LORA] = 16.0
+    """what the adapters add is multiplied by alpha / rank"""
+    rank_stabilised: Annotated[bool, _WITH_LORA] = False
+    """multiply by alpha / sqrt(rank) instead, so that the rank does not change how fast adapters learn (rsLoRA)"""
+    dropout: Annotated[Fraction, _WITH_LORA] = 0.0
+    """probability of zeroing, in training, each number of the input of an adapter"""
+    targets: Annotated[Targets | None, BeforeValidator(_as_tuple), _WITH_LORA] = None
+    """which matrices of each layer have adapters, such as ["query", "value"]; left out, all that the model has"""
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What a `Decoder` with these adapters is made with; None without any."""
+        if self.rank is None:
+            return None
+        return Adapter(self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank), self.dropout)
+
+
+@dataclass(frozen=True, config=_RULES, repr=False)
 class TrainingConfig(_Shown):
     """How long to train, how much per step, and what is kept."""
 
@@ -388,10 +523,13 @@ class TrainingConfig(_Shown):
     """B, sequences per step, over all devices"""
     accumulation_steps: Count = 1
     """the batch of a step is computed in this many parts, one after the other: less memory, the same result"""
+    rows_per_device: Annotated[Count | None, MAY_CHANGE] = None
+    """most sequences that a device computes at a time: accumulation_steps follow from it, whatever the number of
+    devices; left out, they are as set"""
     eval_every: Annotated[Count, MAY_CHANGE] = 250
     """steps between evaluations"""
     eval_batches: Annotated[CountOrZero, MAY_CHANGE] = 0
-    """batches an evaluation reads, evenly spaced; 0 is the whole validation split"""
+    """batches an evaluation reads, evenly spaced, of each source of a mixture; 0 is the whole validation split"""
     patience: Annotated[CountOrZero, MAY_CHANGE] = 0
     """the run ends after this many evaluations in a row without a new lowest validation loss; 0 is off"""
     save_every: Annotated[Count, MAY_CHANGE] = 500
@@ -414,8 +552,17 @@ class TrainingConfig(_Shown):
     0: of all at once; left out: of as many as make 1 GiB"""
     sample_tokens: Annotated[CountOrZero, MAY_CHANGE] = 500
     """length of the text written after training, in tokens; 0 writes none"""
+    deterministic: Annotated[bool, MAY_CHANGE] = False
+    """on a GPU, compiles steps that give the same bits each time, which is slower; a CPU's always do"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """seed of all randomness: weights, order of the text, dropout, sample"""
+
+    def num_parts(self, num_devices: int) -> int:
+        """In how many parts the batch of a step is computed if so many devices share its rows, which they divide."""
+        if self.rows_per_device is None:
+            return self.accumulation_steps
+        rows = max(self.batch_size // num_devices, 1)
+        return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= self.rows_per_device)
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -471,7 +618,7 @@ class LensConfig(_Shown):
     every: CountOrZero = 100
     """steps between snapshots; 0 keeps none; doubled each time there are too many snapshots"""
     prompt: str | None = None
-    """the text; left out, the beginning of the validation split"""
+    """the text; left out, the first words of the validation split"""
     prompt_tokens: Annotated[int, Field(gt=0, le=256)] = 32
     """how many tokens of the text are recorded, at most context_length"""
 
@@ -490,6 +637,8 @@ class RunConfig(_Shown):
     """also write TensorBoard events into the run folder (pip install "flax-decoder[tensorboard]")"""
     wandb: str | None = None
     """also send metrics to this Weights & Biases project (pip install "flax-decoder[wandb]")"""
+    profile: Annotated[str, AfterValidator(_is_start_and_count)] | None = None
+    """START:STEPS traces STEPS steps after step START, into profile/ of the run folder, for Perfetto or TensorBoard"""
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -499,6 +648,7 @@ class Config(_Shown):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
     mesh: Annotated[MeshConfig, MAY_CHANGE] = MeshConfig()
     distributed: Annotated[DistributedConfig, MAY_CHANGE] = DistributedConfig()
@@ -510,6 +660,11 @@ class Config(_Shown):
         batch, parts = self.training.batch_size, self.training.accumulation_steps
         if batch % parts != 0:
             raise ValueError(f"training.batch_size = {batch} is not a multiple of accumulation_steps = {parts}")
+        if parts > 1 and self.training.rows_per_device is not None:
+            raise ValueError(
+                f"training.rows_per_device = {self.training.rows_per_device} says in how many parts a batch is "
+                f"computed, and so does accumulation_steps = {parts}: leave one out"
+            )
         length = self.model.context_length
         if batch * length >= 2**31:
             raise ValueError(
@@ -517,6 +672,8 @@ class Config(_Shown):
                 f"per step, but the most is {2**31 - 1}"
             )
         optimizer = self.optimizer
+        if self.lora.rank is not None and optimizer.name != "adamw":
+            raise ValueError(f'optimizer.name = "{optimizer.name}" has no rule for adapters: lora.rank needs "adamw"')
         rates = {"learning_rate": optimizer.learning_rate}
         if optimizer.name == "muon":
             rates["muon_learning_rate"] = optimizer.muon_learning_rate
@@ -526,6 +683,16 @@ class Config(_Shown):
                     f"optimizer.{name} = {rate} times weight_decay = {optimizer.weight_decay} is more than 1, "
                     "but it is the part of each weight that a step takes away"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _with_steps_to_profile(self) -> Self:
+        steps = profiled_steps(self.run)
+        if steps and steps.stop > self.training.num_steps:
+            raise ValueError(
+                f"run.profile = {self.run.profile} is of steps up to {steps.stop}, but training.num_steps = "
+                f"{self.training.num_steps}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -541,6 +708,12 @@ class Config(_Shown):
             )
             object.__setattr__(self, "optimizer", dataclasses.replace(self.optimizer, warmup_steps=warmup))
         return self
+
+
+def profiled_steps(run: RunConfig) -> range:
+    """The steps of `run.profile`, counted as steps completed before; empty if there are none."""
+    start, count = (0, 0) if run.profile is None else map(int, run.profile.split(":"))
+    return range(start, start + count)
 
 
 def default_warmup_steps(num_steps: int) -> int:

@@ -89,6 +89,8 @@ def _continued(start: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
 def _with_home(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_with_home(part) for part in value]
+    if isinstance(value, Mapping):
+        return {name: _with_home(part) for name, part in value.items()}
     return expand_home(value) if isinstance(value, str) else value
 
 
@@ -236,10 +238,20 @@ def _parse_toml(text: str) -> dict[str, Any]:
 
 def _check_text(value: Any, name: str, source: str) -> None:
     """Raises UserError if a string cannot be the name of a file, or be written to one."""
-    for text in value if isinstance(value, (list, tuple)) else [value]:
+    for text in _texts_in(value):
         # Bytes of the command line that are not UTF-8 are half surrogates, U+D800 to U+DFFF.
-        if isinstance(text, str) and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{source}: {name} = {text!a} has a NUL character or is not UTF-8; rename the file")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts_in(part)
+    elif isinstance(value, str):
+        yield value
 
 
 def _find_field(name: str) -> tuple[str, str]:
@@ -298,9 +310,14 @@ def _first_error(error: ValidationError, section: str, source: str, overridden: 
     fields = [str(part) for part in first["loc"][:1]]  # deeper parts name branches of a union
     name = ".".join(part for part in (section, *fields) if part)
     source = _source_of(name, source, overridden)
+    match first["loc"]:
+        case (_, int(index), str(inner), *_):  # of a table in a list
+            name += f"[{index}].{inner}"
     if first["type"] == "unexpected_keyword_argument":
-        near = did_you_mean(name, _settings()) or _choices(fields_of(section))
+        near = did_you_mean(name, _settings()) or _choices([] if "[" in name else fields_of(section))
         what = f"there is no setting {name:.100}{near}"
+    elif first["type"] == "missing":
+        what = f"{name} is missing"
     elif first["type"] == "value_error":
         what = f"{name}: {first['msg']}".replace("Value error, ", "").removeprefix(": ")
     else:
@@ -318,7 +335,7 @@ def _settings() -> list[str]:
 
 
 def _choices(known: Collection[str]) -> str:
-    return f"; there are: {', '.join(known)}" if len(known) < 20 else ""
+    return f"; there are: {', '.join(known)}" if 0 < len(known) < 20 else ""
 
 
 def _default_folder(path: str | os.PathLike[str] | None) -> Path:

@@ -1,11 +1,15 @@
 """The exceptions of the package, and the exit code of a command that ends with one."""
 
 import difflib
+import errno
 import operator
 import os
 from collections.abc import Iterable
 from types import NoneType
 from typing import Any, get_args
+
+# Errors of a disk or a network, for which nothing that the user gave is to blame.
+DEVICE_FAILS = (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 class UserError(ValueError):

@@ -1,21 +1,24 @@
 """Loads, converts and compares models: run folders, Hugging Face folders, and files of PyTorch."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flax_decoder.config import Config, DataConfig, ModelConfig
-from flax_decoder.config_file import load_config, to_toml
+from flax_decoder.config import Config, ModelConfig
+from flax_decoder.config_file import load_config
 from flax_decoder.data.corpus import read_text
 from flax_decoder.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from flax_decoder.errors import FaultError, UserError, as_path, require_type
+from flax_decoder.huggingface.adapter import is_adapter_folder, read_adapter, write_adapter
 from flax_decoder.huggingface.choice import choose_family, require_expressible
-from flax_decoder.huggingface.families import NANOGPT
+from flax_decoder.huggingface.families import FAMILIES, NANOGPT
 from flax_decoder.huggingface.family import Family
 from flax_decoder.huggingface.folder import (
     is_model_folder,
@@ -25,7 +28,6 @@ from flax_decoder.huggingface.folder import (
     read_model_config,
     read_tokenizer,
     write_folder,
-    write_tokenizer_files,
 )
 from flax_decoder.huggingface.nanogpt import model_entries, read_model, write_checkpoint
 from flax_decoder.huggingface.own_layout import read_own_model
@@ -34,17 +36,26 @@ from flax_decoder.huggingface.weights import flatten
 from flax_decoder.io.files import expand_home, new_folder, replacing, sha256_of, write_text
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
+from flax_decoder.nn.lora import merged
 from flax_decoder.nn.params import abstract_params
 from flax_decoder.training.checkpoint import (
     choose_step,
     read_checkpoint,
     restore_params,
-    save_params,
     steps_folder,
 )
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.nanogpt_entries import training_entries
-from flax_decoder.training.run_folder import facts_of, require_same_inputs, require_same_model
+from flax_decoder.training.run_folder import (
+    BASE_MANIFEST,
+    START_FROM,
+    read_adapters,
+    read_base,
+    require_same_inputs,
+    require_same_model,
+    start_record,
+    write_run,
+)
 from flax_decoder.training.start import Start
 
 if TYPE_CHECKING:
@@ -91,6 +102,8 @@ def load(
     if _is_run_folder(folder):
         _refuse_second_tokenizer(folder, tokenizer)
         return _load_run(folder, step, shardings)
+    if is_adapter_folder(folder):
+        raise UserError(f"{folder}: holds an adapter; give it its base: flax-decoder convert {folder} RUN --base BASE")
     if not is_model_folder(folder):
         raise UserError(
             f"{folder}: is not a run folder: it has no config.toml; nor a Hugging Face folder: it has no config.json"
@@ -134,8 +147,15 @@ def read_start(path: Path, tokenizer: str | None = None) -> Start:
         files = [steps_folder(path) / str(step) / MANIFEST]
     else:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    kept = read_kept_files(path) if path.is_dir() else {}
-    return Start(path, {file.name: sha256_of(file) for file in files}, params, _required(found, path), kept)
+    model_type = read_family(path).model_type if path.is_dir() and step == "latest" else None
+    return Start(
+        path,
+        {file.name: sha256_of(file) for file in files},
+        params,
+        _required(found, path),
+        kept=read_kept_files(path) if path.is_dir() else {},
+        model_type=model_type,
+    )
 
 
 def _refuse_second_tokenizer(folder: Path, tokenizer: str | None) -> None:
@@ -186,8 +206,12 @@ def convert(
     strict: bool = False,
     tokenizer: str | None = None,
     names: str | os.PathLike[str] | None = None,
+    merge: bool = False,
+    base: str | os.PathLike[str] | None = None,
 ) -> None:
     """Converts a Hugging Face folder or a checkpoint of PyTorch to a run folder, or a run folder to one of them.
+
+    A run that has trained adapters becomes a folder of PEFT, and the other way round.
 
     Args:
         source: the folder or file to read; its kind decides the direction.
@@ -198,6 +222,8 @@ def convert(
         strict: see `load`.
         tokenizer: see `load`.
         names: for a file of PyTorch that is not of nanoGPT: a TOML file that says what is in it; see `read_own_model`.
+        merge: of a run that has trained adapters, write a whole model with them in its weights, not the adapters.
+        base: of a folder of PEFT, the model that its adapters belong to: as in `load`.
 
     Raises:
         UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
@@ -212,12 +238,26 @@ def convert(
     if to and not destination.parent.is_dir():
         raise UserError(f"{destination}: must name a file in a folder that exists")
     to_run = not _is_run_folder(source)
+    has_adapters = not to_run and load_config(source / "config.toml").lora.rank is not None
+    if merge and not has_adapters:
+        raise UserError(f"{source}: has no adapters to merge; leave out --merge")
+    if has_adapters and to:
+        raise UserError(f"{source}: has adapters, for which --to {to} has no place: first convert it with --merge")
+    if is_adapter_folder(source) != (base is not None):
+        what = "leave out --base" if base else "holds an adapter: give the model that it belongs to, --base PATH"
+        raise UserError(f"{source}: {what}")
     if to_run and (model_type or to):
         what = "--model-type" if model_type else "--to"
         if os.path.lexists(source):
             raise UserError(f"{source}: is converted to a run folder, which has no model type; leave out {what}")
     if to and model_type:
         raise UserError("--to and --model-type are two formats; give one of them")
+    if base is not None:
+        _write_adapted_run(destination, source, Path(as_path(base)), tokenizer)
+        return
+    if has_adapters and not merge:
+        _write_peft(destination, source, model_type)
+        return
     # What else nanoGPT needs comes from the same checkpoint, also beside a training that saves another one.
     step: int | Literal["latest"] = choose_step(source, "latest") if to and not to_run else "latest"
     if names is not None:
@@ -227,19 +267,57 @@ def convert(
         found = _named_tokenizer(tokenizer, model.config.vocab_size)
     else:
         model, params, found = load(source, step=step, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
-    kept = read_kept_files(source) if source.is_dir() else {}
-    try:
-        if to:
+    if to:
+        try:
             _write_nanogpt(destination, source, int(step), model, params)
-            return
-        with new_folder(destination) as unfinished:
-            if to_run:
-                _write_run(unfinished, model, params, _required(found, source), kept)
-            else:
-                family = choose_family(model.config, str(source), model_type)
-                write_folder(unfinished, model.config, params, found, family, kept=kept)
+        except OSError as error:
+            raise FaultError(f"{destination}: cannot be written: {error}") from error
+        return
+    kept = read_kept_files(source) if source.is_dir() else {}
+    with _new_folder(destination) as unfinished:
+        if to_run:
+            write_run(unfinished, model.config, params, _required(found, source), kept)
+        else:
+            family = choose_family(model.config, str(source), model_type)
+            write_folder(unfinished, model.config, params, found, family, kept=kept)
+
+
+def _write_peft(destination: Path, source: Path, model_type: str | None) -> None:
+    """Writes the adapters of a run as a folder of PEFT."""
+
+    def read(step: int) -> tuple[Config, Any]:
+        config = load_config(source / "config.toml")
+        require_same_model(source, config)
+        require_same_inputs(source, [BASE_MANIFEST])
+        return config, read_adapters(source, step, config.lora, abstract_params(Decoder(config.model)))
+
+    config, adapters = read_checkpoint(source, "latest", read)
+    record = start_record(source)
+    family = choose_family(config.model, str(source), model_type or record.get("model_type"))
+    base = record["path"] if "model_type" in record else None  # transformers opens no run folder
+    with _new_folder(destination) as unfinished:
+        write_adapter(unfinished, config.model, config.lora, adapters, family, base)
+
+
+def _write_adapted_run(destination: Path, source: Path, base: Path, tokenizer: str | None) -> None:
+    """Writes the run folder of a base and the adapters in a folder of PEFT; its only checkpoint is that of step 0."""
+    start = read_start(base, tokenizer)
+    config = model_config_of(base)
+    family = FAMILIES[start.model_type] if start.model_type else choose_family(config, str(base))
+    lora, adapters = read_adapter(source, config, family)
+    with _new_folder(destination) as unfinished:
+        write_run(unfinished, config, start.params, start.tokenizer, start.kept, lora, adapters)
+        write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """`new_folder`, whose errors are faults."""
+    try:
+        with new_folder(path) as unfinished:
+            yield unfinished
     except OSError as error:
-        raise FaultError(f"{destination}: cannot be written: {error}") from error
+        raise FaultError(f"{path}: cannot be written: {error}") from error
 
 
 def compare(
@@ -396,18 +474,14 @@ def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: An
 def _read_run(folder: Path, step: int, shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
     config = load_config(folder / "config.toml")
     require_same_model(folder, config)
-    require_same_inputs(folder, ["tokenizer.json"])
+    require_same_inputs(folder, ["tokenizer.json", BASE_MANIFEST])
     model = Decoder(for_these_devices(config.model))
     tokenizer = _required(read_tokenizer(folder), folder)
-    return model, restore_params(folder, step, abstract_params(model, shardings)), tokenizer
-
-
-def _write_run(folder: Path, model: Decoder, params: Any, tokenizer: Tokenizer, kept: Mapping[str, bytes]) -> None:
-    """Writes a run folder of a model that was trained elsewhere; its only checkpoint is that of step 0."""
-    write_tokenizer_files(folder, tokenizer, kept)
-    config = Config(model=model.config, data=DataConfig(tokenizer="tokenizer.json"))
-    write_text(folder / "config.toml", to_toml(config))
-    save_params(folder, 0, params, facts_of(config, folder))
+    like = abstract_params(model, shardings)
+    if config.lora.adapter is None:
+        return model, restore_params(folder, step, like), tokenizer
+    base, adapters = read_base(folder, like), read_adapters(folder, step, config.lora, like)
+    return model, merged(base, adapters, config.lora.adapter.scale), tokenizer
 
 
 def _write_nanogpt(path: Path, source: Path, step: int, model: Decoder, params: Any) -> None:

@@ -26,9 +26,15 @@ def rms_norm(x_D, scale_D, epsilon):
 
 def norm(x_D, params, config):
     """The norm a model has chosen."""
+    scale_D = params["scale"] if config.norm_scale else 1.0
     if config.norm == "rmsnorm":
-        return rms_norm(x_D, params["scale"], config.norm_epsilon)
-    return layer_norm(x_D, params["scale"], params["bias"] if config.norm_bias else 0.0, config.norm_epsilon)
+        return rms_norm(x_D, scale_D, config.norm_epsilon)
+    return layer_norm(x_D, scale_D, params["bias"] if config.norm_bias else 0.0, config.norm_epsilon)
+
+
+def scale_of(params, name):
+    """What a norm has learned to multiply with; 1 if it learns nothing."""
+    return params.get(name, {}).get("scale", 1.0)
 
 
 def sinusoidal(position, width):
@@ -56,8 +62,32 @@ def rotary_frequencies(head_width, config, window=None):
             frequency = frequency / config.rotary_scaling_factor
         if config.rotary_scaling == "llama3":
             frequency = llama3_frequency(frequency, config)
+        if config.rotary_scaling == "yarn":
+            frequency = yarn_frequency(i, frequency, rotated, config)
         frequencies.append(frequency)
     return frequencies
+
+
+def yarn_frequency(i, frequency, rotated, config):
+    """Peng et al. 2023, and `yarn_find_correction_range` and `yarn_linear_ramp_mask` in their code."""
+
+    def pair(turns):
+        log = math.log(config.rotary_original_context / (turns * 2 * math.pi))
+        return rotated * log / (2 * math.log(config.rotary_base))
+
+    low = max(math.floor(pair(config.rotary_high_frequency_factor)), 0)
+    high = min(math.ceil(pair(config.rotary_low_frequency_factor)), rotated - 1)
+    if low == high:
+        high += 0.001
+    stretched = min(max((i - low) / (high - low), 0.0), 1.0)
+    return frequency / config.rotary_scaling_factor * stretched + frequency * (1 - stretched)
+
+
+def magnitude(config, window):
+    """The other half of YaRN: rotated numbers grow, so that the softmax stays as sharp; not in windows of Gemma 3."""
+    if config.rotary_scaling != "yarn" or (window is not None and config.rotary_window_base is not None):
+        return 1.0
+    return config.rotary_magnitude
 
 
 def llama3_frequency(frequency, config):
@@ -202,15 +232,22 @@ def self_attention(x_TD, params, config, window, rotates=True):
     v_TKH = np.array([linear(x_D, params["value"]) for x_D in x_TD])
     for name, array in (("query_norm", q_TNH), ("key_norm", k_TKH)):
         for t in range(len(array)):
-            if config.qk_norm == "all":
-                whole = rms_norm(array[t].reshape(-1), params[name]["scale"], config.norm_epsilon)
+            if config.qk_norm == "all" and config.qk_norm_position == "before":
+                whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
                 array[t] = whole.reshape(array[t].shape)
         for t, head in np.ndindex(array.shape[:2]):
-            if config.qk_norm == "head":
-                array[t, head] = rms_norm(array[t, head], params[name]["scale"], config.norm_epsilon)
+            if config.qk_norm == "head" and config.qk_norm_position == "before":
+                array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
             if config.positions == "rotary" and rotates:
                 frequencies = rotary_frequencies(array.shape[2], config, window)
                 array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
+                array[t, head, : 2 * len(frequencies)] *= magnitude(config, window)
+            if config.qk_norm == "head" and config.qk_norm_position == "after":
+                array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
+        for t in range(len(array)):
+            if config.qk_norm == "all" and config.qk_norm_position == "after":
+                whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
+                array[t] = whole.reshape(array[t].shape)
     slopes_N = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
     heads_TNH = attention(q_TNH, k_TKH, v_TKH, window, slopes_N, config.attention_soft_cap, config.attention_scale)
     return np.array([linear(heads_NH, params["out"]) for heads_NH in heads_TNH])
@@ -220,7 +257,7 @@ def block(x_TD, params, config, window, rotates=True):
     """One layer; the four places for norms as the config describes them, and PaLM's parallel form."""
 
     def normed(x_TD, name):
-        return np.array([norm(x_D, params[name], config) for x_D in x_TD])
+        return np.array([norm(x_D, params.get(name), config) for x_D in x_TD])
 
     def attend(x_TD):
         return self_attention(x_TD, params["attention"], config, window, rotates)
@@ -228,24 +265,28 @@ def block(x_TD, params, config, window, rotates=True):
     def feed(x_TD):
         return np.array([feed_forward(x_D, params["feed_forward"], config) for x_D in x_TD])
 
+    scale = config.residual_scale
     if config.parallel_residual:
-        return x_TD + attend(normed(x_TD, "attention_norm")) + feed(normed(x_TD, "feed_forward_norm"))
+        second = "attention_norm" if config.shared_norm else "feed_forward_norm"
+        return x_TD + scale * attend(normed(x_TD, "attention_norm")) + scale * feed(normed(x_TD, second))
     if config.norm_position == "pre":
-        x_TD = x_TD + attend(normed(x_TD, "attention_norm"))
-        return x_TD + feed(normed(x_TD, "feed_forward_norm"))
+        x_TD = x_TD + scale * attend(normed(x_TD, "attention_norm"))
+        return x_TD + scale * feed(normed(x_TD, "feed_forward_norm"))
     if config.norm_position == "post":
-        x_TD = normed(x_TD + attend(x_TD), "attention_norm")
-        return normed(x_TD + feed(x_TD), "feed_forward_norm")
+        x_TD = normed(x_TD + scale * attend(x_TD), "attention_norm")
+        return normed(x_TD + scale * feed(x_TD), "feed_forward_norm")
     if config.norm_position == "both":
-        x_TD = x_TD + normed(attend(normed(x_TD, "attention_norm")), "attention_output_norm")
-        return x_TD + normed(feed(normed(x_TD, "feed_forward_norm")), "feed_forward_output_norm")
-    x_TD = x_TD + normed(attend(x_TD), "attention_output_norm")
-    return x_TD + normed(feed(x_TD), "feed_forward_output_norm")
+        x_TD = x_TD + scale * normed(attend(normed(x_TD, "attention_norm")), "attention_output_norm")
+        return x_TD + scale * normed(feed(normed(x_TD, "feed_forward_norm")), "feed_forward_output_norm")
+    x_TD = x_TD + scale * normed(attend(x_TD), "attention_output_norm")
+    return x_TD + scale * normed(feed(x_TD), "feed_forward_output_norm")
 
 
 def decode_row(params, tokens_T, config):
     """The logits of one sequence."""
     x_TD = np.array([config.embed_scale * params["embedding"][token] for token in tokens_T])
+    if config.embedding_norm:
+        x_TD = np.array([norm(x_D, params.get("embedding_norm"), config) for x_D in x_TD])
     for t in range(len(tokens_T)):
         if config.positions == "learned":
             x_TD[t] += params["positions"][t]
@@ -257,9 +298,10 @@ def decode_row(params, tokens_T, config):
         rotates = config.rotary_pattern[layer % len(config.rotary_pattern)]
         x_TD = block(x_TD, own, config, config.window if has_window else None, rotates)
     if config.final_norm:
-        x_TD = np.array([norm(x_D, params["final_norm"], config) for x_D in x_TD])
+        x_TD = np.array([norm(x_D, params.get("final_norm"), config) for x_D in x_TD])
     head_DV = params["embedding"].T if config.tied_head else params["head"]
     logits_TV = x_TD @ head_DV + (params["head_bias"] if config.head_bias else 0.0)
+    logits_TV = config.logit_scale * logits_TV
     if config.logit_soft_cap is not None:
         logits_TV = config.logit_soft_cap * np.tanh(logits_TV / config.logit_soft_cap)
     return logits_TV

@@ -37,6 +37,11 @@ ORDERS = {
     },
     "output": {**BIASES, "norm_position": "output", "num_kv_heads": 1, "scan_layers": True},
     "rms": {"norm": "rmsnorm", "norm_position": "post", "positions": "alibi", "logit_soft_cap": 1.9},
+    "no scale": {"norm_position": "both", "norm_scale": False, "residual_scale": 0.7},
+    "scaled": {
+        **{**BIASES, "embedding_norm": True, "residual_scale": 0.7, "logit_scale": 1.9, "head_bias": True},
+        **{"embed_scale": 3.7, "parallel_residual": True, "shared_norm": True},
+    },
 }
 
 
@@ -106,26 +111,38 @@ def test_parts_sum_to_the_difference_of_two_logits(order):
 
 
 def alone(part, model, params, seen):
-    """One part of the logits by a forward pass in float64 in which nothing else is written.
+    """One part of the logits by a forward pass in float64 in which nothing else is written."""
+    config = model.config
+    _, own_BTD = streams(part, model, params, seen)[-1]
+    params = reference.map_leaves(lambda leaf: np.asarray(leaf, np.float64), params)
+    head_VD = params["embedding"] if config.tied_head else params["head"].T
+    bias_V = params["head_bias"] if config.head_bias and part == ("bias",) else np.zeros(V)
+    return config.logit_scale * ((own_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT])
+
+
+def streams(part, model, params, seen):
+    """What attention of each layer is given, and the head at the end: all of it, and the share of one part.
 
     Each norm subtracts the mean of what it is given, and divides by the size of what it was given when all was there.
+    A part is ("head", layer, n, s), ("feed_forward", layer), or the name of one that all layers add to.
     """
     config = model.config
     params = reference.map_leaves(lambda leaf: np.asarray(leaf, np.float64), params)
     seen = {name: np.asarray(array, np.float64) for name, array in seen.items()}
-    kind, *which = part
+    kind, *which = (part,) if isinstance(part, str) else part
 
     def norm(params, whole_BTD, own_BTD):
         if config.norm == "layernorm":
             whole_BTD, own_BTD = (x_BTD - x_BTD.mean(-1, keepdims=True) for x_BTD in (whole_BTD, own_BTD))
-        gain_BTD = params["scale"] / np.sqrt((whole_BTD**2).mean(-1, keepdims=True) + config.norm_epsilon)
+        gain_BTD = params.get("scale", 1.0) / np.sqrt((whole_BTD**2).mean(-1, keepdims=True) + config.norm_epsilon)
         bias_D = params.get("bias", 0.0)
         return whole_BTD * gain_BTD + bias_D, own_BTD * gain_BTD + bias_D * (kind == "bias")
 
     def add(name, params, streams, writes):
         if config.norm_position in ("both", "output"):
-            writes = norm(params[f"{name}_output_norm"], *writes)
-        streams = [stream_BTD + write_BTD for stream_BTD, write_BTD in zip(streams, writes, strict=True)]
+            writes = norm(params.get(f"{name}_output_norm", {}), *writes)
+        pairs, scale = zip(streams, writes, strict=True), config.residual_scale
+        streams = [stream_BTD + scale * write_BTD for stream_BTD, write_BTD in pairs]
         return norm(params[f"{name}_norm"], *streams) if config.norm_position == "post" else streams
 
     token_BTD = params["embedding"][TOKENS_BT] * config.embed_scale
@@ -134,24 +151,26 @@ def alone(part, model, params, seen):
         position_BTD += params["positions"][:T]
     elif config.positions == "sinusoidal":
         position_BTD += [reference.sinusoidal(t, config.embed_dim) for t in range(T)]
-    streams = (token_BTD + position_BTD, token_BTD * (kind == "token") + position_BTD * (kind == "position"))
+    streams = (token_BTD, token_BTD * (kind == "token"))
+    if config.embedding_norm:
+        streams = norm(params.get("embedding_norm", {}), *streams)
+    now = (streams[0] + position_BTD, streams[1] + position_BTD * (kind == "position"))
+    given = []
     for i in range(config.num_layers):
         layer = reference.map_leaves(lambda leaf, i=i: leaf[i], params["layers"])
+        given.append(norm(layer.get("attention_norm", {}), *now) if config.norm_position in ("pre", "both") else now)
         out, down = layer["attention"]["out"], layer["feed_forward"]["down"]
         bias_D = out.get("bias", np.zeros(config.embed_dim))
-        whole_BTD = np.einsum("btnh,nhd->btd", seen["heads"][i], out["kernel"]) + bias_D
-        own_BTD = np.zeros_like(whole_BTD) + bias_D * (kind == "bias")
+        heads_BTD = np.einsum("btnh,nhd->btd", seen["heads"][i], out["kernel"])
+        own_BTD = heads_BTD * (kind == "heads") + bias_D * (kind == "bias")
         if kind == "head" and which[0] == i:
             n, s = which[1:]
             written_BD = seen["v"][i, :, s, n * config.kv_heads // config.num_heads] @ out["kernel"][n]
             own_BTD = seen["weights"][i, :, n, :, s, None] * written_BD[:, None]
-        streams = add("attention", layer, streams, (whole_BTD, own_BTD))
+        now = add("attention", layer, now, (heads_BTD + bias_D, own_BTD))
         whole_BTD = seen["hidden"][i] @ down["kernel"] + down.get("bias", 0.0)
-        streams = add("feed_forward", layer, streams, (whole_BTD, whole_BTD * (part == ("feed_forward", i))))
-    hidden_BTD = norm(params["final_norm"], *streams)[1] if config.final_norm else streams[1]
-    head_VD = params["embedding"] if config.tied_head else params["head"].T
-    bias_V = params["head_bias"] if config.head_bias and kind == "bias" else np.zeros(V)
-    return (hidden_BTD * head_VD[TARGETS_BT]).sum(-1) + bias_V[TARGETS_BT]
+        now = add("feed_forward", layer, now, (whole_BTD, whole_BTD * (kind == "feed_forward" and which in ([], [i]))))
+    return [*given, norm(params.get("final_norm", {}), *now) if config.final_norm else now]
 
 
 @pytest.mark.short("both")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_decoder.data import batches as batches_module
-from flax_decoder.data.batches import train_batch, validation_batches
+from flax_decoder.data.batches import BLOCK_ROWS, deal, dealt, quotas, train_batch, validation_batches
+from flax_decoder.data.splits import MixedSplit, Split
 
 T, NUM_TOKENS = 7, 107
 NUM_WINDOWS = (NUM_TOKENS - T) // T  # 14
@@ -170,3 +171,75 @@ def test_a_first_token_of_a_document_is_not_asked_for_in_validation():
     plain = [*validation_batches(TOKENS, batch_size=2, context_length=T)]
     assert sum(batch["mask"].sum() for batch in batches) == sum(batch["mask"].sum() for batch in plain) - 5
     assert all({*np.unique(batch["mask"])} <= {0, 1} for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.75, 0.25], [750, 250]),
+        ([1, 1, 1], [334, 333, 333]),
+        ([2, 1], [667, 333]),
+        ([0.001, 0.999], [1, 999]),
+        ([1] * 64, [16] * 40 + [15] * 24),
+    ],
+)
+def test_each_source_has_its_part_of_a_block(weights, expected):
+    assert quotas(weights) == expected
+
+
+def test_rows_are_dealt_to_sources_by_exact_quotas():
+    counts = [501, 3, 496]
+    sources, windows = deal(np.arange(3 * BLOCK_ROWS), counts, seed=3)
+    for block in sources.reshape(3, BLOCK_ROWS):
+        assert np.bincount(block).tolist() == counts
+    assert not np.array_equal(sources[:BLOCK_ROWS], sources[BLOCK_ROWS : 2 * BLOCK_ROWS])
+    for source, count in enumerate(counts):
+        assert windows[sources == source].tolist() == list(range(3 * count))
+    for num_rows in (0, 1, 999, 1000, 2345):
+        assert dealt(num_rows, counts, seed=3) == np.bincount(sources[:num_rows], minlength=3).tolist()
+    part = deal(np.arange(995, 1010), counts, seed=3)  # over the border of two blocks
+    np.testing.assert_array_equal(part, (sources[995:1010], windows[995:1010]))
+
+
+def mixed(has_mask=False):
+    """Two sources, of 14 and 28 windows; the tokens of the second one begin at 1,000."""
+    starts = np.array([0, 10, 50])
+    parts = (Split(TOKENS, starts, 1, has_mask), Split(np.arange(1000, 1000 + 29 * T), starts, 1, has_mask))
+    return MixedSplit(parts, (0.75, 0.25))
+
+
+def test_each_window_of_a_source_comes_once_in_its_own_epochs():
+    split, num_windows = mixed(), (NUM_WINDOWS, 28)
+    batches = [split.train_batch(seed=3, step=step, batch_size=50, context_length=T) for step in range(20)]
+    firsts = np.concatenate([batch["inputs"][:, 0] for batch in batches])
+    for count, own in zip(num_windows, (firsts[firsts < 1000], firsts[firsts >= 1000] - 1000), strict=True):
+        epochs = own[: len(own) // count * count].reshape(-1, count)
+        assert len(epochs) > 7
+        for epoch in np.sort(epochs):
+            assert (np.diff(epoch) == T).all() and epoch[0] < T
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # in another order
+    assert split.epochs(1000, T) == 0.75 * (1000 * T / NUM_TOKENS) and split.num_tokens == NUM_TOKENS + 29 * T
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_rows_of_a_mixture_are_the_same_in_any_slices_and_batches(has_mask):
+    def inputs(batch_size, rows=slice(None), seed=3):
+        split, num_steps = mixed(has_mask), 1050 // batch_size  # beyond the first block
+        options = {"seed": seed, "batch_size": batch_size, "context_length": T, "rows": rows}
+        batches = [split.train_batch(step=step, **options) for step in range(num_steps - 3, num_steps)]
+        assert batches[0].keys() == {"inputs", "targets"} | ({"segments", "mask"} if has_mask else set())
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    whole = inputs(30)
+    for name, array in whole.items():
+        assert array.shape == (3, 30, T) and array.dtype == (np.float32 if name == "mask" else np.int32)
+        np.testing.assert_array_equal(array.reshape(9, 10, T)[-3:], inputs(10)[name])
+        slices = [slice(0, 7), slice(7, 8), slice(8, 30)]
+        np.testing.assert_array_equal(array, np.concatenate([inputs(30, rows)[name] for rows in slices], axis=1))
+    assert not np.array_equal(whole["inputs"], inputs(30, seed=4)["inputs"])
+    np.testing.assert_array_equal(whole["targets"], whole["inputs"] + 1)
+
+
+def test_the_order_of_a_mixture_stays_what_it_was():
+    batch = mixed().train_batch(seed=3, step=1, batch_size=12, context_length=T)
+    assert batch["inputs"][:, 0].tolist() == [18, 4, 88, 9, 30, 23, 37, 1070, 16, 1084, 1161, 51]

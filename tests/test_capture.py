@@ -80,7 +80,7 @@ def test_the_arrays_follow_from_each_other(name):
     down = {name: leaf[:, None, None] for name, leaf in own["feed_forward"]["down"].items()}
     written_LBTD = np.einsum("LBTF,LFD->LBTD", seen["hidden"], own["feed_forward"]["down"]["kernel"])
     if config.norm_position in ("pre", "post"):
-        close(written_LBTD + down.get("bias", 0), seen["feed_forward_write"])
+        close((written_LBTD + down.get("bias", 0)) * config.residual_scale, seen["feed_forward_write"])
     close(seen["logits"], reference.decode(params, TOKENS_BT, config))
 
 

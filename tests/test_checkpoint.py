@@ -1,5 +1,8 @@
+import errno
+import functools
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -8,10 +11,14 @@ import numpy as np
 import pytest
 
 import flax_decoder as fd
-from flax_decoder.errors import FaultError, UserError
+from flax_decoder.errors import BrokenError, FaultError, UserError
+from flax_decoder.training import checkpoint
 from flax_decoder.training.checkpoint import (
     Checkpoints,
+    as_fault_error,
     choose_step,
+    newest_manifest,
+    prune,
     restore_params,
     restore_state,
     saved_steps,
@@ -107,11 +114,19 @@ def test_a_checkpoint_that_cannot_be_read_is_a_fault(saved):
         restore_params(folder, 7, state.params)
 
 
-def test_reads_that_a_failed_restore_leaves_behind_are_not_heard(saved, tmp_path, monkeypatch):
+@pytest.fixture
+def heard():
+    """What comes to the hook of errors that nobody can catch."""
+    before, errors = sys.unraisablehook, []
+    sys.unraisablehook = errors.append
+    yield errors
+    # Some reads of a failed restore end after the test.
+    sys.unraisablehook = functools.partial(checkpoint._drop_late_result, before)
+
+
+def test_reads_that_a_failed_restore_leaves_behind_are_not_heard(saved, tmp_path, heard):
     """Orbax closes its event loop at the first error; each array that is still being read would print a traceback."""
     folder, state = shutil.copytree(saved[0], tmp_path / "run"), saved[1]
-    heard = []
-    monkeypatch.setattr(sys, "unraisablehook", heard.append)
     restore_params(folder, 10, state.params)
     assert sys.unraisablehook == heard.append
     for path in steps_folder(folder).glob("10/params/**/d/*"):
@@ -119,6 +134,34 @@ def test_reads_that_a_failed_restore_leaves_behind_are_not_heard(saved, tmp_path
     with pytest.raises(FaultError, match="cannot be restored: DATA_LOSS") as caught:
         restore_params(folder, 10, state.params)
     assert len(str(caught.value)) < 1000
-    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), KeyError(1)):
+    late = RuntimeError("Event loop is closed"), Exception("Encountered error while reading array index: (0,)")
+    for error in (*late, RuntimeError("another"), KeyError(1)):
         sys.unraisablehook(SimpleNamespace(exc_type=type(error), exc_value=error))
     assert [str(dropped.exc_value) for dropped in heard] == ["another", "1"]
+
+
+def test_what_orbax_raises_of_any_kind_is_one_line():
+    with pytest.raises(FaultError, match=r"^a: cannot save a checkpoint: it failed$"), as_fault_error(Path("a")):
+        raise Exception("it failed See full TensorStore details: kilobytes")
+    with pytest.raises(TypeError), as_fault_error(Path("a")):  # a mistake of ours keeps its traceback
+        raise TypeError("it failed")
+
+
+def test_manifests_that_the_disk_does_not_give_are_not_passed_over(saved, monkeypatch):
+    """Hashes of tokenizer and corpus would not be looked at."""
+    folder = saved[0]
+    assert newest_manifest(folder)["step"] == 10
+    read, unread = Path.read_bytes, [10]
+
+    def read_or_fail(path):
+        if path.name == "manifest.json" and int(path.parent.name) in unread:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_or_fail)
+    assert newest_manifest(folder)["step"] == 8
+    unread += KEPT
+    with pytest.raises(BrokenError, match=r"10/manifest\.json: cannot be read: Input/output error"):
+        newest_manifest(folder)
+    prune(folder, 1)
+    assert saved_steps(folder) == KEPT

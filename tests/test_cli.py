@@ -420,7 +420,7 @@ sys.exit(cli.main(["train"]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.full)])
 def test_no_signal_is_lost_where_python_drops_exceptions(number):
     command = [sys.executable, "-c", IN_A_CALLBACK, str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_SECONDS)

@@ -6,10 +6,15 @@ its title, as in ```` ```python title="needs a TPU" ````: it is compiled only, b
 and that is there. A title that is a path says that the block is quoted from that file: it must stand there.
 """
 
+import dataclasses
 import importlib.util
+import math
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -19,7 +24,9 @@ import jax
 import pytest
 
 from flax_decoder import cli
+from flax_decoder.errors import UserError
 from flax_decoder.huggingface.families import FAMILIES
+from flax_decoder.parallel.mesh import mesh_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,6 +105,57 @@ def test_commands_parse(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatc
         assert all((ROOT / word).exists() for word in command[1:] if not word.startswith("-"))
     else:
         assert command[0] in OTHERS
+
+
+# Those of text blocks stand behind a launcher.
+TRAINING = {
+    tuple(command[command.index("train.py") + 1 :])
+    for language in ("bash", "text")
+    for _, block in blocks(language)
+    for command in (commands_of(block.text) if "python train.py" in block.text else [])
+    if "train.py" in command and "CONFIG.toml" not in command and "--run.start-from" not in command
+} | {(str(path.relative_to(ROOT)),) for path in (ROOT / "configs").glob("*.toml")}
+# Every device of 8, 16 and 32 has its part of what is meant for many; the rest uses fewer, and says so at its start.
+FOR_MANY = ("gpt2_124m", "shakespeare_char.toml", "--mesh.context 8")
+
+
+@pytest.mark.parametrize("num_devices", [8, 16, 32])
+@pytest.mark.parametrize("command", sorted(TRAINING), ids=" ".join)
+def test_a_training_uses_all_devices_or_is_refused_or_has_too_few_rows(
+    command: tuple[str, ...], num_devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = cli._config_of(cli.build_parser().parse_args(["train", *command]))
+    config = dataclasses.replace(config, model=config.model.with_vocab_size(256))
+    try:
+        sizes = mesh_sizes(config, num_devices)
+    except UserError as error:
+        assert re.search("devices are more than|set it to", str(error))
+        assert not any(word in " ".join(command) for word in FOR_MANY)
+        return
+    used, rows = math.prod(sizes.values()), config.training.batch_size
+    assert used == num_devices or rows % num_devices != 0
+    assert used == num_devices or not any(word in " ".join(command) for word in FOR_MANY)
+    assert (rows // (sizes["data"] * sizes["fsdp"])) % config.training.num_parts(sizes["data"] * sizes["fsdp"]) == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("num_devices", "mesh"), [(8, []), (16, ["--mesh.fsdp", "-1"]), (32, ["--mesh.fsdp", "8", "--mesh.tensor", "2"])]
+)
+def test_the_gpt2_config_trains_on_many_devices(num_devices: int, mesh: list[str], tmp_path: Path) -> None:
+    """Small, in a process that simulates so many devices."""
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question:\n" * 100)
+    small = {"model.num-layers": 1, "model.embed-dim": 96, "model.num-heads": 2, "model.context-length": 8}
+    small |= {"model.vocab-size": 258, "data.tokenizer": "byte", "data.path": "text.txt", "training.num-steps": 2}
+    small |= {"lens.every": 0, "training.eval-batches": 1}
+    small |= {"training.sample-tokens": 5, "run.folder": "run", "optimizer.warmup-steps": 1}
+    arguments = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    command = [sys.executable, ROOT / "train.py", ROOT / "configs" / "gpt2_124m.toml", *arguments, *mesh]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert f"on {num_devices} devices (cpu)" in done.stdout
 
 
 @pytest.fixture(scope="session")

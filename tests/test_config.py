@@ -15,6 +15,7 @@ from flax_decoder.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    Source,
     TrainingConfig,
     fields_of,
 )
@@ -488,3 +489,45 @@ def test_the_config_of_a_run_from_elsewhere_reaches_nobody_unasked(refused, tmp_
         require_consent(path, load_config(path, {name: mine}), [name])
     own = path.rename(tmp_path / "run" / "own.toml")
     require_consent(own, load_config(own), [])
+
+
+MIXTURE = '[{path = "~/a", weight = 3}, {path = ["b", "~/c"]}]'
+
+
+def test_a_mixture_is_read_from_files_and_the_command_line(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(None, {"data.mixture": MIXTURE})
+    assert config.data.mixture == (Source(path=f"{tmp_path}/a", weight=3.0), Source(path=("b", f"{tmp_path}/c")))
+    assert [(data.path, data.mixture, weight) for data, weight in config.data.sources] == [
+        (f"{tmp_path}/a", None, 0.75),
+        (("b", f"{tmp_path}/c"), None, 0.25),
+    ]
+    tables = '[[data.mixture]]\npath = "~/a"\nweight = 3\n[[data.mixture]]\npath = ["b", "~/c"]\n'
+    assert load_config(write(tables)).data == load_config(write(to_toml(config))).data == config.data
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ('[{path = "a"}, {path = "b", weight = 0}]', "data.mixture[1].weight = 0: input should be greater than"),
+        ('[{path = "a", weight = "3"}, {path = "b"}]', "data.mixture[0].weight = '3': input should be a valid number"),
+        ('[{path = "a", wieght = 3}, {path = "b"}]', "there is no setting data.mixture[0].wieght"),
+        ('[{path = "a"}, {weight = 3}]', "data.mixture[1].path is missing"),
+        ('["a", "b"]', "data.mixture: a source is a table, such as {path"),
+        ("books", "data.mixture = 'books': "),
+        ('[{path = "a"}]', "data: mixture has 1 sources, but it takes 2 to 64"),
+        (
+            '[{path = "a"}, {path = "b", weight = 1000}]',
+            "data: mixture: the weight 1 of a is under a thousandth of all",
+        ),
+        ('[{path = "a\\u0000"}, {path = "b"}]', "data.mixture = 'a\\x00' has a NUL character"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(mixture, message):
+    assert message in refusal(overrides={"data.mixture": mixture})
+
+
+@pytest.mark.parametrize("name", ["path", "validation_path"])
+def test_a_mixture_beside_another_text_is_refused(name):
+    overrides = {"data.mixture": MIXTURE, f"data.{name}": "c"}
+    assert f"data: {name} = 'c' does not go with mixture" in refusal(overrides=overrides)

@@ -26,7 +26,8 @@ from flax_decoder.data import encoding, formats
 from flax_decoder.data import plan as plan_module
 from flax_decoder.data.corpus import no_progress, prepare_corpus, prepare_folder, read_text, require_fit
 from flax_decoder.data.listing import BUILT_IN
-from flax_decoder.data.shards import Shards, load_corpus
+from flax_decoder.data.long_array import Shards
+from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.tokenizer import SubwordTokenizer, make_tokenizer
 from flax_decoder.errors import FaultError, FolderWarning, UserError
 
@@ -466,6 +467,72 @@ def test_a_prepared_corpus_is_shared():
         prepare("third", path="prepared")
 
 
+MIXTURE = ({"path": "a.txt", "weight": 3}, {"path": "b.jsonl"})
+
+
+def test_a_mixture_is_a_corpus_of_each_source_and_one_tokenizer():
+    write("a.txt", TEXT)
+    write("b.jsonl", as_lines(f"δ {i}" for i in range(40)))
+    tokenizer, mixture = prepare("mix", mixture=MIXTURE)
+    assert [(source.name, source.weight) for source in mixture.sources] == [("a", 0.75), ("b", 0.25)]
+    for (name, weight), source in zip((("a.txt", 0.75), ("b.jsonl", 0.25)), mixture.sources, strict=True):
+        pathlib.Path(f"alone {name}").mkdir()
+        _, alone = prepare_corpus(DataConfig(path=name), pathlib.Path(f"alone {name}"), tokenizer)
+        assert (source.corpus.source, source.corpus.sha256) == (name, alone.sha256)
+        np.testing.assert_array_equal(source.corpus.train.tokens, alone.train.tokens)
+        assert source.weight == weight
+    assert {"é", "δ"} <= set(tokenizer.decode(range(tokenizer.vocab_size)))
+    lines = mixture.describe(1000, 7).splitlines()
+    assert lines[0].startswith("a  75.0% of the rows, ") and "40 documents" in lines[1]
+    assert mixture.arranged(DataConfig(document_mask=True)).train.parts[1].masked_documents is not None
+    with pytest.raises(UserError, match="mix: is a mixture; give its sources"):
+        prepare("again", path="mix")
+    with pytest.raises(UserError, match=r"the validation part of a\.txt .* needs at least 90"):
+        require_fit(mixture, tokenizer, DataConfig(mixture=MIXTURE), 89, None)
+    before = pathlib.Path("mix/1/corpus.json").read_bytes()
+    write("mix/1/corpus.json", before + b" ")
+    with pytest.raises(FaultError, match=r"mix/1/corpus\.json: is missing or damaged: its SHA-256 is"):
+        load_corpus("mix")
+    write("mix/1/corpus.json", before)
+    listing = pathlib.Path("mix/corpus.json").read_text()
+    for old, new in (("0.75", "0.5"), ("0.75", "-0.75"), ('"a"', '"b"'), ('"a"', '"\\u001b[1m"'), ('"name"', '"nome"')):
+        write("mix/corpus.json", listing.replace(old, new))
+        with pytest.raises(FaultError, match=r"mix/corpus\.json: is missing or damaged"):
+            load_corpus("mix")
+
+
+def test_bpe_of_a_mixture_learns_from_all_training_text():
+    write("a.txt", "abab" * 200)
+    write("b.jsonl", as_lines(["xyxy" * 200] * 9))
+    tokenizer, _ = prepare("mix", mixture=MIXTURE, tokenizer="bpe", bpe_vocab_size=262)
+    assert len(tokenizer.encode("abab")) < 4 and len(tokenizer.encode("xyxy")) < 4
+
+
+def test_prepared_sources_of_a_mixture_have_one_tokenizer():
+    write("a.txt", TEXT)
+    write("b.txt", TEXT[::-1])
+    for path, data in (("a", {}), ("b", {"tokenizer": "a/tokenizer.json"}), ("c", {"tokenizer": "byte"})):
+        source = "a.txt" if path == "a" else "b.txt"
+        prepare_folder(DataConfig(path=source, **data), pathlib.Path(path), progress=no_progress)
+    tokenizer, mixture = prepare("mix", mixture=({"path": "a"}, {"path": "b"}, {"path": "b.txt"}))
+    assert [source.name for source in mixture.sources] == ["a", "b", "b-2"]
+    assert os.path.samefile("mix/1/train-00000.bin", "b/train-00000.bin")
+    assert tokenizer.decode(mixture.sources[2].corpus.train.tokens) == TEXT[::-1][: int(len(TEXT) * 0.9)]
+    with pytest.raises(UserError, match=r"^c: was prepared with another tokenizer than a; .* a/tokenizer\.json"):
+        prepare("other", mixture=({"path": "a"}, {"path": "c"}))
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("x/books.jsonl.gz", "y/books.txt", "books"), ["books", "books-2", "books-3"]),
+        (("data/*.txt", "/", "über\x1b[1m.txt", "x" * 99), ["data", "source", "ber-1m", "x" * 28]),
+    ],
+)
+def test_names_of_sources_are_safe_to_print(paths, names):
+    assert corpus_module._names_of(paths) == names
+
+
 def test_tokens_of_nanogpt():
     tokenizer = with_end_token()
     (end,) = tokenizer.end_ids
@@ -510,8 +577,8 @@ BAD = {
     "truncated gzip": (lambda: write("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9]), "damaged or cut off"),
     "not gzip": (lambda: write("a.txt.gz", b"plain"), "damaged or cut off"),
     "truncated zstandard": (
-        lambda: write("a.txt.zst", zstandard.ZstdCompressor().compress(os.urandom(9999))[:99]),
-        "not UTF-8 text|damaged or cut off|all of it",
+        lambda: write("a.txt.zst", zstandard.ZstdCompressor().compress(b"to be or not " * 99)[:-3]),
+        "damaged or cut off: it ends inside of a frame",
     ),
     "no zstandard": (lambda: write("a.txt.zst", b"plain"), "damaged or cut off"),
     "parquet without the field": (lambda: parquet("a.parquet", ["x"] * 3), r"no column 'body', but \['text'\]"),

@@ -47,6 +47,7 @@ CHOICES = {
         "mlp_bias": True,
         "feed_forward": "gelu_tanh",
         "attention": "reference",
+        "matmul_precision": "highest",
     },
     "vaswani": {
         "positions": "sinusoidal",
@@ -75,6 +76,8 @@ CHOICES = {
         "rotary_layout": "interleaved",
         "rotary_pattern": (True, False),
         "parallel_residual": True,
+        "shared_norm": True,
+        "residual_scale": 0.7,
         "norm_bias": True,
         "attention_in_bias": True,
         "tied_head": False,
@@ -95,15 +98,30 @@ CHOICES = {
         "window": 3,
         "window_pattern": (True, False),
     },
-    "bloom": {"positions": "alibi", "norm_bias": True, "mlp_bias": True, "attention_out_bias": True},
+    "bloom": {
+        **{"positions": "alibi", "norm_bias": True, "mlp_bias": True, "attention_out_bias": True},
+        **{"embedding_norm": True},
+    },
     "olmo": {
         "norm_position": "output",
         "qk_norm": "all",
+        "qk_norm_position": "after",
+        "logit_scale": 1.9,
+        "residual_scale": 0.7,
         "positions": "rotary",
         "norm": "rmsnorm",
         "feed_forward": "geglu_tanh",
     },
-    "primer": {"feed_forward": "relu_squared", "positions": "none", "num_kv_heads": 1, "remat": "dots"},
+    "primer": {
+        **{"feed_forward": "relu_squared", "positions": "none", "num_kv_heads": 1, "remat": "dots"},
+        **{"norm_scale": False, "qk_norm": "head"},
+    },
+    "yarn": {
+        **{"positions": "rotary", "rotary_scaling": "yarn", "rotary_scaling_factor": 4.0, "rotary_fraction": 0.8},
+        **{"rotary_original_context": 29, "rotary_high_frequency_factor": 6.0, "rotary_magnitude": 1.3},
+        **{"rotary_low_frequency_factor": 0.4, "window": 3, "window_pattern": (True, False)},
+        **{"rotary_window_base": 97.0},
+    },
     "stretched": {
         "positions": "rotary",
         "rotary_scaling": "linear",
@@ -151,6 +169,8 @@ def random_choices(rng):
             "rotary_fraction": rng.choice([1.0, 0.4]),
             "rotary_pattern": rng.choice([(True,), (True, False)]),
             "rotary_original_context": 29,
+            "residual_scale": rng.choice([1.0, 0.7]),
+            "logit_scale": rng.choice([1.0, 1.9]),
         }
         settings["window_pattern"] = rng.choice([(True,), (False, True)]) if settings["window"] else (True,)
         if settings["positions"] != "rotary":

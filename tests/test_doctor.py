@@ -230,3 +230,19 @@ def test_all_devices_in_use_is_ok(config):
     mesh = dataclasses.replace(config.mesh, data=8)
     training = dataclasses.replace(config.training, batch_size=8)
     assert doctor.check_devices(dataclasses.replace(config, mesh=mesh, training=training)).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("jaxlib", "backend", "status"),
+    [
+        ("0.10.1", "gpu", "ok"),
+        ("0.10.2", "gpu", "warning"),
+        ("0.11.0", "gpu", "warning"),
+        ("0.11.0", "cpu", "ok"),
+        ("0.11.1", "gpu", "ok"),
+        ("0.12.0.dev1", "gpu", "ok"),
+    ],
+)
+def test_a_jaxlib_that_is_slow_on_gpus_is_a_warning_there(jaxlib, backend, status):
+    finding = doctor.check_versions(jaxlib, backend)
+    assert finding.status == status and ("jax[cuda13]>=0.11.1" in str(finding)) == (status == "warning")

@@ -123,7 +123,9 @@ def test_what_is_learned_is_kept_with_the_tokens(tmp_path, monkeypatch):
     ]
     talks.insert(1, {"messages": talk("hello", "hi " * 40)})
     tokenizer, corpus = prepare([write_lines("a.jsonl", talks[:2]), write_lines("b.jsonl.gz", talks[2:])], "gemma")
-    assert corpus.has_examples and [len(split.document_starts) for split in (corpus.train, corpus.validation)] == [2, 1]
+    assert corpus.train.has_examples and [
+        len(split.document_starts) for split in (corpus.train, corpus.validation)
+    ] == [2, 1]
     ids = np.concatenate([corpus.train.tokens, corpus.validation.tokens]).tolist()
     learned = np.concatenate([corpus.train.learned, corpus.validation.learned]).astype(bool).tolist()
     first, second = corpus.train.document_starts[1], len(corpus.train.tokens)
@@ -159,7 +161,7 @@ def test_rows_are_packed_or_not(tmp_path, monkeypatch):
     order = {"seed": 1, "step": 2, "batch_size": 3, "context_length": T}
     packed, plain = (corpus.arranged(DataConfig(packing=packing)) for packing in (True, False))
     assert (packed.train.has_segments, plain.train.has_segments) == (True, False)
-    assert plain.train.rows_per_epoch(T) == 14 and packed.train.rows_per_epoch(T) == 7  # two to a row
+    assert plain.train.epochs(28, T) == 2 and packed.train.epochs(28, T) == 4  # two to a row
     batch = packed.train.train_batch(**order)
     assert batch.keys() == {"inputs", "targets", "mask", "segments"}
     assert set(batch["segments"].max(axis=1).tolist()) <= {1, 2}  # padding is one more

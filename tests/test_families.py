@@ -202,9 +202,94 @@ SHAPES |= {
         | {"num_hidden_layers": 3, "sliding_window": WINDOW, "sliding_window_pattern": 2, "rope_parameters": LLAMA3},
     ],
 }
+SHAPES |= {
+    "jais2": [
+        SIZES,
+        SIZES | {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "head_dim": 10},
+        SIZES | {"rope_parameters": LLAMA3, "num_key_value_heads": 1, "hidden_act": "gelu", "layer_norm_eps": 0.1},
+    ],
+    "internlm3": [
+        SIZES | {"head_dim": 10},
+        SIZES | {"head_dim": 6, "tie_word_embeddings": True, "rope_parameters": LINEAR},
+        SIZES | {"head_dim": 10, "num_key_value_heads": 1, "rms_norm_eps": 0.1},
+    ],
+    "iquestcoder": [
+        SIZES | {"head_dim": 10},
+        SIZES | {"head_dim": 6, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        SIZES | {"head_dim": 10, "num_key_value_heads": 1, "rope_parameters": LLAMA3},
+    ],
+}
+SHAPES |= {
+    "olmo": [
+        SIZES,
+        SIZES | {"attention_bias": True, "tie_word_embeddings": True, "rope_parameters": LINEAR, "hidden_act": "gelu"},
+        SIZES | {"num_key_value_heads": 1, "num_hidden_layers": 3, "rope_parameters": LLAMA3},
+    ],
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 20}
+YARN |= {"beta_fast": 3.0, "beta_slow": 0.4}
+SHAPES["llama"].append(SIZES | {"rope_parameters": YARN, "head_dim": 20})
+SHAPES["gpt_neox"].append(NEOX | {"rotary_pct": 0.67, "rope_scaling": YARN | {"attention_factor": 1.7}})
+SHAPES |= {
+    "olmo3": [
+        SIZES
+        | {"sliding_window": WINDOW, "layer_types": SLIDING_FIRST, "head_dim": 16}
+        | {
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 70}}
+        },
+        SIZES | {"sliding_window": WINDOW, "num_hidden_layers": 5, "tie_word_embeddings": True, "attention_bias": True},
+        SIZES | {"sliding_window": WINDOW, "rope_scaling": YARN, "num_key_value_heads": 1, "num_hidden_layers": 4},
+    ],
+}
+FACTORS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3}
+BLOOM = {"vocab_size": V, "hidden_size": 24, "n_layer": 2, "n_head": 4, "seq_length": CONTEXT}
+SHAPES |= {
+    "phi": [
+        SIZES | {"partial_rotary_factor": 0.67},
+        SIZES | {"tie_word_embeddings": True, "partial_rotary_factor": 0.34, "rope_parameters": LINEAR},
+        SIZES | {"num_hidden_layers": 3, "num_key_value_heads": 1, "hidden_act": "gelu", "partial_rotary_factor": 1.0},
+    ],
+    "gptj": [
+        GPT2 | {"rotary_dim": 4},
+        GPT2 | {"rotary_dim": 6, "n_inner": 37, "activation_function": "gelu"},
+        GPT2 | {"rotary_dim": 2, "n_layer": 3, "layer_norm_epsilon": 0.1, "tie_word_embeddings": True},
+    ],
+    "granite": [
+        SIZES | FACTORS | {"logits_scaling": 2.0},
+        SIZES | {"attention_multiplier": 0.5, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        SIZES | FACTORS | {"num_key_value_heads": 1, "rope_parameters": LLAMA3, "hidden_act": "gelu"},
+    ],
+    "hyperclovax": [
+        SIZES | FACTORS | {"logits_scaling": 0.3},
+        SIZES | {"use_post_norm": False, "tie_word_embeddings": True, "head_dim": 10},
+        SIZES | FACTORS | {"num_key_value_heads": 1, "rope_parameters": LLAMA3},
+    ],
+    "cohere": [
+        SIZES | {"logit_scale": 0.3},
+        SIZES | {"tie_word_embeddings": False, "attention_bias": True, "rope_parameters": LINEAR, "logit_scale": 1.0},
+        SIZES | {"num_key_value_heads": 1, "num_hidden_layers": 3, "layer_norm_eps": 0.1, "logit_scale": 1.0},
+    ],
+    "cohere2": [
+        SIZES | {"sliding_window": WINDOW, "layer_types": SLIDING_FIRST, "logit_scale": 0.3},
+        SIZES | {"num_hidden_layers": 5, "sliding_window": WINDOW, "attention_bias": True, "logit_scale": 1.0},
+        SIZES | {"sliding_window": WINDOW, "rope_parameters": LINEAR, "num_key_value_heads": 1, "logit_scale": 1.0},
+    ],
+    "bloom": [
+        BLOOM,
+        BLOOM | {"n_head": 6, "tie_word_embeddings": False},
+        BLOOM | {"n_layer": 3, "n_head": 3, "layer_norm_epsilon": 0.1},
+    ],
+    "hunyuan_v1_dense": [
+        SIZES | {"head_dim": 10},
+        SIZES | {"head_dim": 6, "attention_bias": True, "tie_word_embeddings": True},
+        SIZES | {"head_dim": 10, "num_key_value_heads": 1, "rope_parameters": LLAMA3},
+    ],
+}
 # What shows nothing new but another table runs with --full.
 NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo", "mpt"}
 NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium", "smollm3", "exaone4"}
+NEW_TABLES |= {"jais2", "internlm3", "iquestcoder", "gptj", "hyperclovax", "cohere", "cohere2"}
+NEW_TABLES |= {"olmo3", "phi", "granite", "bloom", "hunyuan_v1_dense"}
 # One shape per family, not the same number for all; with --full, all.
 a_case_each = pytest.mark.parametrize(
     ("model_type", "number"),

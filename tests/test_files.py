@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from flax_decoder.io.files import new_folder, open_regular, replacing, write_text
+from flax_decoder.io import files
+from flax_decoder.io.files import make_folder, make_parents, new_folder, open_regular, replacing, write_text
 
 
 def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
@@ -18,6 +19,21 @@ def test_a_new_file_takes_the_place_of_the_old_one(tmp_path):
         assert path.read_text() == "old and longer"  # not before it is complete
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_name_is_flushed_in_the_folder_that_has_it(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "flush_names", flushed.append)
+    make_folder(tmp_path / "a")
+    make_folder(tmp_path / "a")  # it is there already
+    make_parents(tmp_path / "b" / "c" / "file")
+    assert flushed == [tmp_path, tmp_path / "b", tmp_path] and list((tmp_path / "b" / "c").iterdir()) == []
+    flushed.clear()
+    with new_folder(tmp_path / "d" / "e") as unfinished:
+        (unfinished / "f").mkdir()
+        assert flushed == [tmp_path]
+        flushed.clear()
+    assert flushed == [unfinished / "f", unfinished, tmp_path / "d"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -124,3 +140,14 @@ def test_whoever_is_ready_first_has_the_new_folder(tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "theirs").write_text("x")
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]
+
+
+def test_an_error_without_a_name_gets_that_of_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match="full") as caught, replacing(path):
+        raise OSError(28, "full")
+    assert caught.value.filename == str(path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.read(-1, 1))
+    with pytest.raises(OSError, match=r"Bad file descriptor.*a\.txt"):
+        write_text(path, "x")
+    assert list(tmp_path.iterdir()) == []

@@ -453,11 +453,25 @@ def test_the_text_is_the_prompt_or_the_beginning_of_the_validation_split():
     def watched(**changes):
         return watched_tokens(configured(**changes), tokenizer, validation)
 
-    tokens_T = watched(lens__prompt_tokens=5)
-    assert tokens_T.tolist() == [0, 1, 2, 3, 4] and tokens_T.dtype == np.int32
+    tokens_T = watched(lens__prompt_tokens=5)  # without the space, the first token
+    assert tokens_T.tolist() == [1, 2, 3, 4, 5] and tokens_T.dtype == np.int32
     assert tokenizer.decode(watched(lens__prompt_tokens=5, lens__prompt="not or to be")) == "not o"
     assert tokenizer.decode(watched(lens__prompt="not")) == "not"
     assert len(watched(lens__prompt_tokens=200)) == 8  # context_length
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("eed, to be.", "to"), ("eed\n  12 to", "12"), ("eed,\n\n(a b", "b"), ("eeeeee", "ee"), ("", None), ("e", "e")],
+)
+def test_the_text_begins_with_a_word(text, shown):
+    tokens = np.array(list(text.encode()), np.uint8)
+    if shown is None:
+        with pytest.raises(UserError, match="no token"):
+            watched_tokens(configured(model__vocab_size=256), ByteTokenizer(), tokens)
+    else:
+        watched = watched_tokens(configured(model__vocab_size=256), ByteTokenizer(), tokens)
+        assert ByteTokenizer().decode(watched)[: len(shown)] == shown
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,10 @@ GEMMA = {"feed_forward": "geglu_tanh", "embed_scale": 20**0.5}
         ("nemotron", {"feed_forward": "relu_squared", "norm": "layernorm", "rotary_fraction": 0.4}),
         ("gpt_neo", {**PLAIN, "positions": "learned", "attention_scale": 1.0, "window": 3}),
         ("gpt_bigcode", {**PLAIN, "positions": "learned", "num_kv_heads": 1}),
+        ("granite", {"embed_scale": 3.0}),
+        ("hyperclovax", {"residual_scale": 0.5, "norm_position": "both"}),
+        ("olmo", {"norm": "layernorm", "norm_scale": False}),
+        ("hunyuan_v1_dense", {"qk_norm": "head", "qk_norm_position": "after"}),
         ("mpt", {**PLAIN, "positions": "alibi", "mlp_dim": 80, "attention_scale": 0.3}),
     ],
 )
@@ -293,7 +297,7 @@ def test_the_nearest_family_is_chosen(model_type, settings):
     [
         ({"positions": "alibi"}, "positions = 'alibi'"),
         ({"qk_norm": "head", "feed_forward": "gelu"}, "qwen3: feed_forward = 'gelu'"),
-        ({"embed_scale": 3.0}, "llama: embed_scale = 3.0"),
+        ({"embed_scale": 3.0, "window": 3}, "mistral: embed_scale = 3.0"),
         ({"window": 3, "mlp_bias": True}, "mistral: mlp_bias = True"),
         ({"rotary_fraction": 0.4, "rotary_scaling": "linear"}, "rotary_"),
     ],
@@ -314,7 +318,7 @@ def test_convert_refuses_what_it_cannot_do(folder, capsys):
     message = refusal(capsys, "convert", parent / "run", parent / "out", "--model-type", "gpt2")
     assert "gpt2" in message and "positions = 'rotary'" in message
     assert "'bert'" in refusal(capsys, "convert", parent / "run", parent / "out", "--model-type", "bert")
-    assert "--step" in refusal(capsys, "eval", folder, folder / "config.json", "--step", "best")
+    assert "--step" in refusal(capsys, "eval", folder, __file__, "--step", "best")
     (folder / "tokenizer.json").unlink()
     assert fd.load(folder)[2] is None
     assert "has no tokenizer.json" in refusal_of(capsys, folder)
@@ -482,7 +486,7 @@ TWO_BASES = {"full_attention": {}, "sliding_attention": {"rope_theta": 8.0}}
         ("llama", {"hidden_size": "14"}, "hidden_size = '14' must be a positive whole number"),
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads = 3"),
         ("llama", {"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, "mscale = 1.0"),
         ("llama", {"rope_scaling": [2.0]}, "rope_scaling = [2.0] must be an object"),

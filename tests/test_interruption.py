@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -5,6 +6,7 @@ import sys
 
 import pytest
 
+from flax_decoder import cli
 from flax_decoder.training.interruption import SIGNALS, Interruption
 
 # The main thread spends minutes in one C call, during which Python runs no signal handler.
@@ -34,7 +36,7 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back(number, capsys):
     assert number.name in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("first", "second"), [SIGNALS, SIGNALS[::-1]])
+@pytest.mark.parametrize(("first", "second"), [SIGNALS[:2], SIGNALS[1::-1]])
 def test_the_second_one_leaves_at_once_whatever_is_under_way(first, second):
     with subprocess.Popen([sys.executable, "-c", AT_ONE_LINE], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
@@ -45,6 +47,33 @@ def test_the_second_one_leaves_at_once_whatever_is_under_way(first, second):
         # Otherwise the script would have printed its last line.
         assert process.stdout.read() == ""
         assert process.wait() == 128 + second
+
+
+def test_a_terminal_that_is_closed_may_say_so_twice():
+    """The shell and the system both do. If the second one ended the process, this would end the tests."""
+    with Interruption() as interruption:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+    assert interruption.signal is signal.SIGHUP
+
+
+def test_a_terminal_that_is_gone_is_no_other_fault():
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGHUP)
+        interruption._note_output_error(OSError(errno.EIO, "Input/output error"))
+    assert interruption.signal is signal.SIGHUP and interruption.output_error is None
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.signal is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        monkeypatch.setattr(cli, "_run", lambda arguments: os.kill(os.getpid(), signal.SIGHUP) or 0)
+        assert cli.main([]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_handlers_come_back_after_an_error():

@@ -115,7 +115,9 @@ def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type
             assert any("RMSNorm" in name for name in theirs.casts) == rms
     assert worst[False, "logits"] <= 2e-5 and worst[False, "gradient"] <= 1e-4
     assert worst[False, "loss"] <= 1e-5 and worst[False, "params"] <= 1e-4
-    assert max(value for (exact, _), value in worst.items() if exact) <= 1e-10
+    # The code of BLOOM has the constants of its GELU with eight digits.
+    bound = 1e-8 if model_type == "bloom" else 1e-10
+    assert max(value for (exact, _), value in worst.items() if exact) <= bound
 
 
 def test_a_gradient_that_is_truly_zero_is_no_difference():
@@ -133,9 +135,10 @@ def test_a_gradient_that_is_truly_zero_is_no_difference():
 
 # How families with names of their own call width, layers and heads.
 OTHER_NAMES = {
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("n_embd", "n_layer", "n_head")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj"), ("n_embd", "n_layer", "n_head")),
     "gpt_neo": ("hidden_size", "num_layers", "num_heads"),
     "mpt": ("d_model", "n_layers", "n_heads"),
+    "bloom": ("hidden_size", "n_layer", "n_head"),
 }
 
 
@@ -164,9 +167,13 @@ def random_case(seed):
         sizes |= {"attention_types": [[["local"], sizes["num_layers"]]], "window_size": int(rng.integers(2, 12))}
     if model_type == "gpt_neox":
         sizes = {n: v for n, v in sizes.items() if n not in ("num_key_value_heads", "head_dim")} | {"rotary_pct": 0.5}
-    if model_type in ("nemotron", "stablelm", "glm", "glm4"):
+    if model_type == "gptj":
+        sizes |= {"rotary_dim": width}
+    if model_type in ("granite", "hyperclovax"):
+        sizes |= {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}
+    if model_type in ("nemotron", "stablelm", "glm", "glm4", "phi"):
         sizes |= {"partial_rotary_factor": 1.0}
-    if model_type in ("gemma2", "gemma3_text", "vaultgemma", "mistral", "ministral", "phi3", "starcoder2"):
+    if model_type in ("gemma2", "gemma3_text", "vaultgemma", "mistral", "ministral", "phi3", "starcoder2", "cohere2"):
         sizes |= {"sliding_window": int(rng.integers(2, 12))}
     if model_type in ("gemma2", "gemma3_text", "vaultgemma", "ministral"):
         kinds = ("sliding_attention", "full_attention")
@@ -220,6 +227,14 @@ def without_biases(params):
     return params
 
 
+def without_head_bias(params):
+    return {name: leaf for name, leaf in params.items() if name != "head_bias"}
+
+
+def without_embedding_norm(params):
+    return {name: leaf for name, leaf in params.items() if name != "embedding_norm"}
+
+
 def without_head(params):
     return {name: leaf for name, leaf in params.items() if name != "head"}
 
@@ -264,7 +279,9 @@ FORWARD = {
     ),
     "linear scaling": ("llama-2", {"rotary_scaling": "none"}, Q_ROTATED, "positions count 3 times as much in ours"),
     "llama3 scaling": ("llama-1", {"rotary_scaling": "none"}, Q_ROTATED, "some wavelengths are stretched on one side"),
+    "yarn": ("llama-4", {"rotary_magnitude": 1.0}, Q_ROTATED, "rotary magnitude: what ours turns is 0.8782"),
     "rotary layout of weights": ("llama-0", edited(QUERY, reordered), Q, "are reordered, from adjacent pairs to pairs"),
+    "scale of a norm": ("olmo-0", {"norm_epsilon": 1e-6}, "attention_norm", "norm: ours 1e-06, PyTorch's 1e-05"),
     "K and V swapped": ("gpt2-0", swapped("attention", "key", "value"), "attention.k", "keys and values are swapped"),
     "no 1 / sqrt(H)": ("gpt2-0", {"attention_scale": 1.0}, SCORES, "root of the head width, 2.449, in ours"),
     "window off by one": ("mistral-0", {"window": 6}, SCORES, "ours sees 6 positions, one of PyTorch's 5: off by one"),
@@ -303,6 +320,27 @@ FORWARD = {
     "no ALiBi": ("mpt-0", {"positions": "none"}, "attention.weights", "ALiBi: the weights of PyTorch fall faster"),
     "own attention scaled": ("gpt_neo-0", {"attention_scale": None}, SCORES, "root of the head width"),
     "norm of nemotron": ("nemotron-0", edited(SCALE, lambda s: s - 1), "attention_norm", "is 1 + weight on one side"),
+    "residual multiplier": (
+        *("granite-0", {"residual_scale": 1.0}),
+        *("feed_forward_norm", "ours adds 1 times what attention writes, PyTorch 0.7 times"),
+    ),
+    "residual multiplier behind norms": (
+        *("hyperclovax-0", {"residual_scale": 1.0}),
+        *("feed_forward_norm", "ours adds 1 times what attention writes, PyTorch 0.7 times"),
+    ),
+    "multiplier of embeddings": ("granite-0", {"embed_scale": 1.0}, "embeddings", "ours is 0.333333 times PyTorch's"),
+    "multiplier of logits": ("cohere-0", {"logit_scale": 1.0}, "logits", "ours is 3.33333 times PyTorch's everywhere"),
+    "multiplier of scores": ("granite-0", {"attention_scale": 0.6}, SCORES, "ours are 2 times PyTorch's"),
+    "no norm of embeddings": (
+        *("bloom-0", {"embedding_norm": False, "edit": without_embedding_norm}),
+        *("embeddings", "the norm of embeddings: ours has none"),
+    ),
+    "norm of queries before the rotation": (
+        *("hunyuan_v1_dense-0", {"qk_norm_position": "before"}),
+        *(Q, "in ours before the rotation"),
+    ),
+    "interleaved pairs of gptj": ("gptj-0", {"rotary_layout": "half"}, Q_ROTATED, "half-by-half pairs, PyTorch interl"),
+    "bias of the head": ("gptj-0", {"head_bias": False, "edit": without_head_bias}, "logits", "a bias differs, or is"),
     "bfloat16": ("llama-0", {"dtype": "bfloat16"}, "embeddings", "reduced matmul precision"),
 }
 
@@ -330,7 +368,7 @@ def check(result, row, cause):
     assert first in result.conclusion and result.cause in result.conclusion
 
 
-def interleaved_rotate(x_BTNH, positions_BT, frequencies, layout):
+def interleaved_rotate(x_BTNH, positions_BT, frequencies, **_):
     """`positions.rotate` for pairs of neighbours."""
     return rotate(x_BTNH, positions_BT, frequencies, "interleaved")
 
@@ -360,7 +398,7 @@ def unshifted_accumulation(state, batch, rng):
 
 
 def rotate_at(positions):
-    return lambda x_BTNH, positions_BT, frequencies: ROTATE(x_BTNH, positions(positions_BT), frequencies)
+    return lambda x_BTNH, positions_BT, *rest, **settings: ROTATE(x_BTNH, positions(positions_BT), *rest, **settings)
 
 
 def softmax_over_queries(*arguments, hook, **settings):

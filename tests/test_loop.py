@@ -1,9 +1,12 @@
+import contextlib
 import errno
+import io
 import json
 import math
 import os
 import signal
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -16,7 +19,7 @@ from flax_decoder.config import TrainingConfig
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.io import files
 from flax_decoder.lens.history import read_history
-from flax_decoder.training import hardware, loop
+from flax_decoder.training import environment, hardware, loop
 from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.metrics import read_metrics
@@ -118,6 +121,7 @@ def test_a_run_that_crashed_continues_to_the_same_end(finished, text, tmp_path, 
     expected, name = finished
     with monkeypatch.context() as patch, pytest.raises(CrashError):
         at_step(patch, 5, crash)
+        patch.setattr(environment, "cpu_features", lambda: ["abacus"])
         train(tmp_path / "run", text, optimizer__name=name)
     wait_for(lambda: saved_steps(tmp_path / "run") == [2, 4])  # saved in the background
     # A line of the crashed run beyond its checkpoint, and one cut short.
@@ -125,13 +129,14 @@ def test_a_run_that_crashed_continues_to_the_same_end(finished, text, tmp_path, 
         file.write('{"step": 5, "train_loss": 99.0, "seconds": 1.0}\n{"step": 6, "tr')
     capsys.readouterr()
     assert train(tmp_path / "run", text, optimizer__name=name) == 0
-    assert "from the checkpoint of step 4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "from the checkpoint of step 4" in out and "may differ" in out and "without abacus" in out
     assert 5 not in rows_without_times(tmp_path / "run")
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
 @pytest.mark.short("adamw-15-143")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_path, monkeypatch, capsys, number, code):
     expected, name = finished
     with monkeypatch.context() as patch:
@@ -141,6 +146,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_pa
     assert f"stopped by {number.name}: saved at step 5" in capsys.readouterr().out
     assert not (tmp_path / "run" / "sample.txt").exists()
     assert train(tmp_path / "run", text, optimizer__name=name, run__resume="must") == 0
+    assert "may differ" not in capsys.readouterr().out
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
@@ -166,6 +172,7 @@ def test_what_a_run_folder_holds(finished, text):
         "loss.png",
         "sample.txt",
         "lens",
+        "run_id",
         ".lock",
     }
     config = fd.load_config(folder / "config.toml")
@@ -190,7 +197,7 @@ def test_what_a_line_of_metrics_says(finished):
     unknown = ("mfu", "mfu_causal")  # of a CPU
     fields = ("train_loss", "val_loss", "val_bits_per_byte", "learning_rate", "gradient_norm", *TIMES)
     for row in rows:
-        assert row.keys() == {"step", "tokens", "skipped_steps", *fields, *unknown}
+        assert row.keys() == {"step", "tokens", "skipped_steps", "run_id", *fields, *unknown}
         assert row["skipped_steps"] == 0
         assert all(row[name] == "unknown" for name in unknown)
         assert row["tokens"] == row["step"] * 2 * 8  # batch_size, context_length
@@ -306,6 +313,51 @@ def test_a_disk_that_refuses_a_snapshot_ends_the_run(text, tmp_path, monkeypatch
     assert read_history(tmp_path / "run").steps_M.tolist() == [0, 3, 6, 8]
 
 
+def test_the_next_batch_is_made_while_the_step_runs_and_all_time_between_steps_counts(tmp_path, text, monkeypatch):
+    events, clock, num_steps = [], [0.0], 6
+    jit_step, place_batch, check = loop.jit_step, loop.place_batch, loop.Checkpoints.check
+
+    def jit_and_note(*args, **options):
+        take_step = jit_step(*args, **options)
+
+        def step(*args):
+            events.append("step")
+            return take_step(*args)
+
+        return step
+
+    def place_and_note(*args):
+        events.append("batch")
+        clock[0] += 1  # a slow one
+        return place_batch(*args)
+
+    def check_slowly(self):
+        clock[0] += 3  # what the loop does after a step
+        check(self)
+
+    class Reader:
+        def device_get(self, tree):
+            events.append("read")
+            return jax.device_get(tree)
+
+        def __getattr__(self, name):
+            return getattr(jax, name)
+
+    monkeypatch.setattr(loop, "jit_step", jit_and_note)
+    monkeypatch.setattr(loop, "place_batch", place_and_note)
+    monkeypatch.setattr(loop.Checkpoints, "check", check_slowly)
+    monkeypatch.setattr(loop, "jax", Reader())
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    every = {"training__num_steps": num_steps, "training__log_every": 3, "training__sample_tokens": 0, "lens__every": 0}
+    never = {"training__eval_every": 100, "training__save_every": 100}
+    assert train(tmp_path / "run", text, **every, **never) == 0
+    # The device has the next step's batch before anybody waits for this one.
+    assert events == ["batch"] + ["step", "batch", "read"] * num_steps
+    tokens_per_step = RULES["training.batch_size"] * RULES["model.context_length"]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["tokens_per_second"] for row in rows] == [tokens_per_step / (1 + 3)] * 2
+
+
 @pytest.mark.parametrize(
     ("losses", "patience", "expected"),
     [
@@ -339,3 +391,60 @@ def test_a_run_ends_where_its_validation_loss_no_longer_falls(tmp_path, text, mo
     assert train(run, text, **patient) == 0 and saved_steps(run) == [4, 8]
     assert train(run, text, **patient | {"training__patience": 3, "training__num_steps": 10}) == 0
     assert saved_steps(run)[-1] == 10 and next(losses, None) is None
+
+
+@pytest.fixture(scope="module")
+def mixed(text, tmp_path_factory):
+    """A function that trains on a mixture of two texts, the folder of its runs, and what a first one printed."""
+    folder = tmp_path_factory.mktemp("mixed")
+    other = folder / "other.txt"
+    other.write_text(TEXT.replace("nobler", "robler"))  # the same characters: a program for all
+
+    def run(name, weight=3.0, **changes):
+        mixture = [{"path": str(text), "weight": weight}, {"path": str(other)}]
+        rest = {"data__path": None, "data__mixture": mixture, "training__eval_every": 4, "training__save_every": 4}
+        return train(folder / name, text, **rest | changes)
+
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert run("whole") == 0
+    return run, folder, output.getvalue()
+
+
+def test_a_mixture_is_told_by_source(mixed):
+    _, folder, output = mixed
+    row = rows_without_times(folder / "whole")[8]
+    assert f"hamlet  75.0% of the rows, 0.16 epochs of {len(TEXT) * 9 // 10} tokens, " in output
+    assert (
+        output.count(f": hamlet {row['val_loss/hamlet']:.4f}, other {row['val_loss/other']:.4f}") == 2
+    )  # and the best
+    for name in ("val_loss", "val_bits_per_byte"):
+        assert row[name] == pytest.approx(0.75 * row[f"{name}/hamlet"] + 0.25 * row[f"{name}/other"], rel=1e-12)
+        assert row[f"{name}/hamlet"] != row[f"{name}/other"]
+    assert row["tokens/hamlet"] + row["tokens/other"] == row["tokens"] and row["tokens/other"] > 0
+    assert all(result.passed for result in verify_run(folder / "whole"))
+
+
+def test_a_run_goes_on_with_the_mixture_it_began_with(mixed, text):
+    run, folder, _ = mixed
+    with pytest.raises(UserError, match=r"data\.mixture\[0\]\.weight, part of all rows: +saved 0\.75, asked 0\.66"):
+        run("whole", weight=2.0)
+    with pytest.raises(UserError, match=r"data\.mixture, number of sources: +saved 2, asked 1"):
+        run("whole", data__path=str(text), data__mixture=None)
+    other, before = folder / "other.txt", (folder / "other.txt").read_text()
+    other.write_text(before.replace("robler", "rubler"))
+    with pytest.raises(UserError, match=r"data\.mixture\[1\]\.path, SHA-256 of the text: +saved"):
+        run("whole")
+    other.unlink()
+    assert run("whole") == 0  # it has its tokens
+    other.write_text(before)
+
+
+@pytest.mark.full
+def test_a_mixture_is_resumed_to_the_last_bit(mixed, monkeypatch):
+    run, folder, _ = mixed
+    with monkeypatch.context() as patch, pytest.raises(CrashError):
+        at_step(patch, 6, crash)
+        run("parts", data__document_mask=True)
+    wait_for(lambda: saved_steps(folder / "parts") == [4])
+    assert run("parts", data__document_mask=True) == run("once", data__document_mask=True) == 0
+    assert_equal_to_the_last_bit(folder / "parts", folder / "once")

@@ -1,4 +1,7 @@
+import dataclasses
+import math
 import re
+import types
 
 import jax
 import numpy as np
@@ -10,7 +13,19 @@ import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.errors import UserError
 from flax_decoder.nn.cache import empty_cache
-from flax_decoder.parallel.mesh import AXES, make_mesh, mesh_of, mesh_sizes, sharding_of, use_mesh
+from flax_decoder.nn.precision import rounding_of_products
+from flax_decoder.parallel.mesh import (
+    AXES,
+    DETERMINISTIC_OPTIONS,
+    arrange,
+    compiler_options,
+    make_mesh,
+    mesh_of,
+    mesh_sizes,
+    sharding_of,
+    use_mesh,
+)
+from flax_decoder.planning.plan import abstract_arguments
 
 NUM_DEVICES = 8
 SIZES = {
@@ -64,7 +79,10 @@ def test_devices_along_each_axis(changes, num_devices, expected):
         ),
         ({"mesh__fsdp": 5, "training__batch_size": 25}, "model.embed_dim = 48 is not a multiple of mesh.fsdp = 5"),
         ({"mesh__fsdp": 5}, "training.batch_size = 24 is not a multiple of mesh.fsdp = 5"),
-        ({"mesh__data": 7}, "training.batch_size = 24 is not a multiple of mesh.data = 7"),
+        (
+            {"mesh__data": 7},
+            "training.batch_size = 24 is not a multiple of mesh.data = 7; set it to 28, or use fewer devices",
+        ),
         (
             {"mesh__data": 4, "mesh__fsdp": 2, "training__batch_size": 12},
             "training.batch_size = 12 is not a multiple of mesh.data x mesh.fsdp = 8",
@@ -90,6 +108,30 @@ def test_a_size_that_does_not_divide_is_refused_with_both_numbers(changes, messa
         with pytest.raises(UserError, match=re.escape(message)) as caught:
             refused(config, NUM_DEVICES)
         assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_devices", "parts"),
+    [(12, 1, 40), (12, 8, 5), (12, 16, 3), (12, 32, 3), (32, 8, 2), (1, 32, 15), (500, 1, 1), (7, 1, 80), (None, 8, 1)],
+)
+def test_the_parts_of_a_batch_follow_from_the_rows_that_a_device_computes_at_a_time(rows, num_devices, parts):
+    changes = {} if rows is None else {"training.rows_per_device": rows}
+    training = fd.load_config(None, {"training.batch_size": 480} | changes).training
+    assert training.num_parts(num_devices) == parts
+
+
+def test_a_state_has_the_parts_of_its_mesh():
+    config = make_config(training__batch_size=48, training__rows_per_device=2, mesh__fsdp=2, mesh__tensor=2)
+    devices = make_mesh(config, jax.devices())
+    model, rng = fd.Decoder(config.model), jax.random.key(0)
+    state = jax.eval_shape(lambda: fd.init_state(model, config, rng=rng, mesh=devices))
+    assert state.accumulation_steps == abstract_arguments(config, devices)[0].accumulation_steps == 6
+    assert jax.eval_shape(lambda: fd.init_state(model, config, rng=rng)).accumulation_steps == 24
+
+
+def test_rows_per_device_beside_a_number_of_parts_are_refused():
+    with pytest.raises(UserError, match=r"rows_per_device = 2 says in how many parts .* accumulation_steps = 3: leave"):
+        make_config(training__rows_per_device=2, training__accumulation_steps=3)
 
 
 def test_the_vocabulary_size_of_the_advice_fits():
@@ -191,3 +233,62 @@ def test_explicit_axes_are_refused_for_a_new_state_the_rules_and_a_cache():
     with pytest.raises(UserError, match=REFUSED):
         jax.eval_shape(model.apply, params, tokens_BT, empty_cache(config.model, 1, 8))
     assert jax.eval_shape(model.apply, params, tokens_BT).shape == (1, 1, 48)
+
+
+def test_a_deterministic_step_has_options_of_the_gpu_compiler_that_exist():
+    (options,) = DETERMINISTIC_OPTIONS.values()
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # which refuses unknown ones and wrong types
+    cpu, gpu, cuda = (
+        types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=name)]))
+        for name in ("cpu", "gpu", "cuda")
+    )
+    assert compiler_options(gpu, deterministic=True) == compiler_options(cuda, deterministic=True) == options
+    assert compiler_options(gpu) is None and compiler_options(cpu, deterministic=True) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "platform", "line"),
+    [
+        ({}, "gpu", "TF32"),
+        ({}, "tpu", "bfloat16"),
+        ({}, "cpu", None),
+        ({"model__matmul_precision": "highest"}, "gpu", None),
+        ({"model__dtype": "bfloat16"}, "gpu", None),
+    ],
+)
+def test_a_run_says_to_what_products_are_rounded(changes, platform, line):
+    found = rounding_of_products(make_config(**changes).model, platform)
+    assert found is None if line is None else f"rounded to {line}" in found
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU in a slice that is a line of chips."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "unknown"
+    process_index: int = 0
+
+
+def two_slices(num_chips):
+    half = num_chips // 2
+    return [Chip(id, id // half, (id % half, 0, 0)) for id in range(num_chips)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "crossing"), [((2, 4, 1, 2), 0), ((4, 2, 2, 1), 0), ((1, 8, 1, 2), 1), ((3, 4, 1, 2), 1)]
+)
+def test_only_rows_and_parameters_are_split_over_slices(shape, crossing):
+    slices = np.vectorize(lambda chip: chip.slice_index)(arrange(two_slices(math.prod(shape)), shape))
+    assert slices.shape == shape and slices.mean() == 0.5
+    for axis in range(4):
+        assert (np.ptp(slices, axis=axis) > 0).any() == (axis == crossing)
+
+
+def test_slices_that_neither_rows_nor_parameters_can_cross_are_refused():
+    with pytest.raises(UserError, match="2 TPU slices divide neither data = 1 nor fsdp = 3"):
+        arrange(two_slices(12), (1, 3, 1, 4))

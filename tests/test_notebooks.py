@@ -1,14 +1,29 @@
 """The scripts in docs/notebooks run as their readers run them; what they claim, they assert themselves."""
 
+import ast
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 from xla_flags import QUICK
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "docs" / "notebooks").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda script: script.stem)
+def test_a_jupyter_notebook_is_that_of_its_script(script: Path) -> None:
+    written = script.with_suffix(".ipynb").read_text(encoding="utf-8")
+    assert written == scripts.notebook(script.read_text(encoding="utf-8")), "python docs/hooks/scripts.py writes it"
+    cells = json.loads(written)["cells"]
+    assert [cell["cell_type"] for cell in cells[:2]] == ["markdown", "code"]
+    assert "%pip install" in cells[1]["source"][-1]
+    code = "\n".join("".join(cell["source"]) for cell in cells[2:] if cell["cell_type"] == "code")
+    whole = ast.parse(script.read_text(encoding="utf-8")).body[1:]  # without the docstring
+    assert ast.dump(ast.Module(ast.parse(code).body, [])) == ast.dump(ast.Module(whole, []))
 
 
 def test_there_are_notebooks() -> None:

@@ -73,6 +73,12 @@ IN_CHUNKS = {"training.loss_chunk_tokens": 512}
             [HALF, FULL, DTYPE, SMALLER],
         ),
         ({"model.dtype": "bfloat16", "training.loss_chunk_tokens": 0}, 8, [PARTS, DOTS, CHUNKS, SPLIT, SMALLER]),
+        (
+            {"training.rows_per_device": 5} | IN_CHUNKS,
+            1,
+            ["--training.rows-per-device 2 (the same result)", DOTS, DTYPE, SMALLER],
+        ),
+        ({"training.rows_per_device": 1} | IN_CHUNKS, 1, [DOTS, DTYPE, SMALLER]),
         ({"training.batch_size": 1, "model.remat": "full", "mesh.fsdp": -1} | IN_CHUNKS, 8, [DTYPE, SMALLER]),
     ],
 )

@@ -20,7 +20,9 @@ from test_decoder import SIZES
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
+from flax_decoder.lens import page_data as page_data_module
 from flax_decoder.lens.history import History
+from flax_decoder.lens.origins import score_origins
 from flax_decoder.lens.packing import unpack
 from flax_decoder.lens.page import MAX_TOKENS, render
 from flax_decoder.lens.page_data import SCORES, page_data, token_texts
@@ -348,6 +350,80 @@ def test_the_numbers_shown_are_the_arrays(open_page, name):
     assert_shown(first_sum, q_H @ k_H * scale, 5e-3)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_origins_shown_sum_to_the_score(open_page, name):
+    model, params = make(name)
+    page = open_page(name)
+    choose(page)
+    source = int(np.argmax(look(name)["weights"][LAYER, 0, HEAD, QUERY]))
+    page.locator(f'.meeting tr[data-source="{source}"] .pick').click()
+    parts = score_origins(model, params, tokens_T()[None], look(name), LAYER, HEAD, 0, QUERY, source)
+    rows = page.locator("#origins .part:not(.total)").all()
+    shown = {row.get_attribute("data-origin"): row.locator(".number").text_content() for row in rows}
+    pairs_OO = np.asarray(parts.pairs_OO)
+    has_position = model.config.positions in ("learned", "sinusoidal")
+    assert_shown(shown["token"], pairs_OO[0, 0])
+    assert ("position" in shown) == ("mixed" in shown) == has_position
+    if has_position:
+        assert_shown(shown["position"], pairs_OO[1, 1])
+        assert_shown(shown["mixed"], pairs_OO[0, 1] + pairs_OO[1, 0], 2e-4)
+    assert_shown(shown["earlier"], pairs_OO[:4, :4].sum() - pairs_OO[:2, :2].sum(), 2e-3)
+    for key, true in (("rotation", parts.rotation), ("cap", parts.soft_cap), ("distance", parts.position)):
+        assert key in shown or true == 0
+        if key in shown:
+            assert_shown(shown[key], true, 5e-3)
+    score = page.locator("#origins .total .number").text_content()
+    assert_shown(score, parts.score)
+    assert abs(sum(map(number, shown.values())) - number(score)) <= 0.005 * (len(shown) + 1) + 5e-3
+    page.locator("#layer-now").locator("xpath=..").locator("button").first.click()
+    assert page.locator('#origins [data-origin="earlier"]').count() == 0  # in layer 0 nothing was written before
+
+
+@pytest.mark.full
+def test_a_large_page_keeps_the_origins_of_what_is_attended_to_most(open_page, monkeypatch):
+    monkeypatch.setattr(page_data_module, "PAIR_NUMBERS", 2 * 6 * len(PROMPT) * 25 * 3)
+    jax.clear_caches()  # of programs with the other constant
+    data_of.cache_clear()
+    page = open_page("pre")
+    choose(page)
+    page.locator("[data-key=all-rows]").click()
+    order = np.argsort(-look("pre")["weights"][LAYER, 0, HEAD, QUERY])
+    page.locator(f'.meeting tr[data-source="{order[2]}"] .pick').click()
+    assert page.locator("#origins .total").count() == 1
+    page.locator(f'.meeting tr[data-source="{order[3]}"] .pick').click()
+    assert "the 3 most attended tokens" in page.locator("#origins").text_content()
+    jax.clear_caches()  # of programs with the other constant
+    data_of.cache_clear()
+
+
+def test_a_negative_score_is_explained(open_page):
+    page, scores_LNTS = open_page("pre"), look("pre")["scores"][:, 0]
+    for is_negative in (True, False):
+        layer, head, t, s = np.argwhere(np.isfinite(scores_LNTS) & ((scores_LNTS < 0) == is_negative))[5].tolist()
+        choose(page, layer, head, t)
+        page.locator(f'.meeting tr[data-source="{s}"] .pick').click()
+        told = page.locator("#dimensions").locator("xpath=..").text_content()
+        assert ("only the difference to the other scores counts" in told) == is_negative
+
+
+def test_both_axes_of_the_pattern_have_the_tokens(open_page):
+    page = open_page("pre")
+    choose(page, 0, 0, 3)
+    for axis in "xy":
+        labels = page.locator(f"#pattern .labels-{axis} [data-at]")
+        assert labels.count() == len(PROMPT)
+        assert texts(labels)[:6] == ["a", "\u2423", "</script>"[:1], "/", "s", "c"]
+        box = labels.nth(4).bounding_box()
+        canvas = page.locator("#pattern canvas").bounding_box()
+        start, size = ("x", "width") if axis == "x" else ("y", "height")
+        centre = box[start] + box[size] / 2
+        assert abs(centre - canvas[start] - 4.5 / len(PROMPT) * canvas[size]) <= 2
+    assert page.locator("#pattern .labels-y .chosen").get_attribute("data-at") == "3"
+    page.set_viewport_size({"width": 170, "height": 700})  # no room for all; the chosen one stays
+    page.wait_for_function(f"document.querySelectorAll('#pattern .labels-y [data-at]').length < {len(PROMPT)}")
+    assert page.locator("#pattern .labels-y .chosen").get_attribute("data-at") == "3"
+
+
 @pytest.mark.parametrize("name", ["pre", "gemma"])
 def test_the_vectors_shown_are_the_arrays(open_page, name):
     page, seen = open_page(name), look(name)
@@ -551,6 +627,9 @@ def test_without_a_history_there_is_no_slider(open_page):
 @pytest.mark.parametrize("name", ["pre", "bloom"])
 def test_a_phone_scrolls_down_only(open_page, name):
     page = open_page(name, width=360, height=780)
+    for part in (".weight", ".value svg", ".key svg"):  # the keys as cards
+        box = page.locator(f".meeting tr {part}").first.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
     page.locator(".opener").first.click()
     for summary in page.locator("summary").all():
         summary.click()

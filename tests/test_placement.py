@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import flax_decoder as fd
-from flax_decoder.data import shards
 from flax_decoder.data.batches import train_batch
-from flax_decoder.data.shards import Split
+from flax_decoder.data.splits import MixedSplit, Split
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.parallel.zigzag import zigzag
 from flax_decoder.training import loop
@@ -142,14 +141,23 @@ def test_what_is_in_a_batch_does_not_depend_on_the_devices(mesh):
 def test_each_row_is_read_once_and_only_where_it_is_needed(monkeypatch):
     asked = []
 
-    def record(*args, rows, **options):
+    def record(self, rows, **options):
         asked.append((rows.start, rows.stop))
-        return train_batch(*args, rows=rows, **options)
+        return train_batch(self.tokens, rows=rows, **options)
 
-    monkeypatch.setattr(shards, "train_batch", record)
+    monkeypatch.setattr(Split, "train_batch", record)
     config = make_config(data=2, fsdp=2, tensor=2)
     jax.block_until_ready(place(config, one_mesh(config), 0))
     assert sorted(asked) == [(0, 6), (6, 12), (12, 18), (18, 24)]  # "inputs" and "targets" of two devices each
+
+
+def test_a_mixture_is_the_same_on_any_devices():
+    config = make_config(data=4, fsdp=2)
+    split = MixedSplit((Split(TOKENS, STARTS, 1), Split(TOKENS[::-1], STARTS, 1)), (0.5, 0.5))
+    placed = place_batch(split, config.training, T, one_mesh(config), 7)
+    expected = split.train_batch(seed=0, step=7, batch_size=B, context_length=T)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(placed[name], array)
 
 
 def test_positions_say_where_tokens_stand_and_the_load_is_balanced():
@@ -163,11 +171,11 @@ def test_positions_say_where_tokens_stand_and_the_load_is_balanced():
 def _documents(monkeypatch):
     """Batches with documents whose ids come back; one begins where a device's part does."""
 
-    def with_documents(*args, rows, **options):
+    def with_documents(self, rows, **options):
         ids_BT = np.broadcast_to(np.repeat([3, 1, 3, 1], [4, 5, 3, 4]), (B, T))
-        return train_batch(*args, rows=rows, **options) | {"segments": ids_BT[rows].astype(np.int32)}
+        return train_batch(self.tokens, rows=rows, **options) | {"segments": ids_BT[rows].astype(np.int32)}
 
-    monkeypatch.setattr(shards, "train_batch", with_documents)
+    monkeypatch.setattr(Split, "train_batch", with_documents)
 
 
 @pytest.mark.usefixtures("_documents")

@@ -32,6 +32,7 @@ ROTARY_KINDS = {
     "linear": {"rotary_scaling": "linear", "rotary_scaling_factor": 3.0},
     "llama3": LLAMA3,
     "llama3 partial": LLAMA3 | {"rotary_fraction": 0.6},
+    "yarn": LLAMA3 | {"rotary_scaling": "yarn", "rotary_low_frequency_factor": 0.4},
     "interleaved": {"rotary_layout": "interleaved", "rotary_fraction": 0.6},
 }
 

@@ -268,7 +268,7 @@ def test_params_of_another_model_are_refused_whatever_it_is_that_this_one_does_n
     others = [
         *({"norm_position": value} for value in ("pre", "post", "both", "output")),
         {"feed_forward": "swiglu", "qk_norm": "head", "tied_head": False, "head_bias": True, "final_norm": False},
-        {"positions": "rotary", "norm_bias": True},
+        {"positions": "rotary", "norm_bias": True, "embedding_norm": True},
         {"attention_in_bias": True, "attention_out_bias": True, "mlp_bias": True, "feed_forward": "geglu"},
     ]
     plain = {"norm_bias": False, "attention_in_bias": False, "attention_out_bias": False, "mlp_bias": False}
@@ -621,7 +621,7 @@ def test_every_public_function_is_in_a_table():
     """Or holds no array and is tested where it is: errors, configs, files that are read, and pictures of a log."""
     elsewhere = {"FaultError", "UserError", "Config", "ModelConfig", "History", "read_history", "plot_losses"}
     elsewhere |= {"Attribution", "KVCache", "Draft", "PromptLookup", "write_lens_page"}
-    elsewhere |= {"adamw_from_torch", "adamw_to_torch", "register_family"}
+    elsewhere |= {"adamw_from_torch", "adamw_to_torch", "register_family", "load_corpus"}
     tables = {*OF_IDS, *OF_PARAMS, *ARGUMENTS, *SWITCHED, "TrainState"}
     names = {re.sub(" .*", "", name) for name in tables}
     assert set(fd.__all__) - names - elsewhere == set()

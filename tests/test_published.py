@@ -171,6 +171,49 @@ SMOLLM3 |= {"layer_types": ["full_attention"] * LAYERS, "max_window_layers": 28,
 SMOLLM3 |= {"use_sliding_window": False, "rope_theta": 5000000.0, "tie_word_embeddings": True}
 EXAONE4 = LLAMA2 | {"model_type": "exaone4", "rope_theta": 1000000, "sliding_window": 7, "attention_dropout": 0.0}
 EXAONE4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+JAIS2 = SIZES | {"model_type": "jais2", "hidden_act": "relu2", "layer_norm_eps": 1e-5, "num_key_value_heads": 2}
+JAIS2 |= {"attention_bias": True, "mlp_bias": True, "rope_theta": 500000.0, "attention_dropout": 0.0}
+OLMO = without(LLAMA2, "rms_norm_eps") | {"model_type": "olmo", "clip_qkv": None, "attention_bias": False}
+PHI = SIZES | {"model_type": "phi", "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5}
+PHI |= {"num_key_value_heads": 4, "qk_layernorm": False, "rope_theta": 10000.0, "rope_scaling": None, "embd_pdrop": 0.0}
+PHI |= {"attention_dropout": 0.0, "resid_pdrop": 0.1, "tie_word_embeddings": False}
+GPTJ = GPT2 | {"model_type": "gptj", "rotary": True, "rotary_dim": 4, "scale_attn_weights": True}
+GPTJ |= {"tie_word_embeddings": False, "gradient_checkpointing": False, "tokenizer_class": "GPT2Tokenizer"}
+GRANITE = LLAMA31 | {"model_type": "granite", "attention_multiplier": 0.3, "embedding_multiplier": 12.0}
+GRANITE |= {"logits_scaling": 2.0, "residual_multiplier": 0.22}
+CLOVAX = GRANITE | {"model_type": "hyperclovax", "head_dim": 8, "use_post_norm": True, "logits_scaling": 0.5}
+COHERE = SIZES | {"model_type": "cohere", "hidden_act": "silu", "layer_norm_eps": 1e-5, "logit_scale": 0.7}
+COHERE |= {"num_key_value_heads": 2, "rope_theta": 8000000.0, "use_qk_norm": False, "attention_bias": False}
+COHERE |= {"attention_dropout": 0.0, "model_max_length": 131072}
+COHERE2 = without(COHERE, "use_qk_norm") | {
+    "model_type": "cohere2",
+    "head_dim": 8,
+    "layer_switch": 3,
+    "rotary_pct": 1.0,
+}
+COHERE2 |= {"order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj"}
+COHERE2 |= {"sliding_window": 7, "sliding_window_pattern": 3, "use_embedding_sharing": True, "rope_scaling": None}
+COHERE2 |= {"use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": False}
+BLOOM = {"model_type": "bloom", "hidden_size": 32, "n_layer": LAYERS, "n_head": 4, "seq_length": CONTEXT}
+BLOOM |= {"vocab_size": V, "layer_norm_epsilon": 1e-5, "apply_residual_connection_post_layernorm": False}
+BLOOM |= {"attention_softmax_in_fp32": True, "masked_softmax_fusion": True, "bias_dropout_fusion": True}
+BLOOM |= {"offset_alibi": 100, "pretraining_tp": 2, "skip_bias_add": True, "skip_bias_add_qkv": False, "n_inner": None}
+BLOOM |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "slow_but_exact": False, "unk_token_id": 0}
+HUNYUAN = LLAMA31 | {"model_type": "hunyuan_v1_dense", "head_dim": 8, "attention_head_dim": 8, "eod_token_id": 3}
+HUNYUAN |= {"use_qk_norm": True, "norm_type": "rms", "use_cla": False, "cla_share_factor": 2, "rope_theta": 10000.0}
+HUNYUAN_ROPE = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+OLMO3 = OLMO2 | {"model_type": "olmo3", "sliding_window": 7, "rope_theta": 500000}
+INTERNLM3 = LLAMA2 | {
+    "model_type": "internlm3",
+    "head_dim": 8,
+    "qkv_bias": False,
+    "bias": False,
+    "rope_theta": 50000000,
+}
+INTERNLM3 |= {"attention_dropout": 0.0}
+IQUEST = LLAMA31 | {"model_type": "iquestcoder", "head_dim": 8, "clip_qkv": None, "use_sliding_window": False}
+IQUEST |= {"max_window_layers": 0, "sliding_window": None, "rope_theta": 500000.0}
 MPT_ATTENTION = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "prefix_lm": False}
 MPT_ATTENTION |= {"attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None, "qk_ln": False}
 MPT_ATTENTION |= {"softmax_scale": None}
@@ -314,6 +357,34 @@ OPENS = {
     | V4
     | {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * LAYERS},
     "helium-1": HELIUM | V4,
+    "jais-2-8b": JAIS2 | V4,
+    "internlm3-8b": INTERNLM3 | V4,
+    "iquest-coder-40b": IQUEST | V4,
+    "phi-2": PHI | V4,
+    "phi saved by 5": new_rope(PHI, partial_rotary_factor=0.5),
+    "gpt-j-6b": GPTJ | V4 | {"task_specific_params": {"text-generation": {"do_sample": True}}},
+    "gptj with common names": without(GPTJ, "n_embd", "n_layer", "n_head", "n_positions") | COMMON | V4,
+    "granite-3.1": GRANITE | V4,
+    "granite with the defaults": without(GRANITE, "attention_multiplier", "logits_scaling") | V4,
+    "granite saved by 5": new_rope(GRANITE),
+    "hyperclovax-seed": CLOVAX | V4,
+    "hyperclovax without norms behind": without(CLOVAX, "attention_multiplier") | V4 | {"use_post_norm": False},
+    "command-r": COHERE | V4,
+    "command-r7b": COHERE2 | V4,
+    "cohere2 saved by 5": new_rope(without(COHERE2, "sliding_window_pattern") | {"layer_types": LAYER_TYPES}),
+    "bloom-560m": BLOOM | V4,
+    "bloomz": BLOOM | V4 | {"n_embed": 32, "num_attention_heads": 4},
+    "hunyuan-0.5b": HUNYUAN | V4 | {"rope_scaling": HUNYUAN_ROPE | {"type": "dynamic"}},
+    "hunyuan saved by 5": new_rope(HUNYUAN, **HUNYUAN_ROPE | {"rope_type": "dynamic"}),
+    "qwen2.5 with yarn": QWEN2 | V4 | {"rope_scaling": YARN},
+    "qwen3 with yarn": QWEN3 | V4 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "yarn with scales": LLAMA2 | V4 | {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 8}},
+    "gemma3 with yarn": GEMMA3 | V4 | {"rope_scaling": YARN},
+    "neox with yarn": NEOX | V4 | {"rotary_pct": 0.5, "rope_scaling": YARN | {"attention_factor": 1.4, "factor": None}},
+    "olmo-3-7b": OLMO3
+    | V4
+    | {"rope_scaling": without(YARN, "type") | {"rope_type": "yarn"}, "layer_types": LAYER_TYPES},
+    "olmo-1b": OLMO | V4 | {"tie_word_embeddings": True, "rope_theta": 10000.0},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -324,7 +395,16 @@ NOT_IN_TRANSFORMERS = {"mistral with window 0"}
 REFUSED = {
     "llama-2-gptq": (LLAMA2 | {"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "quantised weights"),
     "qwen-mlx": (QWEN2 | {"quantization": {"group_size": 64, "bits": 4}}, "quantised weights"),
-    "qwen2.5 with yarn": (QWEN2 | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+    "yarn without whole numbers": (
+        QWEN2 | {"rope_scaling": YARN | {"truncate": False}},
+        "truncate = False must be true",
+    ),
+    "yarn of a word": (
+        QWEN2 | {"rope_scaling": YARN | {"beta_fast": "x"}},
+        "beta_fast = 'x' must be a positive number",
+    ),
+    "olmo3 with an old name": (OLMO3 | {"rope_scaling": YARN}, "rope_scaling.type = 'yarn' must be called rope_type"),
+    "olmo3 with one table": (OLMO3 | {"rope_parameters": {"rope_theta": 5.0}}, "must hold full_attention"),
     "phi-3 128k": (PHI3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type = 'longrope'"),
     "yarn-llama": (LLAMA2 | {"auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"}}, "auto_map names Python"),
     "llama with dynamic": (LLAMA2 | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
@@ -355,6 +435,13 @@ REFUSED = {
         "a list of 0 and 1, one for each of the 3",
     ),
     "smollm3 without a period": (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0"),
+    "command-r-plus": (COHERE | {"use_qk_norm": True}, "use_qk_norm = True"),
+    "bloom with other residuals": (BLOOM | {"apply_residual_connection_post_layernorm": True}, "post_layernorm = True"),
+    "phi with normalised queries": (PHI | {"qk_layernorm": True}, "qk_layernorm = True"),
+    "gptj that rotates too much": (GPTJ | {"rotary_dim": 64}, "rotary_dim = 64 must be a whole number up to 8"),
+    "hunyuan without alpha": (HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+    "granite that divides by zero": (GRANITE | {"logits_scaling": 0}, "logits_scaling = 0 must be a positive number"),
+    "olmo-7b": (OLMO | {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
     "embedding gemma": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
 }
 
@@ -461,10 +548,11 @@ BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, 
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
 NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
+NEW = (*NEW, OLMO3, PHI, GPTJ, GRANITE, CLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO, JAIS2, INTERNLM3, IQUEST)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}
-OTHERS |= {"layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
+OTHERS |= {"rotary_dim", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
 OTHERS |= {"no_rope_layers", "no_rope_layer_interval", "attention_types", "attention_layers", "window_size"}
 
 
@@ -572,6 +660,10 @@ def test_defaults_are_those_of_transformers(model_type):
         )
         whole = read_settings(absent | ({} if value is None else {setting.name: value}), "x")
         same = {"num_kv_heads": config.kv_heads, "head_dim": config.head_width, "mlp_dim": config.mlp_width}
+        config, whole = (
+            dataclasses.replace(read, attention_scale=read.attention_scale or read.head_width**-0.5)
+            for read in (config, whole)
+        )
         assert dataclasses.replace(config, **same) == dataclasses.replace(whole, **same), setting.name
         assert config.kv_heads == whole.kv_heads
         assert (config.head_width, config.mlp_width) == (whole.head_width, whole.mlp_width), setting.name
@@ -583,7 +675,7 @@ def test_a_command_says_what_it_passes_over_and_strict_refuses(tmp_path, capsys)
     folder = make_folder(tmp_path / "model")
     change(folder / "config.json", colour="green", num_labels=3)
     (folder / "tokenizer.json").unlink()  # ends the command once the model is read
-    command = ["eval", str(folder), str(folder / "config.json")]
+    command = ["eval", str(folder), __file__]
     assert main([*command, "--strict"]) == 2
     assert "colour = 'green' is not known for llama" in capsys.readouterr().err
     assert main(command) == 2

@@ -197,6 +197,8 @@ def test_more_steps_and_what_changes_no_number_are_taken(here, capsys):
 UNUSED = {
     "model.rotary_base": (5000.0, {}),
     "model.rotary_layout": ("interleaved", {}),
+    "model.rotary_magnitude": (1.3, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "model.qk_norm_position": ("after", {"model.positions": "rotary"}),
     "model.rotary_scaling_factor": (4.0, {"model.positions": "rotary"}),
     "model.rotary_low_frequency_factor": (2.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
     "model.rotary_high_frequency_factor": (8.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
@@ -209,6 +211,10 @@ UNUSED = {
     "optimizer.decay_fraction": (0.5, {}),
     "optimizer.final_fraction": (0.5, {"optimizer.schedule": "constant"}),
     "optimizer.decay": ("all", {"optimizer.weight_decay": 0.0}),
+    "lora.alpha": (8.0, {}),
+    "lora.rank_stabilised": (True, {}),
+    "lora.dropout": (0.5, {}),
+    "lora.targets": (["query"], {}),
 }
 
 

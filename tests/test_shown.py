@@ -90,4 +90,4 @@ def test_a_config_shows_the_call_that_makes_it(config):
 def test_only_what_differs_from_the_defaults_is_shown():
     assert repr(Config()) == "Config()"
     assert repr(Config(training=TrainingConfig(seed=3))) == "Config(training=TrainingConfig(seed=3))"
-    assert len(repr(MODEL).splitlines()) == 4 and "ModelConfig(vocab_size=11, " in repr(MODEL)
+    assert len(repr(MODEL).splitlines()) == 5 and "ModelConfig(vocab_size=11, " in repr(MODEL)

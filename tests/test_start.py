@@ -20,10 +20,9 @@ QUICK = ["--training.sample-tokens=0", "--mesh.data=1", "--lens.every=0", "--tra
 TUNE = ["train", *QUICK, "--training.num-steps=3", "--run.folder=tuned", "--model.dropout=0.1"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run, and the same as a Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("start")
+def train_and_convert(folder):
+    """A run, the same as a Hugging Face folder, its text, and another one of the same characters."""
+    (folder / "other.txt").write_text("question not the that, or be be to To:\n" * 40)
     (folder / "input.txt").write_text("To be, or not to be, that is the question:\n" * 40)
     paths = [f"--run.folder={folder / 'run'}", f"--data.path={folder / 'input.txt'}"]
     assert main(["train", *SIZES, *QUICK, *paths, "--training.num-steps=4"]) == 0
@@ -31,12 +30,15 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_and_convert(tmp_path_factory.mktemp("start"))
+
+
 @pytest.fixture
 def here(trained, tmp_path, monkeypatch):
-    """A folder with the trained model, and another text of its characters."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.txt").write_text("question not the that, or be be to To:\n" * 40)
     return tmp_path
 
 

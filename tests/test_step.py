@@ -384,6 +384,8 @@ OPTIMIZERS = {
     "plateau": optax.chain(optax.adam(0.01), optax.contrib.reduce_on_plateau()),  # needs the loss, as `value`
     "sam": optax.contrib.sam(optax.sgd(0.01), optax.sgd(0.1)),  # accepts nothing more
     "finite": optax.apply_if_finite(optax.adamw(0.01), 3),
+    "polyak": optax.polyak_sgd(),  # needs `value`
+    "lbfgs": optax.lbfgs(0.01, linesearch=None),
 }
 
 
@@ -396,6 +398,12 @@ def test_a_step_keeps_all_dtypes_with_optimizers_of_optax(name, dtype):
     state = fd.TrainState.create(apply_fn=model, params=params, tx=OPTIMIZERS[name])
     after, _ = jax.eval_shape(fd.train_step, state, make_batch())
     jax.tree.map(lambda new, old: (new.shape, new.dtype) == (old.shape, old.dtype) or pytest.fail(), after, state)
+
+
+def test_an_optimizer_that_calls_the_loss_by_itself_is_refused():
+    state = fd.TrainState.create(apply_fn=make_state().apply_fn, params=make_state().params, tx=optax.lbfgs())
+    with pytest.raises(fd.UserError, match=r"calls the loss by itself \(value_fn\)"):
+        jax.eval_shape(fd.train_step, state, make_batch())
 
 
 def test_a_state_of_narrow_moments_keeps_them():

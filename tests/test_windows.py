@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.data.windows import Examples, make_windows, train_windows, validation_windows
+from flax_decoder.data.windows import Examples, example_rows, make_windows, validation_windows
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.step import loss_sum
 
@@ -29,8 +29,8 @@ def targets_learned(batches):
 
 def all_batches(examples, windows, *, num_epochs=1, batch_size=2, seed=3):
     num_steps = -(-num_epochs * len(windows) // batch_size)
-    how = {"batch_size": batch_size, "context_length": T, "seed": seed}
-    return [train_windows(examples, windows, step=step, **how) for step in range(num_steps)]
+    numbers = np.arange(num_steps * batch_size).reshape(num_steps, batch_size)
+    return [example_rows(examples, windows, row, seed=seed, context_length=T) for row in numbers]
 
 
 def test_several_examples_share_a_window():
@@ -87,8 +87,8 @@ def test_a_batch_is_a_function_of_seed_and_step():
     np.testing.assert_array_equal(inputs(40, batch_size=5), rows)
     np.testing.assert_array_equal(inputs(40, batch_size=len(windows) * 3), rows)  # a batch of three epochs
     assert (inputs(40, seed=4) != rows).any() and (rows[: len(windows)] != rows[len(windows) : 2 * len(windows)]).any()
-    how = {"seed": 3, "step": 1, "batch_size": 5, "context_length": T}
-    whole, part = (train_windows(examples, windows, **how, rows=rows) for rows in (slice(None), slice(1, 3)))
+    numbers, how = np.arange(5, 10), {"seed": 3, "context_length": T}
+    whole, part = (example_rows(examples, windows, some, **how) for some in (numbers, numbers[1:3]))
     for name, array in part.items():
         np.testing.assert_array_equal(array, whole[name][1:3])
 

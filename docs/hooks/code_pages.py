@@ -11,7 +11,7 @@ from typing import Any
 import annotated_types
 
 from flax_decoder.cli import build_parser
-from flax_decoder.config import SECTIONS, fields_of, fixed_fields
+from flax_decoder.config import SECTIONS, Source, fields_of, fixed_fields
 
 # The packages that have a page of their own, lowest floor first.
 PACKAGES = (
@@ -58,7 +58,7 @@ EXIT_CODES = """## Exit codes
 | 1 | a fault, such as a disk, a damaged checkpoint or NaN; or what was checked does not hold |
 | 2 | something to mend in what was given; nothing was written |
 | 73 | another process uses the run folder |
-| 130, 143 | ended by Ctrl-C or SIGTERM; training saves first |"""
+| 129, 130, 143 | ended by SIGHUP (the terminal was closed), Ctrl-C or SIGTERM; training saves first |"""
 
 BOUNDS = {annotated_types.Gt: "over", annotated_types.Ge: "from", annotated_types.Lt: "under", annotated_types.Le: "to"}
 
@@ -104,7 +104,7 @@ def kind_of(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
     ]
     if origin is tuple:
         return f"list of {kind_of(args[0])}"
-    words = {int: "whole number", float: "number", bool: "`true` · `false`", str: "text"}
+    words = {int: "whole number", float: "number", bool: "`true` · `false`", str: "text", Source: "tables"}
     return ", ".join([words[annotation], *bounds])
 
 

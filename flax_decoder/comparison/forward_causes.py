@@ -262,6 +262,7 @@ def _pairs(x_BTNR: Array, layout: str) -> Array:
 
 def _angles(before: Array, after: Array) -> tuple[Array, float] | None:
     """Angle per position, and the position of the first token, if all tokens turn by such angles."""
+    after = after * (np.linalg.norm(before) / max(float(np.linalg.norm(after)), 1e-300))  # YaRN's magnitude is no angle
     turns_TR = (after * before.conj()).sum((0, 2))
     per_step_R = np.angle(turns_TR[1:] * turns_TR[:-1].conj()).mean(0)
     first_R = np.angle(turns_TR[0])
@@ -289,6 +290,13 @@ def _angle_ratio(row: Mismatch) -> Found:
     ratio = ours.angles / theirs.angles
     constant = same(ratio, np.full_like(ratio, ratio[0])) and not math.isclose(ratio[0], 1, rel_tol=TOLERANCE)
     return constant and {"ratio": ratio[0]}
+
+
+def _magnitude(row: Mismatch) -> Found:
+    """Whether what turns is multiplied by different numbers on the two sides."""
+    turned_H = np.abs(row.theirs - row.input(row.kind.removesuffix("_rotated"))).max((0, 1, 2)) > 0
+    factor = factor_between(row.ours[..., turned_H], row.theirs[..., turned_H])
+    return factor is not None and not math.isclose(abs(factor), 1, rel_tol=TOLERANCE) and {"ratio": factor}
 
 
 def _opposite(row: Mismatch) -> bool:
@@ -383,8 +391,8 @@ def _activation(row: Mismatch, hidden: Array) -> str | None:
 
 
 def _not_added(row: Mismatch) -> Found:
-    written = "feed_forward_output_norm" if row.has("feed_forward_output_norm") else "feed_forward.down"
-    attention, feed_forward = row.attended - row.residual, row.input(written)
+    attention, feed_forward = row.attended - row.residual, row.input(_last_write(row))
+    feed_forward = row.evidence.ours.config.residual_scale * feed_forward
     total = row.attended + feed_forward
     parts = {"the residual": row.residual, "attention": attention, "feed-forward": feed_forward}
     for side, own, _ in row.sides:
@@ -392,6 +400,38 @@ def _not_added(row: Mismatch) -> Found:
             if same(own, total - array):
                 return {"part": part, "side": side}
     return False
+
+
+def _residual_scale(row: Mismatch, own: Array) -> float | None:
+    """How many times a side adds what attention writes to the residual stream, read off the norm behind the sum."""
+    config = row.evidence.ours.config
+    if row.kind == "residual":
+        return factor_between(own - row.residual, row.attended - row.residual + row.input(_last_write(row)))
+    written = "attention_output_norm" if row.has("attention_output_norm") else "attention.out"
+    scale = row.params("scale")
+    normal = np.divide(own - row.params("bias"), scale, out=np.zeros_like(own), where=scale != 0)
+    x, write = row.residual, row.input(written)
+    if config.norm == "layernorm":
+        x, write = (array - array.mean(-1, keepdims=True) for array in (x, write))
+    used = scale != 0
+    # At one position, x + factor * write = size * normal has two unknowns.
+    factors = [
+        np.linalg.lstsq(np.stack([-write_D, normal_D], -1)[used], x_D[used])[0][0]
+        for x_D, write_D, normal_D in zip(
+            *(array.reshape(-1, array.shape[-1]) for array in (x, write, normal)), strict=True
+        )
+    ]
+    return float(np.mean(factors)) if np.allclose(factors, factors[0], rtol=RTOL, atol=0) else None
+
+
+def _last_write(row: Mismatch) -> str:
+    return "feed_forward_output_norm" if row.has("feed_forward_output_norm") else "feed_forward.down"
+
+
+def _plain_embeddings(row: Mismatch, own: Array, other: Array) -> bool:
+    """Whether the embeddings of a side are as they stand in the table, and the other's are not."""
+    tokens_BTD = row.evidence.theirs.array("params", "embedding")[row.evidence.batch["inputs"]]
+    return row.evidence.ours.config.positions != "learned" and factor_between(own, tokens_BTD) is not None
 
 
 def _tied(row: Mismatch, own: Array, other: Array) -> bool:
@@ -418,15 +458,26 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     ("embeddings", _other_positions, "the vectors of positions differ, or are counted from another number"),
     ("embeddings", _some_tokens, "the embeddings of some tokens differ, such as that of token {token}"),
     ("embeddings", _other_table("embedding", "positions"), OTHER),
+    ("embeddings", one_side(_plain_embeddings), "the norm of embeddings: {side} has none"),
     (
         "feed_forward_norm",
         one_side(_parallel),
         "parallel residual: the feed-forward of {side} reads what attention reads, not what it writes",
     ),
     (
+        "feed_forward_norm",
+        unlike(_residual_scale),
+        "residual scale: ours adds {ours:.6g} times what attention writes, PyTorch {theirs:.6g} times",
+    ),
+    (
         "attention_norm",
         _comes_after,
         "the place of the norm: in PyTorch it comes after the sum (post-norm), in ours not",
+    ),
+    (
+        r"attention\.(query|key)_norm",
+        lambda row: same(row.theirs[:, 0], row.ours[:, 0]),  # what stands at position 0 is not turned
+        "the place of the norm of queries and keys: in ours before the rotation, in PyTorch after it",
     ),
     (NORM, unlike(_norm, "kind"), "the norm: ours is {ours.kind}, PyTorch's {theirs.kind}"),
     (NORM, unlike(_norm, "epsilon"), "epsilon of the norm: ours {ours.epsilon:.2g}, PyTorch's {theirs.epsilon:.2g}"),
@@ -444,6 +495,7 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (PROJECTION, _mixed_heads, "heads and head width are mixed up in a reshape"),
     (PROJECTION, _other_weights, OTHER),
     (ROTATED, one_side(_unturned), "rotary positions: {side} does not turn it, in this layer or in all"),
+    (ROTATED, _magnitude, "rotary magnitude: what ours turns is {ratio:.6g} times PyTorch's"),
     (ROTATED, one_side(_no_rotation), "what {side} does to it is no rotation of pairs"),
     (ROTATED, rotation("layout"), "rotary layout: ours turns {ours.layout} pairs, PyTorch {theirs.layout} pairs"),
     (ROTATED, rotation("width"), "rotary fraction: ours turns {ours.width} numbers of a head, PyTorch {theirs.width}"),
@@ -465,8 +517,14 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (r"attention\.heads", one_side(_reads_values), "keys and values are swapped behind their projections in {side}"),
     (r"attention\.heads", one_side(_heads_mixed), "{side} reshapes the heads without transposing them before"),
     (r"feed_forward\.hidden", unlike(_activation), "the activation: ours is {ours}, PyTorch's {theirs}"),
+    (
+        "residual",
+        unlike(_residual_scale),
+        "residual scale: ours adds {ours:.6g} times the writes, PyTorch {theirs:.6g}",
+    ),
     ("residual", _not_added, "{part} is not added in {side}"),
     ("logits", _cap, "a soft cap of {cap:.4g} squashes the logits of {side} only"),
+    ("logits", *PROPORTIONAL),
     ("logits", one_side(_tied), "tied head: {side} takes the embedding for its head, the other side does not"),
     (NOT_SCORES, *PROPORTIONAL),
     ("logits", _other_table("head"), OTHER),

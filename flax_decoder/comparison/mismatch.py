@@ -47,7 +47,7 @@ class Mismatch:
     def kind(self) -> str:
         """The name without layer, step or parameter, such as gradient or attention.query_norm."""
         kind = re.sub(r"^layers\.\d+\.|^step \d+ |(?<=^gradient) .*|(?<=^clipped) .*", "", self.name)
-        normed = kind in ("attention.q", "attention.k") and self.evidence.ours.config.qk_norm != "none"
+        normed = kind in ("attention.q", "attention.k") and self.evidence.ours.config.normalises_before
         return PROJECTIONS.get(kind, kind) + ("_norm" if normed else "")
 
     @property
@@ -113,26 +113,29 @@ class Mismatch:
         if self._is_post_norm:
             return self.input("attention_norm")
         written = "attention_output_norm" if self.has("attention_output_norm") else "attention.out"
-        return self.residual + self.input(written)
+        return self.residual + self.evidence.ours.config.residual_scale * self.input(written)
 
     @property
     def x(self) -> Array:
         """Input of this norm or projection."""
         if self._is_post_norm and self.kind == "attention_norm":
-            return self.residual + self.input("attention.out")
+            return self.residual + self.evidence.ours.config.residual_scale * self.input("attention.out")
         if self._is_post_norm and self.kind == "feed_forward_norm":
-            return self.attended + self.input("feed_forward.down")
+            return self.attended + self.evidence.ours.config.residual_scale * self.input("feed_forward.down")
         source = INPUTS.get(self.kind, "")
+        if source == "feed_forward_norm" and self.evidence.ours.config.shared_norm:
+            source = "attention_norm"
         if self.has(source) and not (self._is_post_norm and source in ("attention_norm", "feed_forward_norm")):
             return self.input(source)
         after_attention = "feed_forward" in self.kind and not self.evidence.ours.config.parallel_residual
         return self.attended if after_attention else self.residual
 
     def params(self, name: str, side: str = "theirs", module: str | None = None) -> Array:
-        """A parameter of this norm or projection, or of another module beside it; 0 for a bias that is not there."""
+        """A parameter of this norm or projection, or of another module beside it; if it is not there, one that does
+        nothing: 0 for a bias, 1 for a scale."""
         path = f"{'' if self._layer is None else 'layers/'}{(module or self.kind).replace('.', '/')}/{name}"
         if path not in self.evidence.theirs.shapes:
-            return np.zeros(1)
+            return np.ones(self.ours.shape[-1]) if name == "scale" else np.zeros(1)
         array: Array = getattr(self.evidence, side).array("params", path)
         return array if self._layer is None else array[self._layer]
 

@@ -171,8 +171,8 @@ def forward_rows(forward: Mapping[str, Any], config: ModelConfig) -> Iterator[tu
     for layer in range(config.num_layers):
         for name in names:
             full = f"layers.{layer}.{name}"
-            # Without a norm of queries and keys, the projections are q and k.
-            is_twin = name in ("attention.query", "attention.key") and config.qk_norm == "none"
+            # Without a norm before the rotation of queries and keys, the projections are q and k.
+            is_twin = name in ("attention.query", "attention.key") and not config.normalises_before
             if full in forward and not is_twin:
                 yield full, floor(layer)
     if config.final_norm:

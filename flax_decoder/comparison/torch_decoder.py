@@ -54,6 +54,7 @@ TABLE = Family(
         Rule("positions.weight", ("positions",)),
         *(rule for path in _NORMS for rule in norm_rules(_in_layers(path), f"layers/{path}")),
         *(rule for path in _PROJECTIONS for rule in linear_rules(_in_layers(path), path)),
+        *norm_rules("embedding_norm", "embedding_norm"),
         *norm_rules("final_norm", "final_norm"),
         Rule("head.bias", ("head_bias",)),
     ),
@@ -71,6 +72,8 @@ class TorchDecoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size or 0, config.embed_dim)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context_length, config.embed_dim)
+        if config.embedding_norm:
+            self.embedding_norm = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
         self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
@@ -81,6 +84,7 @@ class TorchDecoder(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Maps tokens (B, T) to logits (B, T, V)."""
         x = self.embedding(tokens) * self.config.embed_scale
+        x = self.embedding_norm(x) if self.config.embedding_norm else x
         if self.config.positions == "learned":
             x = x + self.positions(torch.arange(tokens.shape[1]))
         elif self.config.positions == "sinusoidal":
@@ -88,7 +92,7 @@ class TorchDecoder(nn.Module):
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x)
-        logits: torch.Tensor = self.head(self.final_norm(x))
+        logits: torch.Tensor = self.head(self.final_norm(x)) * self.config.logit_scale
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -99,27 +103,36 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
         self.position, self.parallel = config.norm_position, config.parallel_residual
+        self.has_shared_norm, self.scale = config.shared_norm, config.residual_scale
         self.attention, self.feed_forward = SelfAttention(config, kind), FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
         if self.position != "output":
-            self.attention_norm, self.feed_forward_norm = make_norm(config), make_norm(config)
+            self.attention_norm = make_norm(config)
+            if not config.shared_norm:
+                self.feed_forward_norm = make_norm(config)
         if self.position in ("both", "output"):
             self.attention_output_norm, self.feed_forward_output_norm = make_norm(config), make_norm(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (B, T, D) to (B, T, D)."""
         if self.position == "post":
-            x = self.attention_norm(x + self.dropout(self.attention(x)))
-            return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+            x = self.attention_norm(x + self.written(self.attention(x)))
+            return self.feed_forward_norm(x + self.written(self.feed_forward(x)))
         if self.position == "output":
-            x = x + self.dropout(self.attention_output_norm(self.attention(x)))
-            return x + self.dropout(self.feed_forward_output_norm(self.feed_forward(x)))
+            x = x + self.written(self.attention_output_norm(self.attention(x)))
+            return x + self.written(self.feed_forward_output_norm(self.feed_forward(x)))
         if self.position == "both":
-            x = x + self.dropout(self.attention_output_norm(self.attention(self.attention_norm(x))))
-            return x + self.dropout(self.feed_forward_output_norm(self.feed_forward(self.feed_forward_norm(x))))
-        attended = x + self.dropout(self.attention(self.attention_norm(x)))
-        h = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
-        return attended + self.dropout(h)
+            x = x + self.written(self.attention_output_norm(self.attention(self.attention_norm(x))))
+            return x + self.written(self.feed_forward_output_norm(self.feed_forward(self.feed_forward_norm(x))))
+        normal = self.attention_norm(x)
+        attended = x + self.written(self.attention(normal))
+        if not self.has_shared_norm:
+            normal = self.feed_forward_norm(x if self.parallel else attended)
+        return attended + self.written(self.feed_forward(normal))
+
+    def written(self, h: torch.Tensor) -> torch.Tensor:
+        """What a part of the block adds to the residual stream."""
+        return self.dropout(h * self.scale)
 
 
 class SelfAttention(nn.Module):
@@ -136,21 +149,32 @@ class SelfAttention(nn.Module):
         self.dot_product = DotProductAttention(config, kind.window)
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
-            self.query_norm = nn.RMSNorm(H if per_head else N * H, eps=config.norm_epsilon)
-            self.key_norm = nn.RMSNorm(H if per_head else K * H, eps=config.norm_epsilon)
+            settings: Any = {"eps": config.norm_epsilon, "elementwise_affine": config.norm_scale}
+            self.query_norm = nn.RMSNorm(H if per_head else N * H, **settings)
+            self.key_norm = nn.RMSNorm(H if per_head else K * H, **settings)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (B, T, D) to (B, T, D)."""
         B, T, _ = x.shape
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.config.qk_norm == "all":
+        if self.config.qk_norm == "all" and self.config.qk_norm_position == "before":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (y.view(B, T, -1, self.config.head_width) for y in (q, k, v))
-        if self.config.qk_norm == "head":
+        before = self.config.qk_norm_position == "before"
+        if self.config.qk_norm == "head" and before:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.positions == "rotary" and self.kind.rotates:
             frequencies = rotary_frequencies(self.config, self.kind.window)
             q, k = (rotate(y, frequencies, self.config.rotary_layout) for y in (q, k))
+            is_stretched = self.kind.window is None or self.config.rotary_window_base is None
+            if self.config.rotary_scaling == "yarn" and is_stretched:
+                factors = torch.ones(self.config.head_width, dtype=q.dtype)
+                factors[: 2 * len(frequencies)] = self.config.rotary_magnitude
+                q, k = q * factors, k * factors
+        if self.config.qk_norm == "head" and not before:
+            q, k = self.query_norm(q), self.key_norm(k)
+        elif self.config.qk_norm == "all" and not before:
+            q, k = self.query_norm(q.flatten(2)).view_as(q), self.key_norm(k.flatten(2)).view_as(k)
         heads, _ = self.dot_product(q, k, v)
         return self.out(heads.reshape(B, T, -1))
 
@@ -199,9 +223,10 @@ class FeedForward(nn.Module):
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm of a residual stream."""
+    settings: Any = {"eps": config.norm_epsilon, "elementwise_affine": config.norm_scale}
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.embed_dim, eps=config.norm_epsilon)
-    return nn.LayerNorm(config.embed_dim, eps=config.norm_epsilon, bias=config.norm_bias)
+        return nn.RMSNorm(config.embed_dim, **settings)
+    return nn.LayerNorm(config.embed_dim, bias=config.norm_bias, **settings)
 
 
 def sinusoidal(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -225,6 +250,16 @@ def rotary_frequencies(config: ModelConfig, window: int | None) -> torch.Tensor:
         low, high = config.rotary_low_frequency_factor, config.rotary_high_frequency_factor
         kept = (config.rotary_original_context * frequencies / (2 * math.pi) - low) / (high - low)
         return torch.lerp(stretched, frequencies, kept.clamp(0, 1))
+    if config.rotary_scaling == "yarn":
+        low, high = (
+            width
+            * math.log(config.rotary_original_context / (2 * math.pi * turns))
+            / (2 * math.log(config.rotary_base))
+            for turns in (config.rotary_high_frequency_factor, config.rotary_low_frequency_factor)
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+        ramp = (torch.arange(width // 2, dtype=torch.float64) - low) / (high - low if high != low else 0.001)
+        return torch.lerp(frequencies, stretched, ramp.clamp(0, 1))
     return frequencies
 
 

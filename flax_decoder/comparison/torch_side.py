@@ -122,10 +122,11 @@ class PyTorchSide:
                 handle.remove()
         for layer, tensors in enumerate(layers):
             recorded |= {f"layers.{layer}.attention.{name}": tensor for name, tensor in tensors.items()}
+        before = ("query_norm", "key_norm") if self.config.normalises_before else ()
         for layer in range(self.config.num_layers):
             prefix = f"layers.{layer}.attention."
             for name, *sources in (("q", "query_norm", "query"), ("k", "key_norm", "key"), ("v", "value")):
-                for source in sources:
+                for source in (source for source in sources if source in before or not source.endswith("_norm")):
                     if prefix + source in recorded:
                         recorded.setdefault(prefix + name, recorded[prefix + source])
         return {name: tensor.detach().cpu().numpy() for name, tensor in recorded.items()}
@@ -226,6 +227,8 @@ class PyTorchSide:
             module_name, _, kind = place.name.rpartition(".")
             if kind == "weight" and not place.rule.paths[0].startswith(("embedding", "positions", "head")):
                 yield module_name, self._output_hook(recorded, place)
+        for module_name, place in self._norms_without_scale():
+            yield module_name, self._output_hook(recorded, place)
         within_layer = next(rule.tensor for rule in self.family.rules if "{}" in rule.tensor)
         layer_name = self.family.prefix + within_layer.split(".{}")[0]
 
@@ -236,6 +239,17 @@ class PyTorchSide:
 
         for layer in range(self.config.num_layers):
             yield f"{layer_name}.{layer}", functools.partial(record_layer, layer)
+
+    def _norms_without_scale(self) -> Iterator[tuple[str, TensorSpec]]:
+        """The names of norms that have no tensors, and where their scales would be."""
+        modules = dict(self.model.named_modules())
+        for rule in self.family.rules if not self.config.norm_scale else ():
+            if rule.paths[0].endswith("norm/scale") and rule.paths[0] not in self.shapes:
+                for layer in range(self.config.num_layers) if "{}" in rule.tensor else [None]:
+                    place = TensorSpec(self.family.prefix + rule.tensor.format(layer), (), rule, layer, [])
+                    module_name = place.name.rpartition(".")[0]
+                    if module_name in modules:
+                        yield module_name, place
 
     def _output_hook(self, recorded: dict[str, torch.Tensor], place: TensorSpec) -> Any:
         rule, prefix = place.rule, "" if place.layer is None else f"layers.{place.layer}."

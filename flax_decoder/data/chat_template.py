@@ -5,12 +5,9 @@ special tokens that the model was trained on. It is downloaded code, so it runs 
 """
 
 import atexit
-import contextlib
 import functools
-import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,6 +19,7 @@ from flax_decoder.data.formats import decode_text
 from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content
+from flax_decoder.io.line_process import LineProcess
 
 # Of the environment of the process that renders: where Python and its libraries are, and the time of day.
 _PASSED_ON = ("PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
@@ -36,7 +34,7 @@ class _Renderer:
     """The process of `chat_renderer.py`: started with the first request, and again after one that has ended it."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: LineProcess | None = None
         self._lock = threading.Lock()
         atexit.register(self.close)
 
@@ -46,10 +44,9 @@ class _Renderer:
         Raises:
             ValueError: the reason why there is none.
         """
-        line = json.dumps({"source": source, "variables": variables}).encode() + b"\n"
         with self._lock:
             try:
-                reply = self._exchange(line)
+                reply = self._exchange({"source": source, "variables": variables})
             except BaseException:  # such as Ctrl-C: the reply would be taken for that of the next request
                 self.close()
                 raise
@@ -57,39 +54,28 @@ class _Renderer:
             raise ValueError(reply["error"])
         return str(reply["text"])
 
-    def _exchange(self, line: bytes) -> dict[str, str]:
+    def _exchange(self, request: dict[str, Any]) -> dict[str, str]:
         process = self._process = self._process or self._start()
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which is told below
-            process.stdin.write(line)
-            process.stdin.flush()
-        reply = process.stdout.readline()
-        if reply.endswith(b"\n"):
-            return dict(json.loads(reply))
+        reply = process.exchange(request)
+        if reply is not None:
+            return dict(reply)
         code = process.wait()
         self.close()
         if code == -signal.SIGPROF:
             return {"error": f"it takes over {chat_renderer.MAX_SECONDS} seconds"}
         return {"error": f"the process that renders it ended with code {code}"}
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> LineProcess:
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        return subprocess.Popen(
-            [sys.executable, "-P", chat_renderer.__file__, str(chat_renderer.MAX_SECONDS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # Ctrl-C ends an answer, not this process
-        )
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        arguments = ["-P", chat_renderer.__file__, str(chat_renderer.MAX_SECONDS)]
+        return LineProcess(arguments, environment, is_quiet=True)
 
     def close(self) -> None:
         """Ends the process, if there is one."""
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
-            with process:  # closes the pipes and waits
-                pass
+            process.close()
 
 
 _renderer = functools.cache(_Renderer)

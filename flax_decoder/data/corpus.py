@@ -9,9 +9,8 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -24,12 +23,23 @@ from flax_decoder.config import DataConfig
 from flax_decoder.data import encoding, formats
 from flax_decoder.data.encoding import Ending, Result, Task
 from flax_decoder.data.example_corpus import has_examples, prepare_examples
-from flax_decoder.data.formats import PART_BYTES
-from flax_decoder.data.plan import Plan, divide, make_plan, paths_of, raise_all, source_hash
-from flax_decoder.data.shards import Corpus, is_corpus, load_corpus, read_facts, shard_name, starts_name, write_facts
+from flax_decoder.data.formats import PART_BYTES, Part
+from flax_decoder.data.plan import Plan, divide, hash_of_files, make_plan, paths_of, raise_all, source_hash
+from flax_decoder.data.shards import (
+    CORPUS,
+    is_corpus,
+    load_corpus,
+    load_one,
+    read_facts,
+    shard_name,
+    starts_name,
+    write_facts,
+)
+from flax_decoder.data.splits import Corpus, Mixture
 from flax_decoder.data.tokenizer import KINDS, Tokenizer, load_tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.io.files import flush_names, make_folder, sha256_of, write_text
+from flax_decoder.io.files import flush_names, make_folder, make_parents, sha256_of, write_text
+from flax_decoder.io.line_process import LineProcess
 from flax_decoder.io.lock import LOCK, FolderLock
 
 TOKENIZER, PLAN = "tokenizer.json", "plan.json"
@@ -85,7 +95,7 @@ def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> S
     raise_all(errors)
     text, name = "".join(texts), ", ".join(paths_of(path))
     if not text or text.isspace():  # strip() would copy it
-        raise UserError(f"{name}: has only white space; give a file with text in it")
+        raise UserError(f"{name}: {'has only white space' if text else 'is empty'}; give a file with text in it")
     return SourceText(text, name, source_hash(DataConfig(path=path)))
 
 
@@ -94,17 +104,19 @@ def prepare_corpus(
     folder: Path,
     tokenizer: Tokenizer | None = None,
     *,
+    plans: Sequence[Plan | Path] | None = None,
     model_folder: Path | None = None,
     context_length: int | None = None,
     num_processes: int | None = None,
     progress: Progress = no_progress,
-) -> tuple[Tokenizer, Corpus]:
+) -> tuple[Tokenizer, Corpus | Mixture]:
     """Makes a corpus of the texts or conversations that `data` names, or takes one that is prepared already.
 
     Args:
         data: which texts, and how they become tokens.
         folder: exists. It gets the corpus and its tokenizer.json; what an interrupted call has finished in it is kept.
         tokenizer: that of the model, if it has one already, in place of the one of `data`.
+        plans: from `make_plans` with the same arguments, if they were made before.
         model_folder: for conversations, where the model's chat template is.
         context_length: for conversations, T.
         num_processes: by default one for a small text, else as many as there are cores.
@@ -114,19 +126,21 @@ def prepare_corpus(
         UserError: a text or the tokenizer cannot be used.
         FaultError: the folder cannot be written.
     """
-    paths = paths_of(data.path)
     try:
-        if len(paths) == 1 and is_corpus(paths[0]):
-            return _take_prepared(data, Path(paths[0]), folder, tokenizer)
-        if has_examples(data):
+        if plans is None and has_examples(data):
             if context_length is None:
                 raise UserError(
-                    f"{', '.join(paths)}: has conversations, which each run prepares for its own model; give it to "
-                    "train.py with --data.path"
+                    f"{', '.join(paths_of(data.path))}: has conversations, which each run prepares for its own model; "
+                    "give it to train.py with --data.path"
                 )
             tokenizer = prepare_examples(data, folder, tokenizer, model_folder, context_length, progress)
-            return tokenizer, load_corpus(folder)
-        return _prepare(data, folder, tokenizer, num_processes, progress)
+            return tokenizer, load_one(folder)
+        plans = plans or make_plans(data, tokenizer)
+        if data.mixture is not None:
+            return _prepare_mixture(data, folder, tokenizer, plans, num_processes, progress)
+        if isinstance(plans[0], Path):
+            return _take_prepared(data, plans[0], folder, tokenizer)
+        return _prepare(data, folder, plans[0], num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
 
@@ -145,11 +159,13 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
         InUseError: another process is at it.
         FaultError: the folder cannot be written.
     """
+    if data.mixture is not None:
+        raise UserError("data.mixture: prepare each of its sources in a folder of its own, all with one tokenizer.json")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: exists; give a new folder")
     unfinished = out.with_name(f".{out.name}.unfinished")
     try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        make_parents(unfinished)
         make_folder(unfinished)
         with FolderLock() as lock:
             lock.take(unfinished)
@@ -164,20 +180,115 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
             flush_names(out.parent)
     except OSError as error:
         raise FaultError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return load_corpus(out)
+    return load_one(out)
+
+
+def make_plans(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Plan | Path]:
+    """What is to be done for each source of a text: see `make_plan`; or its folder, if it was prepared before.
+
+    Args:
+        data: see `make_plan`.
+        tokenizer: see `make_plan`.
+
+    Raises:
+        UserError: see `make_plan`; or prepared sources have different tokenizers.
+    """
+    prepared = [prepared_folder(source) for source, _ in data.sources]
+    if data.mixture is not None:
+        for source, _ in data.sources:
+            if has_examples(source):
+                raise UserError(
+                    f"{', '.join(paths_of(source.path))}: has conversations, which are not mixed with texts; train on "
+                    "them alone: --data.path"
+                )
+        tokenizer = tokenizer or _common_tokenizer(prepared)
+    return [folder or make_plan(source, tokenizer) for folder, (source, _) in zip(prepared, data.sources, strict=True)]
+
+
+def _prepare_mixture(
+    data: DataConfig,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    plans: Sequence[Plan | Path],
+    num_processes: int | None,
+    progress: Progress,
+) -> tuple[Tokenizer, Corpus | Mixture]:
+    """A corpus of each source in a folder of its own, all with one tokenizer."""
+    sources = [source for source, _ in data.sources]
+    made = [plan for plan in plans if isinstance(plan, Plan)]
+    tokenizer = (
+        tokenizer
+        or _common_tokenizer([plan for plan in plans if isinstance(plan, Path)])
+        or made[0].tokenizer
+        or _make_tokenizer(made, data, folder, num_processes)
+    )
+    write_tokenizer(folder / TOKENIZER, tokenizer)
+    all_bytes, before = sum(plan.num_bytes for plan in made), [0, 0]
+
+    def go_on(done_bytes: int, _: int, documents: int) -> None:
+        progress(before[0] + done_bytes, all_bytes, before[1] + documents)
+
+    for index, (source, plan) in enumerate(zip(sources, plans, strict=True)):
+        inner = folder / str(index)
+        if inner.exists():  # of an interrupted call, perhaps with another tokenizer
+            shutil.rmtree(inner)
+        make_folder(inner)
+        if isinstance(plan, Plan):
+            corpus = _encode(plan, source, inner, tokenizer, num_processes, go_on)
+            before = [before[0] + plan.num_bytes, before[1] + corpus.num_documents]
+        else:
+            _take_prepared(source, plan, inner, tokenizer)
+        (inner / TOKENIZER).unlink()
+    names = _names_of([paths_of(source.path)[0] for source in sources])
+    facts = [
+        {"name": name, "weight": weight, "sha256": sha256_of(folder / str(index) / CORPUS)}
+        for index, (name, (_, weight)) in enumerate(zip(names, data.sources, strict=True))
+    ]
+    write_facts(folder, {"mixture": facts})
+    return tokenizer, load_corpus(folder)
+
+
+def _common_tokenizer(folders: Sequence[Path | None]) -> Tokenizer | None:
+    """The tokenizer of all prepared sources of a mixture; raises UserError if two differ."""
+    prepared = [folder for folder in folders if folder is not None]
+    tokenizers = [load_tokenizer(path / TOKENIZER) for path in prepared if read_facts(path)]
+    for path, tokenizer in zip(prepared, tokenizers, strict=True):
+        if tokenizer.to_json() != tokenizers[0].to_json():
+            raise UserError(
+                f"{path}: was prepared with another tokenizer than {prepared[0]}; prepare it again with "
+                f"--data.tokenizer {prepared[0] / TOKENIZER}"
+            )
+    return tokenizers[0] if tokenizers else None
+
+
+def _names_of(paths: Sequence[str]) -> list[str]:
+    """A short name for each source of a mixture, from its path: safe to print and to log, no two alike."""
+    names: list[str] = []
+    for path in paths:
+        words = [re.sub(r"[^A-Za-z0-9]+", "-", part.lstrip(".").split(".")[0]) for part in reversed(Path(path).parts)]
+        word = next(filter(None, (word.strip("-")[:28] for word in words)), "source")
+        numbered = (f"{word}-{count}" for count in range(2, len(paths) + 2))
+        names.append(next(name for name in (word, *numbered) if name not in names))
+    return names
+
+
+def prepared_folder(data: DataConfig) -> Path | None:
+    """The corpus that `data` names, if it was prepared before."""
+    paths = paths_of(data.path)
+    return Path(paths[0]) if len(paths) == 1 and is_corpus(paths[0]) else None
 
 
 def _prepare(
-    data: DataConfig, folder: Path, tokenizer: Tokenizer | None, num_processes: int | None, progress: Progress
+    data: DataConfig, folder: Path, plan: Plan, num_processes: int | None, progress: Progress
 ) -> tuple[Tokenizer, Corpus]:
-    if tokenizer is None and data.tokenizer not in ("char", "bpe"):
-        tokenizer = make_tokenizer(data.tokenizer, "", data.bpe_vocab_size)
-    plan = make_plan(data, () if tokenizer is None else tokenizer.end_ids)
-    if num_processes is None:
-        num_processes = 1 if plan.num_bytes <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     _keep_what_is_done(plan, data, folder)
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(plan, data, folder, num_processes)
+    tokenizer = plan.tokenizer or _make_tokenizer([plan], data, folder, num_processes)
+    return tokenizer, _encode(plan, data, folder, tokenizer, num_processes, progress)
+
+
+def _encode(
+    plan: Plan, data: DataConfig, folder: Path, tokenizer: Tokenizer, num_processes: int | None, progress: Progress
+) -> Corpus:
     write_tokenizer(folder / TOKENIZER, tokenizer)
     item_bytes = 2 if tokenizer.vocab_size <= 2**16 else 4
     ending = ending_of(plan, data, tokenizer)
@@ -205,7 +316,7 @@ def _prepare(
             raise UserError(f"{source}: has only white space, or nothing, for {name}; give files with text in them")
     facts = {
         "source": source,
-        "sha256": source_hash(data),
+        "sha256": hash_of_files(plan.listing.files),
         "what_was_read": _what_was_read(plan, [*results.values()], folder),
         "item_bytes": item_bytes,
         "tokenizer_sha256": sha256_of(folder / TOKENIZER),
@@ -216,19 +327,17 @@ def _prepare(
     for path in folder.iterdir():
         if path.name == PLAN or path.suffix in (".hashes", ".done"):
             path.unlink()
-    return tokenizer, load_corpus(folder)
+    return load_one(folder)
 
 
 def source_identity(data: DataConfig) -> str:
     """The SHA-256 that the corpus of these texts has; raises UserError if they cannot be read."""
-    paths = paths_of(data.path)
-    if len(paths) == 1 and is_corpus(paths[0]):
-        return str(read_facts(Path(paths[0]))["sha256"])
-    return source_hash(data)
+    prepared = prepared_folder(data)
+    return source_hash(data) if prepared is None else str(read_facts(prepared)["sha256"])
 
 
 def require_fit(
-    corpus: Corpus, tokenizer: Tokenizer, data: DataConfig, context_length: int, vocab_size: int | None
+    corpus: Corpus | Mixture, tokenizer: Tokenizer, data: DataConfig, context_length: int, vocab_size: int | None
 ) -> None:
     """Raises UserError if a corpus does not fit a model.
 
@@ -245,14 +354,19 @@ def require_fit(
             f"{tokenizer.vocab_size} tokens on {corpus.source}; raise it to that, or leave it to the tokenizer: "
             "--model.vocab-size none"
         )
+    for source in corpus.sources:
+        _require_windows(source.corpus, data, context_length)
+
+
+def _require_windows(corpus: Corpus, data: DataConfig, context_length: int) -> None:
     for part, split, fraction in (
         ("training", corpus.train, f"first {100 * (1 - data.validation_fraction):g} %"),
         ("validation", corpus.validation, f"last {100 * data.validation_fraction:g} %"),
     ):
-        if not corpus.has_examples and len(split.tokens) < context_length + 1:
+        if not corpus.train.has_examples and split.num_tokens < context_length + 1:
             source = f"{corpus.source} ({fraction})" if data.validation_path is None else corpus.source
             raise UserError(
-                f"the {part} part of {source} has {len(split.tokens)} tokens, but context_length = {context_length} "
+                f"the {part} part of {source} has {split.num_tokens} tokens, but context_length = {context_length} "
                 f"needs at least {context_length + 1}: use a longer text or a smaller model.context_length"
             )
 
@@ -289,11 +403,11 @@ def _keep_what_is_done(plan: Plan, data: DataConfig, folder: Path) -> None:
     write_text(folder / PLAN, fingerprint)
 
 
-def _make_tokenizer(plan: Plan, data: DataConfig, folder: Path, num_processes: int) -> Tokenizer:
+def _make_tokenizer(plans: Sequence[Plan], data: DataConfig, folder: Path, num_processes: int | None) -> Tokenizer:
     """A char tokenizer of all text, or a bpe tokenizer of the training text."""
     with contextlib.suppress(UserError):  # of an interrupted call
         return load_tokenizer(folder / TOKENIZER)
-    tokens = next((part.path for part in plan.parts if part.format == "tokens"), None)
+    tokens = next((part.path for plan in plans for part in plan.parts if part.format == "tokens"), None)
     if tokens is not None:
         raise UserError(
             f"{tokens}: holds tokens, but data.tokenizer = {data.tokenizer}; give the path of the tokenizer.json that "
@@ -302,17 +416,18 @@ def _make_tokenizer(plan: Plan, data: DataConfig, folder: Path, num_processes: i
     if data.tokenizer == "char":
         separator = "\n" if data.document_separator is None else data.document_separator
         # A char vocabulary without a character of the validation text could not encode it.
-        tasks = [Task(group, "", data.text_field, Ending()) for group in plan.shards(plan.parts)]
+        tasks = [Task(group, "", data.text_field, Ending()) for plan in plans for group in plan.shards(plan.parts)]
         results = list(_run(tasks, None, folder, num_processes, no_progress))
         raise_all([error for result in results for error in result.errors])
-        return make_tokenizer("char", ["" if plan.is_one_text else separator, *(r.characters for r in results)], 0)
-    return make_tokenizer("bpe", _sample(plan, data), data.bpe_vocab_size)
+        between = "" if all(plan.is_one_text for plan in plans) else separator
+        return make_tokenizer("char", [between, *(result.characters for result in results)], 0)
+    return make_tokenizer("bpe", _sample([part for plan in plans for part in plan.train], data), data.bpe_vocab_size)
 
 
-def _sample(plan: Plan, data: DataConfig) -> Iterator[str]:
+def _sample(parts: Sequence[Part], data: DataConfig) -> Iterator[str]:
     """Training text of at most about `data.bpe_train_bytes`: the beginning of each part."""
-    share = min(data.bpe_train_bytes / sum(part.num_bytes for part in plan.train), 1)
-    for part in plan.train:
+    share = min(data.bpe_train_bytes / sum(part.num_bytes for part in parts), 1)
+    for part in parts:
         rest = part.num_bytes * share if share < 1 else float("inf")
         for piece in formats.pieces_of(part, data.text_field):
             text = piece.text if len(piece.text) <= rest else piece.text[: int(rest)]
@@ -323,10 +438,12 @@ def _sample(plan: Plan, data: DataConfig) -> Iterator[str]:
 
 
 def _run(
-    tasks: Sequence[Task], tokenizer: Tokenizer | None, folder: Path, num_processes: int, progress: Progress
+    tasks: Sequence[Task], tokenizer: Tokenizer | None, folder: Path, num_processes: int | None, progress: Progress
 ) -> list[Result]:
     """The results of tasks, in their order; `tokenizer` is that in the folder."""
     sizes = [sum(part.num_bytes for part in task.parts) for task in tasks]
+    if num_processes is None:
+        num_processes = 1 if sum(sizes) <= _SINGLE_PROCESS_BYTES else len(os.sched_getaffinity(0))
     results: dict[int, Result] = {}
 
     def note(index: int, result: Result) -> None:
@@ -339,17 +456,19 @@ def _run(
             note(index, encoding.perform(task, tokenizer))
         return [results[index] for index in range(len(tasks))]
 
+    arguments = ["-m", encoding.__name__, *([] if tokenizer is None else [str(folder / TOKENIZER)])]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # one thread each
     with contextlib.ExitStack() as stack:
-        free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        free: queue.SimpleQueue[LineProcess] = queue.SimpleQueue()
         for _ in range(min(num_processes, len(tasks))):
-            free.put(stack.enter_context(_Worker(None if tokenizer is None else folder / TOKENIZER)))
+            free.put(stack.enter_context(contextlib.closing(LineProcess(arguments, environment))))
 
         def perform(task: Task) -> Result:
-            worker = free.get()
+            process = free.get()
             try:
-                return worker.perform(task)
+                return _performed(task, process)
             finally:
-                free.put(worker)
+                free.put(process)
 
         with ThreadPoolExecutor(num_processes) as threads:
             futures = {threads.submit(perform, task): index for index, task in enumerate(tasks)}
@@ -358,54 +477,19 @@ def _run(
                     note(futures[future], future.result())
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
-                stack.close()  # ends the workers, and with them the threads that wait for them
+                stack.close()  # ends the processes, and with them the threads that wait for them
                 raise
     return [results[index] for index in range(len(tasks))]
 
 
-class _Worker:
-    """A process that performs tasks. It ends when this one does, as its standard input ends."""
-
-    def __init__(self, tokenizer: Path | None):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", encoding.__name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # One thread each; and a Ctrl-C of the terminal is for this process alone.
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            process_group=0,
-        )
-        self._send(None if tokenizer is None else str(tokenizer))
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _send(self, document: Any) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end is seen when the reply is read
-            self._process.stdin.write(json.dumps(document).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def perform(self, task: Task) -> Result:
-        """Has a task performed; raises FaultError if the process ends, or cannot write."""
-        assert self._process.stdout is not None
-        self._send(dataclasses.asdict(task))
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise FaultError(f"a process that reads texts has ended with code {code}; is there enough memory?")
-        reply = json.loads(line)
-        if "fault" in reply:
-            raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
-        return Result(**reply)
+def _performed(task: Task, process: LineProcess) -> Result:
+    """The result of a task in a process of `encoding`; raises FaultError if that ends, or cannot write."""
+    reply = process.exchange(dataclasses.asdict(task))
+    if reply is None:
+        raise FaultError(f"a process that reads texts has ended with code {process.wait()}; is there enough memory?")
+    if "fault" in reply:
+        raise FaultError(f"{task.output}: cannot be written: {reply['fault']}")
+    return Result(**reply)
 
 
 def _what_was_read(plan: Plan, results: Sequence[Result], folder: Path) -> str:
@@ -473,4 +557,4 @@ def _take_prepared(
             os.link(prepared / name, target, follow_symlinks=False)
         except OSError:  # another file system, or one without such links
             shutil.copyfile(prepared / name, target, follow_symlinks=False)
-    return own, load_corpus(folder)
+    return own, load_one(folder)

@@ -1,7 +1,7 @@
 """Parts of files -> a shard of tokens. Run as a program, it does so for a process that sends it tasks.
 
-It reads tasks and writes results, one JSON object a line, until its standard input ends. The first line is the path of
-the tokenizer.
+It reads tasks and writes results, one JSON object a line, until its standard input ends. Its argument is the path of
+the tokenizer, if the tasks need one.
 """
 
 import contextlib
@@ -251,8 +251,7 @@ def task_of(document: dict[str, Any]) -> Task:
 
 def main() -> None:
     """Performs tasks until there are no more."""
-    path = json.loads(sys.stdin.buffer.readline())
-    tokenizer = None if path is None else load_tokenizer(path)
+    tokenizer = load_tokenizer(sys.argv[1]) if len(sys.argv) > 1 else None
     for line in sys.stdin.buffer:
         try:
             reply: dict[str, Any] = dataclasses.asdict(perform(task_of(json.loads(line)), tokenizer))

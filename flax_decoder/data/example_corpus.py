@@ -16,13 +16,13 @@ from flax_decoder.data.formats import Part, format_of, open_unpacked
 from flax_decoder.data.listing import list_files
 from flax_decoder.data.plan import divide, paths_of, raise_all, source_hash
 from flax_decoder.data.shards import (
-    ExampleSplit,
     is_corpus,
     learned_name,
     shard_name,
     starts_name,
     write_facts,
 )
+from flax_decoder.data.splits import ExampleSplit
 from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer, write_tokenizer
 from flax_decoder.data.windows import Examples
 from flax_decoder.errors import UserError
@@ -41,8 +41,8 @@ def has_examples(data: DataConfig) -> bool:
     Raises:
         UserError: a path names nothing, or the file cannot be read.
     """
-    paths = paths_of(data.path)
-    if any(map(is_corpus, paths)):
+    paths = () if data.mixture is not None else paths_of(data.path)
+    if not paths or any(map(is_corpus, paths)):
         return False
     files = list_files(paths, lambda path: format_of(path) is not None).files
     file = next((file for file in files if (format_of(file) or ("",))[0] == "lines"), None)

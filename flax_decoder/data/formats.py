@@ -15,13 +15,14 @@ import os
 import shlex
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 import numpy as np
 
 from flax_decoder.data.listing import BUILT_IN
-from flax_decoder.errors import UserError
+from flax_decoder.errors import DEVICE_FAILS, FaultError, UserError
 from flax_decoder.io.files import open_regular
 from flax_decoder.io.strict_json import shown
 
@@ -64,9 +65,9 @@ class Part:
     Attributes:
         path: of the file; `BUILT_IN` for the built-in text.
         format: "text", "lines" (of JSON), "parquet", "arrow" or "tokens".
-        packing: "gz", "zst" or "" (none).
-        start: where it begins: in a text a byte (a character, if that is packed or in UTF-16); in lines a byte (a line,
-            if they are packed); in a table a row; in tokens a token.
+        packing: "gz", "zst", "utf-16" or "" (none). A packed text or packed lines can only be read from the start on.
+        start: where it begins: the number of a byte of a text or of lines, of a character of a packed text, of a line
+            of packed lines, of a row of a table, or of a token.
         stop: where it ends; None is the end of the file.
         num_bytes: about its size on disk, for weighing parts against each other.
     """
@@ -77,11 +78,6 @@ class Part:
     start: int
     stop: int | None
     num_bytes: int
-
-    @property
-    def begins_inside(self) -> bool:
-        """Whether it begins in the middle of a document."""
-        return self.format == "text" and self.start > 0
 
 
 class Piece(NamedTuple):
@@ -118,16 +114,18 @@ def parts_of(path: Path) -> list[Part]:
     if str(path) == BUILT_IN:
         num_bytes = len(built_in_text().encode())
         return [Part(BUILT_IN, "text", "", 0, num_bytes, num_bytes)]
-    format, packing = format_of(path) or (
-        "text",
-        "gz" if path.suffix == ".gz" else "zst" if path.suffix == ".zst" else "",
-    )
-    with _open(path) as file:
-        num_bytes, beginning = os.fstat(file.fileno()).st_size, file.peek(16)[:16]  # type: ignore[attr-defined]
+    format, packing = format_of(path) or ("text", _PACKINGS.get(path.suffix.lower(), ""))
+    with open_file(path) as file:
+        num_bytes, head = os.fstat(file.fileno()).st_size, file.peek()
     if not packing and format in ("text", "lines"):
         for mark, what in _BEGINNINGS.items():
-            if beginning.startswith(mark):
+            if head.startswith(mark):
                 raise UserError(f"{path}: is {what}")
+    if not packing and format == "text":
+        if _is_utf16(head):
+            packing = "utf-16"
+        elif 0 in head:  # this raises: a large binary file is refused without reading all of it
+            decode_text(head[: head.index(0) + 1], str(path), _how_to_convert(path))
     whole = Part(str(path), format, packing, 0, None, num_bytes)
     if format in ("parquet", "arrow"):
         num_rows = _count_rows(whole)
@@ -138,13 +136,13 @@ def parts_of(path: Path) -> list[Part]:
         tokens = open_tokens(path)
         whole = dataclasses.replace(whole, stop=len(tokens))
         borders = [*range(0, len(tokens), PART_BYTES // tokens.itemsize), len(tokens)] if len(tokens) else []
-    elif packing or _is_utf16(beginning):
+    elif packing:
         borders = []
     else:
         whole = dataclasses.replace(whole, stop=num_bytes)
         nominal = range(PART_BYTES, num_bytes - PART_BYTES // 2, PART_BYTES)
         find = _next_line if format == "lines" else _next_cut
-        with _open(path) as file:
+        with open_file(path) as file:
             borders = sorted({0, *(min(find(file, offset), num_bytes) for offset in nominal), num_bytes})
     if len(borders) < 3:
         return [whole]
@@ -173,12 +171,12 @@ def split(part: Part, fraction: float, end_ids: tuple[int, ...] = ()) -> tuple[P
     border = start + int((stop - start) * fraction)
     if part.format == "tokens":
         border = _after_end(open_tokens(path), border, stop, end_ids)
-    elif part.format == "text" and part.packing == "" and stop - start <= 2 * PART_BYTES and not _is_utf16_file(part):
+    elif part.format == "text" and part.packing == "" and stop - start <= 2 * PART_BYTES:
         text = "".join(piece.text for piece in pieces_of(part, ""))  # by characters
         mark = 3 if start == 0 and _has_mark(part) else 0
         border = start + mark + len(text[: int(len(text) * fraction)].encode("utf-8", "surrogatepass"))
-    elif part.packing == "" and part.format in ("text", "lines") and not _is_utf16_file(part):
-        with _open(path) as file:
+    elif part.packing == "" and part.format in ("text", "lines"):
+        with open_file(path) as file:
             if part.format == "text":
                 border = _next_cut(file, border)
             else:
@@ -211,9 +209,7 @@ def pieces_of(part: Part, text_field: str) -> Iterator[Piece]:
         is_last = part.stop is None or part.stop >= len(text.encode())
         return iter([Piece(piece, part.start == 0, is_last)])
     if part.format == "text":
-        if part.packing or _is_utf16_file(part):
-            return _stream_pieces(part)
-        return _text_pieces(part)
+        return _stream_pieces(part) if part.packing else _text_pieces(part)
     rows = _json_rows(part, text_field) if part.format == "lines" else _table_rows(part, text_field)
     return (Piece(_checked_text(text, part, row), row=row) for row, text in rows)
 
@@ -229,7 +225,7 @@ def place_of(part: Part, row: int | None) -> str:
 
 def looks_like_json_lines(path: Path) -> bool:
     """Whether a file that is read as a text has a JSON object in each of its first lines."""
-    with _open(path) as file:
+    with open_file(path) as file:
         lines = file.read(100_000).split(b"\n")[:3]
     try:
         return lines[0][:1] == b"{" and all(isinstance(json.loads(line), dict) for line in lines[: len(lines) - 1 or 1])
@@ -278,7 +274,7 @@ def open_tokens(path: Path) -> np.ndarray:
     Raises:
         UserError: it is neither.
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         num_bytes, beginning = os.fstat(file.fileno()).st_size, file.read(8)
     try:
         if path.suffix.lower() == ".npy":
@@ -298,15 +294,17 @@ def open_tokens(path: Path) -> np.ndarray:
         ) from None
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Opens a file that a corpus names; raises UserError."""
     try:
-        return cast(BinaryIO, open_regular(path))
+        return open_regular(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file; give a text file, a folder of texts or a glob") from None
     except PermissionError:
         raise UserError(f"{path}: there is no permission to read it; chmod u+r {shlex.quote(str(path))}") from None
     except OSError as error:
+        if error.errno in DEVICE_FAILS:
+            raise FaultError(f"{path}: cannot be read: {error.strerror}") from error
         raise UserError(f"{path}: cannot be read: {error.strerror}; give a text file") from None
 
 
@@ -317,17 +315,10 @@ def _is_utf16(beginning: bytes) -> bool:
     return beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
-def _is_utf16_file(part: Part) -> bool:
-    if part.format != "text" or part.packing or part.path == BUILT_IN:
-        return False
-    with _open(Path(part.path)) as file:
-        return _is_utf16(file.read(2))
-
-
 def _has_mark(part: Part) -> bool:
     if part.path == BUILT_IN:
         return False
-    with _open(Path(part.path)) as file:
+    with open_file(Path(part.path)) as file:
         return file.read(3) == codecs.BOM_UTF8
 
 
@@ -350,37 +341,20 @@ def _next_cut(file: BinaryIO, offset: int) -> int:
 def _text_pieces(part: Part) -> Iterator[Piece]:
     """A text in UTF-8, or a range of it, as one piece."""
     path, stop = Path(part.path), cast(int, part.stop)
-    with _open(path) as file:
+    with open_file(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
         file.seek(max(part.start - _BEFORE_BYTES, 0))
         before = file.read(min(part.start, _BEFORE_BYTES)).decode("utf-8", "ignore")
-        content = b"".join(_blocks_without_nul(file, path, part.start, stop))
+        content = file.read(stop - part.start)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, part.start + error.start, content[error.start]) from None
+    if "\0" in text:
+        raise _not_utf8(path, part.start + content.index(0), 0)
     if part.start == 0:
         text = text.removeprefix("\ufeff")
     yield Piece(text, part.start == 0, stop >= num_bytes, before)
-
-
-def _blocks_without_nul(file: BinaryIO, path: Path, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes of a range; a large binary file is refused without reading all of it."""
-    while start < stop:
-        block = file.read(min(_READ_BYTES, stop - start))
-        if not block:
-            return
-        if 0 in block:
-            offset = block.index(0)
-            head = block[:offset]
-            try:
-                head.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if error.end < len(head) or error.reason != "unexpected end of data":
-                    raise _not_utf8(path, start + error.start, head[error.start]) from None
-            raise _not_utf8(path, start + offset, 0)
-        yield block
-        start += len(block)
 
 
 def _not_text(name: str, encoding: str, byte: int, offset: int, line: int, advice: str) -> UserError:
@@ -391,17 +365,18 @@ def _not_text(name: str, encoding: str, byte: int, offset: int, line: int, advic
 
 
 def _not_utf8(path: Path, offset: int, byte: int) -> UserError:
+    return _not_text(str(path), "utf-8", byte, offset, _line_number(path, offset), _how_to_convert(path))
+
+
+def _how_to_convert(path: Path) -> str:
     converted = path.with_suffix(".utf8" + path.suffix)
-    advice = (
-        f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
-    )
-    return _not_text(str(path), "utf-8", byte, offset, _line_number(path, offset), advice)
+    return f"convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > {shlex.quote(str(converted))}"
 
 
 def _line_number(path: Path, offset: int) -> int:
     """The line, from 1, that has a byte of a file."""
     newlines = 0
-    with _open(path) as file:
+    with open_file(path) as file:
         while offset > 0 and (block := file.read(min(_READ_BYTES, offset))):
             newlines += block.count(b"\n")
             offset -= len(block)
@@ -453,7 +428,7 @@ def _characters(part: Part) -> Iterator[str]:
 @contextlib.contextmanager
 def _unpacked(part: Part) -> Iterator[BinaryIO]:
     path = Path(part.path)
-    with _open(path) as file:
+    with open_file(path) as file:
         if part.packing == "gz":
             yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
         elif part.packing == "zst":
@@ -461,7 +436,7 @@ def _unpacked(part: Part) -> Iterator[BinaryIO]:
                 import zstandard
             except ImportError:
                 raise _needs_extra(path, "zstandard") from None
-            yield cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+            yield cast(BinaryIO, _Zstandard(file, zstandard.ZstdDecompressor()))
         else:
             yield file
 
@@ -482,6 +457,7 @@ class _Checked(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, part: Part):
         self._file, self._part, self._position = file, part, 0
+        self._rest = b""
 
     def readable(self) -> bool:
         return True
@@ -490,10 +466,36 @@ class _Checked(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        block = _read(self._file, self._part, len(buffer))
+        block = self._rest or _read(self._file, self._part, len(buffer))  # may be more than that
+        block, self._rest = block[: len(buffer)], block[len(buffer) :]
         buffer[: len(block)] = block
         self._position += len(block)
         return len(block)
+
+
+class _Zstandard:
+    """A packed file of one or more frames. The package's own reader would take one that is cut off for a whole one."""
+
+    _INPUT_BYTES = 4096  # a malicious frame makes up to 128 MB of them
+
+    def __init__(self, file: BinaryIO, decompressor: Any):
+        self._file, self._decompressor = file, decompressor
+        self._frame: Any = None
+
+    def read(self, size: int) -> bytes:
+        """Reads at least `size` bytes, unless the file ends; raises EOFError if it ends inside of a frame."""
+        parts, length = [], 0
+        while length < size and (block := self._file.read(self._INPUT_BYTES)):
+            while block:
+                self._frame = self._frame or self._decompressor.decompressobj()
+                parts.append(self._frame.decompress(block))
+                length += len(parts[-1])
+                block = b""
+                if self._frame.eof:
+                    block, self._frame = self._frame.unused_data, None
+        if length < size and self._frame is not None:
+            raise EOFError("it ends inside of a frame")
+        return b"".join(parts)
 
 
 def _read(file: BinaryIO, part: Part, size: int) -> bytes:
@@ -702,7 +704,7 @@ def _parquet(part: Part) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise _needs_extra(path, "pyarrow") from None
-    _open(path).close()
+    open_file(path).close()
     with _as_user_error(part):
         return pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
 
@@ -728,7 +730,7 @@ def _arrow_batches(part: Part) -> Iterator[Any]:
         import pyarrow
     except ImportError:
         raise _needs_extra(Path(part.path), "pyarrow") from None
-    _open(Path(part.path)).close()
+    open_file(Path(part.path)).close()
     with pyarrow.memory_map(part.path) as source:
         if source.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)

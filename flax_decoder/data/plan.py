@@ -13,8 +13,8 @@ from flax_decoder.data import formats
 from flax_decoder.data.formats import PART_BYTES, Part, format_of, parts_of
 from flax_decoder.data.listing import BUILT_IN, Listing, list_files
 from flax_decoder.data.shards import hash_of_hashes
+from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer
 from flax_decoder.errors import FolderWarning, UserError
-from flax_decoder.io.files import sha256_of
 
 _MAX_SHARDS = 2000  # in larger corpora the shards are larger
 _MAX_SHOWN_ERRORS = 20
@@ -30,6 +30,7 @@ class Plan:
         listing: where they are from.
         num_empty: empty files, which were passed over.
         cut: the text in whose middle the validation split begins; None if it begins with a document.
+        tokenizer: the one for it, unless it is to be made of the texts.
     """
 
     train: list[Part]
@@ -37,6 +38,7 @@ class Plan:
     listing: Listing
     num_empty: int
     cut: str | None
+    tokenizer: Tokenizer | None
 
     @property
     def parts(self) -> list[Part]:
@@ -79,16 +81,19 @@ def paths_of(path: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (path,) if isinstance(path, str) else path
 
 
-def make_plan(data: DataConfig, end_ids: tuple[int, ...] = ()) -> Plan:
-    """Lists and divides the files of a corpus.
+def make_plan(data: DataConfig, tokenizer: Tokenizer | None = None) -> Plan:
+    """Lists and divides the files of a corpus, and reads the tokenizer that `data` names.
 
     Args:
         data: which texts, and how they are split.
-        end_ids: what ends a document in files of tokens.
+        tokenizer: that of the model, if it has one already, in place of the one of `data`.
 
     Raises:
         UserError: files cannot be used; the message has all of them.
     """
+    if tokenizer is None and data.tokenizer not in ("char", "bpe"):
+        tokenizer = make_tokenizer(data.tokenizer, "", data.bpe_vocab_size)
+    end_ids = () if tokenizer is None else tokenizer.end_ids
     parts, listing, num_empty, errors = divide(data.path)
     validation: list[Part] = []
     if data.validation_path is not None:
@@ -106,17 +111,18 @@ def make_plan(data: DataConfig, end_ids: tuple[int, ...] = ()) -> Plan:
             parts, validation, cut = split_parts(parts, data.validation_fraction, end_ids)
         except UserError as error:
             raise_all(_unreadable(parts, data.text_field) or [str(error)])
-    return Plan(parts, validation, listing, num_empty, cut)
+    return Plan(parts, validation, listing, num_empty, cut, tokenizer)
 
 
 def source_hash(data: DataConfig) -> str:
     """The hash of all files of a corpus, by which a resumed run sees that its text is the same."""
     paths = paths_of(data.path) + (() if data.validation_path is None else paths_of(data.validation_path))
-    files = list_files(paths, lambda path: format_of(path) is not None).files
-    try:
-        return hash_of_hashes([_hash_of(file) for file in files])
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return hash_of_files(list_files(paths, lambda path: format_of(path) is not None).files)
+
+
+def hash_of_files(files: Iterable[Path]) -> str:
+    """The SHA-256 of one file, or one for those of several."""
+    return hash_of_hashes([_hash_of(file) for file in files])
 
 
 def split_parts(
@@ -159,6 +165,8 @@ def split_parts(
         return [*parts[:index], halves[0]], [halves[1], *parts[index + 1 :]], cut
     border = index if index > 0 else 1
     if border == len(parts):
+        if part.format == "text":
+            raise UserError(f"{part.path}: is empty, or a single character; give a file with text in it")
         raise UserError(
             f"{part.path}: has only one document, which cannot be split into training and validation; add documents, "
             "or give data.validation_path"
@@ -218,7 +226,7 @@ def divide(path: str | tuple[str, ...] | None) -> tuple[list[Part], Listing, int
 
 def _warn_of_json(listing: Listing) -> None:
     for file in listing.files:
-        is_text = str(file) != BUILT_IN and format_of(file) in (None, ("text", "")) and file.is_file()
+        is_text = str(file) != BUILT_IN and format_of(file) in (None, ("text", "")) and os.path.isfile(file)
         if is_text and formats.looks_like_json_lines(file):
             warnings.warn(
                 f"{file}: looks like lines of JSON, but is read as plain text, braces and all; if each line is a "
@@ -237,4 +245,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _hash_of(file: Path) -> str:
-    return hashlib.sha256(formats.built_in_text().encode()).hexdigest() if str(file) == BUILT_IN else sha256_of(file)
+    if str(file) == BUILT_IN:
+        return hashlib.sha256(formats.built_in_text().encode()).hexdigest()
+    with formats.open_file(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

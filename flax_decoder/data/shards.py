@@ -3,23 +3,24 @@
 A corpus folder has corpus.json, and for the training and the validation split shards of token ids and of the places
 where documents start, both as plain little-endian numbers; of conversations also of what is learned, a byte a token.
 corpus.json is written last.
+
+That of a mixture has a corpus folder for each source, 0, 1, and so on, and a corpus.json that names and weighs them.
 """
 
-import dataclasses
-import functools
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flax_decoder.config import DataConfig
-from flax_decoder.data.batches import train_batch, validation_batches
-from flax_decoder.data.windows import Examples, Windows, make_windows, train_windows, validation_windows
+from flax_decoder.config import MAX_SOURCES
+from flax_decoder.data.long_array import Shards
+from flax_decoder.data.splits import Corpus, ExampleSplit, Mixture, Source, Split
 from flax_decoder.errors import BrokenError, UserError
 from flax_decoder.io.files import is_sha256, open_regular, sha256_of, write_text
 from flax_decoder.io.strict_json import LISTING, parse_object
@@ -31,203 +32,40 @@ SPLITS = ("train", "validation")
 CHECKED_BYTES = 4_000_000_000
 
 
-class Shards:
-    """A long one-dimensional array in several files: indexed by slices and by arrays of indices, as NumPy's are.
-
-    Attributes:
-        dtype: of the numbers.
-    """
-
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self._arrays = arrays
-        self._starts = np.cumsum([0, *map(len, arrays)])
-        self.dtype = arrays[0].dtype
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.concatenate(self._arrays).astype(dtype or self.dtype, copy=False)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        if isinstance(index, slice):
-            return self[np.arange(*index.indices(len(self)))]
-        indices = np.asarray(index)
-        result = np.empty(indices.shape, self.dtype)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in np.unique(shards):
-            chosen = shards == shard
-            result[chosen] = self._arrays[shard][indices[chosen] - self._starts[shard]]
-        return result
-
-
-@dataclass(frozen=True)
-class Split:
-    """The training or the validation part of a corpus.
-
-    Attributes:
-        tokens: ids, one after the other; uint16 if the vocabulary has at most 65,536 tokens, else uint32.
-        document_starts: where documents start in `tokens`, ascending.
-        num_bytes: size of the text in UTF-8; bits per byte are computed from it.
-        has_mask: tokens see their own document only.
-    """
-
-    tokens: np.ndarray | Shards
-    document_starts: np.ndarray
-    num_bytes: int
-    has_mask: bool = False
-
-    def arranged(self, data: DataConfig) -> "Split":
-        """The same, in rows as `data` says."""
-        return dataclasses.replace(self, has_mask=data.document_mask)
-
-    @property
-    def masked_documents(self) -> np.ndarray | None:
-        """`document_starts`, if tokens see their own document only."""
-        return self.document_starts if self.has_mask else None
-
-    @property
-    def has_segments(self) -> bool:
-        """Whether its batches have "segments"."""
-        return self.has_mask
-
-    @property
-    def num_learned(self) -> int:
-        """Tokens that `num_bytes` bytes are made of, and that losses are about."""
-        return len(self.tokens)
-
-    def rows_per_epoch(self, context_length: int) -> float:
-        """Rows of T tokens after which all has been learned once."""
-        return len(self.tokens) / context_length
-
-    def train_batch(
-        self, *, seed: int, step: int, batch_size: int, context_length: int, rows: slice = slice(None)
-    ) -> dict[str, np.ndarray]:
-        """The training batch of a step; see `batches.train_batch`."""
-        order = {"seed": seed, "step": step, "batch_size": batch_size, "context_length": context_length}
-        return train_batch(self.tokens, **order, rows=rows, document_starts=self.masked_documents)
-
-    def validation_batches(
-        self, *, batch_size: int, context_length: int, limit: int = 0
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """All of it in order; see `batches.validation_batches`."""
-        return validation_batches(
-            self.tokens,
-            batch_size=batch_size,
-            context_length=min(context_length, len(self.tokens) - 1),
-            limit=limit,
-            document_starts=self.masked_documents,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class ExampleSplit(Split):
-    """A part of a corpus of conversations: each document is an example, of which some tokens are learned.
-
-    Attributes:
-        learned: for each token 1 if it is learned, else 0; `num_bytes` is the size of the text that these make.
-        packing: several examples go to a row, where they do not see each other.
-    """
-
-    learned: np.ndarray = field(kw_only=True)
-    packing: bool = True
-    _windows: dict[int, Windows] = field(default_factory=dict, init=False)
-
-    def arranged(self, data: DataConfig) -> "ExampleSplit":
-        """The same, in rows as `data` says."""
-        return dataclasses.replace(self, packing=data.packing)
-
-    @property
-    def has_segments(self) -> bool:
-        """Whether its batches have "segments": a row of one example needs none."""
-        return self.packing
-
-    @property
-    def num_learned(self) -> int:
-        """Tokens that are learned."""
-        return int(np.count_nonzero(self.learned))
-
-    def rows_per_epoch(self, context_length: int) -> float:
-        """Rows after which all has been learned once."""
-        return len(self._arranged(context_length))
-
-    def train_batch(
-        self, *, seed: int, step: int, batch_size: int, context_length: int, rows: slice = slice(None)
-    ) -> dict[str, np.ndarray]:
-        """The training batch of a step; see `train_windows`."""
-        windows, order = self._arranged(context_length), {"seed": seed, "step": step, "batch_size": batch_size}
-        batch = train_windows(self.examples, windows, **order, context_length=context_length, rows=rows)
-        return self._without_needless(batch)
-
-    def validation_batches(
-        self, *, batch_size: int, context_length: int, limit: int = 0
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """All of it in order; see `validation_windows`."""
-        windows, shape = self._arranged(context_length), {"batch_size": batch_size, "context_length": context_length}
-        return map(self._without_needless, validation_windows(self.examples, windows, **shape, limit=limit))
-
-    @functools.cached_property
-    def examples(self) -> Examples:
-        """The same as examples."""
-        tokens = np.asarray(self.tokens)  # one shard: without a copy
-        return Examples(tokens, self.learned.view(np.bool_), np.append(self.document_starts[1:], len(tokens)))
-
-    def _arranged(self, context_length: int) -> Windows:
-        if context_length not in self._windows:
-            windows = make_windows(self.examples, context_length=context_length, packing=self.packing)
-            self._windows[context_length] = windows
-        return self._windows[context_length]
-
-    def _without_needless(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: array for name, array in batch.items() if name != "segments" or self.has_segments}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Tokenized documents in two parts.
-
-    Attributes:
-        train: what is learned.
-        validation: what is held back.
-        source: the paths as they were given, joined by commas.
-        sha256: of the one file, or of the hashes of several.
-        what_was_read: a line on files, documents, and what was passed over.
-    """
-
-    train: Split
-    validation: Split
-    source: str
-    sha256: str
-    what_was_read: str
-
-    @property
-    def num_documents(self) -> int:
-        """In both splits."""
-        return len(self.train.document_starts) + len(self.validation.document_starts)
-
-    @property
-    def has_examples(self) -> bool:
-        """Whether it is made of conversations."""
-        return isinstance(self.train, ExampleSplit)
-
-    def arranged(self, data: DataConfig) -> "Corpus":
-        """The same, in rows as `data` says."""
-        train, validation = (split.arranged(data) for split in (self.train, self.validation))
-        return dataclasses.replace(self, train=train, validation=validation)
-
-
-def load_corpus(folder: str | os.PathLike[str], *, checks_all: bool = False) -> Corpus:
+def load_corpus(folder: str | os.PathLike[str], *, checks_all: bool = False) -> Corpus | Mixture:
     """Opens a corpus; the tokens stay on disk, mapped read-only.
 
     Args:
         folder: of the corpus.
         checks_all: checks the hash of each shard, however large they are.
 
+    Returns:
+        The corpus; or a `Mixture`, whose `sources` have one each, for that of a run with `data.mixture`.
+
     Raises:
         BrokenError: a file is missing, or does not match corpus.json.
         UserError: it was written by an older version.
     """
     folder = Path(folder)
+    sources = read_mixture(folder)
+    if not sources:
+        return load_one(folder, checks_all=checks_all)
+    corpora = []
+    for index, source in enumerate(sources):
+        path = folder / str(index) / CORPUS
+        try:
+            actual = sha256_of(path, follow_links=False)
+        except OSError as error:
+            raise _damaged(path, error) from None
+        if actual != source["sha256"]:
+            raise _damaged(path, ValueError(f"its SHA-256 is {actual}, but {folder / CORPUS} says {source['sha256']}"))
+        corpora.append(load_one(path.parent, checks_all=checks_all))
+    named = zip(sources, corpora, strict=True)
+    return Mixture(tuple(Source(source["name"], source["weight"], corpus) for source, corpus in named))
+
+
+def load_one(folder: Path, *, checks_all: bool = False) -> Corpus:
+    """`load_corpus` of a corpus that is no mixture."""
     facts = read_facts(folder)
     num_bytes = sum(shard["tokens"] for split in SPLITS for shard in facts[split]["shards"]) * facts["item_bytes"]
     is_checked = checks_all or num_bytes <= CHECKED_BYTES
@@ -250,21 +88,53 @@ _FACTS = {
 _SPLIT_FACTS = {"bytes": int, "shards": list}
 _SHARD_FACTS = {"name": str, "tokens": int, "documents": int, "sha256": str, "starts_sha256": str}
 _LEARNED = {"learned_sha256": str}  # of a shard of conversations
+_MIXTURE_FACTS = {"format": int, "mixture": list}
+_SOURCE_FACTS = {"name": str, "weight": float, "sha256": str}
+_SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with open_regular(path) as file:
+            return parse_object(file.read(LISTING.num_bytes + 1), path.name, LISTING)
+    except (OSError, UserError) as error:
+        raise _damaged(path, error) from None
+
+
+def read_mixture(folder: Path) -> list[dict[str, Any]]:
+    """Name, weight, and SHA-256 of the corpus.json of each source of a mixture; an empty list for another corpus.
+
+    Raises:
+        BrokenError: corpus.json is missing or damaged.
+    """
+    path = folder / CORPUS
+    facts = _read(path)
+    if "mixture" not in facts:
+        return []
+    _require_fields(path, facts, _MIXTURE_FACTS)
+    sources: list[dict[str, Any]] = facts["mixture"]
+    for source in sources:
+        _require_fields(path, source, _SOURCE_FACTS)
+        if not 0 < source["weight"] < 1 or not _SOURCE_NAME.fullmatch(source["name"]):
+            raise _damaged(path, ValueError("it has a source with a wrong name or weight"))
+    if facts["format"] != FORMAT or not 2 <= len({source["name"] for source in sources}) == len(sources) <= MAX_SOURCES:
+        raise _damaged(path, ValueError("its sources are not those of a mixture"))
+    if not math.isclose(sum(source["weight"] for source in sources), 1):
+        raise _damaged(path, ValueError("the weights of its sources do not add up to 1"))
+    return sources
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The content of a corpus.json, with exactly the fields of a corpus.
+    """The content of the corpus.json of a corpus that is no mixture, with exactly its fields.
 
     Raises:
         BrokenError: it is missing or damaged.
-        UserError: it was written by an older version.
+        UserError: it was written by an older version, or is of a mixture.
     """
     path = folder / CORPUS
-    try:
-        with open_regular(path) as file:
-            facts = parse_object(file.read(LISTING.num_bytes + 1), path.name, LISTING)
-    except (OSError, UserError) as error:
-        raise _damaged(path, error) from None
+    facts = _read(path)
+    if "mixture" in facts:
+        raise UserError(f"{folder}: is a mixture; give its sources, one by one, in data.mixture")
     if "format" not in facts and "train_tokens" in facts:
         raise UserError(
             f"{folder}: was written by an older version, whose tokens are kept in another form;\n"
@@ -356,7 +226,7 @@ def _damaged(path: Path, error: Exception) -> BrokenError:
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes corpus.json, which makes a folder of shards a corpus."""
+    """Writes corpus.json, which makes a folder of shards, or of the sources of a mixture, a corpus."""
     write_text(folder / CORPUS, json.dumps({"format": FORMAT, **facts}, indent=1))
 
 

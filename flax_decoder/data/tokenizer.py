@@ -261,13 +261,15 @@ class SubwordTokenizer(Tokenizer):
 
     def _encode_after(self, pieces: Sequence[tuple[str, str]]) -> list[np.ndarray]:
         """The ids of pieces, each encoded after the text before it: some tokenizers begin each text with a mark."""
-        befores = self._encode_batch([before for before, _ in pieces if before])
-        num_before = iter([len(ids) for ids in befores])
+        befores = iter(self._encode_batch([before for before, _ in pieces if before]))
         wholes = self._encode_batch([before + piece for before, piece in pieces])
-        return [
-            np.array(ids[next(num_before) if before else 0 :], np.int32)
-            for (before, _), ids in zip(pieces, wholes, strict=True)
-        ]
+        arrays = []
+        for (before, piece), ids in zip(pieces, wholes, strict=True):
+            before_ids = next(befores) if before else []
+            # In a word of thousands of letters, the tokens of its beginning depend on its end: it is cut all the same.
+            is_separate = ids[: len(before_ids)] == before_ids
+            arrays.append(np.array(ids[len(before_ids) :] if is_separate else self._encode_piece(piece), np.int32))
+        return arrays
 
     def prompt_start(self) -> list[int]:
         """Those before one letter: without any text, what is before it cannot be told."""

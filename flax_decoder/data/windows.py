@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flax_decoder.data.batches import spread
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -87,42 +89,34 @@ def make_windows(examples: Examples, *, context_length: int, packing: bool) -> W
     return Windows(np.concatenate([np.array(window) for window in windows]), np.cumsum([*map(len, windows)]))
 
 
-def train_windows(
-    examples: Examples,
-    windows: Windows,
-    *,
-    seed: int,
-    step: int,
-    batch_size: int,
-    context_length: int,
-    rows: slice = slice(None),
+def example_rows(
+    examples: Examples, windows: Windows, numbers: np.ndarray, *, seed: int, context_length: int
 ) -> dict[str, np.ndarray]:
-    """The training batch of a step.
+    """Training rows by their numbers, which count on from epoch to epoch.
 
     Args:
         examples: the training split.
         windows: from `make_windows`.
+        numbers: of the rows, ascending, from 0; [B].
         seed: of the order of windows.
-        step: from 0.
-        batch_size: B, windows per step.
         context_length: T.
-        rows: reads only these windows of the batch.
 
     Returns:
-        Arrays [B, T], or fewer rows if `rows` is given: `inputs` and `targets`, int32; `mask`, float32, 1 for a target
-        that is learned; `segments`, int32, the number of the example in its window, from 0; padding is one more.
+        Arrays [B, T]: `inputs` and `targets`, int32; `mask`, float32, 1 for a target that is learned; `segments`,
+        int32, the number of the example in its window, from 0; padding is one more.
     """
-    first = int(step) * batch_size  # windows are numbered across epochs
-    epochs = range(first // len(windows), (first + batch_size - 1) // len(windows) + 1)
-    order = np.concatenate([_epoch_order(seed, epoch, len(windows)) for epoch in epochs])
-    start = first - epochs[0] * len(windows)
-    return _batch(examples, windows, order[start : start + batch_size][rows], context_length)
+    epochs, places = np.divmod(numbers, len(windows))
+    chosen = np.zeros_like(places)
+    for epoch in np.unique(epochs):
+        is_here = epochs == epoch
+        chosen[is_here] = _epoch_order(seed, int(epoch), len(windows))[places[is_here]]
+    return _batch(examples, windows, chosen, context_length)
 
 
 def validation_windows(
     examples: Examples, windows: Windows, *, batch_size: int, context_length: int, limit: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The windows in order, each once, in batches of one shape (one compilation), as `train_windows` makes them.
+    """The windows in order, each once, in batches of one shape (one compilation), as `example_rows` makes them.
 
     Args:
         examples: the validation split.
@@ -131,10 +125,8 @@ def validation_windows(
         context_length: T.
         limit: yields at most this many batches, evenly spaced; 0 yields all.
     """
-    num_batches = -(-len(windows) // batch_size)
-    num_chosen = min(limit, num_batches) if limit > 0 else num_batches
-    for choice in range(num_chosen):
-        first = choice * num_batches // num_chosen * batch_size
+    for index in spread(-(-len(windows) // batch_size), limit):
+        first = index * batch_size
         chosen = np.arange(first, min(first + batch_size, len(windows)))
         batch = _batch(examples, windows, chosen, context_length)
         num_lacking = batch_size - len(chosen)

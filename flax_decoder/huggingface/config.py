@@ -64,7 +64,8 @@ def read_settings(
         values |= dict.fromkeys(setting.fields, _read_setting(setting, rest, source))
     _read_supported(rest, family, family.supported, source)
     if family.rotary is not None:
-        values |= read_rotary(rest, family.rotary, values["context_length"], source)
+        head_width = values.get("head_dim") or max(1, values["embed_dim"] // values["num_heads"])
+        values |= read_rotary(rest, family.rotary, values["context_length"], head_width, source)
     if family.windows is not None:
         values |= read_windows(rest, family.windows, values["num_layers"], source)
     if family.rotary is not None:

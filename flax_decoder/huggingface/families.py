@@ -39,6 +39,7 @@ from flax_decoder.huggingface.pieces import (
     UP_AND_DOWN,
     activation,
     ends,
+    inverse,
     layer_norms,
     num_layers,
     size,
@@ -375,7 +376,6 @@ GPT_NEO = Family(
     tied=True,
     rotary=None,
     windows=Windows("listed", default=256),
-    ignored=frozenset({"embed_dropout"}),
     ignored_tensors=r"h\.\d+\.attn\.attention\.(bias|masked_bias)",
     divides_width=True,
     has_own_attention=True,
@@ -504,10 +504,265 @@ EXAONE4 = Family(
     windows=Windows("periodic", default=4096, period=4, writes_null=True),
 )
 
+JAIS2 = Family(
+    "jais2",
+    "Jais2ForCausalLM",
+    constants={"positions": "rotary", "norm_bias": True},
+    settings=(
+        *with_defaults(GROUPED_SIZES, max_position_embeddings=8192),
+        Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
+        activation("hidden_act", PLAIN, "relu2"),
+        replace(ATTENTION_BIAS, default=True),
+        replace(MLP_BIAS, default=True),
+    ),
+    rules=(*ends(), *layer_norms(PRE_NORMS), *ATTENTION, *UP_AND_DOWN),
+    divides_width=True,
+)
+
+OLMO = Family(
+    "olmo",
+    "OlmoForCausalLM",
+    constants={"positions": "rotary", "norm": "layernorm", "norm_scale": False, "norm_epsilon": 1e-5},
+    settings=(
+        *(setting for setting in LLAMA_SETTINGS if setting.name != RMS_EPSILON.name),
+        ATTENTION_BIAS,
+    ),
+    rules=LLAMA.rules,
+    supported={"clip_qkv": (None,)},
+    divides_width=True,
+)
+
+INTERNLM3 = replace(
+    LLAMA,
+    model_type="internlm3",
+    settings=with_defaults(
+        LLAMA_SETTINGS, num_key_value_heads=REQUIRED, head_dim=128, max_position_embeddings=32_768, rms_norm_eps=1e-5
+    ),
+    supported={"attention_bias": (False,), "qkv_bias": (False,), "mlp_bias": (False,), "bias": (False,)},
+)
+
+IQUESTCODER = replace(
+    LLAMA,
+    model_type="iquestcoder",
+    settings=(
+        *with_defaults(
+            LLAMA_SETTINGS,
+            num_key_value_heads=REQUIRED,
+            head_dim=128,
+            max_position_embeddings=131_072,
+            rms_norm_eps=1e-5,
+        ),
+        ATTENTION_BIAS,
+        MLP_BIAS,
+    ),
+    supported={"clip_qkv": (None,)},
+    ignored=frozenset({"max_window_layers"}),  # it counts only with use_sliding_window
+)
+
+OLMO3 = replace(
+    OLMO2,
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    rotary=Rotary(default_base=500_000.0, default_window_base=500_000.0, by_kind=True),
+    windows=Windows("periodic", default=4096, period=4),
+)
+
+PHI = Family(
+    "phi",
+    "PhiForCausalLM",
+    constants={
+        **{"positions": "rotary", "parallel_residual": True, "shared_norm": True, "head_bias": True},
+        **dict.fromkeys(BIASES, True),
+    },
+    settings=(
+        *with_defaults(SIZES, max_position_embeddings=2048),
+        size("num_key_value_heads", "num_kv_heads", None),
+        size("head_dim", "head_dim", None),
+        Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
+        activation("hidden_act", PLAIN, "gelu_new"),
+    ),
+    rules=(
+        Rule("embed_tokens.weight", ("embedding",)),
+        *norm_rules("final_layernorm", "final_norm"),
+        *layer_norms({"attention_norm": "input_layernorm"}),
+        *linear_rules("layers.{}.self_attn.q_proj", "attention/query"),
+        *linear_rules("layers.{}.self_attn.k_proj", "attention/key"),
+        *linear_rules("layers.{}.self_attn.v_proj", "attention/value"),
+        *linear_rules("layers.{}.self_attn.dense", "attention/out"),
+        *linear_rules("layers.{}.mlp.fc1", "feed_forward/up"),
+        *linear_rules("layers.{}.mlp.fc2", "feed_forward/down"),
+    ),
+    rotary=Rotary(fraction="partial_rotary_factor", default_fraction=0.5),
+)
+
+GPTJ = Family(
+    "gptj",
+    "GPTJForCausalLM",
+    constants={
+        **{"positions": "rotary", "rotary_layout": "interleaved", "norm_bias": True, "mlp_bias": True},
+        **{"parallel_residual": True, "shared_norm": True, "head_bias": True},
+    },
+    settings=with_defaults(GPT2_SETTINGS, n_positions=2048),
+    rules=(
+        Rule("wte.weight", ("embedding",)),
+        *norm_rules("ln_f", "final_norm"),
+        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
+        *linear_rules("h.{}.attn.q_proj", "attention/query"),
+        *linear_rules("h.{}.attn.k_proj", "attention/key"),
+        *linear_rules("h.{}.attn.v_proj", "attention/value"),
+        *linear_rules("h.{}.attn.out_proj", "attention/out"),
+        *linear_rules("h.{}.mlp.fc_in", "feed_forward/up"),
+        *linear_rules("h.{}.mlp.fc_out", "feed_forward/down"),
+    ),
+    prefix="transformer.",
+    rotary=Rotary(width="rotary_dim"),
+    supported={"rotary": (True,), "scale_attn_weights": (True,)},
+    ignored_tensors=GPT2.ignored_tensors,
+    divides_width=True,
+)
+
+# Its factors of scores and logits, which are 1 by default, are not 1 / sqrt(H).
+GRANITE_SETTINGS = (
+    *LLAMA_SETTINGS,
+    ATTENTION_BIAS,
+    MLP_BIAS,
+    Setting("embedding_multiplier", ("embed_scale",), 1.0),
+    Setting("residual_multiplier", ("residual_scale",), 1.0),
+)
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    settings=(
+        *GRANITE_SETTINGS,
+        Setting("attention_multiplier", ("attention_scale",), 1.0),
+        Setting("logits_scaling", ("logit_scale",), 1.0, read=inverse, write=inverse),
+    ),
+    divides_width=False,
+)
+
+HYPERCLOVAX = replace(
+    GRANITE,
+    model_type="hyperclovax",
+    architecture="HyperCLOVAXForCausalLM",
+    settings=(
+        *GRANITE_SETTINGS,
+        Setting("attention_multiplier", ("attention_scale",), None),
+        Setting("logits_scaling", ("logit_scale",), 1.0),
+        Setting(
+            "use_post_norm",
+            ("norm_position",),
+            True,
+            read=lambda value: "both" if switch(value) else "pre",
+            write=lambda position: position == "both",
+        ),
+    ),
+    rules=(
+        *LLAMA.rules,
+        *layer_norms({"attention_output_norm": "post_norm1", "feed_forward_output_norm": "post_norm2"}),
+    ),
+    divides_width=True,
+)
+
+COHERE = Family(
+    "cohere",
+    "CohereForCausalLM",
+    constants={
+        **{"positions": "rotary", "rotary_layout": "interleaved", "norm": "layernorm"},
+        **{"parallel_residual": True, "shared_norm": True},
+    },
+    settings=(
+        *with_defaults(GROUPED_SIZES, max_position_embeddings=8192),
+        Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
+        activation("hidden_act", GATED, "silu"),
+        ATTENTION_BIAS,
+        Setting("logit_scale", ("logit_scale",), 0.0625),
+    ),
+    rules=(*ends(), *layer_norms({"attention_norm": "input_layernorm"}), *MATRICES),
+    tied=True,
+    rotary=Rotary(default_base=500_000.0),
+    divides_width=True,
+)
+
+COHERE2 = replace(
+    COHERE,
+    model_type="cohere2",
+    architecture="Cohere2ForCausalLM",
+    rotary=Rotary(layers="windowed"),
+    windows=Windows("periodic", default=4096, period=4),
+    supported={
+        **{"position_embedding_type": ("rope_gptj",), "rotary_pct": (1.0,), "use_gated_activation": (True,)},
+        **{"use_parallel_block": (True,), "order_of_interleaved_layers": ("local_attn_first",)},
+    },
+    ignored=frozenset({"layer_switch", "use_parallel_embedding", "use_embedding_sharing"}),
+    fills_width=True,
+)
+
+BLOOM = Family(
+    "bloom",
+    "BloomForCausalLM",
+    constants={
+        **{"positions": "alibi", "feed_forward": "gelu_tanh", "embedding_norm": True},
+        **dict.fromkeys(BIASES, True),
+    },
+    settings=(
+        size("vocab_size", "vocab_size"),
+        size("hidden_size", "embed_dim", also=("n_embed",)),
+        Setting("n_layer", ("num_layers",), read=num_layers, also=("num_hidden_layers",)),
+        size("n_head", "num_heads", also=("num_attention_heads",)),
+        size("seq_length", "context_length", 2048),
+        Setting("layer_norm_epsilon", ("norm_epsilon",), 1e-5),
+    ),
+    rules=(
+        Rule("word_embeddings.weight", ("embedding",)),
+        *norm_rules("word_embeddings_layernorm", "embedding_norm"),
+        *norm_rules("ln_f", "final_norm"),
+        *norm_rules("h.{}.input_layernorm", "layers/attention_norm"),
+        *norm_rules("h.{}.post_attention_layernorm", "layers/feed_forward_norm"),
+        *linear_rules("h.{}.self_attention.query_key_value", *QKV, by_head=True),
+        *linear_rules("h.{}.self_attention.dense", "attention/out"),
+        *linear_rules("h.{}.mlp.dense_h_to_4h", "feed_forward/up"),
+        *linear_rules("h.{}.mlp.dense_4h_to_h", "feed_forward/down"),
+    ),
+    prefix="transformer.",
+    tied=True,
+    rotary=None,
+    supported={"apply_residual_connection_post_layernorm": (False,), "n_inner": (None,)},
+    ignored=frozenset(
+        # How products and softmaxes were computed in training; the offset of ALiBi changes no weight.
+        {"slow_but_exact", "attention_softmax_in_fp32", "masked_softmax_fusion", "bias_dropout_fusion"}
+        | {"skip_bias_add", "skip_bias_add_qkv", "offset_alibi", "unk_token_id"}
+    ),
+    divides_width=True,
+    has_own_attention=True,
+)
+
+HUNYUAN = Family(
+    "hunyuan_v1_dense",
+    "HunYuanDenseV1ForCausalLM",
+    constants={**LLAMA.constants, "qk_norm": "head", "qk_norm_position": "after"},
+    settings=(*with_defaults(LLAMA_SETTINGS, rms_norm_eps=1e-5), ATTENTION_BIAS),
+    rules=(
+        *LLAMA.rules,
+        *layer_norms(
+            {"attention/query_norm": "self_attn.query_layernorm", "attention/key_norm": "self_attn.key_layernorm"}
+        ),
+    ),
+    rotary=Rotary(has_alpha=True),
+    supported={
+        "norm_type": ("rms",),
+        "use_cla": (False,),
+        "position_embedding_xdrope": (False,),
+        "use_qk_norm": (True,),
+    },
+    ignored=frozenset({"eod_token_id", "cla_share_factor", "attention_head_dim"}),
+)
+
 _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
     *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
     *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
+    *(JAIS2, INTERNLM3, IQUESTCODER, OLMO, PHI, GPTJ, GRANITE, HYPERCLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO3),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 

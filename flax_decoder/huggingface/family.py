@@ -40,8 +40,14 @@ class Rotary:
         default_base: its default.
         fraction: name of the rotated fraction of the head width; None if it is always 1.
         default_fraction: its default.
+        width: the family gives how many numbers of a head are rotated, by this name, and nothing else.
+        default_width: its default.
         types: values of `rope_type` that transformers supports for the family.
         window_base: name of the base in layers with a window; None if all layers share one.
+        default_window_base: its default.
+        by_kind: instead, version 5 has a table for layers with a window and one for those without; in older files the
+            base in layers with a window is the default.
+        has_alpha: rope_type "dynamic" with a number `alpha` multiplies the base by alpha^(H / (H - 2)).
         layers: which layers rotate: "all"; those that are 1 in `no_rope_layers`, without it all but every
             `no_rope_layer_interval`-th ("listed"); or, if any has a window, those ("windowed").
     """
@@ -50,8 +56,13 @@ class Rotary:
     default_base: float = 10_000.0
     fraction: str | None = None
     default_fraction: float = 1.0
-    types: tuple[str, ...] = ("default", "linear", "llama3")
+    width: str | None = None
+    default_width: int = 64
+    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     window_base: str | None = None
+    default_window_base: float = 10_000.0
+    by_kind: bool = False
+    has_alpha: bool = False
     layers: Literal["all", "listed", "windowed"] = "all"
 
 
@@ -150,10 +161,22 @@ class Family:
         return frozenset(settings | self.supported.keys())
 
     @property
+    def head_bias(self) -> str:
+        """Tensor name of the head's bias."""
+        return f"{self.head.removesuffix('weight')}bias"
+
+    @property
     def all_rules(self) -> tuple[Rule, ...]:
-        """The rules, and that of the head, unless it is one of them or has no name."""
-        has_head = any("head" in rule.paths for rule in self.rules)
-        return self.rules if has_head or not self.head else (*self.rules, Rule(self.head, ("head",), transposed=True))
+        """The rules, and those of the head and its bias, unless they are among them or have no name."""
+        rules = (Rule(self.head, ("head",), transposed=True), Rule(self.head_bias, ("head_bias",))) if self.head else ()
+        given = {path for rule in self.rules for path in rule.paths}
+        return *self.rules, *(rule for rule in rules if rule.paths[0] not in given)
+
+    def full_name(self, tensor: str) -> str:
+        """The name of a tensor with its prefix, which may be there already."""
+        if tensor in (self.head, self.head_bias):
+            return tensor
+        return self.prefix + tensor.removeprefix(self.prefix)
 
 
 def linear_rules(tensor: str, *modules: str, transposed: bool = True, by_head: bool = False) -> tuple[Rule, ...]:

@@ -41,6 +41,7 @@ _ENCODERS = {"is_decoder", "is_encoder_decoder", "tie_encoder_decoder"}
 _TRAINING = {"initializer_range", "gradient_checkpointing", "neftune_noise_alpha", "attention_dropout", "attn_pdrop"}
 _TRAINING |= {"embd_pdrop", "resid_pdrop", "hidden_dropout", "residual_dropout", "embedding_dropout", "dropout"}
 _TRAINING |= {"attention_probs_dropout_prob", "hidden_dropout_prob", "resid_dropout", "embd_dropout", "attn_dropout"}
+_TRAINING |= {"embed_dropout"}
 # How text is generated: read from generation_config.json.
 _GENERATION = {"assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens"}
 _GENERATION |= {"diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "epsilon_cutoff"}

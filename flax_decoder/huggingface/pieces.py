@@ -35,6 +35,13 @@ def positive(value: Any, maximum: int = 2**31 - 1) -> int:
     return value
 
 
+def inverse(value: Any) -> float:
+    """1 over the value, if it is a positive number. Raises ValueError with the reason."""
+    if type(value) not in (int, float) or not value > 0:
+        raise ValueError("must be a positive number")
+    return 1 / float(value)
+
+
 def switch(value: Any) -> bool:
     """The value, if it is true or false. Raises ValueError with the reason."""
     if type(value) is not bool:

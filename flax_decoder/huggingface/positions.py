@@ -1,5 +1,6 @@
 """What config.json says of positions: rotary settings, as transformers 4 and 5 name them, and windows."""
 
+import math
 from typing import Any
 
 from flax_decoder.config import ModelConfig
@@ -7,19 +8,33 @@ from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Rotary, Windows
 from flax_decoder.io.strict_json import shown
 
-_FIELDS = {
-    "factor": "rotary_scaling_factor",
-    "low_freq_factor": "rotary_low_frequency_factor",
-    "high_freq_factor": "rotary_high_frequency_factor",
-    "original_max_position_embeddings": "rotary_original_context",
+_LINEAR = {"factor": "rotary_scaling_factor"}
+_BY_TURNS = _LINEAR | {"original_max_position_embeddings": "rotary_original_context"}
+# rope_type -> the fields that it needs, and ours.
+_TYPES: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": _LINEAR,
+    "llama3": {
+        **_BY_TURNS,
+        "low_freq_factor": "rotary_low_frequency_factor",
+        "high_freq_factor": "rotary_high_frequency_factor",
+    },
+    "yarn": {
+        **_BY_TURNS,
+        "beta_slow": "rotary_low_frequency_factor",
+        "beta_fast": "rotary_high_frequency_factor",
+        "attention_factor": "rotary_magnitude",
+    },
 }
-# rope_type -> the fields that it needs.
-_TYPES = {"default": [], "linear": ["factor"], "llama3": list(_FIELDS)}
+# What stands beside a number alpha, and is not read.
+_BESIDE_ALPHA = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _GPT_NEO_TYPES = ["global", "local"]  # without a window, with one
 _LAYER_TYPES = ["full_attention", "sliding_attention"]  # without a window, with one
 
 
-def read_rotary(rest: dict[str, Any], rotary: Rotary, context_length: int, source: str) -> dict[str, Any]:
+def read_rotary(
+    rest: dict[str, Any], rotary: Rotary, context_length: int, head_width: int, source: str
+) -> dict[str, Any]:
     """Reads the rotary settings, and removes them from `rest`.
 
     transformers 4 has rope_theta and rope_scaling; version 5 one table, rope_parameters, or one per type of layer.
@@ -28,16 +43,25 @@ def read_rotary(rest: dict[str, Any], rotary: Rotary, context_length: int, sourc
         rest: the fields of config.json that are not read yet.
         rotary: their names.
         context_length: the default of llama3's original context.
+        head_width: width of a head.
         source: how error messages begin.
 
     Raises:
         UserError: a setting is missing, unknown, or has two values.
     """
+    if rotary.width is not None:
+        return _read_width(rest, rotary.width, rotary.default_width, head_width, source)
     own = {"rope_theta": rotary.base, "partial_rotary_factor": rotary.fraction or "partial_rotary_factor"}
     given = [(ours, name, rest.pop(ours, None)) for name, ours in own.items()]
     in_window = [(rotary.window_base, rest.pop(rotary.window_base, None))] if rotary.window_base else []
+    old = rest.get("rope_scaling")
+    if rotary.by_kind and isinstance(old, dict) and "type" in old and "rope_type" not in old:
+        # transformers passes over it.
+        raise UserError(f"{source}: rope_scaling.type = {shown(old['type'])} must be called rope_type for this type")
     scaling, new = (_table(rest.pop(name, None), name, source) for name in ("rope_scaling", "rope_parameters"))
-    if rotary.window_base and "full_attention" in new:
+    if rotary.by_kind and new and "full_attention" not in new:
+        raise UserError(f"{source}: rope_parameters must hold full_attention and sliding_attention")
+    if (rotary.window_base or rotary.by_kind) and "full_attention" in new:
         local = _table(new.pop("sliding_attention", None), "sliding_attention", source)
         in_window.append(("rope_parameters.sliding_attention.rope_theta", local.pop("rope_theta", None)))
         new = _table(new.pop("full_attention"), "full_attention", source) | new
@@ -54,10 +78,26 @@ def read_rotary(rest: dict[str, Any], rotary: Rotary, context_length: int, sourc
     if rotary.fraction is None and fraction != 1:
         raise UserError(f"{source}: partial_rotary_factor = {shown(fraction)} is not supported for this type")
     values = {"rotary_base": rope.pop("rope_theta", rotary.default_base), "rotary_fraction": fraction}
-    if rotary.window_base:
+    if rotary.window_base or rotary.by_kind:
         bases = _merged([(place, "base", value) for place, value in in_window], source)
-        values["rotary_window_base"] = bases.get("base", 10_000.0)
+        values["rotary_window_base"] = bases.get("base", rotary.default_window_base)
+    if rotary.has_alpha and rope.get("rope_type") == "dynamic" and rope.get("alpha"):
+        alpha = rope.pop("alpha")
+        if type(alpha) not in (int, float) or alpha < 1 or head_width <= 2:
+            raise UserError(f"{source}: alpha = {shown(alpha)} must be a number from 1 on")
+        values["rotary_base"] *= alpha ** (head_width / (head_width - 2))
+        rope = {name: value for name, value in rope.items() if name not in (*_BESIDE_ALPHA, "rope_type")}
     return values | _read_scaling(rope, rotary.types, context_length, source)
+
+
+def _read_width(rest: dict[str, Any], name: str, default: int, head_width: int, source: str) -> dict[str, Any]:
+    """Reads how many numbers of each head are rotated."""
+    width = rest.pop(name, default)
+    if type(width) is not int or not 0 < width <= head_width:
+        raise UserError(f"{source}: {name} = {shown(width)} must be a whole number up to {head_width}, a head's width")
+    fraction = width / head_width
+    # The quotient may be rounded down, and then the product to the number below.
+    return {"rotary_fraction": fraction if int(head_width * fraction) == width else math.nextafter(fraction, 1)}
 
 
 def _table(value: Any, name: str, source: str) -> dict[str, Any]:
@@ -96,17 +136,38 @@ def _read_scaling(rope: dict[str, Any], types: tuple[str, ...], context_length: 
     kind = rope.pop("rope_type", "default")
     if kind not in types:
         raise UserError(f"{source}: rope_type = {shown(kind)} is not supported for this type, only {', '.join(types)}")
-    if kind == "llama3":
-        rope.setdefault("original_max_position_embeddings", context_length)
+    if kind in ("llama3", "yarn") and rope.get("original_max_position_embeddings") is None:
+        rope["original_max_position_embeddings"] = context_length
+    if kind == "yarn":
+        rope = _whole_yarn(rope, context_length, source)
     values: dict[str, Any] = {"rotary_scaling": "none" if kind == "default" else kind}
     for name in _TYPES[kind]:
         if name not in rope:
             raise UserError(f"{source}: {name} is missing; rope_type = {shown(kind)} needs it")
-        values[_FIELDS[name]] = rope.pop(name)
+        values[_TYPES[kind][name]] = rope.pop(name)
     if rope:
         name, value = next(iter(rope.items()))
         raise UserError(f"{source}: {name} = {shown(value)} is not known for rope_type = {shown(kind)}")
     return values
+
+
+def _whole_yarn(rope: dict[str, Any], context_length: int, source: str) -> dict[str, Any]:
+    """YaRN's settings with the defaults of transformers filled in."""
+    for name, value in rope.items():
+        is_switch = name == "truncate"
+        if value is not None and (type(value) not in (int, float) or value <= 0) and not (is_switch and value is True):
+            wanted = "true, the only way supported" if is_switch else "a positive number"
+            raise UserError(f"{source}: {name} = {shown(value)} must be {wanted}")
+    rope = {name: value for name, value in rope.items() if value is not None and name != "truncate"}
+    factor = rope.setdefault("factor", context_length / rope["original_max_position_embeddings"])
+    rope = {"beta_fast": 32.0, "beta_slow": 1.0} | rope
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    scales = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    inferred = magnitude(1) if None in scales else magnitude(scales[0]) / magnitude(scales[1])
+    return {"attention_factor": inferred} | rope
 
 
 def read_rotary_layers(
@@ -145,6 +206,8 @@ def _shortest(pattern: list[bool]) -> tuple[bool, ...]:
 
 def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
     """The fields that `read_rotary` reads, with the names of transformers 4, which version 5 reads too."""
+    if rotary.width is not None:
+        return {rotary.width: int(config.head_width * config.rotary_fraction)}
     document: dict[str, Any] = {rotary.base: config.rotary_base, "rope_scaling": None}
     if rotary.fraction is not None:
         document[rotary.fraction] = config.rotary_fraction
@@ -154,7 +217,14 @@ def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
         document["no_rope_layers"] = [int(kind.rotates) for kind in config.layer_kinds]
     kind = config.rotary_scaling
     if kind in rotary.types:  # "none" is not
-        document["rope_scaling"] = {"rope_type": kind} | {name: getattr(config, _FIELDS[name]) for name in _TYPES[kind]}
+        fields = _TYPES[kind].items()
+        document["rope_scaling"] = {"rope_type": kind} | {name: getattr(config, ours) for name, ours in fields}
+    if rotary.by_kind:
+        full = (
+            {"rope_type": "default"} | (document.pop("rope_scaling") or {}) | {"rope_theta": document.pop(rotary.base)}
+        )
+        in_window = {"rope_type": "default", "rope_theta": config.rotary_window_base or config.rotary_base}
+        document["rope_parameters"] = {"full_attention": full, "sliding_attention": in_window}
     return document
 
 

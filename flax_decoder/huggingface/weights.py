@@ -78,14 +78,14 @@ def tensor_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec
     for rule in family.all_rules:
         if not all(path in shapes for path in rule.paths):
             continue  # a bias that this model does not have, or a head that is the embedding
-        prefix = "" if rule.tensor == family.head else family.prefix
         in_layer = "{}" in rule.tensor
         param_shapes = [shapes[path][1:] if in_layer else shapes[path] for path in rule.paths]
         matrices = [matrix_shape(path, shape) for path, shape in zip(rule.paths, param_shapes, strict=True)]
         shape = (*matrices[0][:-1], sum(matrix[-1] for matrix in matrices))
         shape = shape[::-1] if rule.transposed else shape
         for layer in range(shapes[rule.paths[0]][0]) if in_layer else [None]:
-            specs.append(TensorSpec(prefix + rule.tensor.format(layer), shape, rule, layer, param_shapes))
+            name = family.full_name(rule.tensor.format(layer))
+            specs.append(TensorSpec(name, shape, rule, layer, param_shapes))
     return specs
 
 
@@ -287,7 +287,7 @@ def _with_prefix(tensors: Mapping[str, StoredTensor], family: Family, folder: Pa
     """Adds the prefix to names without it: files of a model without a head leave it out."""
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
-        full = name if name == family.head else family.prefix + name.removeprefix(family.prefix)
+        full = family.full_name(name)
         if full in found:
             raise UserError(f"{folder}: tensor {full} is there twice, with and without {family.prefix}; remove one")
         found[full] = tensor

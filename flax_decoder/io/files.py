@@ -64,10 +64,23 @@ def without_links(path: str | os.PathLike[str], flags: int, mode: int = 0o666) -
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder where there is none. Raises OSError if something else has the name, such as a link to one."""
+    """Creates a folder where there is none; its name is then on disk.
+
+    Raises:
+        OSError: something else has the name, such as a link to a folder, or there is no parent folder.
+    """
     with contextlib.suppress(FileExistsError):
         path.mkdir()
+        flush_names(path.parent)
     _require(stat.S_ISDIR, os.lstat(path).st_mode, path)
+
+
+def make_parents(path: Path) -> None:
+    """Creates the folders in which a path lies, where there are none; their names are then on disk."""
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for parent in missing:
+        flush_names(parent.parent)
 
 
 def not_plain(folder: Path, unread: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
@@ -112,7 +125,8 @@ def expand_home(path: str) -> str:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file that atomically replaces `path` when the block ends without an error and it is on disk.
 
-    A link at `path` is replaced itself; one that has the name of the temporary file is deleted.
+    A link at `path` is replaced itself; one that has the name of the temporary file is deleted. An OSError without a
+    file name, as of a full disk, gets that of `path`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -122,15 +136,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             flush(file)
         os.replace(temporary, path)
         flush_names(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next to write `path` deletes it
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that is renamed to `path` when the block ends without an error.
 
-    An empty folder at `path` is replaced, and so is one to which a link at `path` leads; any other is an OSError.
+    The block flushes its files; the names of all files and folders are on disk when this returns. An empty folder at
+    `path` is replaced, and so is one to which a link at `path` leads; any other is an OSError.
     """
     path = path.resolve() if path.is_dir() else path.absolute()
     # The name has host and process, so that two processes do not share a folder; the first to finish gets the path.
@@ -141,8 +161,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{prefix}{os.getpid()}")
     new_parents = [parent for parent in path.parents if not parent.exists()]
     try:
-        unfinished.mkdir(parents=True)
+        make_parents(unfinished)
+        unfinished.mkdir()
         yield unfinished
+        flush_folders(unfinished)
         os.rename(unfinished, path)
         new_parents = []
         flush_names(path.parent)
@@ -172,6 +194,12 @@ def flush_names(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_folders(folder: Path) -> None:
+    """As `flush_names`, for a folder and all below it."""
+    for inner, _, _ in os.walk(folder, topdown=False):
+        flush_names(Path(inner))
 
 
 def sha256_of(path: Path, *, follow_links: bool = True) -> str:

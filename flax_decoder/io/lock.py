@@ -11,7 +11,7 @@ import socket
 import stat
 import sys
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from flax_decoder.errors import FaultError, InUseError, UserError
 from flax_decoder.io.files import is_another_process, open_regular, without_links
@@ -92,8 +92,8 @@ class FolderLock:
             self.release()
             raise FaultError(f"{path}: cannot be created: {error.strerror}") from error
 
-    def announce(self) -> None:
-        """Writes process, host, time and command into the lock file."""
+    def announce(self, run_id: str | None = None) -> None:
+        """Writes process, host, time, command and the id of the run into the lock file."""
         assert self._descriptor is not None
         if self._folder is not None:
             message = f"warning: this file system has no locks: {OWNER} in the run folder marks it as in use;"
@@ -102,8 +102,9 @@ class FolderLock:
             return
         with contextlib.suppress(OSError):  # the file of another user, or on a file system without permissions
             os.fchmod(self._descriptor, 0o600)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, _this_process(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without it
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, _this_process(run_id), 0)
 
     def release(self) -> None:
         """Releases the lock, if it is held."""
@@ -134,14 +135,24 @@ def refuse_if_in_use(folder: Path) -> None:
             lock.take(folder, only_looks=True)
 
 
-def _this_process() -> bytes:
-    owner = {
+def _this_process(run_id: str | None = None) -> bytes:
+    owner: dict[str, Any] = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
     }
-    return json.dumps(owner).encode()
+    return json.dumps(owner if run_id is None else owner | {"run_id": run_id}).encode()
+
+
+def run_in_lock(folder: Path) -> str | None:
+    """The id of the run that the last owner of a folder's lock has trained; None if it has not said it."""
+    try:
+        with open_regular(folder / LOCK, follow_links=False) as file:
+            found = parse_object(file.read(SETTINGS.num_bytes), str(folder / LOCK), SETTINGS).get("run_id")
+    except (OSError, UserError):
+        return None
+    return None if found is None else str(found)
 
 
 def _owner_in(path: Path, what_if_ended: str) -> str:

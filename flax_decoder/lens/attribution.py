@@ -22,10 +22,10 @@ from flax import struct
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.lens.capture import Activations, capture, stacked_layers
+from flax_decoder.lens.capture import Activations, capture, final_norm_params, norm_params, stacked_layers
 from flax_decoder.nn.arguments import as_integers, check_tokens
-from flax_decoder.nn.decoder import Decoder
-from flax_decoder.nn.norm import Norm
+from flax_decoder.nn.decoder import Decoder, scaled
+from flax_decoder.nn.norm import norm_of
 from flax_decoder.nn.positions import alibi_slopes
 
 # The activations that an attribution is computed from; those of the first group layer by layer.
@@ -131,13 +131,13 @@ def attribute_activations(
     def of_logit(tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
         """The model's logit, the token's column and bias in the head, and the change by the soft cap."""
         logit_BT = jnp.take_along_axis(activations["logits"], tokens_BT[..., None], axis=-1)[..., 0]
-        column_BTD = head_columns(params, tokens_BT).astype(dtype)
+        column_BTD = scaled(head_columns(params, tokens_BT).astype(dtype), config.logit_scale)
         bias_BT = jnp.zeros_like(logit_BT)
         if config.head_bias:
-            bias_BT = jnp.take(params["head_bias"], tokens_BT).astype(dtype)
+            bias_BT = scaled(jnp.take(params["head_bias"], tokens_BT).astype(dtype), config.logit_scale)
         if config.logit_soft_cap is None:
             return logit_BT, column_BTD, bias_BT, jnp.zeros_like(logit_BT)
-        raw_BT = (normalise(config, params.get("final_norm"), streams_MBTD[-1]) * column_BTD).sum(-1) + bias_BT
+        raw_BT = (normalise(config, final_norm_params(config, params), streams_MBTD[-1]) * column_BTD).sum(-1) + bias_BT
         return logit_BT, column_BTD, bias_BT, soft_cap_change(raw_BT, config.logit_soft_cap)
 
     parts = of_logit(targets_BT)
@@ -145,7 +145,7 @@ def attribute_activations(
         parts = tuple(part - other for part, other in zip(parts, of_logit(versus_BT), strict=True))
     logit_BT, column_BTD, head_bias_BT, soft_cap_BT = parts
 
-    direction_BTD, bias_BT = back_through_norm(config, params.get("final_norm"), streams_MBTD[-1], column_BTD)
+    direction_BTD, bias_BT = back_through_norm(config, final_norm_params(config, params), streams_MBTD[-1], column_BTD)
     per_layer = stacked_layers(params), streams_MBTD[:-1], {name: activations[name] for name in PER_LAYER}
     direction_BTD, (heads_LBNTS, feed_forward_LBT, bias_LBT) = jax.lax.scan(
         lambda direction_BTD, layer: back_through_layer(config, direction_BTD, *layer),
@@ -153,12 +153,15 @@ def attribute_activations(
         reverse=True,
     )
     token_BTD = jnp.take(params["embedding"], tokens_BT, axis=0).astype(dtype) * config.embed_scale
+    norm = norm_params(params, "embedding_norm") if config.embedding_norm else None
+    token_direction_BTD, more_BT = back_through_norm(config, norm, token_BTD, direction_BTD)
+    position_BTD = activations["embeddings"] - normalise(config, norm, token_BTD)
     return Attribution(
-        token_BT=(token_BTD * direction_BTD).sum(-1),
-        position_BT=((activations["embeddings"] - token_BTD) * direction_BTD).sum(-1),
+        token_BT=(token_BTD * token_direction_BTD).sum(-1),
+        position_BT=(position_BTD * direction_BTD).sum(-1),
         heads_LBNTS=heads_LBNTS,
         feed_forward_LBT=feed_forward_LBT,
-        bias_BT=head_bias_BT + bias_BT + bias_LBT.sum(0),
+        bias_BT=head_bias_BT + bias_BT + more_BT + bias_LBT.sum(0),
         soft_cap_BT=soft_cap_BT,
         logit_BT=logit_BT,
     )
@@ -183,9 +186,9 @@ def back_through_layer(
     out = params["attention"]["out"]
     attention_BTD = linear(out, "BTNH,NHD->BTD", activations["heads"])
     feed_forward_BTD = linear(params["feed_forward"]["down"], "BTF,FD->BTD", activations["hidden"])
-    attended_BTD = x_BTD + attention_BTD
+    attended_BTD = x_BTD + scaled(attention_BTD, config.residual_scale)
     if config.norm_position == "post":
-        attended_BTD = normalise(config, params["attention_norm"], attended_BTD)
+        attended_BTD = normalise(config, norm_params(params, "attention_norm"), attended_BTD)
 
     back = functools.partial(back_through_sum, config, params)
     direction_BTD, write_direction_BTD, bias_BT = back("feed_forward", attended_BTD, feed_forward_BTD, direction_BTD)
@@ -216,18 +219,21 @@ def back_through_sum(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The directions before one of the two sums of a block: x + write, norm(x + write) or x + norm(write).
 
+    The write counts `residual_scale` times.
+
     Returns:
         The direction of x, the direction of the write, and the contribution of the norm's bias, (B, T).
     """
     if config.norm_position == "post":
-        norm = params[f"{part}_norm"]
-        direction_BTD, bias_BT = back_through_norm(config, norm, x_BTD + write_BTD, direction_BTD)
-        return direction_BTD, direction_BTD, bias_BT
+        norm, sum_BTD = norm_params(params, f"{part}_norm"), x_BTD + scaled(write_BTD, config.residual_scale)
+        direction_BTD, bias_BT = back_through_norm(config, norm, sum_BTD, direction_BTD)
+        return direction_BTD, scaled(direction_BTD, config.residual_scale), bias_BT
+    scaled_BTD = scaled(direction_BTD, config.residual_scale)
     if config.norm_position in ("both", "output"):
-        norm = params[f"{part}_output_norm"]
-        write_direction_BTD, bias_BT = back_through_norm(config, norm, write_BTD, direction_BTD)
+        norm = norm_params(params, f"{part}_output_norm")
+        write_direction_BTD, bias_BT = back_through_norm(config, norm, write_BTD, scaled_BTD)
         return direction_BTD, write_direction_BTD, bias_BT
-    return direction_BTD, direction_BTD, jnp.zeros_like(direction_BTD[..., 0])
+    return direction_BTD, scaled_BTD, jnp.zeros_like(direction_BTD[..., 0])
 
 
 def back_through_norm(
@@ -235,7 +241,7 @@ def back_through_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """The transpose of `capture.through_norm`: norm(x) · direction = x · (the result) + (the bias's contribution).
 
-    Subtracting the mean is its own transpose. Without parameters there is no norm.
+    Subtracting the mean is its own transpose. There is no norm if `params` is None.
     """
     dtype = x_BTD.dtype
     bias_BT = jnp.zeros_like(x_BTD[..., 0])
@@ -243,7 +249,8 @@ def back_through_norm(
         return direction_BTD, bias_BT
     if config.norm_bias:
         bias_BT = (direction_BTD * params["bias"].astype(dtype)[None, None]).sum(-1)
-    direction_BTD = direction_BTD * params["scale"].astype(dtype)[None, None]
+    if config.norm_scale:
+        direction_BTD = direction_BTD * params["scale"].astype(dtype)[None, None]
     if config.norm == "layernorm":
         x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
         direction_BTD -= direction_BTD.mean(-1, keepdims=True)
@@ -251,10 +258,10 @@ def back_through_norm(
 
 
 def normalise(config: ModelConfig, params: Any, x_BTD: jax.Array) -> jax.Array:
-    """Applies one of the model's norms; none without parameters."""
+    """Applies one of the model's norms; none if `params` is None."""
     if params is None:
         return x_BTD
-    return Norm(config.norm, config.norm_epsilon, config.norm_bias).apply({"params": params}, x_BTD)  # type: ignore[return-value]
+    return norm_of(config).apply({"params": params}, x_BTD)  # type: ignore[return-value]
 
 
 def linear(params: Any, equation: str, x: jax.Array) -> jax.Array:
@@ -316,8 +323,7 @@ def score_parts(
     dtype = scores_TS.dtype
     q_H = activations["q_rotated"][layer, batch, t, head].astype(dtype)
     k_H = activations["k_rotated"][layer, batch, s, head * config.kv_heads // config.num_heads].astype(dtype)
-    scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
-    dimensions_H = q_H * k_H * scale
+    dimensions_H = q_H * k_H * score_scale(config)
     soft_cap = position = jnp.zeros((), dtype)
     if config.attention_soft_cap is not None:
         soft_cap = soft_cap_change(dimensions_H.sum(), config.attention_soft_cap)
@@ -326,6 +332,11 @@ def score_parts(
         position = -slope * (positions_S[t] - positions_S[s]).astype(dtype)
     mask = jnp.where(jnp.isneginf(scores_TS[t, s]), -jnp.inf, 0.0).astype(dtype)
     return ScoreParts(dimensions_H, soft_cap, position, mask, scores_TS[t, s])
+
+
+def score_scale(config: ModelConfig) -> float:
+    """What a product of query and key is multiplied by."""
+    return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
 
 
 def soft_cap_change(x: jax.Array, cap: float) -> jax.Array:

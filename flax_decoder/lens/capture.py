@@ -12,7 +12,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.nn.arguments import as_integers, check_shape, check_tokens
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit
-from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.decoder import Decoder, scaled
 from flax_decoder.nn.params import layers_of
 from flax_decoder.nn.precision import accumulation_dtype
 
@@ -26,7 +26,7 @@ NAMES = {
     "q": "LBTNH",  # queries, before the rotation
     "k": "LBSKH",  # keys, before the rotation
     "v": "LBSKH",  # values
-    "q_rotated": "LBTNH",  # queries after the rotation; equal to q if positions are not rotary
+    "q_rotated": "LBTNH",  # queries as they meet keys, after the rotation; equal to q if positions are not rotary
     "k_rotated": "LBSKH",  # keys after the rotation
     "scores": "LBNTS",  # scaled, soft-capped and with position bias; minus infinity if masked
     "weights": "LBNTS",  # softmax of the scores over S
@@ -153,10 +153,10 @@ def _head_writes(config: ModelConfig, params: Any, heads_LBTNH: jax.Array, sum_L
     layers, dtype = stacked_layers(params), accumulation_dtype(heads_LBTNH.dtype)
     kernel_LNHD = layers["attention"]["out"]["kernel"].astype(dtype)
     writes_LBTND = jnp.einsum("LBTNH,LNHD->LBTND", heads_LBTNH.astype(dtype), kernel_LNHD)
-    if config.norm_position not in ("both", "output"):
-        return writes_LBTND
-    norm = functools.partial(through_norm, config)
-    return jax.vmap(norm)(layers["attention_output_norm"], sum_LBTD.astype(dtype), writes_LBTND)
+    if config.norm_position in ("both", "output"):
+        norm, params = functools.partial(through_norm, config), norm_params(layers, "attention_output_norm")
+        writes_LBTND = jax.vmap(norm)(params, sum_LBTD.astype(dtype), writes_LBTND)
+    return scaled(writes_LBTND, config.residual_scale)
 
 
 def stacked_layers(params: Any) -> Any:
@@ -165,11 +165,21 @@ def stacked_layers(params: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if isinstance(layers, tuple) else layers
 
 
+def norm_params(params: Any, name: str) -> Any:
+    """The parameters of a norm, of which there may be none."""
+    return params.get(name, {})
+
+
+def final_norm_params(config: ModelConfig, params: Any) -> Any:
+    """The parameters of the last norm; None if there is no such norm."""
+    return norm_params(params, "final_norm") if config.final_norm else None
+
+
 def through_norm(config: ModelConfig, params: Any, x_BTD: jax.Array, writes_BTND: jax.Array) -> jax.Array:
     """Applies a norm to summands of its input x, with the divisor of x; without the norm's bias.
 
-    With the divisor fixed a norm is linear: it scales, and LayerNorm also subtracts the mean. Without parameters there
-    is no norm.
+    With the divisor fixed a norm is linear: it scales, and LayerNorm also subtracts the mean. There is no norm if
+    `params` is None.
     """
     if params is None:
         return writes_BTND
@@ -177,5 +187,5 @@ def through_norm(config: ModelConfig, params: Any, x_BTD: jax.Array, writes_BTND
         x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
         writes_BTND = writes_BTND - writes_BTND.mean(-1, keepdims=True)
     inverse_BT1 = jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + config.norm_epsilon)
-    scale_D = params["scale"].astype(x_BTD.dtype)
-    return writes_BTND * inverse_BT1[..., None] * scale_D[None, None, None]
+    writes_BTND = writes_BTND * inverse_BT1[..., None]
+    return writes_BTND * params["scale"].astype(x_BTD.dtype)[None, None, None] if "scale" in params else writes_BTND

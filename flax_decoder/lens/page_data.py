@@ -11,9 +11,10 @@ import numpy as np
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import UserError
-from flax_decoder.lens.attribution import attribute_activations, normalise
-from flax_decoder.lens.capture import capture
+from flax_decoder.lens.attribution import attribute_activations, normalise, score_scale
+from flax_decoder.lens.capture import capture, final_norm_params
 from flax_decoder.lens.head_scores import head_scores
+from flax_decoder.lens.origins import ORIGINS, query_and_key_origins
 from flax_decoder.lens.packing import pack
 from flax_decoder.lens.pushes import pushes
 from flax_decoder.nn.decoder import Decoder
@@ -37,8 +38,10 @@ LARGE = {
     "v": (4, 8.5),
     "scores": (4, 16.0),
     "part_sources": (4, 6.5),
+    "pairs": (4, 10.0),
     "history_weights": (3, 8.0),
 }
+PAIR_NUMBERS = 600_000  # pairs of origins; of more, those of the keys that a query attends to most
 HISTORY_NUMBERS = 4_000_000  # attention weights of a history; of more, every few snapshots are shown
 
 
@@ -95,12 +98,16 @@ def _facts(config: ModelConfig, params: Any, packed: dict[str, Any]) -> dict[str
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_width,
         "num_params": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)),
-        "scale": config.head_width**-0.5 if config.attention_scale is None else config.attention_scale,
+        "scale": score_scale(config),
         "soft_cap": config.attention_soft_cap,
         "slopes": alibi_slopes(config.num_heads).tolist() if config.positions == "alibi" else None,
         "windows": config.windows,
         "has_position_vectors": config.positions in ("learned", "sinusoidal"),
         "has_biases": config.norm_bias or config.attention_out_bias,
+        "origins": [ORIGINS[number] for number in _origins_of(config)],
+        "norm_position": config.norm_position,
+        "has_query_bias": config.attention_in_bias,
+        "has_out_bias": config.attention_out_bias,
         "digits": {name: min(packed[name]["decimals"], 3) for name in ("q", "k", "v")},
     }
 
@@ -155,12 +162,15 @@ def _arrays(config: ModelConfig, num_ids: int, params: Any, tokens_BT: jax.Array
     guess_tokens, guess_shares = _guesses(model, params, streams_MTD, num_ids)
     candidates_BC = _candidates(num_ids, jnp.concatenate([guess_tokens[-1].ravel(), second_BT[0], tokens_BT[0]]))
     num_pushed = min(NUM_PUSHED, num_ids)
+    pair_sources, pairs = _pairs(config, params, activations, tokens_BT)
     push_indices, push_values = pushes(config, params, activations, candidates_BC, num_pushed)
     return {
         "q": activations["q_rotated"][:, 0].swapaxes(1, 2),
         "k": activations["k_rotated"][:, 0].swapaxes(1, 2),
         "v": activations["v"][:, 0].swapaxes(1, 2),
         "scores": scores_LBNTS[:, 0][..., rows, columns],
+        "pair_sources": pair_sources,
+        "pairs": pairs,
         "targets": targets[:, 0],
         "part_token": both.token_BT[:, 0],
         "part_position": both.position_BT[:, 0],
@@ -179,6 +189,37 @@ def _arrays(config: ModelConfig, num_ids: int, params: Any, tokens_BT: jax.Array
     }
 
 
+def _origins_of(config: ModelConfig) -> list[int]:
+    """The origins that queries and keys of this model have, as places in `ORIGINS`."""
+    has_biases = config.norm_bias or config.attention_in_bias or config.attention_out_bias
+    is_absent = {"position": config.positions not in ("learned", "sinusoidal"), "bias": not has_biases}
+    return [number for number, name in enumerate(ORIGINS) if not is_absent.get(name)]
+
+
+def _pairs(config: ModelConfig, params: Any, activations: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What each pair of origins gives to scores, for the R sources that a query attends to most.
+
+    Returns:
+        The sources, (L, N, T, R), and the contributions, (L, N, T, R, O, O); masked ones are 0.
+    """
+    L, _, N, T, _ = activations["weights"].shape
+    chosen = jnp.array(_origins_of(config))
+    R = min(T, max(PAIR_NUMBERS // (L * N * T * len(chosen) ** 2), 1))
+    q_LBTONH, k_LBSOKH = query_and_key_origins(config, params, tokens_BT, activations)
+
+    def of_layer(layer: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        q_TONH, k_SOKH, weights_NTS = layer
+        k_SONH = jnp.repeat(k_SOKH, N // config.kv_heads, axis=2)
+        pairs_NTSOO = jnp.einsum("TONH,SPNH->NTSOP", q_TONH, k_SONH) * score_scale(config)
+        largest_NTR, sources_NTR = jax.lax.top_k(weights_NTS, R)
+        pairs_NTROO = jnp.take_along_axis(pairs_NTSOO, sources_NTR[..., None, None], axis=2)
+        return sources_NTR, jnp.where(largest_NTR[..., None, None] > 0, pairs_NTROO, 0.0)
+
+    q_LTONH, k_LSOKH = q_LBTONH[:, 0][:, :, chosen], k_LBSOKH[:, 0][:, :, chosen]
+    sources_LNTR, pairs_LNTROO = jax.lax.map(of_layer, (q_LTONH, k_LSOKH, activations["weights"][:, 0]))
+    return sources_LNTR, pairs_LNTROO
+
+
 def _candidates(num_ids: int, tokens: jax.Array) -> jax.Array:
     """The candidates for `pushes`, (1, C): the whole vocabulary, or if it is large these tokens, padded with -1."""
     if num_ids <= SMALL_VOCABULARY:
@@ -191,7 +232,7 @@ def _guesses(model: Decoder, params: Any, streams_MTD: jax.Array, num_ids: int) 
     """The logit lens: the likeliest next tokens after each layer and their probabilities, (M, T, NUM_GUESSES)."""
 
     def guess(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        normed_BTD = normalise(model.config, params.get("final_norm"), x_TD[None])
+        normed_BTD = normalise(model.config, final_norm_params(model.config, params), x_TD[None])
         logits_BTV: Any = model.apply({"params": head_params(params)}, normed_BTD, method="logits")
         shares, tokens = jax.lax.top_k(jax.nn.softmax(logits_BTV[0])[:, :num_ids], min(NUM_GUESSES, num_ids))
         return tokens, shares

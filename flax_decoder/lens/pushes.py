@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.lens.attribution import head_columns, normalise
-from flax_decoder.lens.capture import Activations, through_norm
+from flax_decoder.lens.capture import Activations, final_norm_params, norm_params, through_norm
+from flax_decoder.nn.decoder import scaled
 from flax_decoder.nn.params import unstack_layers
 
 
@@ -32,11 +33,12 @@ def pushes(
         changes, then the `count` smallest, in descending order.
     """
     columns_BCD = head_columns(params, jnp.maximum(tokens_BC, 0)).astype(activations["residual"].dtype)
+    columns_BCD = scaled(columns_BCD, config.logit_scale)
     is_token_1C = tokens_BC >= 0
     layers = unstack_layers(params)["layers"]
 
     def of_layer(writes_BTND: jax.Array) -> tuple[jax.Array, jax.Array]:
-        writes_BTND = through_norm(config, params.get("final_norm"), activations["residual"][-1], writes_BTND)
+        writes_BTND = through_norm(config, final_norm_params(config, params), activations["residual"][-1], writes_BTND)
         logits_NTC = jnp.einsum("BTND,BCD->NTC", writes_BTND, columns_BCD)
         up, raised = jax.lax.top_k(jnp.where(is_token_1C[None], logits_NTC, -jnp.inf), count)
         down, lowered = jax.lax.top_k(jnp.where(is_token_1C[None], -logits_NTC, -jnp.inf), count)
@@ -56,9 +58,11 @@ def through_later_norms(config: ModelConfig, layers: Any, activations: Activatio
     writes_BTND = activations["head_writes"][layer]
     for later in range(layer, len(layers)):
         x_BTD = activations["embeddings"] if later == 0 else activations["residual"][later - 1]
-        params = layers[later]
+        attention_norm, feed_forward_norm = (
+            norm_params(layers[later], f"{part}_norm") for part in ("attention", "feed_forward")
+        )
         sum_BTD = x_BTD + activations["attention_write"][later]
-        writes_BTND = through_norm(config, params["attention_norm"], sum_BTD, writes_BTND)
-        sum_BTD = normalise(config, params["attention_norm"], sum_BTD) + activations["feed_forward_write"][later]
-        writes_BTND = through_norm(config, params["feed_forward_norm"], sum_BTD, writes_BTND)
+        writes_BTND = through_norm(config, attention_norm, sum_BTD, writes_BTND)
+        sum_BTD = normalise(config, attention_norm, sum_BTD) + activations["feed_forward_write"][later]
+        writes_BTND = through_norm(config, feed_forward_norm, sum_BTD, writes_BTND)
     return writes_BTND

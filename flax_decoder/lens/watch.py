@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_decoder.config import Config
-from flax_decoder.data.shards import Shards
+from flax_decoder.data.long_array import Shards
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import make_folder, replacing
@@ -25,11 +25,15 @@ from flax_decoder.lens.capture import capture
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel.mesh import sharding_of
 
+# How far into the validation split the watched text may begin, so that it begins with a word.
+MAX_SKIPPED = 100
+
 
 class Watch:
     """Records snapshots of a run.
 
     Attributes:
+        folder: the run folder; set it where the folder has been renamed.
         every: steps between two snapshots: `lens.every`, or a multiple of it in a long run; 0 if none are recorded.
     """
 
@@ -53,14 +57,14 @@ class Watch:
             FaultError: the history cannot be written.
         """
         self.every = config.lens.every
-        self._folder = folder / history.FOLDER
+        self.folder = folder
         self._writes = writes
         self._tokens_T = tokens_T
         self._last_step = config.training.num_steps
         self._max = history.max_snapshots(config.model, len(tokens_T))
         self._snapshots: dict[int, str] = {}
         # Scanned layers compile in the same time however many there are. The parameters are the same.
-        model = Decoder(dataclasses.replace(config.model, scan_layers=True, remat="none"))
+        model = Decoder(dataclasses.replace(config.model, scan_layers=True, remat="none"), config.lora.adapter)
         self._attend = jax.jit(functools.partial(_attend, model), out_shardings=sharding_of(mesh))
         if self.every > 0:
             with as_fault_error(self._folder):
@@ -88,6 +92,10 @@ class Watch:
             return
         with as_fault_error(self._folder):
             self._add(step, history.to_bytes(*arrays))
+
+    @property
+    def _folder(self) -> Path:
+        return self.folder / history.FOLDER
 
     def _resume(self, step: int) -> None:
         """Reads the existing history, up to `step`."""
@@ -136,13 +144,14 @@ def watched_tokens(config: Config, tokenizer: Tokenizer, validation_tokens: np.n
     Args:
         config: of the run; see its `lens`.
         tokenizer: of the run.
-        validation_tokens: the validation split; its beginning is the text if `lens.prompt` is not set.
+        validation_tokens: the validation split; its first words are the text if `lens.prompt` is not set.
 
     Raises:
         UserError: the text has no tokens, the tokenizer cannot encode it, or a snapshot would be too large.
     """
     lens, model = config.lens, config.model
-    tokens: np.ndarray | Shards = validation_tokens
+    beginning = validation_tokens[: MAX_SKIPPED + lens.prompt_tokens]
+    tokens = beginning[_first_word(tokenizer, beginning) :]
     if lens.prompt is not None:
         try:
             tokens = np.array(tokenizer.encode_prompt(lens.prompt))
@@ -158,6 +167,16 @@ def watched_tokens(config: Config, tokenizer: Tokenizer, validation_tokens: np.n
             f"GB of the {history.MAX_BYTES / 1e9:,.0f} GB for all; use fewer tokens, or set lens.every to 0"
         )
     return tokens_T
+
+
+def _first_word(tokenizer: Tokenizer, tokens: np.ndarray) -> int:
+    """Where the first whole word begins: a split may cut one. 0 if none does soon."""
+    pieces = [tokenizer.decode([token]) for token in tokens[:MAX_SKIPPED].tolist() if token < tokenizer.vocab_size]
+    for place, (before, piece) in enumerate(itertools.pairwise(pieces), 1):
+        is_cut = not (before[-1:].isspace() or piece[:1].isspace())
+        if not is_cut and piece.strip()[:1].isalnum():
+            return place
+    return 0
 
 
 def _attend(model: Decoder, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, ...]:

@@ -18,7 +18,7 @@ from flax_decoder.nn.kernels.choice import choose_attention
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.nn.norm import Norm
-from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate
+from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotary_magnitude, rotate
 from flax_decoder.nn.precision import accumulation_dtype
 
 
@@ -49,7 +49,8 @@ class SelfAttention(nn.Module):
             UserError: `config.attention` names an implementation that does not run on the devices.
         """
         config, record = self.config, call.hook(self)
-        linear = functools.partial(Linear, use_bias=config.attention_in_bias, init_stddev=config.init_stddev)
+        bias, stddev, adapter = config.attention_in_bias, config.init_stddev, call.adapter
+        linear = functools.partial(Linear, use_bias=bias, init_stddev=stddev, adapter=adapter)
         query_shape, key_shape = (config.num_heads, config.head_width), (config.kv_heads, config.head_width)
 
         with jax.named_scope("qkv"):
@@ -61,15 +62,19 @@ class SelfAttention(nn.Module):
             v_BTKH = linear(key_shape, config.dtype, name="value")("BTD,DKH->BTKH", x_BTD)
             q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
             k_BTKH, v_BTKH = (constrain(x, "batch", "length", "kv_heads", None) for x in (k_BTKH, v_BTKH))
-            if config.qk_norm != "none":
-                q_BTNH, k_BTKH = self.normalise("query_norm", q_BTNH), self.normalise("key_norm", k_BTKH)
+            if config.qk_norm_position == "before":
+                q_BTNH, k_BTKH = self.normalise(q_BTNH, k_BTKH)
             q_BTNH, k_BTKH, v_BTKH = record("q", q_BTNH), record("k", k_BTKH), record("v", v_BTKH)
 
         if config.positions == "rotary":
             with jax.named_scope("rotary"):
+                magnitude = rotary_magnitude(config, kind)
+                turn = functools.partial(rotate, layout=config.rotary_layout, magnitude=magnitude)
                 frequencies = rotary_frequencies(config, kind)
-                q_BTNH = record("q_rotated", rotate(q_BTNH, call.positions_BT, frequencies, config.rotary_layout))
-                k_BTKH = record("k_rotated", rotate(k_BTKH, call.positions_BT, frequencies, config.rotary_layout))
+                q_BTNH, k_BTKH = (turn(x, call.positions_BT, frequencies) for x in (q_BTNH, k_BTKH))
+                if config.qk_norm_position == "after":
+                    q_BTNH, k_BTKH = self.normalise(q_BTNH, k_BTKH)
+                q_BTNH, k_BTKH = record("q_rotated", q_BTNH), record("k_rotated", k_BTKH)
 
         k_BSKH, v_BSKH, key_positions_BS, window = k_BTKH, v_BTKH, call.positions_BT, kind.window
         if cached is not None:
@@ -96,15 +101,21 @@ class SelfAttention(nn.Module):
             heads_BTNH = record("heads", attend(q_BTNH, k_BSKH, v_BSKH, mask))
 
         with jax.named_scope("out"):
-            out = Linear((config.embed_dim,), config.dtype, config.attention_out_bias, config.output_stddev, name="out")
+            settings = config.dtype, config.attention_out_bias, config.output_stddev, adapter
+            out = Linear((config.embed_dim,), *settings, name="out")
             return out("BTNH,NHD->BTD", constrain(heads_BTNH, "batch", "length", "heads", None)), cached
 
-    def normalise(self, name: str, x_BTNH: jax.Array) -> jax.Array:
-        """Queries or keys of unit size, per head or over all heads of a position."""
-        norm = Norm("rmsnorm", self.config.norm_epsilon, name=name)
-        if self.config.qk_norm == "head":
-            return norm(x_BTNH)
-        return norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
+    def normalise(self, *projections: jax.Array) -> list[jax.Array]:
+        """Queries and keys of unit size, per head or over all heads of a position; as they are without qk_norm."""
+        config, normal = self.config, []
+        for name, x_BTNH in zip(("query_norm", "key_norm"), projections, strict=True):
+            norm = functools.partial(Norm, "rmsnorm", config.norm_epsilon, use_scale=config.norm_scale, name=name)
+            if config.qk_norm == "head":
+                x_BTNH = norm()(x_BTNH)
+            elif config.qk_norm == "all":
+                x_BTNH = norm()(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
+            normal.append(x_BTNH)
+        return normal
 
 
 def dot_product_attention(

@@ -101,6 +101,7 @@ def _axes_of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
     elif len(names) > 1 and names[-2] in PROJECTIONS:
         inputs, outputs = PROJECTIONS[names[-2]]
         # A vector takes little memory on each device, and gathering a split one costs a message.
-        axes = (*inputs, *outputs) if names[-1] == "kernel" else (None,) * len(outputs)
+        of_matrices = {"kernel": (*inputs, *outputs), "lora_a": (*inputs, None), "lora_b": (None, *outputs)}
+        axes = of_matrices[names[-1]] if names[-1] in of_matrices else (None,) * len(outputs)
     stacked = ("layers",) if "layers" in names and leaf.ndim > len(axes) else ()
     return PartitionSpec(*stacked, *axes)

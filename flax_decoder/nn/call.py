@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 
+from flax_decoder.config import Adapter
+
 Edit = Callable[[jax.Array, jax.Array], jax.Array]
 """From a value and the index of its layer (an int32 scalar, traced where layers are scanned) to a new value."""
 Hook = Callable[[str, jax.Array], jax.Array]
@@ -32,6 +34,7 @@ class Call:
         rollback_slots: with a cache, see `KVCache`.
         in_order: each row is a whole sequence, from position 0 on in order: what fused kernels compute.
         deterministic: False applies dropout.
+        adapter: how low-rank adapters count, where layers have them; without dropout if deterministic.
         records: "intermediates" are asked for.
         edits: by name, what replaces a value.
         layer: index of the layer; only edits read it.
@@ -43,6 +46,7 @@ class Call:
     rollback_slots: int = 0
     in_order: bool = False
     deterministic: bool = True
+    adapter: Adapter | None = None
     records: bool = False
     edits: Mapping[str, Edit] | None = None
     layer: ArrayLike | None = 0

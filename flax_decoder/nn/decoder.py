@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_decoder.config import PLAIN_LAYER, LayerKind, ModelConfig
+from flax_decoder.config import PLAIN_LAYER, Adapter, LayerKind, ModelConfig
 from flax_decoder.nn.arguments import checked_arguments
 from flax_decoder.nn.attention import SelfAttention
 from flax_decoder.nn.axes import constrain, num_parts
 from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.call import Call, Edit
+from flax_decoder.nn.embedding import look_up
 from flax_decoder.nn.feed_forward import FeedForward
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.mask import document_starts
-from flax_decoder.nn.norm import Norm
+from flax_decoder.nn.norm import norm_of
 from flax_decoder.nn.positions import sinusoidal
-from flax_decoder.nn.precision import accumulation_dtype
+from flax_decoder.nn.precision import accumulation_dtype, add_parameter, in_own_precision, widened_to
 from flax_decoder.nn.stack import (
     per_layer,
     period_of,
@@ -51,22 +52,25 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerKV | None]:
         """Adds the writes of this layer to the residual stream; see `SelfAttention` for the arguments."""
         config, record = self.config, call.hook(self)
-        norm = functools.partial(Norm, config.norm, config.norm_epsilon, config.norm_bias)
+        norm = functools.partial(norm_of, config)
         before = config.norm_position in ("pre", "both")
         after = config.norm_position in ("both", "output")
         dropout = nn.Dropout(config.dropout, deterministic=call.deterministic)
 
-        h_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
-        h_BTD, cached = SelfAttention(config, name="attention")(h_BTD, call, kind, cached)
+        input_BTD = norm(name="attention_norm")(x_BTD) if before else x_BTD
+        h_BTD, cached = SelfAttention(config, name="attention")(input_BTD, call, kind, cached)
         h_BTD = norm(name="attention_output_norm")(h_BTD) if after else h_BTD
+        h_BTD = scaled(h_BTD, config.residual_scale)
         attended_BTD = x_BTD + dropout(record("attention_write", h_BTD))
         if config.norm_position == "post":
             attended_BTD = norm(name="attention_norm")(attended_BTD)
 
-        h_BTD = x_BTD if config.parallel_residual else attended_BTD
-        h_BTD = norm(name="feed_forward_norm")(h_BTD) if before else h_BTD
-        h_BTD = FeedForward(config, name="feed_forward")(h_BTD, call)
+        if not config.shared_norm:
+            input_BTD = x_BTD if config.parallel_residual else attended_BTD
+            input_BTD = norm(name="feed_forward_norm")(input_BTD) if before else input_BTD
+        h_BTD = FeedForward(config, name="feed_forward")(input_BTD, call)
         h_BTD = norm(name="feed_forward_output_norm")(h_BTD) if after else h_BTD
+        h_BTD = scaled(h_BTD, config.residual_scale)
         x_BTD = attended_BTD + dropout(record("feed_forward_write", h_BTD))
         if config.norm_position == "post":
             x_BTD = norm(name="feed_forward_norm")(x_BTD)
@@ -81,11 +85,14 @@ class Decoder(nn.Module):
 
     Attributes:
         config: the model; its `vocab_size` must be set.
+        adapter: how the low-rank adapters in its params count, `config.lora.adapter`; None for params without any.
     """
 
     config: ModelConfig
+    adapter: Adapter | None = None
 
     @nn.compact
+    @in_own_precision
     def __call__(
         self,
         tokens_BT: jax.Array,
@@ -132,7 +139,7 @@ class Decoder(nn.Module):
         call = self.make_call(tokens_BT, cache, positions_BT, segments_BT, num_tokens_B, deterministic, edits)
         normal = nn.initializers.normal(config.init_stddev)
         embedding_VD: jax.Array = self.param("embedding", normal, (config.vocab_size, config.embed_dim))
-        x_BTD = self.embed(embedding_VD.astype(config.dtype), tokens_BT, call)
+        x_BTD = self.embed(embedding_VD, tokens_BT, call)
         x_BTD = call.hook(self)("embeddings", constrain(x_BTD, "batch", "length", None))
         x_BTD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BTD)
 
@@ -140,7 +147,7 @@ class Decoder(nn.Module):
 
         x_BCD = last_real(x_BTD, num_tokens_B) if last_only else x_BTD  # the C positions whose logits are wanted
         if config.final_norm:
-            x_BCD = Norm(config.norm, config.norm_epsilon, config.norm_bias, name="final_norm")(x_BCD)
+            x_BCD = norm_of(config, "final_norm")(x_BCD)
         if not config.tied_head:
             self.param("head", normal, (config.embed_dim, config.vocab_size))
         if config.head_bias:
@@ -177,6 +184,7 @@ class Decoder(nn.Module):
             segments_BT,
             in_order=in_order,
             deterministic=deterministic,
+            adapter=self.adapter._replace(dropout=0.0) if self.adapter and deterministic else self.adapter,
             records=self.is_mutable_collection("intermediates"),
             edits=edits,
         )
@@ -189,6 +197,7 @@ class Decoder(nn.Module):
             rollback_slots=cache.rollback_slots,
         )
 
+    @in_own_precision
     def logits(self, x_BCD: jax.Array, *, is_generating: bool = False) -> jax.Array:
         """Returns logits_BCV, in at least float32, of the tokens that follow hidden states, after the final norm.
 
@@ -215,6 +224,7 @@ class Decoder(nn.Module):
         if config.head_bias:
             bias_V: jax.Array = self.get_variable("params", "head_bias").astype(config.dtype)
             logits_BCV += bias_V[None, None].astype(dtype)
+        logits_BCV = scaled(logits_BCV, config.logit_scale)
         if config.logit_soft_cap is not None:
             logits_BCV = config.logit_soft_cap * jnp.tanh(logits_BCV / config.logit_soft_cap)
         return logits_BCV
@@ -224,11 +234,12 @@ class Decoder(nn.Module):
         config = self.config
         # Each device looks up the columns it holds, for the tokens of its neighbours, too: neither the table nor its
         # gradient then has to travel, only vectors do.
-        embedding_VD = constrain(embedding_VD, "vocab", "embed")
-        x_BTD = look_up(embedding_VD, constrain(tokens_BT, "copies", "length"))
+        embedding_VD = constrain(widened_to(embedding_VD, config.dtype), "vocab", "embed")
+        x_BTD = look_up(embedding_VD, constrain(tokens_BT, "copies", "length")).astype(config.dtype)
         x_BTD = constrain(x_BTD, "copies", "length", "embed")
-        if config.embed_scale != 1:
-            x_BTD *= jnp.asarray(config.embed_scale, config.dtype)
+        x_BTD = scaled(x_BTD, config.embed_scale)
+        if config.embedding_norm:
+            x_BTD = norm_of(config, "embedding_norm")(x_BTD)
         positions_BT = call.positions_BT
         if call.end_B is not None:
             # Padding may be beyond the learned positions, and NaN there would spread by attention.
@@ -236,7 +247,11 @@ class Decoder(nn.Module):
         if config.positions == "learned":
             normal = nn.initializers.normal(config.init_stddev)
             positions_SD = self.param("positions", normal, (config.context_length, config.embed_dim))
-            x_BTD += look_up(positions_SD.astype(config.dtype), positions_BT)
+            positions_SD = widened_to(positions_SD, config.dtype)
+            if call.in_order and call.segments_BT is None:
+                x_BTD = add_parameter(x_BTD, positions_SD[None, : tokens_BT.shape[1]])
+            else:
+                x_BTD = add_parameter(x_BTD, look_up(positions_SD, positions_BT))
         elif config.positions == "sinusoidal":
             dtype = accumulation_dtype(x_BTD.dtype)
             x_BTD += sinusoidal(positions_BT, config.embed_dim, dtype).astype(config.dtype)
@@ -250,7 +265,7 @@ class Decoder(nn.Module):
             init_rngs_L = jax.random.split(self.make_rng("params"), config.num_layers)
             layers = jax.vmap(lambda rng: block.init(rng, x_BTD, call, PLAIN_LAYER)["params"])(init_rngs_L)
             self.put_variable("params", "layers", layers)
-        has_dropout = config.dropout > 0 and not call.deterministic
+        has_dropout = not call.deterministic and max(config.dropout, call.adapter.dropout if call.adapter else 0) > 0
         rngs_L = jax.random.split(self.make_rng("dropout"), config.num_layers) if has_dropout else None
         indices_L = None if call.edits is None else jnp.arange(config.num_layers, dtype=jnp.int32)
 
@@ -286,13 +301,13 @@ class Decoder(nn.Module):
         return x_BTD, cached_layers
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a factor, without a product where that is 1."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
 def last_real(x_BTD: jax.Array, num_tokens_B: jax.Array | None) -> jax.Array:
     """x_B1D: of each row the last position that is not padding."""
     B, T, _ = x_BTD.shape
     last_B = jnp.full(B, T, jnp.int32) if num_tokens_B is None else num_tokens_B
     return jnp.take_along_axis(x_BTD, jnp.maximum(last_B - 1, 0)[:, None, None], axis=1)
-
-
-def look_up(table: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    """The rows of a table; NaN for an id outside of it, where JAX would by default return another row."""
-    return jnp.asarray(table).at[ids_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -11,6 +11,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.nn.axes import constrain
 from flax_decoder.nn.call import Call
 from flax_decoder.nn.linear import Linear
+from flax_decoder.nn.precision import in_float32
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -39,8 +40,8 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array, call: Call) -> jax.Array:
         """Maps (B, T, D) to (B, T, D), each position by itself."""
         config = self.config
-        activation = ACTIVATIONS[config.feed_forward]
-        linear = functools.partial(Linear, dtype=config.dtype, use_bias=config.mlp_bias)
+        activation = in_float32(ACTIVATIONS[config.feed_forward])
+        linear = functools.partial(Linear, dtype=config.dtype, use_bias=config.mlp_bias, adapter=call.adapter)
 
         h_BTF = linear((config.mlp_width,), init_stddev=config.init_stddev, name="up")("BTD,DF->BTF", x_BTD)
         if config.feed_forward in GATED:

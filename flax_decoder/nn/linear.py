@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_decoder.config import Adapter
 from flax_decoder.nn.axes import num_parts
+from flax_decoder.nn.precision import add_parameter
 
 
 class Linear(nn.Module):
@@ -21,12 +23,14 @@ class Linear(nn.Module):
         dtype: of the product; the kernel itself is float32.
         use_bias: whether b is there.
         init_stddev: standard deviation of the kernel at the start; 0 starts it at zero.
+        adapter: how much "lora_a" and "lora_b" beside the kernel add, where its params have them: scale (x A) B.
     """
 
     features: tuple[int, ...]
     dtype: str = "float32"
     use_bias: bool = False
     init_stddev: float = 0.02
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, equation: str, x: jax.Array) -> jax.Array:
@@ -40,10 +44,19 @@ class Linear(nn.Module):
         rest, inputs = x.shape[:-num_inputs], x.shape[-num_inputs:]
         kernel = self.param("kernel", nn.initializers.normal(self.init_stddev), (*inputs, *self.features))
         matrix = kernel.reshape(math.prod(inputs), math.prod(self.features)).astype(self.dtype)
-        y = project(x.astype(self.dtype).reshape(*rest, -1), matrix)
+        x = x.astype(self.dtype).reshape(*rest, -1)
+        y = project(x, matrix)
+        if self.has_variable("params", "lora_a"):
+            if self.adapter is None:
+                raise ValueError("the params have adapters: make a Decoder(config.model, config.lora.adapter)")
+            a: jax.Array = self.get_variable("params", "lora_a").astype(self.dtype)
+            b: jax.Array = self.get_variable("params", "lora_b").astype(self.dtype)
+            h = nn.Dropout(self.adapter.dropout, deterministic=False)(x)
+            h = project(h, a.reshape(matrix.shape[0], -1)) * self.adapter.scale
+            y += project(h, b.reshape(-1, matrix.shape[1]))
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features).astype(self.dtype)
-            y += bias.reshape((1,) * len(rest) + (-1,))
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y = add_parameter(y, bias.reshape((1,) * len(rest) + (-1,)))
         y = y.reshape(*rest, *self.features)
         self.sow("intermediates", "output", y)
         return y

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_decoder.config import ModelConfig
 from flax_decoder.nn.precision import accumulation_dtype
 
 
@@ -19,11 +20,13 @@ class Norm(nn.Module):
         kind: "layernorm" or "rmsnorm".
         epsilon: added under the root, so that a constant input is not divided by zero.
         use_bias: LayerNorm learns a shift.
+        use_scale: the scale is learned; without, it is 1.
     """
 
     kind: Literal["layernorm", "rmsnorm"]
     epsilon: float
     use_bias: bool = False
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -33,10 +36,15 @@ class Norm(nn.Module):
         if self.kind == "layernorm":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        y *= scale.reshape(shape).astype(y.dtype)
+        if self.use_scale:
+            y *= self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(shape).astype(y.dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(shape).astype(y.dtype)
         y = y.astype(x.dtype)
         self.sow("intermediates", "output", y)
         return y
+
+
+def norm_of(config: ModelConfig, name: str | None = None) -> Norm:
+    """A norm of the residual stream."""
+    return Norm(config.norm, config.norm_epsilon, config.norm_bias, config.norm_scale, name=name)

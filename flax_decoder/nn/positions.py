@@ -37,7 +37,8 @@ def rotary_frequencies(config: ModelConfig, kind: LayerKind = PLAIN_LAYER) -> np
         theta_i = base^(-2i / R),   R the rotated part of the head width
 
     `linear` scaling divides all of them by the factor (Chen et al. 2023). `llama3` divides those whose wavelength is
-    long compared with the original context, keeps those with a short one, and blends in between (Llama 3.1).
+    long compared with the original context, keeps those with a short one, and blends in between (Llama 3.1). `yarn`
+    does so too, and blends by the number of the pair (Peng et al. 2023, section 3.2, with whole numbers as bounds).
 
     Args:
         config: the model.
@@ -61,7 +62,28 @@ def rotary_frequencies(config: ModelConfig, kind: LayerKind = PLAIN_LAYER) -> np
         low, high = config.rotary_low_frequency_factor, config.rotary_high_frequency_factor
         kept = np.clip((turns_in_original_context - low) / (high - low), 0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
+    elif config.rotary_scaling == "yarn":
+
+        def pair(turns: float) -> float:
+            """The number of the pair that turns so often in the original context."""
+            return (
+                rotated
+                * math.log(config.rotary_original_context / (2 * math.pi * turns))
+                / (2 * math.log(config.rotary_base))
+            )
+
+        first = max(math.floor(pair(config.rotary_high_frequency_factor)), 0)
+        last: float = min(math.ceil(pair(config.rotary_low_frequency_factor)), rotated - 1)
+        last = last + 0.001 if last == first else last  # as in the authors' code
+        stretched = np.clip((np.arange(rotated // 2) - first) / (last - first), 0, 1)
+        frequencies = stretched * frequencies / factor + (1 - stretched) * frequencies
     return frequencies
+
+
+def rotary_magnitude(config: ModelConfig, kind: LayerKind = PLAIN_LAYER) -> float:
+    """What is rotated is multiplied by this: only where wavelengths are stretched as in YaRN."""
+    is_plain = not kind.rotates or (kind.window is not None and config.rotary_window_base is not None)
+    return config.rotary_magnitude if config.rotary_scaling == "yarn" and not is_plain else 1.0
 
 
 def rotate(
@@ -69,6 +91,7 @@ def rotate(
     positions_BT: jax.Array,
     frequencies: np.ndarray | jax.Array,
     layout: Literal["half", "interleaved"] = "half",
+    magnitude: float = 1.0,
 ) -> jax.Array:
     """Rotates pairs of numbers of each head by an angle proportional to the position.
 
@@ -81,6 +104,7 @@ def rotate(
         frequencies: (R / 2,), from `rotary_frequencies`.
         layout: "half" pairs number i with number i + R/2, as GPT-NeoX and Llama do; "interleaved" number 2 i with
             number 2 i + 1, as the paper and GPT-J do.
+        magnitude: factor of the numbers that are rotated.
 
     Returns:
         The same shape and dtype.
@@ -88,6 +112,8 @@ def rotate(
     dtype = accumulation_dtype(x_BTNH.dtype)
     angles = positions_BT[:, :, None, None].astype(dtype) * jnp.asarray(frequencies, dtype)[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if magnitude != 1:
+        cos, sin = cos * magnitude, sin * magnitude
     half = len(frequencies)
     x = x_BTNH.astype(dtype)
     rest = x[..., 2 * half :]

@@ -1,17 +1,74 @@
 """The dtypes that numbers are computed in."""
 
+import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of norms, angles, scores and logits for activations in `dtype`: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+@jax.custom_jvp
+def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """The sum, in the dtype of x. The gradient of the parameter sums over the axes that x has more, in float32."""
+    return x + parameter.astype(x.dtype)
+
+
+@add_parameter.defjvp
+def _change_of_sum(arguments: tuple[jax.Array, jax.Array], changes: tuple[jax.Array, jax.Array]) -> Any:
+    dtype = accumulation_dtype(arguments[0].dtype)
+    x_change, parameter_change = (change.astype(dtype) for change in changes)
+    return add_parameter(*arguments), (x_change + parameter_change).astype(arguments[0].dtype)
+
+
+def in_float32(compute: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """A function of each number by itself, computed in at least float32, with a result in the dtype of its argument."""
+
+    @functools.wraps(compute)
+    def widened_compute(x: jax.Array) -> jax.Array:
+        dtype = accumulation_dtype(x.dtype)
+        if x.dtype == dtype:
+            return compute(x)
+        # What it computes on the way is not kept for the backward pass: it would be twice as large as x.
+        return jax.checkpoint(lambda x: compute(x.astype(dtype)).astype(x.dtype))(x)
+
+    return widened_compute
+
+
+def in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a module whose products, and those of its gradient, have the `matmul_precision` of its config."""
+
+    @functools.wraps(method)
+    def precise(self: Any, *arguments: Any, **options: Any) -> Any:
+        # What is no config is refused inside of the method.
+        highest = getattr(self.config, "matmul_precision", "default") == "highest"
+        with jax.default_matmul_precision("highest") if highest else contextlib.nullcontext():
+            return method(self, *arguments, **options)
+
+    return precise
+
+
+def rounding_of_products(config: ModelConfig, platform: str) -> str | None:
+    """A line that says to what the factors of float32 products are rounded on these devices; None if they are not."""
+    rounded = {"gpu": "TF32 (10 bits)", "cuda": "TF32 (10 bits)", "tpu": "bfloat16 (7 bits)"}.get(platform)
+    if rounded is None or config.dtype != "float32" or config.matmul_precision == "highest":
+        return None
+    return f"factors of float32 products are rounded to {rounded}; --model.matmul-precision highest keeps all 23 bits"
+
+
+def widened_to(parameter: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """A parameter as it is, or in `dtype` where that is wider: never rounded, so neither is its gradient."""
+    return parameter.astype(dtype) if jnp.dtype(dtype).itemsize > parameter.dtype.itemsize else parameter
 
 
 def widened(params: Any) -> Any:

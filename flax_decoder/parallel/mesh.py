@@ -33,11 +33,16 @@ RULES = (
 
 # Compiler options by platform. On TPU these let gradients be reduce-scattered also if a part is only one register (128
 # numbers) wide; by default such a gradient is all-reduced in full, and most of the sum is discarded.
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, dict[str, str | int | bool]] = {
     "tpu": {
         "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
         "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     }
+}
+# For the same bits each time: no operation that adds in the order in which threads arrive, and no choice between
+# kernels by how long each took.
+DETERMINISTIC_OPTIONS: dict[str, dict[str, str | int | bool]] = {
+    "gpu": {"xla_gpu_exclude_nondeterministic_ops": True, "xla_gpu_autotune_level": 0}
 }
 
 
@@ -83,20 +88,48 @@ def make_mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
 
 def mesh_of(devices: Sequence[jax.Device], data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of the given shape, with devices in an order that suits their interconnect."""
-    shape = (data, fsdp, context, tensor)
-    if devices[0].platform == "cpu":
-        arranged = np.asarray(devices).reshape(shape)
-    else:
-        from jax.experimental import mesh_utils
-
-        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    arranged = arrange(devices, (data, fsdp, context, tensor))
     # With Auto axes the compiler decides how each operation is split; RULES constrain only the arrays that matter.
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+def arrange(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in an array of a shape, such that its last axes are those with the fastest links.
+
+    Raises:
+        UserError: there are several TPU slices, and they divide neither data nor fsdp, which alone may cross the slower
+            network between them.
+    """
+    if devices[0].platform == "cpu":
+        return np.asarray(devices).reshape(shape)
+    from jax.experimental import mesh_utils
+
+    # Of GPUs JAX takes the order as it is: those of a machine are beside each other.
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    crossing = next((axis for axis in (0, 1) if shape[axis] % num_slices == 0), None)
+    if crossing is None:
+        raise UserError(
+            f"mesh: {num_slices} TPU slices divide neither data = {shape[0]} nor fsdp = {shape[1]}, and within a layer "
+            "nothing is sent between slices:\nset mesh.data or mesh.fsdp to a multiple"
+        )
+    over_slices = tuple(num_slices if axis == crossing else 1 for axis in range(len(shape)))
+    within = tuple(size // outer for size, outer in zip(shape, over_slices, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, over_slices, devices, allow_split_physical_axes=True)
+
+
+def num_row_devices(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in dict(RULES)["batch"])
+
+
+def compiler_options(mesh: Mesh, *, deterministic: bool = False) -> dict[str, str | int | bool] | None:
     """The compiler options of a step on a mesh, for `jax.jit`."""
-    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    platform = {"cuda": "gpu"}.get(platform, platform)
+    more = DETERMINISTIC_OPTIONS.get(platform, {}) if deterministic else {}
+    return COMPILER_OPTIONS.get(platform, {}) | more or None
 
 
 @contextlib.contextmanager
@@ -131,6 +164,8 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
             advice = ""
             if name == "model.vocab_size":
                 advice = f"; set it to {-(-size // parts) * parts}: unused ids do no harm"
+            if name == "training.batch_size":
+                advice = f"; set it to {-(-size // parts) * parts}, or use fewer devices"
             raise UserError(f"{name} = {size} is not a multiple of {over} = {parts}{advice}")
     # Each device holds an early and a late chunk of a sequence (see zigzag.py).
     if sizes["context"] > 1 and model.context_length % (2 * sizes["context"]) != 0:

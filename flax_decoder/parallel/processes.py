@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -17,9 +18,14 @@ from jax.experimental import multihost_utils
 
 from flax_decoder.config import DistributedConfig
 from flax_decoder.errors import FaultError, UserError
-from flax_decoder.parallel.launchers import find_job, in_a_job
+from flax_decoder.parallel.launchers import find_job, in_a_job, local_device_ids, refuse_lone_process
 
 T = TypeVar("T")
+# How long processes that are done wait for the first one, which hashes the last checkpoint: JAX's 5 minutes are too few
+# for hundreds of gigabytes. One that has died is noticed by its heartbeat.
+SHUTDOWN_SECONDS = 3600
+# The longest path on Linux, in bytes.
+_MAX_PATH = 4096
 
 
 def join(config: DistributedConfig) -> None:
@@ -30,7 +36,8 @@ def join(config: DistributedConfig) -> None:
             Kubernetes, or a TPU pod).
 
     Raises:
-        UserError: the other processes were not found, or the number or index of this one is missing.
+        UserError: the other processes were not found, the number or index of this one is missing, or the processes of
+            this machine do not divide its GPUs.
     """
     count, index = find_job(config, os.environ)
     if config.coordinator is not None and (count is None or index is None):
@@ -44,8 +51,11 @@ def join(config: DistributedConfig) -> None:
             f"distributed.num_processes = {config.num_processes} and process_id = {config.process_id} do not say "
             "where the other processes are: give --distributed.coordinator HOST:PORT"
         )
-    if count == 1 or not found or jax.distributed.is_initialized():
+    if count == 1 or jax.distributed.is_initialized():
         return
+    if not found:
+        return refuse_lone_process(os.environ)
+    own_devices = local_device_ids(os.environ)
     if config.coordinator is not None and index != 0:
         wait_for(config.coordinator, config.join_seconds)
     try:
@@ -53,7 +63,9 @@ def join(config: DistributedConfig) -> None:
             config.coordinator,
             count,
             index,
+            own_devices,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             initialization_timeout=config.join_seconds,
         )
     except (RuntimeError, ValueError) as error:
@@ -125,6 +137,28 @@ def broadcast(value: T) -> T:
         return value
     result: T = multihost_utils.broadcast_one_to_all(np.asarray(value)).tolist()
     return result
+
+
+def broadcast_path(find: Callable[[], Path] | None) -> Path:
+    """The path that `find` finds in the one process that has it, the first.
+
+    Raises:
+        FaultError: it was not found; in all processes, so that none waits for another.
+    """
+    if jax.process_count() == 1:
+        assert find is not None
+        return find()
+    found, reason = b"", "the first process of the job has stopped; its output says why"
+    if find is not None:
+        try:
+            found = os.fsencode(find())
+        except FaultError as error:
+            reason = str(error)
+    # Arrays must have one size in all processes; paths have no zero bytes.
+    sent = bytes(broadcast(np.frombuffer(found.ljust(_MAX_PATH, b"\0"), np.uint8))).rstrip(b"\0")
+    if not sent:
+        raise FaultError(reason)
+    return Path(os.fsdecode(sent))
 
 
 def all_gather(arrays: Any) -> Any:

@@ -97,7 +97,7 @@ def bytes_by_kind(collectives: list[Collective]) -> dict[str, float]:
     return {kind: sum(one.wire_bytes for one in collectives if one.kind == kind) for kind in KINDS}
 
 
-def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int]) -> dict[str, float]:
+def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int], frozen: Any = None) -> dict[str, float]:
     """Bytes that a device must send per step for its layout, by kind of collective, computed without a compiler.
 
     * fsdp: each weight is gathered for the forward and again for the backward pass, and its gradient is scattered, once
@@ -109,34 +109,41 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int]) -> d
 
     Args:
         config: the run.
-        params: the parameters or their shapes.
+        params: the parameters that learn, or their shapes.
         mesh_sizes: devices along each axis of the mesh.
+        frozen: those that do not: they have no gradient to send.
 
     Returns:
         Bytes for each of `KINDS`; activations, gathered weights and their gradients are in the compute dtype.
     """
-    model, num_parts = config.model, config.training.accumulation_steps
+    model = config.model
     item_bytes = jnp.dtype(model.dtype).itemsize
     data, fsdp, context, tensor = (mesh_sizes[axis] for axis in ("data", "fsdp", "context", "tensor"))
+    num_parts = config.training.num_parts(data * fsdp)
     mesh_axis_of = dict(RULES)
     sent = dict.fromkeys(KINDS, 0.0)
-    for leaf, axes in zip(jax.tree.leaves(params), jax.tree.leaves(logical_axes(params)), strict=True):
+    both = [(leaf, axes, True) for leaf, axes in _with_axes(params)]
+    for leaf, axes, learns in both + [(leaf, axes, False) for leaf, axes in _with_axes(frozen)]:
         split = {mesh_axis_of.get(axis) for axis in axes if axis is not None}
         size = leaf.size * item_bytes / (tensor if "tensor" in split else 1)
         copies = data * context
         if "fsdp" in split:
             sent["all-gather"] += num_parts * 2 * _sent_fraction(fsdp) * size
-            sent["reduce-scatter"] += num_parts * _sent_fraction(fsdp) * size
+            sent["reduce-scatter"] += learns * num_parts * _sent_fraction(fsdp) * size
             size /= fsdp
         else:
             copies *= fsdp
-        sent["all-reduce"] += 2 * _sent_fraction(copies) * size
+        sent["all-reduce"] += learns * 2 * _sent_fraction(copies) * size
     tokens = config.training.batch_size * model.context_length / (data * fsdp * context)
     activations = tokens * model.embed_dim * item_bytes
     sent["all-reduce"] += (4 * model.num_layers + 2) * 2 * _sent_fraction(tensor) * activations
     keys_values = 2 * tokens * model.kv_heads / tensor * model.head_width * item_bytes
     sent["collective-permute"] += model.num_layers * 3 * (context - 1) * keys_values
     return sent
+
+
+def _with_axes(params: Any) -> list[tuple[Any, Any]]:
+    return list(zip(jax.tree.leaves(params), jax.tree.leaves(logical_axes(params)), strict=True))
 
 
 def _sent_fraction(n: int) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.allocator import describe_freed_memory
-from flax_decoder.config import Config, ModelConfig, OptimizerConfig
+from flax_decoder.config import Config, LoraConfig, ModelConfig, OptimizerConfig
 from flax_decoder.data.corpus import prepare_corpus, require_fit
 from flax_decoder.errors import FaultError
 from flax_decoder.huggingface.folder import read_tokenizer
@@ -69,9 +70,7 @@ def examine(config: Config) -> Iterator[Finding]:
         UserError: the text or the model cannot be used on these devices.
     """
     start = time.perf_counter()
-    versions = [f"python {platform.python_version()}", f"flax-decoder {__version__}"]
-    versions += [f"{name} {version(name)}" for name in PACKAGES]
-    yield Finding("versions", "ok", ", ".join(versions))
+    yield check_versions(version("jaxlib"), jax.default_backend())
     yield Finding("processor", "ok", describe_cpu())
     yield Finding("memory", "ok", f"freed memory is {describe_freed_memory()}")
     yield check_devices(config)
@@ -84,8 +83,8 @@ def examine(config: Config) -> Iterator[Finding]:
             config.data, Path(temporary), given, model_folder=source, context_length=config.model.context_length
         )
         require_fit(corpus, tokenizer, config.data, config.model.context_length, config.model.vocab_size)
-    train = corpus.arranged(config.data).train
-    yield Finding("text", "ok", f"{corpus.source}: {len(train.tokens):,} tokens, vocabulary {tokenizer.vocab_size:,}")
+        train = corpus.arranged(config.data).train
+    yield Finding("text", "ok", f"{corpus.source}: {train.num_tokens:,} tokens, vocabulary {tokenizer.vocab_size:,}")
 
     config = memorizing(config, tokenizer.vocab_size)
     model, training, rng = Decoder(config.model), config.training, jax.random.key(config.training.seed)
@@ -119,6 +118,18 @@ def _skipped(name: str, seconds: float) -> Finding:
     return Finding(
         name, "warning", detail, "run it again when it is idle, or with a smaller model: --model.num-layers 1"
     )
+
+
+def check_versions(jaxlib: str, backend: str) -> Finding:
+    """Lists the versions, and checks for a jaxlib that is slow on this kind of device."""
+    versions = [f"python {platform.python_version()}", f"flax-decoder {__version__}"]
+    versions += [f"{name} {version(name)}" for name in PACKAGES]
+    numbers = tuple(int(number) for number in re.findall(r"\d+", jaxlib)[:3])
+    # Its compiler adds to a row in memory by trying until no other thread has changed it (jax issue 38806).
+    if backend == "gpu" and (0, 10, 2) <= numbers < (0, 11, 1):
+        advice = 'gradients of embeddings may be very slow with it: pip install -U "jax[cuda13]>=0.11.1", '
+        return Finding("versions", "warning", ", ".join(versions), advice + "which needs Python 3.12")
+    return Finding("versions", "ok", ", ".join(versions))
 
 
 def check_devices(config: Config) -> Finding:
@@ -245,8 +256,8 @@ def check_checkpoint(state: TrainState, folder: Path) -> Finding:
 
 
 def memorizing(config: Config, vocab_size: int) -> Config:
-    """The same model without dropout, and the same kind of optimizer, set to memorize a few sequences."""
-    model = dataclasses.replace(config.model.with_vocab_size(vocab_size), dropout=0.0)
+    """The same model without dropout, with exact products, and the same kind of optimizer, set to memorize a little."""
+    model = dataclasses.replace(config.model.with_vocab_size(vocab_size), dropout=0.0, matmul_precision="highest")
     rate = min(5e-3, 0.3 / model.embed_dim)  # wide models take smaller steps
     optimizer = OptimizerConfig(
         name=config.optimizer.name, learning_rate=rate, schedule="constant", warmup_steps=10, weight_decay=0.0
@@ -254,4 +265,4 @@ def memorizing(config: Config, vocab_size: int) -> Config:
     parts = config.training.accumulation_steps
     rows = min(config.training.batch_size, parts * max(1, NUM_SEQUENCES // parts))
     training = dataclasses.replace(config.training, batch_size=rows, num_steps=MAX_STEPS, z_loss=0.0)
-    return dataclasses.replace(config, model=model, optimizer=optimizer, training=training)
+    return dataclasses.replace(config, model=model, optimizer=optimizer, lora=LoraConfig(), training=training)

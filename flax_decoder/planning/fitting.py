@@ -34,8 +34,12 @@ def changes(config: Config, plan: Plan) -> Iterator[dict[str, Any]]:
     """
     policies = REMAT[REMAT.index(config.model.remat) + 1 :]
     remats: list[dict[str, Any]] = [{"model.remat": policy} for policy in policies if policy != "attention"]
-    parts, accumulations = config.training.accumulation_steps, []
-    while config.training.batch_size % (2 * parts) == 0:
+    rows, parts = config.training.rows_per_device, config.training.accumulation_steps
+    accumulations: list[dict[str, Any]] = []
+    while rows is not None and rows > 1:
+        rows //= 2
+        accumulations.append({"training.rows_per_device": rows})
+    while rows is None and config.training.batch_size % (2 * parts) == 0:
         parts *= 2
         accumulations.append({"training.accumulation_steps": parts})
     meshes = _meshes(plan)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.errors import UserError
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.parallel.mesh import make_mesh, sharding_of, use_mesh
+from flax_decoder.parallel.mesh import make_mesh, num_row_devices, sharding_of, use_mesh
 from flax_decoder.planning.collectives import bytes_by_kind, collectives_of, paper_bytes
 from flax_decoder.planning.hlo import parse_hlo
 from flax_decoder.planning.roofline import Roofline, memory_bytes, product_flops, roofline
@@ -138,7 +138,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
     chip = chip_of(kind)
     with use_mesh(mesh):
         state, batch = abstract_arguments(config, mesh)
-        traced = jit_step(state, mesh).trace(state, batch)
+        traced = jit_step(state, mesh, deterministic=config.training.deterministic).trace(state, batch)
         start = time.perf_counter()
         try:
             compiled, refusal = traced.lower().compile(), None
@@ -148,7 +148,8 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
 
     tokens = config.training.batch_size * config.model.context_length
     flops = product_flops(traced.jaxpr.jaxpr) / mesh.size
-    model_flops = flops_per_token(config.model, "causal") * tokens / mesh.size
+    adapters = None if state.frozen is None else _count(state.params)
+    model_flops = flops_per_token(config.model, "causal", adapters) * tokens / mesh.size
     sent, bounds = None, None
     if compiled is not None:
         program = parse_hlo(compiled.as_text())
@@ -165,12 +166,12 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
         device=kind,
         mesh=dict(mesh.shape),
         tokens=tokens,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameters=_count(state.all_params),
         memory=_memory(state, batch, compiled or refusal, _capacity(mesh)),
         flops=flops,
         model_flops=model_flops,
         sent_bytes=sent,
-        paper_bytes=paper_bytes(config, state.params, mesh.shape),
+        paper_bytes=paper_bytes(config, state.params, mesh.shape, state.frozen),
         roofline=bounds,
         compile_seconds=compile_seconds,
     )
@@ -178,7 +179,7 @@ def make_plan(config: Config, devices: list[Any]) -> Plan:
 
 def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes and shardings of the state and of a batch."""
-    make = state_maker(Decoder(config.model), config)
+    make = state_maker(Decoder(config.model), config, num_row_devices(mesh))
     state = jax.eval_shape(lambda: make(jax.random.key(0)))
     state = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, state_shardings(mesh, state))
     shape = config.training.batch_size, config.model.context_length
@@ -212,7 +213,7 @@ def _capacity(mesh: Mesh) -> float | None:
 
 def _memory(state: Any, batch: Any, outcome: Any, capacity: float | None) -> Memory:
     """The memory of a step per chip; `outcome` is the compiled step, or the error that the compiler raised."""
-    parts = {"params": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}
+    parts = {"params": state.all_params, "optimizer": (state.opt_state, state.step), "batch": batch}
     sizes = {name: sum(map(_bytes_per_device, jax.tree.leaves(tree))) for name, tree in parts.items()}
     if isinstance(outcome, Exception):
         temporaries, program = _refused_temporaries(outcome, sum(sizes.values())), 0
@@ -222,6 +223,10 @@ def _memory(state: Any, batch: Any, outcome: Any, capacity: float | None) -> Mem
         temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         program = stats.generated_code_size_in_bytes
     return Memory(**sizes, temporaries=temporaries, program=program, capacity=capacity)
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from flax_decoder.config import Config
-from flax_decoder.data.shards import Split
+from flax_decoder.data.splits import Split
 from flax_decoder.generation.generate import generate
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
@@ -39,14 +39,15 @@ def measure_speed(config: Config) -> dict[str, float | str]:
     config = dataclasses.replace(config, model=config.model.with_vocab_size(DEFAULT_VOCAB_SIZE))
     model, training = config.model, config.training
     mesh = make_mesh(config, jax.devices())
-    state = init_state(Decoder(model), config, rng=jax.random.key(training.seed), mesh=mesh)
+    decoder = Decoder(model, config.lora.adapter)
+    state = init_state(decoder, config, rng=jax.random.key(training.seed), mesh=mesh)
     num_tokens = training.batch_size * (model.context_length + 1)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, num_tokens, np.int32)
     batch = place_batch(Split(tokens, np.zeros(1, np.int64), 1), training, model.context_length, mesh, 0)
 
     with use_mesh(mesh):
         start = time.perf_counter()
-        take_step = jit_step(state, mesh).lower(state, batch).compile()
+        take_step = jit_step(state, mesh, deterministic=training.deterministic).lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
         seconds = []
         for _ in range(3 + TIMED_STEPS):  # the first three warm up
@@ -54,20 +55,22 @@ def measure_speed(config: Config) -> dict[str, float | str]:
             state, _ = jax.block_until_ready(take_step(state, batch))
             seconds.append(time.perf_counter() - start)
         step_seconds = statistics.median(seconds[3:])
-        decode_tokens_per_second = decode_speed(Decoder(model), state.params, tokens[None, :1])
+        decode_tokens_per_second = decode_speed(decoder, state.all_params, tokens[None, :1])
 
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.all_params))
+    adapters = None if state.frozen is None else sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens_per_second = training.batch_size * model.context_length / step_seconds
     device_kind = mesh.devices.flat[0].device_kind
     return {
         "device": device_kind,
         "num_devices": mesh.size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "parameters": num_params,
         "compile_seconds": compile_seconds,
         "step_seconds": step_seconds,
         "tokens_per_second": tokens_per_second,
-        "flops_per_token": flops_per_token(model, "full"),
-        "flops_per_token_causal": flops_per_token(model, "causal"),
-        **utilization(model, tokens_per_second, device_kind, mesh.size),
+        "flops_per_token": flops_per_token(model, "full", adapters),
+        "flops_per_token_causal": flops_per_token(model, "causal", adapters),
+        **utilization(model, tokens_per_second, device_kind, mesh.size, adapters),
         "decode_tokens_per_second": decode_tokens_per_second,
     }
 

@@ -1,8 +1,8 @@
 """Checkpoints: saved atomically in the background; the newest few and the best one are kept.
 
-Orbax writes the arrays into a temporary folder. The manifest of all files is added, everything is flushed to disk, and
-only then is the folder renamed to the number of its step. A folder with such a name is a checkpoint; its manifest shows
-whether its files are still those that were saved.
+Orbax writes the arrays into a temporary folder. The manifest of all files is added, everything is flushed to disk, the
+log of the run too, and only then is the folder renamed to the number of its step. A folder with such a name is a
+checkpoint; its manifest shows whether its files are still those that were saved.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -25,11 +24,13 @@ from jax.sharding import SingleDeviceSharding
 
 from flax_decoder.errors import BrokenError, FaultError, UserError, as_whole_number
 from flax_decoder.io.files import flush_names, make_folder
+from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import is_first
+from flax_decoder.training.environment import VERSIONS, versions
 from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
+from flax_decoder.training.metrics import flush_log
 from flax_decoder.training.step import TrainState
-from flax_decoder.version import __version__
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -40,21 +41,25 @@ _NEW, _OLD = ".new-", ".old-"
 # Manifest entries of a run about which nothing is known.
 NO_FACTS: Mapping[str, Any] = {"seed": None, "config": None, "inputs": {}}
 _Result = TypeVar("_Result")
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpoints:
     """Writes the checkpoints of a run, each named by its number of completed steps.
 
     Parameters and optimizer state are separate items, so that generation reads only the parameters.
+
+    Attributes:
+        folder: the run folder; set it where the folder has been renamed.
     """
 
-    def __init__(self, folder: Path, keep_newest: int, facts: Mapping[str, Any] = NO_FACTS):
+    def __init__(self, folder: Path, keep_newest: int, facts: Mapping[str, Any] = NO_FACTS, place: Place | None = None):
         """Keeps the newest `keep_newest` checkpoints of a run folder, and the one with the lowest validation loss.
 
-        `facts` about the run, JSON values, become part of each manifest.
+        `facts` about the run, JSON values, become part of each manifest. With a `place`, a save that began before the
+        folder was renamed is committed where it is.
         """
-        self._folder = folder.absolute()
+        self.folder = folder
+        self._place = place
         self._keep_newest = keep_newest
         self._facts = facts
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(PARAMS, OPTIMIZER))
@@ -75,8 +80,12 @@ class Checkpoints:
         arrays = {PARAMS: state.params, OPTIMIZER: state.opt_state}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         facts = {"step": step, "val_loss": val_loss, **self._facts, **_describe(arrays)}
-        new = steps_folder(self._folder) / f"{_NEW}{step}"
-        with as_fault_error(new.parent):
+        # Orbax writes by path, for long: into the folder of the run also where it is renamed meanwhile.
+        folder = self.folder
+        if self._place is not None and jax.process_count() == 1:
+            folder = self._place.path_that_follows()
+        new = steps_folder(folder.absolute()) / f"{_NEW}{step}"
+        with as_fault_error(steps_folder(self.folder), written=new.parent):
             if is_first():
                 make_folder(new.parent)
             self._writer.save(new, args=ocp.args.Composite(**items))
@@ -112,12 +121,13 @@ class Checkpoints:
 
     def _finish(self, new: Path, facts: Mapping[str, Any]) -> None:
         """Commits a save when its arrays are written; runs in the background thread."""
-        with as_fault_error(new.parent):
+        with as_fault_error(steps_folder(self.folder), written=new.parent):
             try:
                 self._writer.wait_until_finished()
                 if is_first():
-                    commit(new, facts)
-                    prune(self._folder, self._keep_newest)
+                    folder = self.folder if self._place is None else self._place.find().absolute()
+                    commit(steps_folder(folder) / new.name, facts)
+                    prune(folder, self._keep_newest)
             except BaseException:
                 for leftover in new.parent.glob(f"{new.name}*"):  # the disk may be full
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -128,6 +138,8 @@ def commit(new: Path, facts: Mapping[str, Any]) -> None:
     """Adds the manifest to a folder with the arrays of a step, and renames the folder to the step."""
     make_folder(new.parent)  # Orbax writes by path: it is still a folder, not a link to one
     write_manifest(new, facts)
+    flush_log(new.parent.parent)
+    flush_names(new.parent.parent)  # Orbax, or a process that was killed, may have made the folder
     final = new.with_name(str(facts["step"]))
     quarantine(final)
     os.rename(new, final)
@@ -135,14 +147,20 @@ def commit(new: Path, facts: Mapping[str, Any]) -> None:
 
 
 def prune(folder: Path, keep_newest: int) -> None:
-    """Deletes all checkpoints but the newest and the best; renamed first, so that a step's folder is never partial."""
+    """Deletes all checkpoints but the newest and the best; renamed first, so that a step's folder is never partial.
+
+    Each new name is on disk before a file is deleted, so that a power cut cannot bring back the old one without files.
+    """
     losses = _losses(folder)
+    if not losses:  # the disk does not give the manifests now
+        return
     newest = sorted(losses)[-keep_newest:]
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
     best = min(evaluated, key=lambda step: evaluated[step], default=newest[-1])
     for step in sorted(losses.keys() - {*newest, best}):
         old = steps_folder(folder) / f"{_OLD}{step}"
         os.rename(old.with_name(str(step)), old)
+        flush_names(old.parent)
         shutil.rmtree(old)
 
 
@@ -179,10 +197,19 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def newest_manifest(folder: Path) -> Manifest | None:
-    """The newest readable manifest in a run folder; the other files of that checkpoint are not verified."""
+    """The newest readable manifest in a run folder; the other files of that checkpoint are not verified.
+
+    Raises:
+        BrokenError: there is none, but perhaps one that the disk does not give now: its facts are not passed over.
+    """
+    unread = None
     for step in reversed(saved_steps(folder)):
-        with contextlib.suppress(BrokenError):
+        try:
             return read_manifest(steps_folder(folder) / str(step))
+        except BrokenError as error:
+            unread = unread or (error if isinstance(error.__cause__, OSError) else None)
+    if unread is not None:
+        raise unread
     return None
 
 
@@ -210,6 +237,7 @@ def quarantine(path: Path) -> None:
     names = (f"{path.name}.broken{count}" for count in ("", *range(2, 1_000_000)))
     aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
     os.rename(path, aside)
+    flush_names(path.parent)
     print_escaped(f"{path}: not a valid checkpoint; renamed to {aside.name}")
 
 
@@ -351,8 +379,7 @@ def _describe(arrays: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, tree in arrays.items()
     }
-    versions = {"flax-decoder": __version__} | {package: version(package) for package in _PACKAGES}
-    return {"arrays": described, "versions": versions}
+    return {"arrays": described, VERSIONS: versions()}
 
 
 def _losses(folder: Path) -> dict[int, float | None]:
@@ -365,25 +392,28 @@ def _losses(folder: Path) -> dict[int, float | None]:
 
 
 @contextlib.contextmanager
-def as_fault_error(path: Path, what: str = "cannot save a checkpoint") -> Iterator[None]:
-    """Turns errors of Python, Orbax and tensorstore into a FaultError of one line."""
+def as_fault_error(path: Path, what: str = "cannot save a checkpoint", written: Path | None = None) -> Iterator[None]:
+    """Turns errors of Python, Orbax and tensorstore, which may call `path` `written`, into a FaultError of one line."""
     try:
         with _without_late_results():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, FaultError):
+    except Exception as error:
+        # Orbax raises plain exceptions, too.
+        is_meant = type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | RuntimeError)
+        if isinstance(error, FaultError) or not is_meant:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        # Tensorstore appends how the array is stored, in kilobytes of JSON.
-        raise FaultError(f"{path}: {what}: {reason[0].partition(' [tensorstore_spec')[0]}") from error
+        # Tensorstore and Orbax append how the array is stored, in kilobytes.
+        short = reason[0].partition(" [tensorstore_spec")[0].partition(" See full TensorStore details")[0]
+        raise FaultError(f"{path}: {what}: {short.replace(str(written or path), str(path))}") from error
 
 
 @contextlib.contextmanager
 def _without_late_results() -> Iterator[None]:
     """Silences the reads and writes that Orbax leaves behind when one has failed: each would print a traceback.
 
-    They end at any time later, in threads of tensorstore, and call an event loop that is closed by then. So after a
-    failure the hook stays; it passes on everything else.
+    They end at any time later, in threads of tensorstore, and call an event loop that is closed by then, or fail too.
+    So after a failure the hook stays; it passes on everything else.
     """
     before = sys.unraisablehook
     if not (isinstance(before, functools.partial) and before.func is _drop_late_result):
@@ -393,7 +423,9 @@ def _without_late_results() -> Iterator[None]:
 
 
 def _drop_late_result(hook: Callable[["UnraisableHookArgs"], Any], dropped: "UnraisableHookArgs") -> None:
-    if dropped.exc_type is not RuntimeError or str(dropped.exc_value) != "Event loop is closed":
+    is_late = dropped.exc_type is RuntimeError and str(dropped.exc_value) == "Event loop is closed"
+    is_late |= dropped.exc_type is Exception and str(dropped.exc_value).startswith("Encountered error while reading")
+    if not is_late:
         hook(dropped)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flax_decoder.data.batches import validation_batches
-from flax_decoder.data.shards import Shards
+from flax_decoder.data.long_array import Shards
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.batch import Batch, without_borders
 from flax_decoder.training.metrics import bits_per_byte

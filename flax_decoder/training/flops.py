@@ -11,7 +11,7 @@ Convention = Literal["full", "causal"]
 UNKNOWN = "unknown"
 
 
-def flops_per_token(config: ModelConfig, convention: Convention) -> int:
+def flops_per_token(config: ModelConfig, convention: Convention, num_adapter_weights: int | None = None) -> int:
     """Floating-point operations of a training step per token.
 
         6 * (weights in matrix products) + 12 N H * (keys per query, summed over the layers)
@@ -24,12 +24,16 @@ def flops_per_token(config: ModelConfig, convention: Convention) -> int:
     * "causal": those up to the query's position, T / 2 on average (Dao 2023, section 4.1). With a window of W, a query
       in the first W positions has W / 2 on average, and each later one has W.
 
+    Where only adapters learn, the frozen weights have no gradient: 4 for each of them, and 6 for each of the adapters.
+
     Neither includes norms, activations, biases, the softmax, the optimizer, or activations that remat recomputes.
 
     Raises:
         ValueError: `config.vocab_size` is not set.
     """
     attention = 12 * config.num_heads * config.head_width * keys_per_query(config, convention)
+    if num_adapter_weights is not None:
+        return 4 * num_product_weights(config) + 6 * num_adapter_weights + attention
     return 6 * num_product_weights(config) + attention
 
 
@@ -54,7 +58,11 @@ def keys_per_query(config: ModelConfig, convention: Convention) -> int:
 
 
 def utilization(
-    config: ModelConfig, tokens_per_second: float, device_kind: str, num_devices: int
+    config: ModelConfig,
+    tokens_per_second: float,
+    device_kind: str,
+    num_devices: int,
+    num_adapter_weights: int | None = None,
 ) -> dict[str, float | str]:
     """Model FLOP/s utilization (MFU): achieved training FLOP/s as a part of the devices' peak.
 
@@ -65,6 +73,7 @@ def utilization(
         tokens_per_second: of all devices together.
         device_kind: JAX's name for the device.
         num_devices: how many devices train.
+        num_adapter_weights: how many learn, where only adapters do.
 
     Returns:
         "mfu" with the "full" count and "mfu_causal" with the "causal" one; 1 is the peak. Both are "unknown" for a
@@ -76,6 +85,6 @@ def utilization(
         return dict.fromkeys(conventions, UNKNOWN)
     tokens_per_device = tokens_per_second / num_devices
     return {
-        name: flops_per_token(config, convention) * tokens_per_device / chip.peak_flops
+        name: flops_per_token(config, convention, num_adapter_weights) * tokens_per_device / chip.peak_flops
         for name, convention in conventions.items()
     }

@@ -71,8 +71,24 @@ VECTOR_UNITS = (
 )
 
 
+# Of the flags in /proc/cpuinfo, those of instructions that a compiler of numbers uses, on x86 and ARM.
+_COMPUTING = re.compile("s?sse|avx|amx|fma|f16c|bmi|asimd|sve|sme|bf16|i8mm|fp")
+
+
+def cpu_features() -> list[str]:
+    """The processor's features that compiled programs may use, sorted, and the number of cores of this process."""
+    _, flags, cores = _cpu()
+    return [*sorted({flag for flag in flags if _COMPUTING.match(flag)}), f"{cores}-core"]
+
+
 def describe_cpu() -> str:
     """The processor's name, the number of cores this process may use, and the widest vector unit XLA may use."""
+    name, flags, cores = _cpu()
+    return f"{name}, {cores} {'core' if cores == 1 else 'cores'}, {_vectors(flags, os.environ.get('XLA_FLAGS', ''))}"
+
+
+def _cpu() -> tuple[str, list[str], int]:
+    """The processor's name, its flags, and the number of cores that this process may use."""
     try:
         cpuinfo = CPUINFO.read_text(errors="replace")
     except OSError:
@@ -84,7 +100,7 @@ def describe_cpu() -> str:
     # All 64-bit ARM processors have NEON; macOS has no /proc/cpuinfo to tell.
     flags = (facts.get("flags") or facts.get("Features") or ("asimd" if machine == "arm64" else "")).split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {cores} {'core' if cores == 1 else 'cores'}, {_vectors(flags, os.environ.get('XLA_FLAGS', ''))}"
+    return name, flags, cores
 
 
 def _vectors(flags: list[str], xla_flags: str) -> str:

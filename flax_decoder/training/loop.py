@@ -1,7 +1,9 @@
 """A training run from start to end."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -16,17 +18,21 @@ from flax_decoder.allocator import limit_kept_memory
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.config_file import to_toml
 from flax_decoder.data.listing import BUILT_IN
-from flax_decoder.data.shards import Corpus
+from flax_decoder.data.splits import Corpus, Mixture
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError
 from flax_decoder.generation.generate import generate
 from flax_decoder.io.files import write_text
 from flax_decoder.io.lock import FolderLock
+from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
+from flax_decoder.nn.params import abstract_params
+from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel import processes
+from flax_decoder.parallel.launchers import idle_part
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.advice import advice, next_commands, prolonging
 from flax_decoder.training.checkpoint import (
@@ -38,15 +44,18 @@ from flax_decoder.training.checkpoint import (
     saved_steps,
     steps_folder,
 )
+from flax_decoder.training.environment import changes_since
 from flax_decoder.training.evaluation import evaluate_batches
 from flax_decoder.training.flops import UNKNOWN, utilization
 from flax_decoder.training.interruption import Interruption
-from flax_decoder.training.manifest import MANIFEST
+from flax_decoder.training.manifest import MANIFEST, read_manifest
 from flax_decoder.training.metrics import (
+    LOG,
     LogRow,
     MetricsLog,
     evaluations_since_best,
     log_row,
+    losses_of_sources,
     plot_losses,
     read_metrics,
     require_reporters,
@@ -54,10 +63,12 @@ from flax_decoder.training.metrics import (
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
+from flax_decoder.training.profile import Profile, profiling
 from flax_decoder.training.progress import Progress
-from flax_decoder.training.run_folder import facts_of, open_run, saved_config
+from flax_decoder.training.run_folder import facts_of, open_run, read_base, saved_config
+from flax_decoder.training.run_id import RUN_ID, read_id
 from flax_decoder.training.start import Start
-from flax_decoder.training.step import TrainState, init_state, jit_step
+from flax_decoder.training.step import TrainState, init_state, jit_step, require_adapters, state_shardings
 
 # Slightly under 1: fewer unlikely tokens than in the model's own distribution.
 SAMPLE_TEMPERATURE = 0.8
@@ -94,11 +105,12 @@ def train(config: Config, folder: Path, start: Start | None = None) -> int:
 
 def run(config: Config, folder: Path, start: Start | None = None) -> int:
     """`train`, after all processes of the job have joined."""
-    choose_kernel(config.model)  # raises if the requested one does not run here
+    choose_kernel(config.model, has_documents=config.data.document_mask)  # raises if it does not run here
 
-    def check(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    def check(config: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture) -> None:
         choose_kernel(config.model, has_documents=corpus.train.has_segments)
         require_room(config, jax.device_count())
+        require_adapters(config)
         watched_tokens(config, tokenizer, corpus.validation.tokens)
 
     with FolderLock() as lock:
@@ -106,7 +118,9 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
         config, tokenizer, corpus = processes.first_alone(lambda: open_run(config, folder, check, owner, start))
         done = processes.first_alone(lambda: newest_step(folder) if processes.is_first() else 0)
         done = processes.broadcast(done)
-        rows = read_metrics(folder / "metrics.jsonl") if config.training.patience > 0 else []
+        if owner is not None:
+            remove_unfinished(folder, done)
+        rows = read_metrics(folder / LOG) if config.training.patience > 0 else []
         is_settled = has_settled([row for row in rows if row["step"] <= done], config.training)
         is_over = done >= config.training.num_steps or is_settled
         if processes.broadcast(is_over and has_results(folder, done)):
@@ -114,11 +128,15 @@ def run(config: Config, folder: Path, start: Start | None = None) -> int:
                 f"{folder} is finished after {done} steps. {how_to_go_on(config, done, is_settled=is_settled)}"
             )
             return 0
-        if owner is not None:
-            owner.announce()
-            remove_unfinished(folder, done)
-            write_text(folder / "config.toml", to_toml(config))
-        with Interruption() as interruption:
+        with contextlib.ExitStack() as stack:
+            place = None
+            if owner is not None:
+                place = stack.enter_context(Place(folder))
+                owner.announce(read_id(folder / RUN_ID))
+                # Of fewer steps; a clock that was set back would let it look like that of these.
+                (folder / RESULTS[-1]).unlink(missing_ok=True)
+                write_text(folder / "config.toml", to_toml(config))
+            interruption = stack.enter_context(Interruption(place))
             return train_from(done, config, folder, tokenizer, corpus, interruption, start)
 
 
@@ -127,37 +145,49 @@ def train_from(
     config: Config,
     folder: Path,
     tokenizer: Tokenizer,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     interruption: Interruption,
     start: Start | None = None,
 ) -> int:
     """Trains from step `done`, restoring its checkpoint unless it is 0, and writes the results."""
     training = config.training
     mesh = make_mesh(config, jax.devices())
-    model = Decoder(config.model)
-    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh)
+    model = Decoder(config.model, config.lora.adapter)
+    params = None if start is None else start.params
+    if params is None and config.lora.rank is not None:  # the run has a copy of what stays as it is
+        params = read_base(folder, abstract_params(model, state_shardings(mesh, abstract_params(model))))
+    state = init_state(model, config, rng=jax.random.key(training.seed), mesh=mesh, params=params)
     if done > 0:
         state = restore_state(folder, done, state)
         print_escaped(f"continuing {folder} from the checkpoint of step {done}")
+        if changes := changes_since(read_manifest(steps_folder(folder) / str(done))):
+            print_escaped(f"the last digits may differ from those of an undisturbed run: {changes}")
         known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
         if known != asked:
             print_escaped(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
-    elif start is not None:
-        state = start.give(state)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
-    log = MetricsLog(config.run, folder, done, writes=processes.is_first())
+    log = MetricsLog(config.run, folder, done, read_id(folder / RUN_ID), writes=processes.is_first())
     watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
-    describe(model, state.params, tokenizer, corpus, mesh)
-    with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts_of(config, folder)) as checkpoints:
+    describe(model, state, tokenizer, corpus, training, mesh)
+    facts = facts_of(config, folder)
+    with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts, interruption.place) as checkpoints:
+        interruption.writers = [log, watch, checkpoints]
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
             print_escaped(f"started from {start.path}: validation {before['val_loss']:.4f} before the first step")
-        state = run_steps(training, schedule, model, state, corpus, mesh, checkpoints, log, watch, interruption)
+        with profiling(config.run, folder, writes=processes.is_first()) as profile:
+            recorders = checkpoints, log, watch, profile
+            state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
-        write_results(config, folder, model, state.params, tokenizer, corpus, log)
+        write_results(config, folder, interruption, model, state.all_params, tokenizer, corpus, log)
+    if interruption.renamed is not None:
+        raise FaultError(
+            f"{folder}: was renamed to {interruption.renamed} while it trained; saved there at step {int(state.step)}: "
+            "the same command with that --run.folder continues"
+        )
     if interruption.signal is None:
         return 0
     saved = f"saved at step {int(state.step)}; the same command continues"
@@ -175,7 +205,7 @@ def newest_step(folder: Path) -> int:
     """
     if saved_steps(folder):
         return choose_step(folder, "latest")
-    if (folder / "metrics.jsonl").exists():
+    if (folder / LOG).exists():
         print_escaped(f"{folder} has no checkpoint yet: it starts from the beginning")
     return 0
 
@@ -185,41 +215,46 @@ def run_steps(
     schedule: optax.Schedule,
     model: Decoder,
     state: TrainState,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     mesh: Mesh,
     checkpoints: Checkpoints,
     log: MetricsLog,
     watch: Watch,
+    profile: Profile,
     interruption: Interruption,
 ) -> TrainState:
     """Trains until all steps are done or a signal arrives; evaluates, records, saves and logs on the way."""
     T = model.config.context_length
-    take_step = jit_step(state, mesh)
+    take_step = jit_step(state, mesh, deterministic=training.deterministic)
     tokens_per_step = training.batch_size * T
     step = int(state.step)
     skipped = step - num_updates(state.opt_state)
     # A run killed after its last step only lacks its results.
     stops = step >= training.num_steps or has_settled(log.rows, training)
+    adapters = None if state.frozen is None else sum(leaf.size for leaf in jax.tree.leaves(state.params))
     step_seconds: list[float] = []  # since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
-        watch.record(step, state.params)
+        watch.record(step, state.all_params)
         batch = place_batch(corpus.train, training, T, mesh, step)
+        start = time.perf_counter()
         while not stops:
-            start = time.perf_counter()
+            profile.update(step)
             state, metrics = take_step(state, batch)
             step += 1
             next_batch = place_batch(corpus.train, training, T, mesh, step)  # while the devices compute
             metrics = jax.device_get(metrics)  # waits for the devices
-            step_seconds.append(time.perf_counter() - start)
+            end = time.perf_counter()
+            step_seconds.append(end - start)  # from one step to the next, with all that the loop does between them
+            start = end
             limit_kept_memory()
+            interrupted = interruption.requested()
             checkpoints.check()
-            watch.record(step, state.params)
+            watch.record(step, state.all_params)
             if not metrics["applied"]:
                 skipped += 1
                 print_escaped(skip_batch(training, state, batch, metrics, skipped))
             batch = next_batch
 
-            interrupted = interruption.requested()
             stops = interrupted or step == training.num_steps
             saves = stops or step % training.save_every == 0
             # After a signal, time is short: the state is saved, but evaluated only if an evaluation is due.
@@ -238,7 +273,7 @@ def run_steps(
                 learning_rate=schedule(max(step - skipped - 1, 0)),
                 skipped_steps=skipped,
                 tokens_per_second=tokens_per_second,
-                **utilization(model.config, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size),
+                **utilization(model.config, tokens_per_second, mesh.devices.flat[0].device_kind, mesh.size, adapters),
                 seconds=progress.seconds(),
             )
             if evaluates or saves:
@@ -252,6 +287,7 @@ def run_steps(
             progress.update(row)
             if saves:
                 checkpoints.save(state, row.get("val_loss"))
+            start = time.perf_counter()  # evaluations and checkpoints are no part of a step
     return state
 
 
@@ -271,23 +307,31 @@ def how_to_go_on(config: Config, done: int, *, is_settled: bool) -> str:
     )
 
 
-def validate(model: Decoder, state: TrainState, corpus: Corpus, training: TrainingConfig) -> dict[str, float]:
-    """Evaluates the validation split; returns its log entries."""
-    split, shape = corpus.validation, {"batch_size": training.batch_size, "context_length": model.config.context_length}
-    result = evaluate_batches(
-        model,
-        state.params,
-        split.validation_batches(**shape, limit=training.eval_batches),
-        num_learned=split.num_learned,
-        num_bytes=split.num_bytes,
-        loss_chunk_tokens=training.loss_chunk_tokens,
-    )
-    if not np.isfinite(result["loss"]):
-        raise FaultError(
-            f"the validation loss is {result['loss']} after step {int(state.step)}; {CONTINUE_HINT};\n"
-            f"if it happens again, {RESTART_HINT}"
+def validate(model: Decoder, state: TrainState, corpus: Corpus | Mixture, training: TrainingConfig) -> dict[str, float]:
+    """Evaluates the validation split; returns its log entries. Of a mixture: those of each source, and their mean."""
+    entries: dict[str, float] = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
+    shape = {"batch_size": training.batch_size, "context_length": model.config.context_length}
+    for source in corpus.sources:
+        split = source.corpus.validation
+        result = evaluate_batches(
+            model,
+            state.all_params,
+            split.validation_batches(**shape, limit=training.eval_batches),
+            num_learned=split.num_learned,
+            num_bytes=split.num_bytes,
+            loss_chunk_tokens=training.loss_chunk_tokens,
         )
-    return {"val_loss": result["loss"], "val_bits_per_byte": result["bits_per_byte"]}
+        if not np.isfinite(result["loss"]):
+            raise FaultError(
+                f"the validation loss is {result['loss']} after step {int(state.step)}; {CONTINUE_HINT};\n"
+                f"if it happens again, {RESTART_HINT}"
+            )
+        for name, value in (("val_loss", result["loss"]), ("val_bits_per_byte", result["bits_per_byte"])):
+            entries[name] += source.weight * value
+            if source.name:
+                entries[f"{name}/{source.name}"] = value
+    num_rows = int(state.step) * training.batch_size
+    return entries | corpus.tokens_read(num_rows, model.config.context_length, training.seed)
 
 
 def has_results(folder: Path, step: int) -> bool:
@@ -297,19 +341,34 @@ def has_results(folder: Path, step: int) -> bool:
     return last_result.exists() and last_result.stat().st_mtime >= saved
 
 
-def describe(model: Decoder, params: Any, tokenizer: Tokenizer, corpus: Corpus, mesh: Mesh) -> None:
+def describe(
+    model: Decoder,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    corpus: Corpus | Mixture,
+    training: TrainingConfig,
+    mesh: Mesh,
+) -> None:
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
-    num_params, config = sum(leaf.size for leaf in jax.tree.leaves(params)), model.config
+    config = model.config
+    learning, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
     source = built_in if corpus.source == BUILT_IN else corpus.source
-    what_was_read = f"{corpus.what_was_read}\n      " if corpus.num_documents > 1 else ""
+    what_was_read = corpus.describe(training.num_steps * training.batch_size, config.context_length)
+    num_validation = sum(one.corpus.validation.num_tokens for one in corpus.sources)
+    lines = "".join(f"{line}\n      " for line in what_was_read.splitlines())
     print_escaped(
-        f"text: {source}\n      {what_was_read}"
-        f"{len(corpus.train.tokens):,} tokens to train on, {len(corpus.validation.tokens):,} to validate, "
+        f"text: {source}\n      {lines}"
+        f"{corpus.train.num_tokens:,} tokens to train on, {num_validation:,} to validate, "
         f"vocabulary {tokenizer.vocab_size:,}\n"
-        f"model: {num_params:,} parameters, {config.num_layers} layers, {config.num_heads} heads, "
-        f"{config.embed_dim} wide, context {config.context_length}; on {describe_mesh(mesh)}"
+        f"model: {learning:,} parameters{f' beside {frozen:,} that stay' if frozen else ''}, "
+        f"{config.num_layers} layers, {config.num_heads} heads, {config.embed_dim} wide, "
+        f"context {config.context_length}; on {describe_mesh(mesh)}"
     )
+    if rounds := rounding_of_products(config, mesh.devices.flat[0].platform):
+        print_escaped(rounds)
+    if idle := idle_part(os.environ, jax.local_device_count()):
+        print_escaped(idle)
 
 
 def describe_mesh(mesh: Mesh) -> str:
@@ -325,21 +384,24 @@ def describe_mesh(mesh: Mesh) -> str:
 def write_results(
     config: Config,
     folder: Path,
+    interruption: Interruption,
     model: Decoder,
     params: Any,
     tokenizer: Tokenizer,
-    corpus: Corpus,
+    corpus: Corpus | Mixture,
     log: MetricsLog,
 ) -> None:
     """Writes a sample and the loss curve, then prints the best loss, advice and the sample."""
     training = config.training
-    sample, curve = (folder / name for name in RESULTS)
     if training.sample_tokens > 0:
         params = processes.all_gather(params)
     if not processes.is_first():
         return
     if training.sample_tokens > 0:
         text = generate_sample(training, model, params, tokenizer)
+    folder = interruption.folder(folder)  # it may have been renamed meanwhile
+    sample, curve = (folder / name for name in RESULTS)
+    if training.sample_tokens > 0:
         write_text(sample, text)
     plot_losses(log.rows, curve)
     evaluated = [row for row in log.rows if "val_loss" in row]
@@ -347,10 +409,9 @@ def write_results(
         best = min(evaluated, key=lambda row: row["val_loss"])
         print_escaped(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.3f} bits per byte) "
-            f"at step {best['step']}; curve in {curve}"
+            f"at step {best['step']}{losses_of_sources(best)}; curve in {curve}"
         )
-        rows_per_epoch = corpus.train.rows_per_epoch(model.config.context_length)
-        epochs = log.rows[-1]["step"] * training.batch_size / rows_per_epoch
+        epochs = corpus.train.epochs(log.rows[-1]["step"] * training.batch_size, model.config.context_length)
         num_steps, V = training.num_steps, tokenizer.vocab_size
         print_escaped(advice(log.rows, config.optimizer, num_steps=num_steps, epochs=epochs, vocab_size=V))
     if training.sample_tokens > 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_decoder.errors import BrokenError
-from flax_decoder.io.files import flush, flush_names, is_sha256, not_plain, replacing, sha256_of
+from flax_decoder.io.files import flush, flush_folders, is_sha256, not_plain, replacing, sha256_of
 from flax_decoder.io.strict_json import shown
 
 MANIFEST = "manifest.json"
@@ -37,8 +37,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
         with open(path, "rb+") as file:
             flush(file)
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    for inner, _, _ in os.walk(folder, topdown=False):
-        flush_names(Path(inner))
+    flush_folders(folder)
     content = _render({"format": FORMAT, **facts, "files": files})
     with replacing(folder / MANIFEST) as file:
         file.write(content)

@@ -1,11 +1,10 @@
 """The log of a run: metrics.jsonl, the loss curve, and on request TensorBoard and Weights & Biases."""
 
+import contextlib
 import importlib
 import json
 import math
 import os
-import re
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +13,14 @@ from typing import Any
 
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.io.files import make_folder, open_regular, without_links, write_text
+from flax_decoder.io.files import flush, make_folder, open_regular, without_links, write_text
 from flax_decoder.io.strict_json import Limits, parse_object, shown
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.pictures import picture_path, save_picture
 from flax_decoder.training.flops import UNKNOWN
+from flax_decoder.training.run_id import new_id, read_id
 
+LOG = "metrics.jsonl"
 # A line of the log: names and numbers, or "unknown".
 LogRow = dict[str, Any]
 # A line has some 400 bytes.
@@ -31,29 +32,42 @@ _MAX_NUMBER = 1e100  # far beyond float32 and any count of tokens, and still a n
 # Blue and vermilion of Okabe and Ito's palette.
 TRAINING, VALIDATION = "#0072b2", "#d55e00"
 # A white background keeps a number readable on top of the curve.
-LABEL = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 
 
 class MetricsLog:
     """Appends lines to metrics.jsonl, one JSON object each.
 
     Attributes:
+        folder: the run folder; set it where the folder has been renamed.
         rows: all lines so far, including those from before the run was resumed.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, step: int, *, writes: bool = True):
+    def __init__(self, config: RunConfig, folder: Path, step: int, run_id: str | None = None, *, writes: bool = True):
         """Opens the log of a run at `step`; lines of later steps, which will be repeated, are dropped.
 
-        Only one process of a job writes; the others keep their lines in memory.
+        Only one process of a job writes; the others keep their lines in memory. A line says so if there is none of the
+        checkpoint of `step`.
+
+        Raises:
+            BrokenError: the file cannot be read, or a line that is kept is damaged.
         """
-        self._path = folder / "metrics.jsonl"
+        self.folder = folder
+        self._stamp = {} if run_id is None else {"run_id": run_id}
         self._writes = writes
-        rows = read_metrics(self._path)
-        last_step = max((row["step"] for row in rows), default=0)
+        rows, last_step = _rows_until(self._path, step, run_id)
         self._reporters = open_reporters(config, folder, step, last_step) if writes else []
-        self.rows = [row for row in rows if row["step"] <= step]
+        self.rows = rows
         if writes:
-            write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            if step > 0 and (not rows or rows[-1]["step"] < step):
+                print_escaped(f"warning: {self._path}: {lost_line(step)}", file=sys.stderr)
+            write_text(self._path, "".join(map(self._line, self.rows)))
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / LOG
+
+    def _line(self, row: LogRow) -> str:
+        return json.dumps(row | self._stamp) + "\n"
 
     def add(self, row: LogRow) -> None:
         """Writes a line to disk, and its known numbers to the other reporters, of which one that fails is switched off.
@@ -65,7 +79,7 @@ class MetricsLog:
         if self._writes:
             try:
                 with open(self._path, "a", encoding="utf-8", opener=without_links) as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(self._line(row))
             except OSError as error:
                 raise FaultError(f"{self._path}: cannot be written: {error.strerror}") from error
         numbers = {name: value for name, value in row.items() if value != UNKNOWN}
@@ -81,6 +95,34 @@ class MetricsLog:
         return float(self.rows[-1].get("seconds", 0)) if self.rows else 0.0
 
 
+def flush_log(folder: Path) -> None:
+    """Waits until the lines of a run's log are on disk, if it has one: a checkpoint needs those before it."""
+    with contextlib.suppress(FileNotFoundError), open_regular(folder / LOG, follow_links=False) as file:
+        flush(file)
+
+
+def lost_line(step: int) -> str:
+    """What is said where the log lacks the line that was written before the checkpoint of a step."""
+    return f"has no line of step {step}, of which there is a checkpoint: lines are lost, but training can go on"
+
+
+def _rows_until(path: Path, step: int, run_id: str | None) -> tuple[list[LogRow], int]:
+    """The lines up to a step, and the step of the last one that can be read.
+
+    Later lines were perhaps not on disk yet when the power went: as they are written again, damage in them is nothing.
+    """
+    rows, last_step = [], 0
+    try:
+        for row in metrics_rows(path, run_id):
+            last_step = max(last_step, row["step"])
+            if row["step"] <= step:
+                rows.append(row)
+    except BrokenError as error:
+        if last_step < step or isinstance(error.__cause__, OSError):  # it cannot be read at all
+            raise
+    return rows, last_step
+
+
 def evaluations_since_best(rows: Sequence[LogRow]) -> int:
     """The number of evaluations after that of the lowest validation loss, the first of equal ones."""
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
@@ -92,21 +134,27 @@ def read_metrics(path: Path) -> list[LogRow]:
     return list(metrics_rows(path))
 
 
-def metrics_rows(path: Path) -> Iterator[LogRow]:
+def metrics_rows(path: Path, run_id: str | None = None) -> Iterator[LogRow]:
     """Yields the lines of a metrics.jsonl, without a last one cut short by a crash; none if there is no file.
 
+    Each says in the file which run it is of, which is left out; lines of earlier versions do not.
+
     Raises:
-        BrokenError: the file cannot be read, or a line is damaged.
+        BrokenError: the file cannot be read, or a line is damaged, or of another run than that of a given id.
     """
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_LINE.num_bytes + 1), b""), start=1):
                 if line.endswith(b"\n") or len(line) > _LINE.num_bytes:
-                    yield _row_of(line, f"{path}: line {number}")
+                    row = _row_of(line, f"{path}: line {number}")
+                    written_by = row.pop("run_id", run_id)
+                    if run_id is not None and written_by != run_id:
+                        raise UserError(f"{path}: line {number}: is of another run, {shown(written_by)}; {_ADVICE}")
+                    yield row
     except FileNotFoundError:
         return
     except OSError as error:
-        raise BrokenError(f"{path}: cannot be read: {error.strerror}; repair or delete it") from None
+        raise BrokenError(f"{path}: cannot be read: {error.strerror}; repair or delete it") from error
     except UserError as error:
         raise BrokenError(str(error)) from None
 
@@ -115,7 +163,7 @@ def _row_of(line: bytes, source: str) -> LogRow:
     """The content of a line, with which the rest of this module can compute; raises UserError."""
     row = parse_object(line, source, _LINE, _ADVICE)
     for name, value in row.items():
-        is_word = isinstance(value, str) and name not in _NUMBERS
+        is_word = isinstance(value, str) and name.partition("/")[0] not in _NUMBERS
         if not is_word and not (type(value) in (int, float) and abs(value) <= _MAX_NUMBER):
             raise UserError(f"{source}: {name} = {shown(value)} is not a number of a run; {_ADVICE}")
     if type(row.get("step")) is not int or row["step"] < 0:
@@ -190,7 +238,11 @@ def _open_tensorboard(folder: Path, step: int) -> Callable[[LogRow], None]:
 def _open_wandb(config: RunConfig, folder: Path, last_step: int) -> Callable[[LogRow], None]:
     import wandb
 
-    is_known, id = _wandb_id(folder / "wandb_id")
+    id = read_id(folder / "wandb_id", "delete it to begin a new chart")
+    is_known = id is not None
+    if id is None:  # not the name of the folder: ids are those of a whole project
+        id = new_id()
+        write_text(folder / "wandb_id", id + "\n")
     run = wandb.init(project=config.wandb, name=folder.name, id=id, dir=folder, resume="allow")
     # The server knows which steps it has and drops those that come again; without it, none may come again.
     num_sent = last_step if is_known and run.offline else 0
@@ -205,25 +257,6 @@ def _open_wandb(config: RunConfig, folder: Path, last_step: int) -> Callable[[Lo
 def _tell_switched_off(name: str, error: Exception) -> None:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     print_escaped(f"warning: run.{name} is switched off, training goes on: {reason}", file=sys.stderr)
-
-
-def _wandb_id(path: Path) -> tuple[bool, str]:
-    """Whether the run has an id at Weights & Biases, and the id; else a new one, which is written to the file.
-
-    Ids are those of a whole project: with the name of its folder as id, a run would continue the chart of another one.
-    """
-    try:
-        with open_regular(path) as file:
-            content = file.read(100)
-    except FileNotFoundError:
-        id = secrets.token_hex(8)
-        write_text(path, id + "\n")
-        return False, id
-    except OSError as error:
-        raise BrokenError(f"{path}: cannot be read: {error.strerror}; delete it to begin a new chart") from None
-    if not re.fullmatch(rb"[0-9a-f]{16}\n?", content):
-        raise BrokenError(f"{path}: is damaged: {shown(content)} is no id; delete it to begin a new chart")
-    return True, content.decode().strip()
 
 
 def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
@@ -254,13 +287,13 @@ def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.Path
     if train:
         axes.plot(*zip(*train, strict=True), color=TRAINING, linewidth=0.8, label="training, single batches")
     if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color=VALIDATION, linewidth=2, label="validation")
-        step, loss = min(validation, key=lambda point: point[1])
-        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center", bbox=LABEL)
+        best = min(loss for _, loss in validation)
+        label = f"validation, {best:.3f} at best"
+        axes.plot(*zip(*validation, strict=True), "o-", color=VALIDATION, linewidth=2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)  # above the axes, where it covers no curve
     save_picture(figure, path)
 
 
@@ -273,6 +306,12 @@ def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
         num_bytes: bytes of the same text in UTF-8.
     """
     return loss / math.log(2) * num_tokens / num_bytes
+
+
+def losses_of_sources(row: LogRow) -> str:
+    """The validation loss of each source of a mixture, to be put behind that of all; nothing of other runs."""
+    losses = [(name.partition("/")[2], loss) for name, loss in row.items() if name.startswith("val_loss/")]
+    return f": {', '.join(f'{name} {loss:.4f}' for name, loss in losses)}" if losses else ""
 
 
 def log_row(**values: Any) -> LogRow:

@@ -10,6 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from flax_decoder.config import OptimizerConfig, default_warmup_steps
+from flax_decoder.errors import UserError
 from flax_decoder.nn.axes import PROJECTIONS
 from flax_decoder.nn.precision import widened
 from flax_decoder.training.moments import with_bfloat16_moments
@@ -95,7 +96,7 @@ def apply_update(
     """The parameters and the optimizer's state after one update, computed in at least float32.
 
     Args:
-        tx: the optimizer; one that takes `value`, as optax names the loss, gets it.
+        tx: the optimizer; one that takes `value` and `grad`, as optax names loss and gradients, gets them.
         gradients: a tree like the parameters.
         opt_state: the optimizer's state.
         params: the parameters.
@@ -103,16 +104,28 @@ def apply_update(
 
     Returns:
         Both with the dtypes they had.
+
+    Raises:
+        UserError: the optimizer calls the loss function, as one with a line search does.
     """
     update = optax.with_extra_args_support(tx).update
     # Some, such as optax.contrib.sam, are of the kind that takes more arguments, and refuse those they do not know.
     arguments = inspect.signature(update).parameters
-    takes_value = "value" in arguments or any(one.kind == one.VAR_KEYWORD for one in arguments.values())
-    extra = {"value": loss} if takes_value and loss is not None else {}
+    takes_all = any(one.kind == one.VAR_KEYWORD for one in arguments.values())
+    known = {"value": loss, "grad": gradients} if loss is not None else {}
+    extra = {name: given for name, given in known.items() if takes_all or name in arguments}
     # Optax promotes: it multiplies counts, which are integers, with rates.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         wide = widened(params)
-        updates, new_state = update(widened(gradients), opt_state, wide, **extra)
+        try:
+            updates, new_state = update(widened(gradients), opt_state, wide, **extra)
+        except TypeError as error:
+            if "value_fn" not in str(error):
+                raise
+            raise UserError(
+                "this optimizer calls the loss by itself (value_fn), as a line search does, but a step gives it only "
+                "loss and gradients:\ntake one without it, such as optax.lbfgs(..., linesearch=None)"
+            ) from None
         new = optax.apply_updates(wide, updates), new_state
     result: tuple[Any, Any] = jax.tree.map(lambda new, old: jnp.astype(new, old.dtype), new, (params, opt_state))
     return result

@@ -38,9 +38,11 @@ def describe_shortage(error: BaseException) -> str:
 def smaller_settings(config: Config, num_devices: int) -> list[str]:
     """Arguments with which a training step takes less memory, the first to try first."""
     model, training = config.model, config.training
-    parts = 2 * training.accumulation_steps
+    rows, parts = training.rows_per_device, 2 * training.accumulation_steps
     found = []
-    if training.batch_size % parts == 0:
+    if rows is not None:
+        found += [f"--training.rows-per-device {rows // 2} (the same result)"] if rows > 1 else []
+    elif training.batch_size % parts == 0:
         found.append(f"--training.accumulation-steps {parts} (the same result)")
     elif training.batch_size > 1:
         found.append(f"--training.batch-size {training.batch_size // 2}")

@@ -10,15 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_decoder.config import Config, TrainingConfig
-from flax_decoder.data.shards import Split
+from flax_decoder.data.splits import MixedSplit, Split
 from flax_decoder.errors import UserError
 from flax_decoder.parallel.mesh import mesh_sizes, sharding_of
 from flax_decoder.parallel.zigzag import zigzag
 from flax_decoder.training.batch import Batch
 from flax_decoder.training.flops import num_product_weights
 
-# A weight and its gradient in float32: the least that training needs.
-BYTES_PER_WEIGHT = 8
+# A weight in float32, and as much for its gradient if it has one: the least that training needs.
+BYTES_PER_WEIGHT = 4
 
 
 def require_room(config: Config, num_devices: int) -> None:
@@ -28,7 +28,8 @@ def require_room(config: Config, num_devices: int) -> None:
         UserError: the mesh does not fit the devices, or the model does not fit their memory.
     """
     sizes = mesh_sizes(config, num_devices)
-    required = BYTES_PER_WEIGHT * num_product_weights(config.model) // (sizes["fsdp"] * sizes["tensor"])
+    bytes_per_weight = (2 if config.lora.rank is None else 1) * BYTES_PER_WEIGHT
+    required = bytes_per_weight * num_product_weights(config.model) // (sizes["fsdp"] * sizes["tensor"])
     available = device_bytes(min(math.prod(sizes.values()), jax.local_device_count()))
     if required > available:
         raise UserError(
@@ -45,7 +46,9 @@ def device_bytes(num_local: int) -> int:
     return int(stats.get("bytes_limit", machine_bytes // num_local))
 
 
-def place_batch(split: Split, training: TrainingConfig, context_length: int, mesh: Mesh, step: int) -> Batch:
+def place_batch(
+    split: Split | MixedSplit, training: TrainingConfig, context_length: int, mesh: Mesh, step: int
+) -> Batch:
     """The training batch of a step, sharded over a mesh; each process reads only the rows of its devices.
 
     Args:
@@ -67,8 +70,7 @@ def place_batch(split: Split, training: TrainingConfig, context_length: int, mes
     @functools.cache  # devices that hold parts of the same rows share one read
     def read(start: int, stop: int) -> dict[str, np.ndarray]:
         rows = slice(start, stop)
-        order = {"seed": training.seed, "step": step, "batch_size": B, "context_length": T}
-        batch = split.train_batch(**order, rows=rows)
+        batch = split.train_batch(seed=training.seed, step=step, batch_size=B, context_length=T, rows=rows)
         if order_T is None:
             return batch
         return {name: array[:, order_T] for name, array in with_positions(batch).items()}

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from flax_decoder.training.flops import UNKNOWN
-from flax_decoder.training.metrics import LogRow
+from flax_decoder.training.metrics import LogRow, losses_of_sources
 
 # Lines per run without a terminal, in addition to those of evaluations.
 NUM_PLAIN_LINES = 20
@@ -56,7 +56,8 @@ class Progress:
         line = f"step {step:>{len(str(self._num_steps))}}  loss {loss}"
         if "val_loss" in row:
             bits = row["val_bits_per_byte"]
-            self._console.print(f"{line}  validation {row['val_loss']:.4f} ({bits:.3f} bits per byte)")
+            each = losses_of_sources(row)
+            self._console.print(f"{line}  validation {row['val_loss']:.4f} ({bits:.3f} bits per byte){each}")
         elif not self._console.is_terminal and step % max(self._num_steps // NUM_PLAIN_LINES, 1) == 0:
             left = (self._num_steps - step) * self._tokens_per_step / tokens_per_second
             self._console.print(f"{line}  {speed}  {left:,.0f} s left")

@@ -15,6 +15,7 @@ def describe_state(state: Any) -> str:
         name: getattr(state, name) for name in ("accumulation_steps", "z_loss", "loss_chunk_tokens", "skip_spikes")
     }
     parts = [f"step={_value(state.step)}", f"params={_size(state.params)}"]
+    parts += [] if state.frozen is None else [f"frozen={_size(state.frozen)}"]
     parts.append(f"optimizer={' + '.join(_kinds(state.opt_state)) or None}: {_size(state.opt_state)}")
     parts.append(f"seed={state.seed}")
     parts += [f"{name}={value}" for name, value in settings.items() if value != getattr(type(state), name)]

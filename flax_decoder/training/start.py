@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from flax_decoder.data.tokenizer import Tokenizer
-from flax_decoder.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -21,6 +18,7 @@ class Start:
         params: its parameters.
         tokenizer: its tokenizer, with start and end tokens.
         kept: the files that say how it chats and samples, such as its chat template, by name.
+        model_type: that of its Hugging Face folder, if it is one: what others call its tensors.
     """
 
     path: Path
@@ -28,14 +26,9 @@ class Start:
     params: Any
     tokenizer: Tokenizer
     kept: Mapping[str, bytes]
-
-    def give(self, state: TrainState) -> TrainState:
-        """The state with these parameters, laid out over devices as its own are; the optimizer is as new."""
-        placed = jax.tree.map(
-            lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding), self.params, state.params
-        )
-        return state.replace(params=placed)
+    model_type: str | None = None
 
     def record(self) -> dict[str, Any]:
         """What the run folder keeps of where it began."""
-        return {"path": str(self.path.absolute()), "sha256": dict(self.hashes)}
+        record = {"path": str(self.path.absolute()), "sha256": dict(self.hashes)}
+        return record if self.model_type is None else record | {"model_type": self.model_type}

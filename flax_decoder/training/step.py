@@ -13,13 +13,14 @@ from flax.training import train_state
 from jax.sharding import Mesh
 
 from flax_decoder.config import Config
-from flax_decoder.errors import require_type
+from flax_decoder.errors import UserError, require_type
 from flax_decoder.nn.arguments import check_key
 from flax_decoder.nn.axes import logical_axes, num_parts, refuse_explicit_axes
 from flax_decoder.nn.decoder import Decoder
+from flax_decoder.nn.lora import init_adapters, with_adapters
 from flax_decoder.nn.params import head_params, layers_of
 from flax_decoder.nn.precision import widened
-from flax_decoder.parallel.mesh import compiler_options, sharding_of
+from flax_decoder.parallel.mesh import compiler_options, num_row_devices, sharding_of
 from flax_decoder.training.batch import Batch, checked_batch
 from flax_decoder.training.loss import chunk_size, chunked_losses, summed_losses
 from flax_decoder.training.optimizer import apply_update, make_optimizer
@@ -41,6 +42,7 @@ class TrainState(train_state.TrainState):
         loss_chunk_tokens: logits per device are computed for this many tokens at a time; 0: for all; None: see
             `chunk_size`.
         skip_spikes: a step whose loss exceeds this many times the running mean is not applied; 0 applies all.
+        frozen: parameters that do not learn, beside which `params` are adapters (`nn/lora.py`); None in other training.
     """
 
     seed: int = struct.field(pytree_node=False, default=0)
@@ -48,6 +50,12 @@ class TrainState(train_state.TrainState):
     z_loss: float = struct.field(pytree_node=False, default=0.0)
     loss_chunk_tokens: int | None = struct.field(pytree_node=False, default=None)
     skip_spikes: float = struct.field(pytree_node=False, default=0.0)
+    frozen: Any = None
+
+    @property
+    def all_params(self) -> Any:
+        """The parameters that `apply_fn` takes: those that learn, and the frozen ones where there are any."""
+        return with_adapters(self.frozen, self.params)
 
     @classmethod
     def create(
@@ -58,7 +66,7 @@ class TrainState(train_state.TrainState):
         `step` is an array, so that the second step compiles nothing. The optimizer's state is in at least float32 where
         params are in fewer bits: its squares and its epsilon would be lost there.
         """
-        layers_of(params)
+        layers_of(with_adapters(settings.get("frozen"), params))
         state: Self = super().create(apply_fn=apply_fn, params=widened(params), tx=tx, **settings)
         return state.replace(step=jnp.zeros((), jnp.int32), params=params)
 
@@ -77,35 +85,65 @@ class TrainState(train_state.TrainState):
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
 
 
-def init_state(model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | None = None) -> TrainState:
+def init_state(
+    model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | None = None, params: Any = None
+) -> TrainState:
     """The state before the first step.
+
+    With `config.lora.rank`, adapters learn, and the parameters themselves are `state.frozen`.
 
     Args:
         model: the network.
-        config: its `optimizer` and `training` sections are used.
+        config: its `optimizer`, `lora` and `training` sections are used.
         rng: key for the parameters, which do not depend on the mesh.
         mesh: the devices over which the state is sharded from the start; None uses the default device.
+        params: the parameters to start from, of a trained model; None draws them. They are copied only where they have
+            another dtype or lie on other devices, so a step that is given the state to keep takes them along.
 
     Raises:
-        UserError: an argument of another kind.
+        UserError: an argument of another kind; parameters of another model; or adapters that it cannot have.
     """
     require_type("model", model, Decoder, "such as Decoder(config.model)")
     require_type("config", config, Config, "from load_config")
     require_type("mesh", mesh, Mesh | None)
     check_key(rng)
-    make = state_maker(model, config)
-    shardings = None if mesh is None else state_shardings(mesh, jax.eval_shape(make, rng))
-    return jax.jit(make, out_shardings=shardings)(rng)
+    make = state_maker(model, config, 1 if mesh is None else num_row_devices(mesh))
+    shapes = jax.eval_shape(make, rng)
+    shardings: Any = None if mesh is None else state_shardings(mesh, shapes)
+    if params is None:
+        return jax.jit(make, out_shardings=shardings)(rng)
+    given = "params" if shapes.frozen is None else "frozen"
+    params = _placed(params, getattr(shapes, given), shardings and getattr(shardings, given))
+    make_others = jax.jit(
+        lambda rng, params: make(rng, params).replace(**{given: None}),
+        out_shardings=shardings and shardings.replace(**{given: None}),
+    )
+    return make_others(rng, params).replace(**{given: params})
 
 
-def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainState]:
-    """The function from a random key to the initial state; see `init_state`."""
-    training = config.training
+def _placed(params: Any, shapes: Any, shardings: Any) -> Any:
+    """Given parameters, with the dtypes and on the devices of those that would be drawn."""
+    params = {**params, "layers": layers_of(params)}
+    found, wanted = (jax.tree.map(np.shape, tree) for tree in (params, shapes))
+    if found != wanted:
+        raise UserError("params are not those of the model: they have other names or shapes; give the model of `load`")
+    cast = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), params, shapes)
+    return cast if shardings is None else jax.device_put(cast, shardings)
+
+
+def state_maker(model: Decoder, config: Config, num_devices: int = 1) -> Callable[..., TrainState]:
+    """The function from a random key, and perhaps parameters, to the state if so many devices share a batch."""
+    training, lora = config.training, config.lora
     tx = make_optimizer(config.optimizer, training.num_steps, remembers_losses=training.skip_spikes > 0)
+    if lora.adapter is not None:  # a clone would be another program for `jit`
+        model = model.clone(adapter=lora.adapter)
 
-    def make(rng: jax.Array) -> TrainState:
-        # The parameters do not depend on the values or the number of tokens.
-        params = model.init(rng, np.zeros((1, 1), np.int32))["params"]
+    def make(rng: jax.Array, params: Any = None) -> TrainState:
+        frozen = None
+        if params is None:  # they do not depend on the values or the number of tokens
+            params = model.init(rng, np.zeros((1, 1), np.int32))["params"]
+        if lora.rank is not None:
+            params, frozen = init_adapters(lora, params, jax.random.fold_in(rng, 1)), params
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             apply_fn=model.apply,
@@ -113,13 +151,23 @@ def state_maker(model: Decoder, config: Config) -> Callable[[jax.Array], TrainSt
             tx=tx,
             opt_state=tx.init(params),
             seed=training.seed,
-            accumulation_steps=training.accumulation_steps,
+            accumulation_steps=training.num_parts(num_devices),
             z_loss=training.z_loss,
             loss_chunk_tokens=training.loss_chunk_tokens,
             skip_spikes=training.skip_spikes,
+            frozen=frozen,
         )
 
     return make
+
+
+def require_adapters(config: Config) -> None:
+    """Raises UserError if the model cannot have the adapters that `config.lora` asks for."""
+    if config.lora.rank is None:
+        return
+    if jax.process_count() > 1:
+        raise UserError(f"lora.rank = {config.lora.rank}: adapters train in one process; leave out [distributed]")
+    jax.eval_shape(state_maker(Decoder(config.model), config), jax.random.key(0))
 
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
@@ -167,14 +215,14 @@ def train_step(state: TrainState, batch: Batch, *, axis_name: str | None = None)
         applied,
         lambda state: state.apply_gradients(grads=gradients, loss=loss),
         lambda state: state.replace(step=state.step + 1),
-        state,
-    )
+        state.replace(frozen=None),  # what passes through a condition may be copied
+    ).replace(frozen=state.frozen)
     return after, metrics | {"applied": applied}
 
 
 def mean_gradients(state: TrainState, batch: Batch, axis_name: str | None = None) -> tuple[Any, Metrics]:
     """Gradients of the mean loss over a batch, a tree like the parameters, and its metrics; see `train_step`."""
-    batch = checked_batch(batch, state.params["embedding"].shape[0], state.accumulation_steps)
+    batch = checked_batch(batch, state.all_params["embedding"].shape[0], state.accumulation_steps)
     state = state.replace(params=widened(state.params))  # so gradients are not rounded before they are summed
     rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
     if axis_name is not None:
@@ -197,25 +245,28 @@ def _as_varying(params: Any, axis_name: str) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axis_name, to="varying"), params)
 
 
-def jit_step(state: TrainState, mesh: Mesh) -> Any:
+def jit_step(state: TrainState, mesh: Mesh, *, deterministic: bool = False) -> Any:
     """`train_step` under jit on a mesh. The given state is donated; the next one has the same shardings."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding_of(mesh)
-    options = compiler_options(mesh)
+    options = compiler_options(mesh, deterministic=deterministic)
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """The sums "loss" (nats) and "num_tokens" over a batch, without dropout; for `batch` see `train_step`."""
-    batch = checked_batch(batch, state.params["embedding"].shape[0])
-    return loss_sum(state.params, state.apply_fn, batch, loss_chunk_tokens=state.loss_chunk_tokens)[1]
+    batch = checked_batch(batch, state.all_params["embedding"].shape[0])
+    return loss_sum(state.all_params, state.apply_fn, batch, loss_chunk_tokens=state.loss_chunk_tokens)[1]
 
 
 def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
     """Sums of losses and gradients over a batch, computed in `state.accumulation_steps` parts."""
 
     def sums_and_gradients(batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
-        settings = {"z_loss": state.z_loss, "loss_chunk_tokens": state.loss_chunk_tokens, "rng": rng}
-        gradients, sums = jax.grad(loss_sum, has_aux=True)(state.params, state.apply_fn, batch, **settings)
+        def loss(params: Any) -> tuple[jax.Array, Metrics]:
+            settings: Any = {"z_loss": state.z_loss, "loss_chunk_tokens": state.loss_chunk_tokens, "rng": rng}
+            return loss_sum(with_adapters(state.frozen, params), state.apply_fn, batch, **settings)
+
+        gradients, sums = jax.grad(loss, has_aux=True)(state.params)
         return sums, gradients
 
     num_parts = state.accumulation_steps

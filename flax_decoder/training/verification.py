@@ -1,5 +1,7 @@
 """Checks every file of a run that checkpoints depend on."""
 
+import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,14 +10,17 @@ from pathlib import Path
 from flax_decoder.config_file import load_config
 from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.tokenizer import load_tokenizer
-from flax_decoder.errors import FaultError, UserError
+from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import not_plain
+from flax_decoder.io.lock import run_in_lock
+from flax_decoder.io.strict_json import shown
 from flax_decoder.lens.history import FOLDER as LENS
 from flax_decoder.lens.history import read_history
 from flax_decoder.training.checkpoint import saved_steps, steps_folder
 from flax_decoder.training.manifest import verify
-from flax_decoder.training.metrics import metrics_rows
-from flax_decoder.training.run_folder import FOREIGN, require_same_inputs, require_same_model
+from flax_decoder.training.metrics import LOG, lost_line, metrics_rows
+from flax_decoder.training.run_folder import BASE, BASE_MANIFEST, FOREIGN, require_same_inputs, require_same_model
+from flax_decoder.training.run_id import RUN_ID, read_id
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,15 @@ def verify_run(folder: Path) -> Iterator[CheckResult]:
     steps = steps_folder(folder)
     if steps.is_symlink():  # no link is followed
         return
+    run_id = None
+    with contextlib.suppress(BrokenError):  # which the check says
+        run_id = read_id(folder / RUN_ID)
+    if os.path.lexists(folder / RUN_ID):
+        yield _check(folder / RUN_ID, _run_id)
     checked: set[int] = set()
     while unchecked := [step for step in saved_steps(folder) if step not in checked]:  # a running training saves more
         path = steps / str(unchecked[0])
-        result = _check(path, _checkpoint)
+        result = _check(path, functools.partial(_checkpoint, run_id))
         # It takes the name of a checkpoint away before it deletes its files.
         yield result if os.path.lexists(path) else CheckResult(path, None, "a running training has just deleted it")
         checked.add(unchecked[0])
@@ -58,7 +68,10 @@ def verify_run(folder: Path) -> Iterator[CheckResult]:
     yield _check(folder / "tokenizer.json", _tokenizer)
     if (folder / "corpus").exists():  # a converted model has no corpus and no log
         yield _check(folder / "corpus", _corpus)
-        yield _check(folder / "metrics.jsonl", lambda path: f"{sum(1 for _ in metrics_rows(path)):,} lines")
+        yield _check(folder / LOG, functools.partial(_log, steps=checked, run_id=run_id))
+    if (folder / BASE).exists():
+        yield _check(folder / BASE, _base)
+        yield from verify_run(folder / BASE)
     if (folder / LENS).exists():
         yield _check(folder / LENS, _history)
 
@@ -70,8 +83,19 @@ def _check(path: Path, check: Callable[[Path], str]) -> CheckResult:
         return CheckResult(path, False, str(error).removeprefix(f"{path}: "))
 
 
-def _checkpoint(path: Path) -> str:
-    files = verify(path)["files"].values()
+def _run_id(path: Path) -> str:
+    run_id, in_lock = read_id(path), run_in_lock(path.parent)
+    if in_lock not in (None, run_id):
+        raise BrokenError(f"is {run_id}, but the last training here was of run {shown(in_lock)}")
+    return f"{run_id}"
+
+
+def _checkpoint(run_id: str | None, path: Path) -> str:
+    manifest = verify(path)
+    written_by = manifest.get(RUN_ID)
+    if run_id is not None and written_by not in (None, run_id):
+        raise BrokenError(f"is of another run, {shown(written_by)}, and not of {run_id}")
+    files = manifest["files"].values()
     return f"{len(files)} files, {sum(file['bytes'] for file in files):,} bytes"
 
 
@@ -87,7 +111,22 @@ def _tokenizer(path: Path) -> str:
 
 def _corpus(path: Path) -> str:
     require_same_inputs(path.parent, ["corpus/corpus.json"])
-    return f"{len(load_corpus(path, checks_all=True).train.tokens):,} tokens to train on"
+    return f"{load_corpus(path, checks_all=True).train.num_tokens:,} tokens to train on"
+
+
+def _base(path: Path) -> str:
+    require_same_inputs(path.parent, [BASE_MANIFEST])
+    return "is that of the adapters in the checkpoints"
+
+
+def _log(path: Path, steps: set[int], run_id: str | None) -> str:
+    missing, num_lines = steps - {0}, 0
+    for row in metrics_rows(path, run_id):  # a log may be larger than memory
+        missing.discard(row["step"])
+        num_lines += 1
+    if missing:
+        raise BrokenError(lost_line(min(missing)))
+    return f"{num_lines:,} lines"
 
 
 def _history(path: Path) -> str:

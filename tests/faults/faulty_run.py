@@ -82,8 +82,8 @@ def arm(point, trigger):
     elif point == "step":
         jit_step = loop.jit_step
 
-        def jit_with_trigger(*args):
-            take_step = jit_step(*args)
+        def jit_with_trigger(*args, **options):
+            take_step = jit_step(*args, **options)
 
             def replacement(*args):
                 trigger()

@@ -11,7 +11,8 @@ import pytest
 
 from flax_decoder.config import DataConfig
 from flax_decoder.data.corpus import prepare_corpus
-from flax_decoder.data.shards import Corpus, load_corpus
+from flax_decoder.data.shards import load_corpus
+from flax_decoder.data.splits import Corpus
 from flax_decoder.errors import FaultError
 
 pytestmark = pytest.mark.fault("Damaged corpus")
@@ -24,7 +25,7 @@ FOLDER = Path("corpus")
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """A saved corpus of a few hundred tokens, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    text = "".join(map(chr, np.random.default_rng(0).integers(32, 127, 331)))
+    text = "".join(map(chr, np.random.default_rng(0).integers(33, 127, 331)))
     Path("hamlet.jsonl").write_text("".join(json.dumps({"text": text[i : i + 30]}) + "\n" for i in range(0, 331, 30)))
     FOLDER.mkdir()
     return prepare_corpus(DataConfig(path="hamlet.jsonl"), FOLDER)[1]

@@ -1,6 +1,8 @@
 """Damaged files of a checkpoint, and paths that only have a checkpoint's name."""
 
+import errno
 import hashlib
+import os
 import random
 import shutil
 
@@ -10,8 +12,12 @@ import pytest
 from run_state import snapshot
 
 import flax_decoder as fd
+from flax_decoder import config_file
 from flax_decoder.cli import main
+from flax_decoder.config import RunConfig
 from flax_decoder.training.checkpoint import choose_step, saved_steps
+from flax_decoder.training.metrics import MetricsLog
+from flax_decoder.training.run_id import RUN_ID, read_id
 
 NEWEST, OLDER = 12, 8
 
@@ -181,3 +187,46 @@ def test_what_a_checkpoint_hangs_on_is_looked_at_too(copied, capsys, name):
     if name in ("tokenizer.json", "config.toml"):
         assert main(["generate", str(run), "--prompt", "To"]) == 1
         assert str(run / name) in capsys.readouterr().err
+
+
+@pytest.mark.fault("lines of the log are lost")
+@pytest.mark.parametrize("change", ["emptied", "cut short", "deleted"])
+def test_lost_lines_of_the_log_are_told(copied, capsys, change):
+    run, path = copied[0], copied[0] / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = lines[:-1] if change == "cut short" else []
+    path.write_bytes(b"".join(kept)) if change != "deleted" else path.unlink()
+    missing = NEWEST if change == "cut short" else OLDER
+    assert main(["verify", str(run)]) == 1
+    told = "has no line of step {}, of which there is a checkpoint: lines are lost, but training can go on"
+    assert f"BROKEN   {path}: {told.format(missing)}\n" in capsys.readouterr().out
+    MetricsLog(RunConfig(), run, NEWEST, read_id(run / RUN_ID))  # as when training goes on
+    assert capsys.readouterr().err == f"warning: {path}: {told.format(NEWEST)}\n"
+    assert path.read_bytes().startswith(b"".join(kept))
+
+
+@pytest.mark.fault("SIGKILL at named points")
+def test_leftovers_of_a_finished_run_go(copied, capsys):
+    """The deletion of its last old checkpoint may be cut off, or undone by a power cut."""
+    run, arguments = copied
+    for name in (".old-8", ".new-12"):
+        shutil.copytree(run / "checkpoints" / "8", run / "checkpoints" / name)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(arguments) == 0
+    assert "is finished after 12 steps" in capsys.readouterr().out
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["12", "8"]
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.fault("EIO and EACCES in write, flush, rename, delete, log")
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 1), (errno.EACCES, 2)])
+def test_a_disk_that_fails_is_no_mistake_of_the_user(copied, monkeypatch, capsys, number, code):
+    run, _ = copied
+
+    def fail(path, **options):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(config_file, "open_regular", fail)
+    assert main(["generate", str(run), "--prompt", "To"]) == code
+    word = {1: "fault", 2: "error"}[code]
+    assert f"{word}: {run / 'config.toml'}: cannot be read: {os.strerror(number)}" in capsys.readouterr().err

@@ -281,7 +281,7 @@ def test_a_text_that_makes_the_library_panic_is_a_users_error(monkeypatch):
 
     tokenizer = parse_tokenizer(changed(), "x")
     assert isinstance(tokenizer, SubwordTokenizer)
-    tokenizer._tokenizer = type("Library", (), {"encode": panic, "decode": panic})()
+    tokenizer._tokenizer = type("Library", (), {"encode_batch_fast": panic, "decode": panic})()
     for use in (lambda: tokenizer.encode("a"), lambda: tokenizer.encode_prompt("a"), lambda: tokenizer.decode([0])):
         with pytest.raises(fd.UserError, match="index out of bounds"):
             use()

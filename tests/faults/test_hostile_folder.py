@@ -28,7 +28,17 @@ pytestmark = pytest.mark.fault("Links and pipes in a run folder: nothing outside
 # Every name that a run folder may have, those of unfinished files and folders included, and of ones that come next.
 NAMES = [
     LOCK,
-    *("config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "sample.txt", "wandb_id", "tensorboard", "wandb"),
+    *(
+        "config.toml",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "loss.png",
+        "sample.txt",
+        "run_id",
+        "wandb_id",
+        "tensorboard",
+        "wandb",
+    ),
     *(".config.toml.tmp", ".metrics.jsonl.tmp", ".loss.png.tmp", ".sample.txt.tmp", ".wandb_id.tmp"),
     *("corpus", "corpus/corpus.json", "corpus/train-00000.bin", "corpus/train-00000.starts.bin"),
     *("corpus/validation-00000.bin", "corpus/.corpus.json.tmp"),

@@ -15,8 +15,10 @@ from flax_decoder.cli import main
 # Numbers of steps, steps per save, and kills. The short suite uses the settings of test_kill_points.py, so that both
 # share an uninterrupted run.
 FEW, MANY = (test_kill_points.FEW_STEPS, test_kill_points.SAVE_EVERY, 2), (600, 5, 20)
-CASES = [pytest.param(*FEW, 0, id="few")]
-CASES += [pytest.param(*MANY, seed, id=str(seed), marks=pytest.mark.full) for seed in range(10)]
+CASES = [pytest.param(*FEW, 0, False, id="few")]
+CASES += [pytest.param(*MANY, seed, False, id=str(seed), marks=pytest.mark.full) for seed in range(10)]
+# Adapters learn, with dropout, beside the weights of another run.
+CASES += [pytest.param(60, 5, 2, seed, True, id=f"adapters {seed}", marks=pytest.mark.full) for seed in range(5)]
 
 
 def made_at(path):
@@ -25,10 +27,13 @@ def made_at(path):
 
 
 @pytest.mark.fault("SIGKILL at random times")
-@pytest.mark.parametrize(("num_steps", "save_every", "num_kills", "seed"), CASES)
-def test_a_run_that_is_killed_at_random_times(tmp_path, count_cases, num_steps, save_every, num_kills, seed):
+@pytest.mark.parametrize(("num_steps", "save_every", "num_kills", "seed", "adapters"), CASES)
+def test_a_run_that_is_killed_at_random_times(tmp_path, count_cases, num_steps, save_every, num_kills, seed, adapters):
     # Every step is logged, so that every loss is compared.
     rules = test_kill_points.rules(num_steps, save_every)
+    if adapters:
+        base = tiny_run.finished_run(**test_kill_points.FEW_RULES).run
+        rules |= {"run__start_from": base, "lora__rank": 3, "lora__dropout": 0.1}
     expected, text, cache, run_seconds = tiny_run.finished_run(**rules)
     expected_losses = run_state.losses(expected)
     rng = random.Random(seed)

@@ -12,7 +12,7 @@ from run_state import losses
 
 import flax_decoder as fd
 from flax_decoder.cli import main
-from flax_decoder.data.shards import read_text
+from flax_decoder.data.corpus import read_text
 
 ROW = "Texts of people, every command"
 SIZES = {"context-length": 16, "num-layers": 1, "embed-dim": 16, "num-heads": 2, "num-kv-heads": 1}

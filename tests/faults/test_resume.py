@@ -39,8 +39,12 @@ OTHERS = {
     "model.attention_scale": 0.5,
     "model.attention_soft_cap": 20.0,
     "model.logit_soft_cap": 20.0,
+    "model.rotary_magnitude": 1.5,
     "data.tokenizer": "byte",
+    "data.text_field": "body",
     "optimizer.warmup_steps": 3,
+    "lora.rank": 3,
+    "lora.targets": ["query"],
     "training.accumulation_steps": 2,
     "training.skip_spikes": 3.0,
 }
@@ -50,13 +54,18 @@ WITH = {
     "model.window_pattern": {"model.window": 4, "model.num_layers": 2},
     "model.rotary_pattern": {"model.positions": "rotary", "model.num_layers": 2},
     "model.rotary_scaling_factor": {"model.rotary_scaling": "linear"},
+    "model.rotary_magnitude": {"model.rotary_scaling": "yarn"},
+    "model.shared_norm": {"model.parallel_residual": True},
+    "model.qk_norm_position": {"model.qk_norm": "head"},
     "data.bpe_vocab_size": {"data.tokenizer": "bpe"},
+    "data.bpe_train_bytes": {"data.tokenizer": "bpe"},
     "model.rotary_low_frequency_factor": {"model.rotary_scaling": "llama3"},
     "model.rotary_high_frequency_factor": {"model.rotary_scaling": "llama3"},
     "model.rotary_original_context": {"model.rotary_scaling": "llama3"},
     "optimizer.muon_learning_rate": {"optimizer.name": "muon"},
     "optimizer.muon_momentum": {"optimizer.name": "muon"},
     "optimizer.decay_fraction": {"optimizer.schedule": "wsd"},
+    **{f"lora.{name}": {"lora.rank": 3} for name in ("alpha", "rank_stabilised", "dropout", "targets")},
 }
 GUARDED = [f"{section}.{name}" for section, name in fixed_fields()]
 

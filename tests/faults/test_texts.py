@@ -95,7 +95,7 @@ def assert_comes_back(path: str, kind: str, text: str) -> None:
     tokens = [np.asarray(split.tokens) for split in (loaded.train, loaded.validation)]
     assert "".join(map(tokenizer.decode, tokens)) == "".join(map(again.decode, tokens)) == text
     assert len(tokenizer.decode(tokens[0])) == int(len(text) * 0.9) or len(text) > 20_000_000
-    assert loaded.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert loaded.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert loaded.train.num_bytes + loaded.validation.num_bytes == len(text.encode())
 
 
@@ -150,9 +150,9 @@ BAD = {
     "ends of lines": (b"\r\n\t\n" * 5000, "has only white space"),
     "random bytes": (random.Random(1).randbytes(100_000), "line "),
     "PNG": (PNG, "is not UTF-8 text (byte 0x89 at offset 0, line 1)"),
-    "gzip": (gzip.compress(ENGLISH.encode()), "is not UTF-8 text (byte 0x"),
-    "zip": (b"PK\x03\x04\x14\0", "is not UTF-8 text (byte 0x00 at offset 5, line 1)"),
-    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "is not UTF-8 text (byte 0xE2 at offset 10, line 2)"),
+    "gzip": (gzip.compress(ENGLISH.encode()), "is a gzip file; give it the ending .gz"),
+    "zip": (b"PK\x03\x04\x14\0", "is a zip file"),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "is a PDF file"),
     "NUL": (b"hello\n\0 world", "is not UTF-8 text (byte 0x00 at offset 6, line 2)"),
     "NUL at the end": (GOOD_START.encode() + b"\0", f"(byte 0x00 at offset {len(GOOD_START)}, line 4001)"),
     "Latin-1": (
@@ -160,9 +160,9 @@ BAD = {
         "is not UTF-8 text (byte 0xE9 at offset 11, line 3); convert it, for example: iconv -f latin1 -t utf-8 text > ",
     ),
     "UTF-16 without mark": (ENGLISH.encode("utf-16-le"), "is not UTF-8 text (byte 0x00 at offset 1, line 1)"),
-    "UTF-16 cut in a character": (b"\xff\xfea\0\n\0b", "is not UTF-16 text (byte 0x62 at offset 6, line 2)"),
-    "NUL in UTF-16": ("\ufeff\U0001f600\n\0".encode("utf-16-be"), "is not UTF-16 text (byte 0x00 at offset 8, line 2)"),
-    "UTF-32": (ENGLISH.encode("utf-32"), "is not UTF-16 text (byte 0x00 at offset 2, line 1)"),
+    "UTF-16 cut in a character": (b"\xff\xfea\0\n\0b", "is not UTF-16 text (near byte "),
+    "NUL in UTF-16": ("\ufeff\U0001f600\n\0".encode("utf-16-be"), "has the character NUL at character 2"),
+    "UTF-32": (ENGLISH.encode("utf-32"), "has the character NUL at character 0"),
     "UTF-32, other order": (b"\0\0\xfe\xff" + ENGLISH.encode("utf-32-be"), "is not UTF-8 text (byte 0x00 at offset 0"),
     "overlong slash": (b"a\n\xc0\xaf" * 9, "(byte 0xC0 at offset 2, line 2)"),
     "surrogate": (b"a surrogate \xed\xa0\x80", "(byte 0xED at offset 12, line 1)"),
@@ -183,6 +183,9 @@ def test_what_is_no_text_is_refused(name: str, refused, count_cases) -> None:
     assert_refused(refused, ["train", "--data.path=text"], "text", reason)
     assert_refused(refused, ["eval", "no_run", "text"], "text", reason)
     reason = reason.replace(" text >", " folder/b.txt >")
+    if "empty" in reason or "white space" in reason:  # one among others is passed over
+        count_cases(2)
+        return
     for path in ("folder", "folder/*"):
         assert_refused(refused, ["train", f"--data.path={path}"], "folder/b.txt", reason)
     count_cases(4)
@@ -210,7 +213,7 @@ PLACES = {
     "/dev/zero": (make_link("/dev/zero"), "is not a regular file"),
     "/dev/null": (make_link("/dev/null"), "is not a regular file"),
     "the terminal": (make_link("/dev/tty"), "cannot be read: "),
-    "folder without texts": (os.mkdir, "there is no .txt file in this folder"),
+    "folder without texts": (os.mkdir, "there is no .txt, .md, .jsonl, "),
     "nothing": (lambda path: None, "there is no such file"),
     "link to nothing": (make_link("nowhere"), "there is no such file"),
     "links in a circle": (lambda path: os.symlink(path, path), "cannot be read: Too many levels"),
@@ -324,7 +327,7 @@ def test_a_config_that_is_no_file_is_refused(name: str, refused) -> None:
     ("module", "arguments", "reason"),
     [
         ("config_file", ["train", "large"], "has over 500,000 bytes"),
-        ("data.corpus", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
+        ("data.formats", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
     ],
 )
 def test_a_gigabyte_that_is_no_text_is_not_read(module, arguments, reason, refused, monkeypatch) -> None:

@@ -34,7 +34,7 @@ function makeLearning(lens, choose) {
   const heads = make("div", { class: "scroll" });
   const lines = make("div");
   const text = tokens.map((token) => lens.texts[token]);
-  box.append(make("p", {}, "While it trained, the run recorded the attention to one fixed text: ", make("q", { class: "recorded" }, ...text.map(tokenText)), ". Move through the steps, and see heads form."),
+  box.append(make("p", {}, "While it trained, the run recorded the attention to one fixed text: ", make("q", { class: "recorded" }, ...text.map(tokenText)), ". It is not the prompt above, which came only afterwards: a run records the first words of its validation text, or the text of ", make("code", { class: "setting" }, "--lens.prompt"), ". Move through the steps, and see heads form."),
     make("div", { class: "slider" }, play, make("label", { for: "snapshot" }, "Step"), slider, step),
     make("div", { class: "side-by-side" }, pattern, make("div", {}, lines, heads)));
 
@@ -62,7 +62,7 @@ function makeLearning(lens, choose) {
     const weight = weightOf(t, s);
     return `step ${steps[now.snapshot]}: ${t} \u201c${spoken(text[t])}\u201d looks at ${s} \u201c${spoken(text[s])}\u201d: ${weight === null ? "masked" : percent(weight)}`;
   };
-  const drawPattern = makePattern(pattern, text.length, labelOf, (moved) => {
+  const drawPattern = makePattern(pattern, text, labelOf, (moved) => {
     const query = clamp(moved.query, 0, text.length - 1);
     place = { query, source: clamp(moved.source, 0, query) };
     drawPattern(weightOf, place);

@@ -5,6 +5,23 @@ function triangle(t) {
   return (t * (t + 1)) / 2;
 }
 
+// What a score comes from, by what query and key are made of; in the order of the page.
+const ORIGIN_GROUPS = {
+  token: "the two tokens themselves",
+  position: "the two positions themselves",
+  mixed: "token with position",
+  rotation: "the turn by their distance",
+  earlier: "what earlier layers wrote",
+  bias: "biases",
+};
+
+function originGroup(ofQuery, ofKey) {
+  const both = [ofQuery, ofKey];
+  if (both.includes("bias")) return "bias";
+  if (both.includes("heads") || both.includes("feed_forward")) return "earlier";
+  return ofQuery === ofKey ? ofQuery : "mixed";
+}
+
 class Lens {
   constructor(data, arrays) {
     this.model = data.model;
@@ -60,6 +77,28 @@ class Lens {
     // Without a cap q . k follows from the score, which has more digits than the vectors.
     const match = cap === null ? score - bias : products.reduce((a, b) => a + b, 0);
     return { q, k, products, match, capped: score - bias, bias };
+  }
+
+  /**
+   * A score by the origins of query and key: rows[i][j] is what origin i of the query and origin j of the key gave, and
+   * groups sums them; null for a source whose pairs the page does not keep.
+   */
+  scoreOrigins(layer, head, t, s, parts) {
+    const { origins, positions } = this.model;
+    const count = origins.length;
+    const place = this.arrays.pair_sources.row(layer, head, t).indexOf(s);
+    if (place < 0) return null;
+    const pairs = this.arrays.pairs.row(layer, head, t, place);
+    const rows = origins.map((_, i) => Array.from(pairs.subarray(i * count, (i + 1) * count)));
+    const sums = {};
+    rows.forEach((row, i) => row.forEach((value, j) => {
+      const name = originGroup(origins[i], origins[j]);
+      sums[name] = (sums[name] ?? 0) + value;
+    }));
+    // The turn of rotary positions is what the product has beyond these pairs.
+    if (positions === "rotary") sums.rotation = parts.match - pairs.reduce((a, b) => a + b, 0);
+    const groups = Object.keys(ORIGIN_GROUPS).filter((name) => name in sums && (layer > 0 || name !== "earlier")).map((name) => ({ name, value: sums[name] }));
+    return { rows, groups };
   }
 
   /** The weighted sum of the values. */

@@ -85,17 +85,23 @@ function answerWhy(lens, state, look) {
   const dims = ranked(parts.products).slice(0, 3).filter((h) => parts.products[h] > 0);
   const naming = (numbers) => (h) => [`${h} (`, make("b", { class: "figure" }, signed(numbers[h], 2)), ")"];
   const named = dims.map(naming(parts.products));
-  const sentence = ["Its key meets the query with a score of ", make("b", { class: "figure" }, fixed(look.scores[order[0]], 2))];
+  const score = look.scores[order[0]];
+  const sentence = ["Its key meets the query with a score of ", make("b", { class: "figure" }, fixed(score, 2))];
   if (order.length > 1) {
     const lead = look.scores[order[0]] - look.scores[order[1]];
     sentence.push(", ", make("b", { class: "figure" }, fixed(lead, 2)), " ahead of the second: e", make("sup", {}, fixed(lead, 2)), ` = ${fixed(Math.exp(lead), 2)} times its attention`);
   }
-  sentence.push(". ");
+  sentence.push(score < 0 && order.length > 1 ? ". No score is above 0 here, and only the differences count. " : ". ");
+  const origins = lens.scoreOrigins(state.layer, state.head, state.query, best, parts);
+  if (origins !== null && origins.groups.length > 1) {
+    const shares = origins.groups.map(({ name, value }) => [`${ORIGIN_GROUPS[name]} `, make("b", { class: "figure" }, signed(value, 2))]);
+    sentence.push("It is made of ", ...joined(shares), ". ");
+  }
   if (named.length > 0) {
     sentence.push(`Of the ${parts.products.length} dimensions in which the two are multiplied, `, ...joined(named),
       ` ${named.length > 1 ? "add" : "adds"} the most`);
     const rest = parts.match - dims.reduce((sum, h) => sum + parts.products[h], 0);
-    sentence.push(`; all others together ${signed(rest, 2)}`);
+    sentence.push(score < 0 ? `, but all others together take it down by ${fixed(-rest, 2)}` : `; all others together ${signed(rest, 2)}`);
   }
   if (order.length > 1) {
     const second = lens.scoreParts(state.layer, state.head, state.query, look.sources[order[1]], look.scores[order[1]]);

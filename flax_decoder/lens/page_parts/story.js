@@ -2,6 +2,7 @@
 
 const FIRST_ROWS = 8;
 const NAMED_DIMENSIONS = 8;
+const ORIGIN_NAMES = { token: "token", position: "position", heads: "heads", feed_forward: "feed-forward", bias: "biases" };
 
 function largest(vectors) {
   return vectors.reduce((most, vector) => vector.reduce((most, number) => Math.max(most, Math.abs(number)), most), 0);
@@ -17,12 +18,14 @@ function vectorRow(label, vector, most, digits) {
 }
 
 function queryStep(lens, state) {
-  const { positions, qk_norm: norm, head_dim: H } = lens.model;
+  const { positions, qk_norm: norm, head_dim: H, has_query_bias: hasBias } = lens.model;
+  const isNormed = ["pre", "both"].includes(lens.model.norm_position);
   const q = lens.query(state.layer, state.head, state.query);
   const turned = positions === "rotary" ? " Positions are rotary here: q and k are shown as they meet, already turned by an angle that grows with the position, so that their match depends on the distance." : "";
   const normed = norm === "none" ? "" : " Both were brought to unit size first (QK-norm).";
-  return storyStep("The query asks", `q = x W_query`,
-    make("p", {}, "What ", tokenAt(lens, state.query), ` holds is turned into ${H} numbers, its query. Up is positive, down is negative.`, turned, normed),
+  const product = `${isNormed ? "norm(x)" : "x"} W_query${hasBias ? " + b_query" : ""}`;
+  return storyStep("The query asks", `q = ${norm === "none" ? product : `norm(${product})`}`,
+    make("p", {}, "What ", tokenAt(lens, state.query), ` holds, x, is ${isNormed ? "brought to unit size and " : ""}turned into ${H} numbers, its query. Up is positive, down is negative.`, turned, normed),
     vectorRow(["q"], q, largest([q]), lens.model.digits.q));
 }
 
@@ -37,6 +40,7 @@ function meetingTable(lens, state, look, choose) {
   const { layer, head, query } = state;
   const isCapped = lens.model.soft_cap !== null;
   const isBiased = lens.model.slopes !== null;
+  const isScore = !(isCapped || isBiased);
   const order = state.showsAll ? look.sources.map((_, i) => i) : ranked(look.weights).slice(0, FIRST_ROWS);
   const chosen = look.sources.indexOf(state.source);
   if (!order.includes(chosen)) order.push(chosen);
@@ -44,20 +48,19 @@ function meetingTable(lens, state, look, choose) {
   const values = look.sources.map((s) => lens.value(layer, head, s));
   const mostKey = largest(keys);
   const mostValue = largest(values);
-  const number = (text) => make("td", { class: "number" }, text);
+  const number = (label, text) => make("td", { class: "number", "data-label": label }, text);
   const row = (i) => {
     const s = look.sources[i];
     const parts = lens.scoreParts(layer, head, query, s, look.scores[i]);
     const pick = make("button", { type: "button", class: "pick", "data-key": `source-${s}`, "aria-pressed": s === state.source, onclick: () => choose({ source: s }) }, tokenAt(lens, s));
     return make("tr", { class: s === state.source ? "chosen" : "", "data-source": s, onclick: () => choose({ source: s }) },
-      make("th", { scope: "row" }, pick), make("td", {}, strip(keys[i], mostKey, "key")),
-      number(fixed(parts.match, 2)), ...(isCapped ? [number(fixed(parts.capped, 2))] : []), ...(isBiased ? [number(signed(parts.bias, 2))] : []),
-      ...(isCapped || isBiased ? [number(fixed(look.scores[i], 2))] : []), number(fixed(look.exps[i], 3)),
+      make("th", { scope: "row" }, pick), make("td", { class: "key", "data-label": "key" }, strip(keys[i], mostKey, "key")),
+      number(isScore ? "score" : "q \u00b7 k", fixed(parts.match, 2)), ...(isCapped ? [number("capped", fixed(parts.capped, 2))] : []), ...(isBiased ? [number("bias", signed(parts.bias, 2))] : []),
+      ...(isScore ? [] : [number("score", fixed(look.scores[i], 2))]), number("e^(score \u2212 max)", fixed(look.exps[i], 3)),
       make("td", { class: "number weight" }, make("span", { class: "meter", style: `--share:${look.weights[i]}` }), percent(look.weights[i])),
-      make("td", {}, strip(values[i], mostValue, "value")));
+      make("td", { class: "value", "data-label": "value" }, strip(values[i], mostValue, "value")));
   };
   const heading = (...text) => make("th", { scope: "col" }, ...text);
-  const isScore = !(isCapped || isBiased);
   return make("table", { class: "meeting" },
     make("thead", {}, make("tr", {}, heading("token"), heading("its key k"), heading(isScore ? "score" : "q \u00b7 k \u00d7 scale"),
       ...(isCapped ? [heading("capped")] : []), ...(isBiased ? [heading("bias")] : []), ...(isScore ? [] : [heading("score")]),
@@ -69,7 +72,7 @@ function meetStep(lens, state, look, choose) {
   const count = look.sources.length;
   const later = lens.numTokens - 1 - state.query;
   const masked = [later > 0 ? `the ${later} later ${later === 1 ? "token" : "tokens"}` : "", look.first > 0 ? `the first ${look.first}, outside of the window of ${lens.model.windows[state.layer]}` : ""].filter(Boolean);
-  const box = make("div", { class: "scroll" }, meetingTable(lens, state, look, choose));
+  const box = make("div", { class: "scroll meeting-box" }, meetingTable(lens, state, look, choose));
   const toggle = count <= FIRST_ROWS ? [] : [make("button", { type: "button", "data-key": "all-rows", class: "more", onclick: () => choose({ showsAll: !state.showsAll }) },
     state.showsAll ? `Show the ${FIRST_ROWS} largest` : `Show all ${count}, in order`)];
   return storyStep(`${count === 1 ? "One key answers" : `${count} keys answer`}`, scoreFormula(lens.model),
@@ -107,9 +110,49 @@ function dimensionsStep(lens, state, look, choose) {
     sums.push(make("li", { class: "part" }, make("span", { class: "part-name" }, `the distance: ${query - source} positions`), make("span"), make("span", { class: "number" }, signed(parts.bias, 2))),
       make("li", { class: "part total" }, make("span", { class: "part-name" }, "score"), make("span"), make("span", { class: "number" }, signed(look.scores[i], 2))));
   }
-  return storyStep("Why this score", "q \u00b7 k = q\u2080k\u2080 + q\u2081k\u2081 + \u2026",
-    make("p", {}, "The score of ", tokenAt(lens, source), " for ", tokenAt(lens, query), ", dimension by dimension, the largest first. Pick another token in the table above."),
+  return storyStep("Why this score, by dimension", "q \u00b7 k = q\u2080k\u2080 + q\u2081k\u2081 + \u2026",
+    make("p", {}, "The score of ", tokenAt(lens, source), " for ", tokenAt(lens, query), ", dimension by dimension, the largest first. Pick another token in the table above.", aboutSign(look.scores[i])),
     make("ul", { class: "parts", id: "dimensions" }, ...rows, ...sums));
+}
+
+/** What a negative score means; nothing of a positive one. */
+function aboutSign(score) {
+  return score < 0 ? " The score is negative: query and key point away from each other more than they agree. For its share of attention only the difference to the other scores counts." : "";
+}
+
+/** The score of one source, split by what query and key are made of. */
+function originsStep(lens, state, look) {
+  const { layer, head, query, source } = state;
+  const i = look.sources.indexOf(source);
+  const parts = lens.scoreParts(layer, head, query, source, look.scores[i]);
+  const origins = lens.scoreOrigins(layer, head, query, source, parts);
+  const title = "Why this score, by token and position";
+  const formula = "q \u00b7 k = (q_token + q_position + \u2026) \u00b7 (k_token + k_position + \u2026)";
+  if (origins === null) {
+    const kept = lens.arrays.pair_sources.shape[3];
+    return storyStep(title, formula, make("p", { id: "origins" }, `The page keeps this for the ${kept} most attended tokens of each query; pick one of them in the table above.`));
+  }
+  const distance = `${query - source} ${query - source === 1 ? "position" : "positions"}`;
+  const rows = origins.groups.map(({ name, value }) => ({ label: name === "rotation" ? `the turn by their distance, ${distance}` : ORIGIN_GROUPS[name], name, value }));
+  if (lens.model.soft_cap !== null) rows.push({ label: "the soft cap", name: "cap", value: parts.capped - parts.match });
+  if (lens.model.slopes !== null) rows.push({ label: `the distance, ${distance}`, name: "distance", value: parts.bias });
+  const most = Math.max(...rows.map((row) => Math.abs(row.value)), Math.abs(look.scores[i]));
+  const bar = (label, value, extra) => make("li", { class: "part", ...extra }, make("span", { class: "part-name" }, label), spanBar(0, value, -most, most), make("span", { class: "number" }, signed(value, 2)));
+  const names = lens.model.origins;
+  const used = [...names.keys()].filter((o) => layer > 0 || !["heads", "feed_forward"].includes(names[o]));
+  const strongest = Math.max(...origins.rows.flat().map(Math.abs)) || 1;
+  const cell = (value) => make("td", { class: value < 0 ? "pair negative" : "pair positive", style: `--share:${(Math.abs(value) / strongest).toFixed(3)}` }, signed(value, 2));
+  const table = used.length < 2 ? [] : [make("div", { class: "scroll" }, make("table", { class: "pairs" },
+    make("caption", {}, `Each part of the query with each part of the key${lens.model.positions === "rotary" ? ", before they are turned" : ""}:`),
+    make("thead", {}, make("tr", {}, make("td"), ...used.map((o) => make("th", { scope: "col" }, make("span", { class: "muted" }, "k of "), ORIGIN_NAMES[names[o]])))),
+    make("tbody", {}, ...used.map((o) => make("tr", {}, make("th", { scope: "row" }, make("span", { class: "muted" }, "q of "), ORIGIN_NAMES[names[o]]), ...used.map((other) => cell(origins.rows[o][other])))))))];
+  return storyStep(title, formula,
+    make("p", {}, tokenAt(lens, query), " and ", tokenAt(lens, source), " hold sums: the vector of the token",
+      names.includes("position") ? ", that of its position" : "", layer > 0 ? ", what the heads and feed-forward networks of earlier layers wrote" : "", names.includes("bias") ? ", biases" : "",
+      ". So the score is a sum, too", used.length < 2 ? "." : " (the divisors of norms are held fixed):"),
+    make("ul", { class: "parts", id: "origins" }, ...rows.map((row) => bar(row.label, row.value, { "data-origin": row.name })),
+      make("li", { class: "part total" }, make("span", { class: "part-name" }, "score"), make("span"), make("span", { class: "number" }, signed(look.scores[i], 2)))),
+    ...table);
 }
 
 function valueStep(lens, state, look) {
@@ -131,7 +174,9 @@ function writeStep(lens, state) {
   const most = Math.max(...pushed.map((push) => Math.abs(push.value)), 0);
   const rows = pushed.filter((push) => push.value !== 0).map((push) => make("li", { class: "part" }, make("span", { class: "part-name" }, tokenText(lens.texts[push.token])),
     spanBar(0, push.value, -most, most), make("span", { class: "number" }, signed(push.value, 2))));
-  return storyStep("The result is written", "x = x + out W_out",
+  const write = `out W_out${lens.model.has_out_bias ? " + b_out" : ""}`;
+  const sums = { pre: `x + ${write}`, post: `norm(x + ${write})` };
+  return storyStep("The result is written", `x = ${sums[lens.model.norm_position] ?? `x + norm(${write})`}`,
     make("p", {}, "One more matrix turns ", make("i", {}, "out"), ` into ${lens.model.embed_dim} numbers that are added to what `, tokenAt(lens, state.query),
       " holds; the layers behind it read them there. Straight from there to the logits, this write alone moves these next tokens most"
       + (lens.model.pushes_all ? ":" : ` (of the ${lens.model.num_candidates} tokens that stand on this page):`)),
@@ -142,6 +187,6 @@ function makeStory(box, lens, choose) {
   return (state, look) => {
     rebuild(box,
       make("p", { class: "lead" }, `Layer ${state.layer}, head ${state.head}: `, tokenAt(lens, state.query), " looks back."),
-      make("ol", { class: "steps" }, queryStep(lens, state), meetStep(lens, state, look, choose), softmaxStep(look), dimensionsStep(lens, state, look, choose), valueStep(lens, state, look), writeStep(lens, state)));
+      make("ol", { class: "steps" }, queryStep(lens, state), meetStep(lens, state, look, choose), softmaxStep(look), dimensionsStep(lens, state, look, choose), originsStep(lens, state, look), valueStep(lens, state, look), writeStep(lens, state)));
   };
 }

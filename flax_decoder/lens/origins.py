@@ -1,0 +1,168 @@
+"""Splits scores by what queries and keys are made of: token, position, and what earlier layers wrote.
+
+What a position holds is a sum: the embedding of its token, the vector of its position, the writes of earlier heads and
+feed-forward networks, and biases. With the divisors of norms held fixed a query is linear in it, and so is a key. A
+score is then a sum over pairs:
+
+    q · k = sum over origins O of the query and O of the key of q_O · k_O
+
+Rotary positions turn q and k. The pairs are of q and k before that; what the turn changes is a part by itself, and
+depends on the distance.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from flax_decoder.config import ModelConfig
+from flax_decoder.lens.attribution import linear, score_parts, score_scale
+from flax_decoder.lens.capture import Activations, norm_params, stacked_layers
+from flax_decoder.nn.decoder import Decoder, scaled
+
+# Axis O.
+ORIGINS = ("token", "position", "heads", "feed_forward", "bias")
+TOKEN, POSITION, HEADS, FEED_FORWARD, BIAS = range(len(ORIGINS))
+
+
+class ScoreOrigins(struct.PyTreeNode):
+    """The contributions to the score of one query and one key, by origin; they sum to it.
+
+    Attributes:
+        pairs_OO: origin of the query times origin of the key, in the order of `ORIGINS`, before the rotation.
+        rotation: the change by the rotation, and by a norm of queries and keys that follows it; 0 unless positions are
+            rotary.
+        soft_cap: the change by the soft cap; 0 if there is none.
+        position: the ALiBi bias; 0 if there is none.
+        mask: minus infinity if the key is masked, else 0.
+        score: the model's score.
+    """
+
+    pairs_OO: jax.Array
+    rotation: jax.Array
+    soft_cap: jax.Array
+    position: jax.Array
+    mask: jax.Array
+    score: jax.Array
+
+    def total(self) -> jax.Array:
+        """The sum of all contributions: `score`, up to rounding."""
+        return self.pairs_OO.sum() + self.rotation + self.soft_cap + self.position + self.mask
+
+
+def score_origins(
+    model: Decoder,
+    params: Any,
+    tokens_BT: jax.Array,
+    activations: Activations,
+    layer: int,
+    head: int,
+    batch: int,
+    t: int,
+    s: int,
+) -> ScoreOrigins:
+    """Splits one score, query · key, by the origins of both: what came from tokens, and what from positions.
+
+    Other arguments and errors: see `score_parts`.
+
+    Args:
+        params: the parameters of the model.
+        tokens_BT: the input tokens.
+    """
+    config = model.config
+    parts = score_parts(model, activations, layer, head, batch, t, s)
+    q_LBTONH, k_LBTOKH = query_and_key_origins(config, params, tokens_BT, activations)
+    kv_head, scale = head * config.kv_heads // config.num_heads, score_scale(config)
+    pairs_OO = q_LBTONH[layer, batch, t, :, head] @ k_LBTOKH[layer, batch, s, :, kv_head].T * scale
+    unturned = (activations["q"][layer, batch, t, head] * activations["k"][layer, batch, s, kv_head] * scale).sum()
+    rotation = parts.dimensions_H.sum() - unturned.astype(parts.score.dtype)
+    return ScoreOrigins(pairs_OO, rotation, parts.soft_cap, parts.position, parts.mask, parts.score)
+
+
+def query_and_key_origins(
+    config: ModelConfig, params: Any, tokens_BT: jax.Array, activations: Activations
+) -> tuple[jax.Array, jax.Array]:
+    """The queries and keys of all layers by origin, before the rotation: q_LBTONH and k_LBTOKH.
+
+    Their sums over O are the activations `q` and `k`.
+
+    Args:
+        config: the model.
+        params: its parameters.
+        tokens_BT: the input tokens.
+        activations: from `capture`, without a cache and without edits.
+    """
+    embeddings_BTD = activations["embeddings"]
+    dtype = embeddings_BTD.dtype
+    token_BTD = jnp.take(params["embedding"], tokens_BT, axis=0).astype(dtype) * config.embed_scale
+    stream_BTOD = _at(TOKEN, token_BTD)
+    if config.embedding_norm:
+        stream_BTOD = _through_norm(config, norm_params(params, "embedding_norm"), stream_BTOD)
+    stream_BTOD += _at(POSITION, embeddings_BTD - stream_BTOD.sum(2))
+    per_layer = stacked_layers(params), activations["heads"], activations["hidden"]
+    _, (q_LBTONH, k_LBTOKH) = jax.lax.scan(functools.partial(_through_layer, config), stream_BTOD, per_layer)
+    return q_LBTONH, k_LBTOKH
+
+
+def _through_layer(
+    config: ModelConfig, stream_BTOD: jax.Array, layer: tuple[Any, jax.Array, jax.Array]
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The residual stream by origin after a layer, and the layer's q_BTONH and k_BTOKH by origin."""
+    params, heads_BTNH, hidden_BTF = layer
+    params = jax.tree.map(lambda leaf: leaf.astype(stream_BTOD.dtype), params)
+    attention = params["attention"]
+    h_BTOD = stream_BTOD
+    if config.norm_position in ("pre", "both"):
+        h_BTOD = _through_norm(config, norm_params(params, "attention_norm"), stream_BTOD)
+    q_BTONH = _project(config, attention, "query", h_BTOD)
+    k_BTOKH = _project(config, attention, "key", h_BTOD)
+
+    out = attention["out"]
+    write_BTOD = _at(HEADS, jnp.einsum("BTNH,NHD->BTD", heads_BTNH, out["kernel"]))
+    if "bias" in out:
+        write_BTOD += _at(BIAS, out["bias"][None, None])
+    stream_BTOD = _add(config, params, "attention", stream_BTOD, write_BTOD)
+    write_BTOD = _at(FEED_FORWARD, linear(params["feed_forward"]["down"], "BTF,FD->BTD", hidden_BTF))
+    return _add(config, params, "feed_forward", stream_BTOD, write_BTOD), (q_BTONH, k_BTOKH)
+
+
+def _at(origin: int, x_BTD: jax.Array) -> jax.Array:
+    """x_BTOD, which is 0 but for one origin."""
+    return jnp.zeros((*x_BTD.shape[:2], len(ORIGINS), x_BTD.shape[2]), x_BTD.dtype).at[:, :, origin].set(x_BTD)
+
+
+def _add(config: ModelConfig, params: Any, part: str, x_BTOD: jax.Array, write_BTOD: jax.Array) -> jax.Array:
+    """One of the two sums of a block by origin: x + write, norm(x + write) or x + norm(write)."""
+    if config.norm_position in ("both", "output"):
+        write_BTOD = _through_norm(config, norm_params(params, f"{part}_output_norm"), write_BTOD)
+    sum_BTOD = x_BTOD + scaled(write_BTOD, config.residual_scale)
+    if config.norm_position == "post":
+        return _through_norm(config, norm_params(params, f"{part}_norm"), sum_BTOD)
+    return sum_BTOD
+
+
+def _through_norm(config: ModelConfig, params: Any, x_BTOD: jax.Array) -> jax.Array:
+    """A norm by origin: it divides by the size of the sum, which makes it linear."""
+    if config.norm == "layernorm":
+        x_BTOD = x_BTOD - x_BTOD.mean(-1, keepdims=True)
+    mean_square_BT11 = jnp.square(x_BTOD.sum(2, keepdims=True)).mean(-1, keepdims=True)
+    x_BTOD = x_BTOD * jax.lax.rsqrt(mean_square_BT11 + config.norm_epsilon)
+    if "scale" in params:
+        x_BTOD = x_BTOD * params["scale"].astype(x_BTOD.dtype)[None, None, None]
+    return x_BTOD + _at(BIAS, params["bias"][None, None]) if "bias" in params else x_BTOD
+
+
+def _project(config: ModelConfig, params: Any, name: str, h_BTOD: jax.Array) -> jax.Array:
+    """x_BTONH, the queries or keys by origin: the projection, its bias, and the norm of queries and keys."""
+    x_BTONH = jnp.einsum("BTOD,DNH->BTONH", h_BTOD, params[name]["kernel"])
+    if "bias" in params[name]:
+        x_BTONH = x_BTONH.at[:, :, BIAS].add(params[name]["bias"][None, None])
+    if config.qk_norm == "none" or config.qk_norm_position == "after":  # then it belongs to what the rotation changes
+        return x_BTONH
+    axes = (-1,) if config.qk_norm == "head" else (-2, -1)
+    mean_square = jnp.square(x_BTONH.sum(2, keepdims=True)).mean(axes, keepdims=True)
+    width = (1, -1) if config.qk_norm == "head" else x_BTONH.shape[3:]
+    scale = params[f"{name}_norm"]["scale"].reshape(1, 1, 1, *width)
+    return x_BTONH * jax.lax.rsqrt(mean_square + config.norm_epsilon) * scale
