@@ -21,7 +21,7 @@ pytestmark = pytest.mark.fault("A run folder renamed, replaced or deleted while 
 # Moments of a run: the function of the loop at which they are, which call of it, and the step that is saved.
 MOMENTS = {
     "step": ("place_batch", 6, 6),
-    "evaluation": ("evaluate", 2, 8),
+    "evaluation": ("evaluate_batches", 2, 8),
     "sampling": ("generate_sample", 1, 12),
 }
 
