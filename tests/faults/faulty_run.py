@@ -67,7 +67,7 @@ def arm(point, trigger):
         "preparing": (run_folder, "prepare_corpus", "after"),
         "restoring": (loop, "restore_state", "before"),
         "amid restoring": (checkpoint, "_restore", "before"),
-        "evaluation": (loop, "evaluate", "before"),
+        "evaluation": (loop, "evaluate_batches", "before"),
         "save": (checkpoint.Checkpoints, "save", "before"),
         "before arrays": (ocp.AsyncCheckpointer, "save", "before"),
         "after arrays": (checkpoint, "write_manifest", "before"),
