@@ -25,7 +25,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_decoder.config import SECTIONS, Config, DataConfig, fields_of
 from flax_decoder.config_file import load_config, require_consent
-from flax_decoder.errors import DEVICE_FAILS, FaultError, FolderWarning, InUseError, UserError, did_you_mean
+from flax_decoder.errors import (
+    DEVICE_FAILS,
+    FaultError,
+    FolderWarning,
+    InUseError,
+    LostProcessError,
+    UserError,
+    did_you_mean,
+)
 from flax_decoder.io.files import expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
@@ -49,7 +57,10 @@ DESCRIPTION = "A decoder-only transformer in JAX and Flax Linen: train it on a t
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0 done, 1 a fault, 2 the user's input, 73 in use, over 128 a signal."""
+    """Runs a command; returns its exit code.
+
+    0 done, 1 a fault, 2 the user's input, 73 in use, 75 a process of the job is lost, over 128 a signal.
+    """
     # Training replaces these handlers once it has something to save.
     heard = [one for one in _EXCEPTION_OF if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, _raise_for_signal) for number in heard}
@@ -57,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.unraisablehook = hook = functools.partial(_resend_dropped_signal, hook_before)
     try:
         with standard_streams(), _warnings_of_folders():
-            return _run(sys.argv[1:] if arguments is None else arguments)
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+            if code != 0 and (processes := sys.modules.get("flax_decoder.parallel.processes")) is not None:
+                processes.leave(code)
+            return code
     finally:
         if sys.unraisablehook is hook:  # else reads of a checkpoint that has failed may still end, unheard
             sys.unraisablehook = hook_before
@@ -87,6 +101,9 @@ def _run(arguments: Sequence[str]) -> int:
     except FaultError as error:
         print_escaped(f"fault: {error}", file=sys.stderr)
         return 1
+    except LostProcessError as error:
+        print_escaped(f"fault: {error}", file=sys.stderr)
+        return 75
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         return 128 + signal.SIGPIPE
     except OSError as error:

@@ -27,6 +27,10 @@ class BrokenError(FaultError):
     """A damaged file: a bit has changed, or a part is missing. Exit code 1."""
 
 
+class LostProcessError(RuntimeError):
+    """Another process of the job has ended, or no longer answers. Exit code 75."""
+
+
 class FolderWarning(UserWarning):
     """Something in a model folder that is passed over, and said on one line."""
 

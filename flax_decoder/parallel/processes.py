@@ -4,9 +4,14 @@ All processes run the same program on the same config, each on its own devices; 
 files. They share the run folder, so it must be on a shared file system.
 """
 
+import atexit
 import contextlib
+import ctypes
 import os
+import re
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +22,25 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_decoder.config import DistributedConfig
-from flax_decoder.errors import FaultError, UserError
+from flax_decoder.errors import FaultError, LostProcessError, UserError
 from flax_decoder.parallel.launchers import find_job, in_a_job, local_device_ids, refuse_lone_process
 
 T = TypeVar("T")
 # How long processes that are done wait for the first one, which hashes the last checkpoint: JAX's 5 minutes are too few
 # for hundreds of gigabytes. One that has died is noticed by its heartbeat.
 SHUTDOWN_SECONDS = 3600
+# The exit code of a process whose job has lost another one: a start of all processes goes on.
+LOST_CODE = 75
+_LOST = (
+    "another process of the job has ended, or no longer answers; its output may say why. Start all processes again: "
+    "training goes on from the newest checkpoint"
+)
+# What collectives and the coordination service of JAX say then.
+_SAID_OF_LOST = re.compile(
+    "Gloo|NCCL|Connection (closed|reset)|coordination service|[Hh]eartbeat|UNAVAILABLE|BarrierError"
+)
+# How long a process that has failed waits for the others, which may fail for the same reason.
+_LEAVE_SECONDS = 10
 # The longest path on Linux, in bytes.
 _MAX_PATH = 4096
 
@@ -73,6 +90,62 @@ def join(config: DistributedConfig) -> None:
             f"cannot join the other processes of the job: {str(error).splitlines()[0]};\n"
             "give --distributed.coordinator HOST:PORT, or run alone with --distributed.num-processes 1"
         ) from error
+    # JAX calls abort() in a thread of its own when another process is lost. That ends the process before Python
+    # handles a signal, so the C library is told to call the handler.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+    atexit.register(_leave_after_a_mistake)  # before the function of JAX that waits for all processes
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+    """Ends the process with a line and an exit code of its own, after what JAX has printed."""
+    os.write(sys.stderr.fileno(), f"fault: {_LOST}\n".encode())
+    os._exit(LOST_CODE)
+
+
+@contextlib.contextmanager
+def telling_of_lost() -> Iterator[None]:
+    """Turns what JAX raises when another process of the job is lost into LostProcessError."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1 and is_lost(error):
+            raise LostProcessError(_LOST) from error
+        raise
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether JAX has raised an error because another process of the job is lost, or has caused it."""
+    while error is not None:
+        if isinstance(error, LostProcessError) or (
+            isinstance(error, RuntimeError | ValueError) and _SAID_OF_LOST.search(str(error))
+        ):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _leave_after_a_mistake() -> None:
+    if hasattr(sys, "last_value"):  # Python has printed a traceback
+        leave(1)
+
+
+def leave(code: int) -> None:
+    """Ends this process if it belongs to a job, as others may wait for it in a computation, and it would for their end.
+
+    Those notice that its connections are closed, and end with `LOST_CODE`. If all come here, they end as always.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    with contextlib.suppress(ImportError, AttributeError, RuntimeError):  # not public; not all have come
+        from jax._src import distributed
+
+        if code != LOST_CODE and distributed.global_state.client is not None:
+            distributed.global_state.client.wait_at_barrier("leave", _LEAVE_SECONDS * 1000)
+            return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wait_for(coordinator: str, seconds: float) -> None:

@@ -91,6 +91,7 @@ def train(config: Config, folder: Path, start: Start | None = None) -> int:
         UserError: the text, the folder or the settings cannot be used; nothing is written.
         InUseError: another process has locked the folder.
         FaultError: the loss is not finite, or a file cannot be read or written.
+        LostProcessError: another process of the job has ended, or no longer answers.
     """
     require_reporters(config.run)
     processes.join(config.distributed)
@@ -99,7 +100,7 @@ def train(config: Config, folder: Path, start: Start | None = None) -> int:
     config = dataclasses.replace(config, distributed=alike)
     if not processes.is_first():  # the first process has created the folder by the time this one opens it
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
-    with processes.printing_once():
+    with processes.telling_of_lost(), processes.printing_once():
         return run(config, folder, start)
 
 

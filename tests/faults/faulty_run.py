@@ -118,6 +118,10 @@ def arm(point, trigger):
         raise ValueError(point)
 
 
+def fail(number, frame):
+    raise RuntimeError("a mistake")
+
+
 def in_call_of(name):
     """Whether a function of that name is on the stack of this thread."""
     frame = sys._getframe()
@@ -168,5 +172,6 @@ def arm_files(trigger):
 
 if __name__ == "__main__":
     name, point, count, delay, *arguments = sys.argv[1:]
+    signal.signal(signal.SIGUSR1, fail)
     arm(point, Trigger(signal.Signals[name], int(count), float(delay)))
     sys.exit(cli.main(arguments))
