@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tokenizers
 
-from flax_decoder.data.formats import built_in_text
+from flax_decoder.data.formats.texts import built_in_text
 from flax_decoder.data.tokenizer import make_tokenizer
 from flax_decoder.training.hardware import describe_cpu
 

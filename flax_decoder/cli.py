@@ -558,7 +558,7 @@ def _tell(line: str) -> None:
 
 def _prompt_of(options: argparse.Namespace) -> str:
     """The prompt of --prompt or standard input; UserError if it is not text, or too long."""
-    from flax_decoder.data.formats import decode_text
+    from flax_decoder.data.formats.texts import decode_text
 
     if options.prompt is not None:
         name = "--prompt"

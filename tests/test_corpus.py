@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from flax_decoder.cli import main
 from flax_decoder.config import DataConfig
 from flax_decoder.data import corpus as corpus_module
-from flax_decoder.data import encoding, formats
+from flax_decoder.data import encoding
 from flax_decoder.data import plan as plan_module
 from flax_decoder.data.corpus import no_progress, prepare_corpus, prepare_folder, read_text, require_fit
+from flax_decoder.data.formats import files, texts
 from flax_decoder.data.listing import BUILT_IN
 from flax_decoder.data.long_array import Shards
 from flax_decoder.data.shards import load_corpus
@@ -241,8 +242,8 @@ def test_a_write_that_fails_leaves_nothing_that_is_taken_for_a_corpus(broken, mo
 @pytest.fixture
 def small_parts(monkeypatch):
     """Files are divided every few hundred bytes."""
-    monkeypatch.setattr(formats, "PART_BYTES", 400)
-    monkeypatch.setattr(plan_module, "PART_BYTES", 400)
+    for module in (files, texts, plan_module):
+        monkeypatch.setattr(module, "PART_BYTES", 400)
 
 
 def as_lines(texts) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_decoder.data import chat_renderer
-from flax_decoder.data.formats import decode_text
+from flax_decoder.data.formats.texts import decode_text
 from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from flax_decoder.config import DataConfig
-from flax_decoder.data import encoding, formats
+from flax_decoder.data import encoding
 from flax_decoder.data.encoding import Ending, Result, Task
 from flax_decoder.data.example_corpus import has_examples, prepare_examples
-from flax_decoder.data.formats import PART_BYTES, Part
+from flax_decoder.data.formats.files import pieces_of
+from flax_decoder.data.formats.part import PART_BYTES, Part
 from flax_decoder.data.plan import Plan, divide, hash_of_files, make_plan, paths_of, raise_all, source_hash
 from flax_decoder.data.shards import (
     CORPUS,
@@ -86,7 +87,7 @@ def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> S
         try:
             if part.format == "tokens":
                 raise UserError(f"{part.path}: holds tokens; give a text")
-            for piece in formats.pieces_of(part, text_field):
+            for piece in pieces_of(part, text_field):
                 if piece.begins and texts and not texts[-1].endswith("\n"):
                     texts.append("\n")
                 texts.append(piece.text)
@@ -429,7 +430,7 @@ def _sample(parts: Sequence[Part], data: DataConfig) -> Iterator[str]:
     share = min(data.bpe_train_bytes / sum(part.num_bytes for part in parts), 1)
     for part in parts:
         rest = part.num_bytes * share if share < 1 else float("inf")
-        for piece in formats.pieces_of(part, data.text_field):
+        for piece in pieces_of(part, data.text_field):
             text = piece.text if len(piece.text) <= rest else piece.text[: int(rest)]
             yield text
             rest -= len(text)

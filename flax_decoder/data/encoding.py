@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from flax_decoder.data import formats
-from flax_decoder.data.formats import Part, Piece
+from flax_decoder.data.formats.files import pieces_of
+from flax_decoder.data.formats.part import Part, Piece, place_of
+from flax_decoder.data.formats.tokens import open_tokens
 from flax_decoder.data.shards import starts_name
 from flax_decoder.data.tokenizer import Tokenizer, load_tokenizer
 from flax_decoder.errors import UserError
@@ -113,7 +114,7 @@ def _characters(task: Task) -> Result:
     result = Result()
     for part in task.parts:
         try:
-            for piece in formats.pieces_of(part, task.text_field):
+            for piece in pieces_of(part, task.text_field):
                 found.update(piece.text)
         except UserError as error:
             result.errors.append(str(error))
@@ -163,7 +164,7 @@ def _encode_part(
 ) -> None:
     dtype = np.dtype(f"<u{task.item_bytes}")
     ending = np.array([] if task.ending.id is None else [task.ending.id], dtype)
-    for group in _groups(formats.pieces_of(part, task.text_field)):
+    for group in _groups(pieces_of(part, task.text_field)):
         pieces = [piece for piece in group if not (piece.begins and piece.ends and not piece.text.strip())]
         result.empty += len(group) - len(pieces)
         texts = [piece.text + _ending_text(piece, task.ending) for piece in pieces]
@@ -215,7 +216,7 @@ def _encoded(part: Part, pieces: list[Piece], texts: list[str], tokenizer: Token
             try:
                 tokenizer.encode_many([(piece.before, text)])
             except UserError as error:
-                raise UserError(f"{formats.place_of(part, piece.row)}: {error}") from None
+                raise UserError(f"{place_of(part, piece.row)}: {error}") from None
         raise
 
 
@@ -223,7 +224,7 @@ def _copy_tokens(
     part: Part, task: Task, tokenizer: Tokenizer, tokens: _Writer, starts: _Writer, result: Result
 ) -> None:
     """Copies tokens, and finds the documents in them."""
-    mapped = formats.open_tokens(Path(part.path))
+    mapped = open_tokens(Path(part.path))
     follows_end = part.start == 0 or int(mapped[part.start - 1]) in tokenizer.end_ids
     for first in range(part.start, part.stop or 0, _TOKENS_AT_ONCE):
         ids = np.asarray(mapped[first : min(first + _TOKENS_AT_ONCE, part.stop or 0)])

@@ -12,7 +12,9 @@ import numpy as np
 from flax_decoder.config import DataConfig
 from flax_decoder.data.chat_template import find_chat_template
 from flax_decoder.data.conversations import LINE, Example, encode_examples, read_examples, turn_ends
-from flax_decoder.data.formats import Part, format_of, open_unpacked
+from flax_decoder.data.formats.files import format_of
+from flax_decoder.data.formats.packed import open_unpacked
+from flax_decoder.data.formats.part import Part
 from flax_decoder.data.listing import list_files
 from flax_decoder.data.plan import divide, paths_of, raise_all, source_hash
 from flax_decoder.data.shards import (

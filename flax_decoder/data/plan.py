@@ -9,8 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flax_decoder.config import DataConfig
-from flax_decoder.data import formats
-from flax_decoder.data.formats import PART_BYTES, Part, format_of, parts_of
+from flax_decoder.data.formats import files
+from flax_decoder.data.formats.files import format_of, parts_of, pieces_of
+from flax_decoder.data.formats.lines import looks_like_json_lines
+from flax_decoder.data.formats.part import PART_BYTES, Part, open_file
+from flax_decoder.data.formats.texts import built_in_text
 from flax_decoder.data.listing import BUILT_IN, Listing, list_files
 from flax_decoder.data.shards import hash_of_hashes
 from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer
@@ -159,7 +162,7 @@ def split_parts(
         if last < len(parts) and sum(part.num_bytes for part in parts[last:]) >= wanted / 2:
             return parts[:last], parts[last:], None
     inside = 1 - fraction if len(parts) == 1 else (total - wanted - position) / max(part.num_bytes, 1)
-    halves = formats.split(part, inside, end_ids)
+    halves = files.split(part, inside, end_ids)
     if halves is not None:
         cut = part.path if part.format == "text" else None
         return [*parts[:index], halves[0]], [halves[1], *parts[index + 1 :]], cut
@@ -189,7 +192,7 @@ def _unreadable(parts: list[Part], text_field: str) -> list[str]:
     errors: dict[str, str] = {}
     for part in parts:
         try:
-            for _ in formats.pieces_of(part, text_field) if part.format != "tokens" else ():
+            for _ in pieces_of(part, text_field) if part.format != "tokens" else ():
                 pass
         except UserError as error:
             errors.setdefault(part.path, str(error))
@@ -227,7 +230,7 @@ def divide(path: str | tuple[str, ...] | None) -> tuple[list[Part], Listing, int
 def _warn_of_json(listing: Listing) -> None:
     for file in listing.files:
         is_text = str(file) != BUILT_IN and format_of(file) in (None, ("text", "")) and os.path.isfile(file)
-        if is_text and formats.looks_like_json_lines(file):
+        if is_text and looks_like_json_lines(file):
             warnings.warn(
                 f"{file}: looks like lines of JSON, but is read as plain text, braces and all; if each line is a "
                 "document, rename it to .jsonl",
@@ -246,6 +249,6 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 def _hash_of(file: Path) -> str:
     if str(file) == BUILT_IN:
-        return hashlib.sha256(formats.built_in_text().encode()).hexdigest()
-    with formats.open_file(file) as opened:
+        return hashlib.sha256(built_in_text().encode()).hexdigest()
+    with open_file(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -64,6 +64,7 @@ def arm(point, trigger):
     from flax_decoder.training import checkpoint, loop, run_folder
 
     places = {
+        "opening": (loop, "open_run", "before"),
         "preparing": (run_folder, "prepare_corpus", "after"),
         "restoring": (loop, "restore_state", "before"),
         "amid restoring": (checkpoint, "_restore", "before"),

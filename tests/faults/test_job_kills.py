@@ -17,7 +17,7 @@ HEARTBEAT_SECONDS = 20
 LINE = "fault: another process of the job has ended, or no longer answers; its output may say why. Start all processes "
 # Where the fault happens: points of faulty_run.py, and at which call.
 POINTS = {
-    "start": ("preparing", 1),
+    "start": ("opening", 1),
     "first": ("step", 1),
     "middle": ("step", 6),
     "evaluation": ("evaluation", 2),
@@ -50,8 +50,7 @@ def cases():
         [*((point, (0, 1)) for point in POINTS), *((point, (0,)) for point in OF_THE_FIRST)]
     ):
         for victim in victims:
-            for sent in ("SIGKILL", "SIGSTOP"):
-                size = 4 if (number + victim) % 2 else 2
+            for sent, size in (("SIGKILL", 2), ("SIGKILL", 4), ("SIGSTOP", 4 if (number + victim) % 2 else 2)):
                 yield pytest.param(sent, point, victim, size, id=f"{sent}-{point}-{victim} of {size}")
 
 

@@ -327,7 +327,7 @@ def test_a_config_that_is_no_file_is_refused(name: str, refused) -> None:
     ("module", "arguments", "reason"),
     [
         ("config_file", ["train", "large"], "has over 500,000 bytes"),
-        ("data.formats", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
+        ("data.formats.part", ["train", "--data.path=large"], "is not UTF-8 text (byte 0x00 at offset 0, line 1)"),
     ],
 )
 def test_a_gigabyte_that_is_no_text_is_not_read(module, arguments, reason, refused, monkeypatch) -> None:
