@@ -70,6 +70,8 @@ def test_a_long_text_is_scored_a_context_at_a_time_each_token_once():
     # So is a continuation that does not fit.
     ((log_prob, _),) = Answers(*make()).loglikelihood([request("", text)])
     np.testing.assert_allclose(log_prob, found)
+    follows = text[:CONTEXT] + greedy(text[:CONTEXT], 1)  # its last context alone is greedy
+    assert [one for _, one in Answers(*make()).loglikelihood([request("", follows)])] == [False]
     assert Answers(*make()).loglikelihood_rolling([request("")]) == [0.0]
 
 
@@ -80,7 +82,7 @@ def test_one_program_serves_requests_of_many_lengths(capsys):
     answers.loglikelihood_rolling([request(TEXT[:size]) for size in range(1, 1 + len(pairs))])
     assert score._log_probs._cache_size() - before <= 3  # 64 rows of 16 and 17 tokens, and a few rows of 16
     assert "cut" not in capsys.readouterr().err
-    answers.loglikelihood([request(TEXT[:30], "a"), request("t", "a")])
+    answers.loglikelihood([request(TEXT[:30], "a"), request(TEXT[:CONTEXT], "a")])
     assert "1 of 2 texts are cut at their beginning to context_length = 17" in capsys.readouterr().err
 
 
@@ -99,7 +101,9 @@ def test_what_is_written_ends_before_a_stop_text():
     requests = [
         request("the", {"until": [], "max_gen_toks": 9}),
         request("the mat", {"until": [stop, "zzz"], "max_gen_toks": 9}),
-        request("the mat", {"until": stop, "max_new_tokens": 9, "do_sample": False, "temperature": 1.0}),
+        request(
+            "the mat", {"until": stop, "max_new_tokens": 9, "do_sample": False, "temperature": 1.0, "num_beams": 1}
+        ),
         request("the mat", {"max_gen_toks": 0}),
     ]
     assert Answers(*make()).generate_until(requests) == [
@@ -129,7 +133,10 @@ def test_a_special_token_ends_a_text_and_is_no_part_of_it():
     assert answers._text(tokens, [], [" c", "e"]) == ("h", True)
 
 
-def test_a_repeated_request_draws_anew():
+@pytest.mark.short("1")
+@pytest.mark.parametrize("rows_at_once", [8, 1])
+def test_a_repeated_request_draws_anew(monkeypatch, rows_at_once):
+    monkeypatch.setattr(harness, "BATCHES", (rows_at_once,))
     drawn = request("the", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 9})
     found = Answers(*make()).generate_until([drawn] * 3)
     assert len(set(found)) == 3 and found == Answers(*make()).generate_until([drawn] * 3)
