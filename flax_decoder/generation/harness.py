@@ -14,7 +14,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -30,9 +30,6 @@ from flax_decoder.generation.stream import stream
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import unstack_layers
 from flax_decoder.version import __version__
-
-if TYPE_CHECKING:
-    from lm_eval.api.model import LM
 
 # Texts that are generated at once: the first of these numbers of rows whose cache takes no more than this.
 BATCHES, CACHE_BYTES = (32, 8, 1), 2**30
@@ -52,7 +49,7 @@ _NUM_PLAIN_LINES = 10
 _Batch = TypeVar("_Batch", bound=tuple[Any, ...])
 
 
-def harness_model(model: Decoder, params: Any, tokenizer: Tokenizer | None) -> "LM":
+def harness_model(model: Decoder, params: Any, tokenizer: Tokenizer | None) -> Any:
     """The model as an `LM` of lm-evaluation-harness: `lm_eval.simple_evaluate(model=..., tasks=[...])` takes it.
 
     Args:
