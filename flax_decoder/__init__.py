@@ -17,6 +17,7 @@ from flax_decoder.version import __version__ as __version__
 if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors; a test compares the two
     from flax_decoder.data.shards import load_corpus
     from flax_decoder.generation.generate import complete, generate, prefill
+    from flax_decoder.generation.harness import harness_model
     from flax_decoder.generation.score import score
     from flax_decoder.generation.speculative import Draft, PromptLookup
     from flax_decoder.huggingface.families import register_family
@@ -42,6 +43,7 @@ skip_missing_tpu()
 _LAZY = {
     "data.shards": ("load_corpus",),
     "generation.generate": ("complete", "generate", "prefill"),
+    "generation.harness": ("harness_model",),
     "generation.score": ("score",),
     "generation.speculative": ("Draft", "PromptLookup"),
     "huggingface.families": ("register_family",),
@@ -83,6 +85,7 @@ __all__ = [
     "empty_cache",
     "eval_step",
     "generate",
+    "harness_model",
     "head_scores",
     "init_state",
     "load",

@@ -328,6 +328,19 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_tasks(options: argparse.Namespace) -> int:
+    """Measures a model on tasks of lm-evaluation-harness, such as hellaswag or lambada_openai."""
+    _check_file("--out", options.out)
+    from flax_decoder.generation.harness import evaluate_tasks, find_tasks, harness_model
+
+    names = options.tasks.split(",")
+    tasks = find_tasks(names, options.include_path)  # before the model is read
+    results, table = evaluate_tasks(harness_model(*_load(options)), names, tasks, limit=options.limit)
+    content = json.dumps({"path": options.path, "step": options.step} | results, indent=2, default=str) + "\n"
+    _write_and_show(options.out, content, table)
+    return 0
+
+
 def lens(options: argparse.Namespace) -> int:
     """Writes a page that shows the queries, keys, values and weights of each attention head on a text."""
     _check_file("--out", options.out)
@@ -797,6 +810,12 @@ def build_parser() -> Parser:
     argument = add("eval", evaluate, model, loading)
     argument("file", metavar="FILE", type=expand_home, help="a text, or conversations")
     argument("--json", action="store_true", help="print one JSON object")
+
+    argument = add("evaluate", run_tasks, model, loading)
+    argument("--tasks", metavar="NAME,...", required=True, help="tasks, groups or tags; `lm_eval ls tasks` lists them")
+    argument("--include-path", metavar="DIR", type=_path, help="a folder with more tasks, as files of YAML")
+    argument("--limit", metavar="N", type=_count, help="take N documents of each task only")
+    argument("--out", metavar="FILE.json", type=_path, help="also write the results to a file")
 
     argument = add("lens", lens, model, prompt, loading)
     page = Path("lens.html")

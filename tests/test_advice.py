@@ -1,9 +1,10 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from flax_decoder.config import OptimizerConfig
-from flax_decoder.training.advice import advice, next_commands, prolonging
+from flax_decoder.config import Config, OptimizerConfig
+from flax_decoder.training.advice import advice, changes_at_seam, next_commands, prolonging
 
 COSINE, CONSTANT, WSD = (OptimizerConfig(schedule=name) for name in ("cosine", "constant", "wsd"))
 FALLING = (3.0, 2.6, 2.4, 2.25, 2.15, 2.05, 2.0, 1.95, 1.92, 1.9)
@@ -86,6 +87,20 @@ def test_what_more_steps_do_to_the_rate():
     assert prolonging(WSD, 1000) == "raises its learning rate from 0.0001 to 0.001"
 
 
+def test_what_more_steps_change_is_told_where_the_run_goes_on():
+    def of(num_steps, **optimizer):
+        config = Config(optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10, **optimizer))
+        return dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=num_steps))
+
+    assert changes_at_seam(of(1000), of(2000), 1000) == [
+        "the learning rate rises from 0.0001 to 0.00055 here, as the run now has 2000 steps instead of 1000; "
+        "the loss rises too, for a while"
+    ]
+    assert changes_at_seam(of(1000), of(1000), 500) == []
+    assert changes_at_seam(of(1000, schedule="constant"), of(2000, schedule="constant"), 1000) == []
+    assert changes_at_seam(of(1000, schedule="wsd"), of(2000, schedule="wsd"), 700) == []
+
+
 @pytest.mark.parametrize(
     ("sample", "prompt"),
     [
@@ -101,7 +116,7 @@ def test_what_more_steps_do_to_the_rate():
 def test_what_to_do_next_stands_in_two_lines_that_can_be_copied(sample, prompt):
     lines = next_commands(Path("my runs/x"), sample).splitlines()
     assert [
-        f" flax-decoder {name} 'my runs/x' --prompt {prompt}" in line
+        line.endswith(f": flax-decoder {name} 'my runs/x' --prompt {prompt}")
         for name, line in zip(("generate", "lens"), lines, strict=True)
     ] == [True, True]
-    assert lines[1].endswith("docs/tour.md")
+    assert "docs/tour.md" in lines[1]

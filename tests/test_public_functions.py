@@ -621,7 +621,7 @@ def test_every_public_function_is_in_a_table():
     """Or holds no array and is tested where it is: errors, configs, files that are read, and pictures of a log."""
     elsewhere = {"FaultError", "UserError", "Config", "ModelConfig", "History", "read_history", "plot_losses"}
     elsewhere |= {"Attribution", "KVCache", "Draft", "PromptLookup", "write_lens_page"}
-    elsewhere |= {"adamw_from_torch", "adamw_to_torch", "register_family", "load_corpus"}
+    elsewhere |= {"adamw_from_torch", "adamw_to_torch", "register_family", "load_corpus", "harness_model"}
     tables = {*OF_IDS, *OF_PARAMS, *ARGUMENTS, *SWITCHED, "TrainState"}
     names = {re.sub(" .*", "", name) for name in tables}
     assert set(fd.__all__) - names - elsewhere == set()

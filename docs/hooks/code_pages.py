@@ -28,6 +28,7 @@ API = {
         "complete",
         "prefill",
         "score",
+        "harness_model",
         "Draft",
         "PromptLookup",
         "empty_cache",

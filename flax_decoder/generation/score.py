@@ -42,6 +42,20 @@ def score(model: Decoder, params: Any, contexts: Prompts, continuations: Prompts
             continuations than of contexts, or one that is longer than the context of the model.
     """
     refuse_tracers("score", (params, contexts, continuations))
+    batches = score_batches(model, params, contexts, continuations)
+    rows, log_probs, greedy = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    order = np.argsort(rows)
+    return log_probs[order], greedy[order]
+
+
+def score_batches(
+    model: Decoder, params: Any, contexts: Prompts, continuations: Prompts
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Like `score`, a batch at a time, longest texts first.
+
+    Yields:
+        The indices of rows, their log-probabilities, and whether they are greedy.
+    """
     config = model.config
     befores, afters = as_prompts(contexts, config), as_prompts(continuations, config)
     if len(befores) != len(afters):
@@ -54,7 +68,6 @@ def score(model: Decoder, params: Any, contexts: Prompts, continuations: Prompts
         for before, after in zip(befores, afters, strict=True)
     ]
     params = unstack_layers(params)
-    log_probs_B, greedy_B = np.zeros(len(texts)), np.zeros(len(texts), bool)
     for rows, T, batch_size in _batches(
         [len(text) - 1 for text in texts], config.context_length, config.vocab_size or 1
     ):
@@ -62,13 +75,11 @@ def score(model: Decoder, params: Any, contexts: Prompts, continuations: Prompts
         for row, index in enumerate(rows):
             tokens_BT[row, : len(texts[index])] = texts[index]
         # Padding comes after the text, where nothing that counts can see it.
-        results = jax.device_get(_log_probs(model, params, tokens_BT))
-        for row, index in enumerate(rows):
-            end = len(texts[index]) - 1
-            scored = slice(end - len(afters[index]), end)
-            log_probs_T, is_likeliest_T = (result_BT[row, scored] for result_BT in results)
-            log_probs_B[index], greedy_B[index] = log_probs_T.sum(dtype=np.float64), is_likeliest_T.all()
-    return log_probs_B, greedy_B
+        all_log_probs_BT, is_likeliest_BT = jax.device_get(_log_probs(model, params, tokens_BT))
+        ends = [len(texts[index]) - 1 for index in rows]
+        scored = [(row, slice(end - len(afters[rows[row]]), end)) for row, end in enumerate(ends)]
+        log_probs = np.array([all_log_probs_BT[one].sum(dtype=np.float64) for one in scored])
+        yield rows, log_probs, np.array([is_likeliest_BT[one].all() for one in scored])
 
 
 def _batches(lengths: list[int], max_length: int, vocab_size: int) -> Iterator[tuple[list[int], int, int]]:
@@ -76,7 +87,7 @@ def _batches(lengths: list[int], max_length: int, vocab_size: int) -> Iterator[t
     of_length = defaultdict(list)
     for index, length in enumerate(lengths):
         of_length[min(max(1 << (length - 1).bit_length(), MIN_LENGTH), max_length)].append(index)
-    for T, indices in of_length.items():
+    for T, indices in sorted(of_length.items(), reverse=True):  # what does not fit in memory fails at once
         most = min(max(LOGITS_BYTES // (4 * T * vocab_size), 1), MAX_ROWS)
         # A power of two, like the lengths.
         batch_size = min(1 << (len(indices) - 1).bit_length(), 1 << (most.bit_length() - 1))

@@ -222,11 +222,15 @@ def cache_capacity(config: ModelConfig, num_tokens: int) -> int:
 
     A cache for the full context of a model with 100,000 positions would take gigabytes even for a short text.
     """
-    slot_bytes = 2 * config.num_layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
-    capacity = max(MIN_SLOTS, 1 << (SMALL_CACHE_BYTES // slot_bytes).bit_length() - 1)
+    capacity = max(MIN_SLOTS, 1 << (SMALL_CACHE_BYTES // slot_bytes(config)).bit_length() - 1)
     while capacity < num_tokens:
         capacity *= 4
     return min(capacity, config.context_length)
+
+
+def slot_bytes(config: ModelConfig) -> int:
+    """What the key and value of a token take in the cache, over all layers."""
+    return 2 * config.num_layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
 
 
 def batch_capacity(num_rows: int) -> int:

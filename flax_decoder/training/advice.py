@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from flax_decoder.config import OptimizerConfig
+from flax_decoder.config import Config, OptimizerConfig
 from flax_decoder.training.metrics import LogRow
 from flax_decoder.training.optimizer import learning_rate_schedule
 
@@ -100,6 +100,22 @@ def prolonging(optimizer: OptimizerConfig, num_steps: int) -> str:
     return f"raises its learning rate from {now:.2g} to {then:.2g}" if then > 1.05 * now else ""
 
 
+def changes_at_seam(saved: Config, asked: Config, done: int) -> list[str]:
+    """Lines about what another number of steps changes in a run that goes on from step `done`."""
+    lines, count = [], f"as the run now has {asked.training.num_steps}"
+    known, warmup = saved.optimizer.warmup_steps, asked.optimizer.warmup_steps
+    if known != warmup:
+        lines.append(f"the warm-up has {warmup} steps instead of {known}, {count}")
+    before = _rate(saved.optimizer, saved.training.num_steps, done - 1)
+    after = _rate(asked.optimizer, asked.training.num_steps, done)
+    if saved.training.num_steps != asked.training.num_steps and after > 1.05 * before:
+        lines.append(
+            f"the learning rate rises from {before:.2g} to {after:.2g} here, {count} steps instead of "
+            f"{saved.training.num_steps}; the loss rises too, for a while"
+        )
+    return lines
+
+
 def _how_to_go_on(optimizer: OptimizerConfig, num_steps: int) -> str:
     longer, rise = f"--training.num-steps {2 * num_steps}", prolonging(optimizer, num_steps)
     if not rise:
@@ -148,6 +164,6 @@ def next_commands(folder: Path, sample: str) -> str:
     words = collections.Counter(re.findall(r"[^\W\d_]{3,}", sample) or re.findall(r"[^\W\d_]+", sample)).most_common(1)
     arguments = f"{shlex.quote(str(folder))} --prompt {words[0][0][:20] if words else 'TEXT'}"
     return (
-        f"more text:   flax-decoder generate {arguments}\n"
-        f"look inside: flax-decoder lens {arguments}; how it works, number by number: docs/tour.md"
+        f"more text: flax-decoder generate {arguments}\n"
+        f"look inside (docs/tour.md explains it, number by number): flax-decoder lens {arguments}"
     )

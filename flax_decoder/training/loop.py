@@ -34,7 +34,7 @@ from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.launchers import idle_part
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
-from flax_decoder.training.advice import advice, next_commands, prolonging
+from flax_decoder.training.advice import advice, changes_at_seam, next_commands, prolonging
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,
@@ -163,9 +163,8 @@ def train_from(
         print_escaped(f"continuing {folder} from the checkpoint of step {done}")
         if changes := changes_since(read_manifest(steps_folder(folder) / str(done))):
             print_escaped(f"the last digits may differ from those of an undisturbed run: {changes}")
-        known, asked = saved_config(folder).optimizer.warmup_steps, config.optimizer.warmup_steps
-        if known != asked:
-            print_escaped(f"the warm-up has {asked} steps instead of {known}, as the run now has {training.num_steps}")
+        for line in changes_at_seam(saved_config(folder), config, done):
+            print_escaped(line)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, read_id(folder / RUN_ID), writes=processes.is_first())
