@@ -341,6 +341,21 @@ FORWARD = {
     ),
     "interleaved pairs of gptj": ("gptj-0", {"rotary_layout": "half"}, Q_ROTATED, "half-by-half pairs, PyTorch interl"),
     "bias of the head": ("gptj-0", {"head_bias": False, "edit": without_head_bias}, "logits", "a bias differs, or is"),
+    "ReLU without the square": ("arcee-0", {"feed_forward": "relu"}, HIDDEN, "ours is ReLU, PyTorch's ReLU squared"),
+    "bias of the output": (
+        *("seed_oss-1", edited("layers/attention/out/bias", np.zeros_like)),
+        *("attention.out", "a bias is missing in ours"),
+    ),
+    "norm of vaultgemma": ("vaultgemma-0", edited(SCALE, lambda s: s - 1), "attention_norm", "1 + weight on one side"),
+    "cap of vaultgemma": ("vaultgemma-1", {"attention_soft_cap": None}, SCORES, "of 0.9 squashes the scores of PyTor"),
+    "layers with a window": (
+        *("ministral-2", {"window_pattern": (False, True)}),
+        *(SCORES, "ours sees all 19 positions, one of PyTorch's 5"),
+    ),
+    "rotary base of windows": (
+        *("gemma3_text-0", {"rotary_window_base": 900.0}),
+        *(Q_ROTATED, "rotary base: ours 900, PyTorch's 10,000"),
+    ),
     "bfloat16": ("llama-0", {"dtype": "bfloat16"}, "embeddings", "reduced matmul precision"),
 }
 
