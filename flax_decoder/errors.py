@@ -1,15 +1,17 @@
 """The exceptions of the package, and the exit code of a command that ends with one."""
 
+import contextlib
 import difflib
 import errno
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import NoneType
 from typing import Any, get_args
 
 # Errors of a disk or a network, for which nothing that the user gave is to blame.
 DEVICE_FAILS = (errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT)
+_MAX_REASON_CHARACTERS = 300  # of an error message of a library, which may quote its input
 
 
 class UserError(ValueError):
@@ -106,3 +108,20 @@ def as_whole_number(name: str, value: Any, least: int, most: int | None = None) 
     if number is None or number < least or (most is not None and number > most):
         raise UserError(f"{name} = {as_one_line(value)} must be a whole number, {limits}")
     return number
+
+
+@contextlib.contextmanager
+def as_user_error(complaint: str) -> Iterator[None]:
+    """Turns anything that a library such as `tokenizers` raises into a UserError.
+
+    Args:
+        complaint: start of the message, before the reason.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # A panic of its Rust code is not an Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:_MAX_REASON_CHARACTERS]
+        raise UserError(f"{complaint}: {reason}") from None

@@ -135,7 +135,7 @@ def test_a_gradient_that_is_truly_zero_is_no_difference():
 
 # How families with names of their own call width, layers and heads.
 OTHER_NAMES = {
-    **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj"), ("n_embd", "n_layer", "n_head")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "codegen"), ("n_embd", "n_layer", "n_head")),
     "gpt_neo": ("hidden_size", "num_layers", "num_heads"),
     "mpt": ("d_model", "n_layers", "n_heads"),
     "bloom": ("hidden_size", "n_layer", "n_head"),
@@ -167,8 +167,14 @@ def random_case(seed):
         sizes |= {"attention_types": [[["local"], sizes["num_layers"]]], "window_size": int(rng.integers(2, 12))}
     if model_type == "gpt_neox":
         sizes = {n: v for n, v in sizes.items() if n not in ("num_key_value_heads", "head_dim")} | {"rotary_pct": 0.5}
-    if model_type == "gptj":
+    if model_type == "codegen":
+        sizes |= {"n_head": 4, "n_embd": 4 * width}
+    if model_type in ("gptj", "codegen"):
         sizes |= {"rotary_dim": width}
+    if model_type in ("opt", "falcon"):
+        sizes = {n: v for n, v in sizes.items() if n not in ("num_key_value_heads", "head_dim", "intermediate_size")}
+    if model_type == "opt":
+        sizes |= {"word_embed_proj_dim": sizes["hidden_size"], "ffn_dim": int(rng.integers(5, 60))}
     if model_type in ("granite", "hyperclovax"):
         sizes |= {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}
     if model_type in ("nemotron", "stablelm", "glm", "glm4", "phi"):
@@ -341,6 +347,34 @@ FORWARD = {
     ),
     "interleaved pairs of gptj": ("gptj-0", {"rotary_layout": "half"}, Q_ROTATED, "half-by-half pairs, PyTorch interl"),
     "bias of the head": ("gptj-0", {"head_bias": False, "edit": without_head_bias}, "logits", "a bias differs, or is"),
+    "ReLU without the square": ("arcee-0", {"feed_forward": "relu"}, HIDDEN, "ours is ReLU, PyTorch's ReLU squared"),
+    "bias of the output": (
+        *("seed_oss-1", edited("layers/attention/out/bias", np.zeros_like)),
+        *("attention.out", "a bias is missing in ours"),
+    ),
+    "norm of vaultgemma": ("vaultgemma-0", edited(SCALE, lambda s: s - 1), "attention_norm", "1 + weight on one side"),
+    "cap of vaultgemma": ("vaultgemma-1", {"attention_soft_cap": None}, SCORES, "of 0.9 squashes the scores of PyTor"),
+    "layers with a window": (
+        *("ministral-2", {"window_pattern": (False, True)}),
+        *(SCORES, "ours sees all 19 positions, one of PyTorch's 5"),
+    ),
+    "rotary base of windows": (
+        *("gemma3_text-0", {"rotary_window_base": 900.0}),
+        *(Q_ROTATED, "rotary base: ours 900, PyTorch's 10,000"),
+    ),
+    "keys for values of codegen": (
+        *("codegen-0", swapped("attention", "key", "value")),
+        *("attention.k", "keys and values are swapped"),
+    ),
+    "heads of falcon": (
+        *("falcon-1", edited("layers/attention/value/kernel", mixed_up)),
+        *("attention.v", "heads and head width are mixed up in a reshape"),
+    ),
+    "positions of opt": (
+        *("opt-0", edited("positions", lambda table: np.roll(table, 2, axis=0))),
+        *("embeddings", "the vectors of positions differ"),
+    ),
+    "gate of exaone": ("exaone-0", GATE_AND_UP, "feed_forward.gate", "gate and up are swapped"),
     "bfloat16": ("llama-0", {"dtype": "bfloat16"}, "embeddings", "reduced matmul precision"),
 }
 

@@ -214,6 +214,21 @@ INTERNLM3 = LLAMA2 | {
 INTERNLM3 |= {"attention_dropout": 0.0}
 IQUEST = LLAMA31 | {"model_type": "iquestcoder", "head_dim": 8, "clip_qkv": None, "use_sliding_window": False}
 IQUEST |= {"max_window_layers": 0, "sliding_window": None, "rope_theta": 500000.0}
+EXAONE = LLAMA31 | {"model_type": "exaone", "num_layers": LAYERS, "layer_norm_epsilon": 1e-5, "rope_theta": 1000000.0}
+EXAONE = without(EXAONE, "num_hidden_layers", "rms_norm_eps", "hidden_act") | {"activation_function": "silu"}
+EXAONE |= {"embed_dropout": 0.0, "head_dim": 8}
+CODEGEN = without(GPTJ, "rotary") | {"model_type": "codegen", "gradient_checkpointing": False}
+FALCON = without(SIZES, "intermediate_size") | {
+    "model_type": "falcon",
+    "alibi": False,
+    "bias": False,
+    "num_kv_heads": 4,
+}
+FALCON |= {"apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+FALCON |= {"layer_norm_epsilon": 1e-5, "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True}
+OPT = without(SIZES, "intermediate_size") | {"model_type": "opt", "ffn_dim": 37, "word_embed_proj_dim": 32}
+OPT |= {"_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu", "dropout": 0.1}
+OPT |= {"attention_dropout": 0.0, "do_layer_norm_before": True, "init_std": 0.02, "layerdrop": 0.0, "prefix": "</s>"}
 MPT_ATTENTION = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "prefix_lm": False}
 MPT_ATTENTION |= {"attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None, "qk_ln": False}
 MPT_ATTENTION |= {"softmax_scale": None}
@@ -385,6 +400,14 @@ OPENS = {
     | V4
     | {"rope_scaling": without(YARN, "type") | {"rope_type": "yarn"}, "layer_types": LAYER_TYPES},
     "olmo-1b": OLMO | V4 | {"tie_word_embeddings": True, "rope_theta": 10000.0},
+    "exaone-3.5": EXAONE | V4 | {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True},
+    "exaone saved by 5": new_rope(EXAONE),
+    "codegen-350m": CODEGEN | V4,
+    "falcon-7b": FALCON | V4,
+    "falcon saved by 5": FALCON | V5 | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "falcon with many heads": FALCON | V4 | {"multi_query": False, "parallel_attn": False, "bias": True},
+    "opt-125m": OPT | V4,
+    "opt without the last norm": OPT | V4 | {"_remove_final_layer_norm": True, "enable_bias": False},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -442,6 +465,14 @@ REFUSED = {
     "hunyuan without alpha": (HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
     "granite that divides by zero": (GRANITE | {"logits_scaling": 0}, "logits_scaling = 0 must be a positive number"),
     "olmo-7b": (OLMO | {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+    "exaone-3.5 with its code": (
+        EXAONE | {"auto_map": {"AutoConfig": "configuration_exaone.X"}},
+        "auto_map names Python",
+    ),
+    "falcon-40b": (FALCON | {"new_decoder_architecture": True}, "new_decoder_architecture = True"),
+    "falcon-rw-1b": (FALCON | {"alibi": True}, "alibi = True"),
+    "opt-350m": (OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16}, "word_embed_proj_dim = 16"),
+    "opt with norms behind": (OPT | {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
     "embedding gemma": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
 }
 
@@ -548,6 +579,7 @@ BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, 
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
 NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
+NEW = (*NEW, EXAONE, CODEGEN, FALCON, without(OPT, "word_embed_proj_dim"))
 NEW = (*NEW, OLMO3, PHI, GPTJ, GRANITE, CLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO, JAIS2, INTERNLM3, IQUEST)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.

@@ -18,6 +18,7 @@ from transformers.masking_utils import eager_mask
 
 from flax_decoder.comparison.schedule import learning_rate
 from flax_decoder.config import ModelConfig, OptimizerConfig
+from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.family import Family, Rule
 from flax_decoder.huggingface.weights import Shape, TensorSpec, split, tensor_specs
 
@@ -85,6 +86,7 @@ class PyTorchSide:
             num_steps: length of the schedule.
             exact: computes in float64, even if the model's code asks for float32.
         """
+        family = FAMILIES[family.modules] if family.modules else family
         self.family, self.config, self.shapes = family, config, dict(shapes)
         self.lift = Lift() if exact else None
         with quiet():
@@ -101,6 +103,7 @@ class PyTorchSide:
         self.distinct = list(dict.fromkeys(self.parameters.values()))  # one may have several names
         self.optimizer = _make_optimizer(self.parameters, self.places, optimizer)
         self.loss = self.gradient_norm = self.learning_rate = 0.0
+        self.batch_shape: tuple[int, ...] = ()
 
     @property
     def casts(self) -> list[str]:
@@ -110,6 +113,7 @@ class PyTorchSide:
     def forward(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
         """All tensors from tokens to logits, by our names."""
         recorded: dict[str, torch.Tensor] = {}
+        self.batch_shape = tokens_BT.shape
         handles = [
             self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
             for name, hook in self._hooks(recorded)
@@ -192,7 +196,9 @@ class PyTorchSide:
 
     def _prepare(self) -> dict[str, torch.nn.Parameter]:
         """Makes the copy of the model ready to be recorded; returns its parameters by the family's names."""
-        if not self.family.has_own_attention:
+        if self.family.has_own_attention:
+            self.model.config._attn_implementation = "eager"  # without which Falcon's makes no softmax that one can see
+        else:
             transformers.AttentionInterface.register(_ATTENTION, _attention)
             transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
             with quiet():
@@ -256,6 +262,9 @@ class PyTorchSide:
         names = [prefix + path.removeprefix("layers/").rpartition("/")[0].replace("/", ".") for path in rule.paths]
 
         def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            output, *args = (  # OPT's feed-forward has positions of all texts in one axis
+                x.reshape(*self.batch_shape, -1) if x.ndim == 2 else x for x in (output, *args)
+            )
             if names[0].endswith("feed_forward.down"):
                 recorded[prefix + "feed_forward.hidden"] = args[0]
             if names[0].endswith("attention.out"):
@@ -407,8 +416,12 @@ def _in_float64(model: Any) -> Any:
     buffers = dict(fresh.named_buffers())
     for name, buffer in result.named_buffers():
         exact = buffers.get(name)
-        # A buffer that was changed by hand differs by more than rounding, and stays.
-        if exact is not None and exact.dtype == torch.float64 and torch.allclose(buffer, exact, rtol=1e-6, atol=0):
+        # A buffer that was changed by hand differs by more than rounding, and stays. In a table with a row for each
+        # position, the angle of the last one is rounded most.
+        rounding = 1e-7 * len(buffer) if buffer.ndim == 2 else 0.0
+        if exact is None or exact.dtype != torch.float64:
+            continue
+        if torch.allclose(buffer, exact, rtol=1e-6, atol=rounding):
             buffer.copy_(exact)
     return result
 

@@ -5,7 +5,6 @@ tokenizer.json). Each writes a tokenizer.json with which the Hugging Face `token
 same. The first two do not import that library, and encode a megabyte in milliseconds.
 """
 
-import contextlib
 import itertools
 import json
 import operator
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from flax_decoder.data.large_tokenizer import COMPLAINT, read_large
 from flax_decoder.data.tokenizer_growth import growth_of
 from flax_decoder.data.tokenizer_json import byte_characters, byte_document, char_document
-from flax_decoder.errors import UserError, as_one_line, require_type
+from flax_decoder.errors import UserError, as_one_line, as_user_error, require_type
 from flax_decoder.io.files import write_text
 from flax_decoder.io.foreign_file import open_named, read_content
 from flax_decoder.io.strict_json import VOCABULARY, excess_of, parse_object, shown
@@ -33,7 +33,6 @@ KINDS = ("char", "byte", "bpe")
 
 _NUM_CODE_POINTS = 0x110000  # all of Unicode
 _MAX_TOKENS = 10_000_000  # the largest known vocabularies have 262,000
-_MAX_REASON_CHARACTERS = 300  # of an error message of the library, which may quote its input
 
 # Start and end tokens in the tokenizer.json files of well-known models.
 _START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
@@ -207,18 +206,19 @@ class ByteTokenizer(Tokenizer):
 class SubwordTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library: BPE trained by `make_tokenizer`, or any tokenizer.json."""
 
-    def __init__(self, tokenizer: "tokenizers.Tokenizer", growth: int = 1):
+    def __init__(self, tokenizer: "tokenizers.Tokenizer", growth: int = 1, vocab_size: int | None = None):
         """Wraps a tokenizer, and switches off its truncation and padding.
 
         Args:
             tokenizer: of the library.
             growth: see `growth_of`.
+            vocab_size: V, where it is known: the library takes long to list the ids of a large vocabulary.
         """
         tokenizer.no_truncation()  # that of a classifier may cut each text at 512 tokens
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._max_characters = _MAX_NORMALIZED_BYTES // growth
-        self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # ids may have gaps
+        self.vocab_size = vocab_size or 1 + max(tokenizer.get_vocab().values())  # ids may have gaps
         self.lone_byte_id = tokenizer.token_to_id("<0xF0>")
         added_tokens = tokenizer.get_added_tokens_decoder()
         special_ids = {token.content: id for id, token in added_tokens.items() if token.special}
@@ -251,7 +251,7 @@ class SubwordTokenizer(Tokenizer):
     def encode_parted(self, text: str, joint: str) -> list[int]:
         """Encodes the text with the joint, and leaves out its tokens."""
         self._require_bounded(len(text))
-        with _as_user_error("the tokenizer cannot encode this text"):
+        with as_user_error("the tokenizer cannot encode this text"):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)  # with the offsets of tokens
         starts = {index for index, character in enumerate(text) if character == joint}
         pairs = [*zip(encoding.ids, encoding.offsets, strict=True)]
@@ -294,7 +294,7 @@ class SubwordTokenizer(Tokenizer):
 
     def _encode_batch(self, pieces: list[str], add_special_tokens: bool = False) -> list[list[int]]:
         self._require_bounded(max(map(len, pieces), default=0))
-        with _as_user_error("the tokenizer cannot encode this text"):
+        with as_user_error("the tokenizer cannot encode this text"):
             encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=add_special_tokens)
             return [encoding.ids for encoding in encodings]
 
@@ -321,7 +321,7 @@ class SubwordTokenizer(Tokenizer):
         return len(text)
 
     def _decode(self, ids: np.ndarray) -> str:
-        with _as_user_error("the tokenizer cannot decode its own tokens"):
+        with as_user_error("the tokenizer cannot decode its own tokens"):
             return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_json(self) -> str:
@@ -408,23 +408,29 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
     Raises:
         UserError: it is not a tokenizer.json, is too large, or another reader could understand it differently.
     """
-    document = parse_object(content, source, VOCABULARY)
-    fast = _fast_tokenizer(document)
-    if fast is not None and fast.vocab_size > 0:
-        return fast
-    model, added_tokens = document.get("model"), document.get("added_tokens") or []
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
-        raise UserError(f"{source}: is not a tokenizer.json: it has no model with a vocab; get it again")
-    growth = growth_of(document, source)
-    del document, model  # frees memory: the library parses the content again
-    import tokenizers
+    large = read_large(content, source)
+    if large is not None:
+        library, document, growth, vocab_size = large
+        tokenizer = SubwordTokenizer(library, growth, vocab_size)
+    else:
+        document = parse_object(content, source, VOCABULARY)
+        fast = _fast_tokenizer(document)
+        if fast is not None and fast.vocab_size > 0:
+            return fast
+        model = document.get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+            raise UserError(f"{source}: is not a tokenizer.json: it has no model with a vocab; get it again")
+        growth = growth_of(document, source)
+        model, document = None, {"added_tokens": document.get("added_tokens")}  # frees memory: the library parses again
+        import tokenizers
 
-    with _as_user_error(f"{source}: is not a tokenizer.json that the tokenizers library can use"):
-        library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        tokenizer = SubwordTokenizer(library, growth)
+        with as_user_error(f"{source}: {COMPLAINT}"):
+            library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+            tokenizer = SubwordTokenizer(library, growth)
+    with as_user_error(f"{source}: {COMPLAINT}"):
         tokenizer.encode_prompt("")  # a template with unknown tokens fails only here
         # The library silently renumbers an added token whose id is not the next one.
-        added = {token["content"]: token["id"] for token in added_tokens}
+        added = {token["content"]: token["id"] for token in document.get("added_tokens") or []}
         wrong = next((token for token, id in added.items() if library.token_to_id(token) != id), None)
     if wrong is not None:
         raise UserError(
@@ -437,19 +443,6 @@ def parse_tokenizer(content: bytes, source: str) -> Tokenizer:
             "it is damaged or malicious"
         )
     return tokenizer
-
-
-@contextlib.contextmanager
-def _as_user_error(complaint: str) -> Iterator[None]:
-    """Turns anything that the `tokenizers` library raises into a UserError."""
-    try:
-        yield
-    except BaseException as error:
-        # A panic of its Rust code is not an Exception, and its class cannot be imported.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:_MAX_REASON_CHARACTERS]
-        raise UserError(f"{complaint}: {reason}") from None
 
 
 def _fast_tokenizer(document: Any) -> Tokenizer | None:

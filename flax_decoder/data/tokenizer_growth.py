@@ -18,12 +18,13 @@ _MAX_TOKEN_BYTES = 100_000  # the longest known tokens have a thousand, all of t
 _MAX_ADDED_BYTES = 100_000_000  # the library normalizes all added tokens at once
 
 
-def growth_of(document: Mapping[str, Any], source: str) -> int:
+def growth_of(document: Mapping[str, Any], source: str, longest: int = 0) -> int:
     """The most bytes that a tokenizer.json makes of one byte of text before it looks for tokens.
 
     Args:
         document: of a tokenizer.json, not checked.
         source: start of error messages.
+        longest: length of the longest token, where the document does not have the vocabulary.
 
     Raises:
         UserError: texts, or the texts of tokens, become too long.
@@ -48,7 +49,7 @@ def growth_of(document: Mapping[str, Any], source: str) -> int:
     added = [len(token) for token in _texts(document.get("added_tokens"))]
     model = document.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    longest = decoded * max([*map(len, _texts(vocab)), *added], default=0)
+    longest = decoded * max(longest, *map(len, _texts(vocab)), *added, 0)
     if longest > _MAX_TOKEN_BYTES or text * sum(added) > _MAX_ADDED_BYTES:
         raise UserError(
             f"{source}: has tokens that become {max(longest, text * sum(added)):,} characters long; "

@@ -14,7 +14,7 @@ def char_document(characters: str) -> dict[str, Any]:
     Its unknown token is not in the vocabulary, so the library refuses an unknown character, as CharTokenizer does.
     """
     vocab = {character: rank for rank, character in enumerate(characters)}
-    return _document(
+    return tokenizer_document(
         model={"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
         pre_tokenizer={"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
         decoder={"type": "Fuse"},
@@ -36,16 +36,23 @@ def byte_document() -> dict[str, Any]:
         "vocab": {character: byte for byte, character in enumerate(byte_characters())},
         "merges": [],
     }
-    return _document(model, pre_tokenizer=byte_level, decoder=byte_level)
+    return tokenizer_document(model, pre_tokenizer=byte_level, decoder=byte_level)
 
 
-def _document(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+def tokenizer_document(
+    model: dict[str, Any],
+    pre_tokenizer: dict[str, Any] | None,
+    decoder: dict[str, Any],
+    normalizer: dict[str, Any] | None = None,
+    added_tokens: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """A tokenizer.json of its parts."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
+        "added_tokens": added_tokens or [],
+        "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,

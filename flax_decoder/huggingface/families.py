@@ -29,6 +29,7 @@ from flax_decoder.huggingface.pieces import (
     LLAMA_SETTINGS,
     MATRICES,
     MLP_BIAS,
+    MULTI_QUERY,
     OUTPUT_NORMS,
     PLAIN,
     PRE_NORMS,
@@ -41,6 +42,7 @@ from flax_decoder.huggingface.pieces import (
     ends,
     inverse,
     layer_norms,
+    negated,
     num_layers,
     size,
     switch,
@@ -318,13 +320,7 @@ GPT_BIGCODE = Family(
     constants=GPT2.constants,
     settings=(
         *with_defaults(GPT2_SETTINGS, activation_function="gelu_pytorch_tanh"),
-        Setting(
-            "multi_query",
-            ("num_kv_heads",),
-            True,
-            read=lambda value: 1 if switch(value) else None,
-            write=lambda kv_heads: kv_heads == 1,
-        ),
+        MULTI_QUERY,
     ),
     rules=(
         *GPT2_ENDS,
@@ -758,11 +754,137 @@ HUNYUAN = Family(
     ignored=frozenset({"eod_token_id", "cla_share_factor", "attention_head_dim"}),
 )
 
+EXAONE_NAMES = {
+    **{"num_hidden_layers": ("num_layers",), "rms_norm_eps": ("layer_norm_epsilon",)},
+    "hidden_act": ("activation_function",),
+}
+EXAONE = replace(
+    LLAMA,
+    model_type="exaone",
+    settings=tuple(
+        replace(setting, also=EXAONE_NAMES.get(setting.name, setting.also))
+        for setting in with_defaults(
+            LLAMA.settings, num_key_value_heads=REQUIRED, max_position_embeddings=4096, rms_norm_eps=1e-5
+        )
+    ),
+    rules=(
+        Rule("wte.weight", ("embedding",)),
+        *norm_rules("ln_f", "final_norm"),
+        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
+        *norm_rules("h.{}.ln_2", "layers/feed_forward_norm"),
+        *linear_rules("h.{}.attn.attention.q_proj", "attention/query"),
+        *linear_rules("h.{}.attn.attention.k_proj", "attention/key"),
+        *linear_rules("h.{}.attn.attention.v_proj", "attention/value"),
+        *linear_rules("h.{}.attn.attention.out_proj", "attention/out"),
+        *linear_rules("h.{}.mlp.c_fc_0", "feed_forward/gate"),
+        *linear_rules("h.{}.mlp.c_fc_1", "feed_forward/up"),
+        *linear_rules("h.{}.mlp.c_proj", "feed_forward/down"),
+    ),
+    prefix="transformer.",
+    rotary=Rotary(default_base=500_000.0),
+    modules="llama",
+)
+
+CODEGEN = replace(
+    GPTJ,
+    model_type="codegen",
+    architecture="CodeGenForCausalLM",
+    rules=(
+        Rule("wte.weight", ("embedding",)),
+        *norm_rules("ln_f", "final_norm"),
+        *norm_rules("h.{}.ln_1", "layers/attention_norm"),
+        # In the order and the four parts in which it was trained on as many devices.
+        *linear_rules("h.{}.attn.qkv_proj", QKV[0], QKV[2], QKV[1], parts=4),
+        *linear_rules("h.{}.attn.out_proj", "attention/out"),
+        *linear_rules("h.{}.mlp.fc_in", "feed_forward/up"),
+        *linear_rules("h.{}.mlp.fc_out", "feed_forward/down"),
+    ),
+    supported={"scale_attn_weights": (True,)},
+    ignored_tensors=r"h\.\d+\.attn\.(causal_mask|bias|masked_bias)",
+)
+
+FALCON = Family(
+    "falcon",
+    "FalconForCausalLM",
+    constants={"positions": "rotary", "norm_bias": True},
+    settings=(
+        size("vocab_size", "vocab_size"),
+        size("hidden_size", "embed_dim", also=("n_embed",)),
+        Setting("num_hidden_layers", ("num_layers",), read=num_layers),
+        size("num_attention_heads", "num_heads"),
+        size("ffn_hidden_size", "mlp_dim", None),
+        size("max_position_embeddings", "context_length", 2048),
+        Setting("layer_norm_epsilon", ("norm_epsilon",), 1e-5),
+        activation("activation", PLAIN, "gelu"),
+        Setting("bias", ("attention_in_bias", "attention_out_bias", "mlp_bias"), False),
+        Setting("parallel_attn", ("parallel_residual", "shared_norm"), True),
+        MULTI_QUERY,
+    ),
+    rules=(
+        Rule("word_embeddings.weight", ("embedding",)),
+        *norm_rules("ln_f", "final_norm"),
+        *norm_rules("h.{}.input_layernorm", "layers/attention_norm"),
+        *norm_rules("h.{}.post_attention_layernorm", "layers/feed_forward_norm"),
+        *linear_rules("h.{}.self_attention.query_key_value", *QKV, by_head=True),
+        *linear_rules("h.{}.self_attention.dense", "attention/out"),
+        *linear_rules("h.{}.mlp.dense_h_to_4h", "feed_forward/up"),
+        *linear_rules("h.{}.mlp.dense_4h_to_h", "feed_forward/down"),
+    ),
+    prefix="transformer.",
+    tied=True,
+    supported={
+        **{"alibi": (False,), "new_decoder_architecture": (False,)},
+        "apply_residual_connection_post_layernorm": (False,),
+    },
+    ignored=frozenset({"num_kv_heads", "num_ln_in_parallel_attn"}),  # they count only in the new architecture
+    divides_width=True,
+    has_own_attention=True,
+)
+
+OPT = Family(
+    "opt",
+    "OPTForCausalLM",
+    constants={"positions": "learned", "norm_epsilon": 1e-5},
+    settings=(
+        size("vocab_size", "vocab_size"),
+        # What projects embeddings of another width is not supported.
+        size("hidden_size", "embed_dim", also=("word_embed_proj_dim",)),
+        Setting("num_hidden_layers", ("num_layers",), read=num_layers),
+        size("num_attention_heads", "num_heads"),
+        size("ffn_dim", "mlp_dim"),
+        size("max_position_embeddings", "context_length", 2048),
+        activation("activation_function", PLAIN, "relu"),
+        Setting("enable_bias", ("attention_in_bias", "attention_out_bias", "mlp_bias"), True),
+        Setting("layer_norm_elementwise_affine", ("norm_scale", "norm_bias"), True),
+        Setting("_remove_final_layer_norm", ("final_norm",), False, read=negated, write=negated),
+    ),
+    rules=(
+        Rule("embed_tokens.weight", ("embedding",)),
+        # Two rows for padding, which it counts as positions.
+        Rule("embed_positions.weight", ("positions",), unused=2),
+        *norm_rules("final_layer_norm", "final_norm"),
+        *layer_norms({"attention_norm": "self_attn_layer_norm", "feed_forward_norm": "final_layer_norm"}),
+        *linear_rules("layers.{}.self_attn.q_proj", "attention/query"),
+        *linear_rules("layers.{}.self_attn.k_proj", "attention/key"),
+        *linear_rules("layers.{}.self_attn.v_proj", "attention/value"),
+        *linear_rules("layers.{}.self_attn.out_proj", "attention/out"),
+        *linear_rules("layers.{}.fc1", "feed_forward/up"),
+        *linear_rules("layers.{}.fc2", "feed_forward/down"),
+    ),
+    prefix="model.decoder.",
+    tied=True,
+    rotary=None,
+    supported={"do_layer_norm_before": (True,)},
+    ignored=frozenset({"layerdrop", "init_std", "activation_dropout"}),
+    divides_width=True,
+)
+
 _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
     *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
     *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
     *(JAIS2, INTERNLM3, IQUESTCODER, OLMO, PHI, GPTJ, GRANITE, HYPERCLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO3),
+    *(EXAONE, CODEGEN, FALCON, OPT),
 )
 FAMILIES = {family.model_type: family for family in _ALL}
 

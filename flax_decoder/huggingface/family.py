@@ -93,15 +93,20 @@ class Rule:
         tensor: its name without the prefix; {} is the layer.
         paths: paths of the parameters, which are concatenated along their outputs.
         transposed: the tensor is (out, in), as in a PyTorch Linear; ours are (in, out).
-        by_head: the parameters are interleaved head by head instead of concatenated, if they have equally many heads.
+        by_head: the parameters are interleaved: the tensor holds, for each key/value head, the query heads that share
+            it, the key and the value.
+        parts: the parameters are interleaved in so many equal parts.
         offset: ours is the tensor plus this.
+        unused: how many rows the tensor has before ours, which no text reads; they are written as zeros.
     """
 
     tensor: str
     paths: tuple[str, ...]
     transposed: bool = False
     by_head: bool = False
+    parts: int = 1
     offset: float = 0.0
+    unused: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Family:
         divides_width: transformers requires embed_dim to be a multiple of num_heads.
         fills_width: transformers requires embed_dim to be num_heads times head_dim.
         tables: fields of config.json that are objects; the tables here name what is in them as `table.field`.
+        modules: the model type whose modules its class in transformers has; None if they are named as the tensors are.
         has_own_attention: its class in transformers computes attention by itself, where the ledger cannot look.
     """
 
@@ -146,6 +152,7 @@ class Family:
     divides_width: bool = False
     fills_width: bool = False
     tables: tuple[str, ...] = ()
+    modules: str | None = None
     has_own_attention: bool = False
 
     @property
@@ -179,10 +186,13 @@ class Family:
         return self.prefix + tensor.removeprefix(self.prefix)
 
 
-def linear_rules(tensor: str, *modules: str, transposed: bool = True, by_head: bool = False) -> tuple[Rule, ...]:
+def linear_rules(
+    tensor: str, *modules: str, transposed: bool = True, by_head: bool = False, parts: int = 1
+) -> tuple[Rule, ...]:
     """The rules of a Linear that holds some modules of a layer; it has a bias if they have."""
     kernels, biases = (tuple(f"layers/{module}/{leaf}" for module in modules) for leaf in ("kernel", "bias"))
-    return Rule(f"{tensor}.weight", kernels, transposed, by_head), Rule(f"{tensor}.bias", biases, by_head=by_head)
+    interleaved: dict[str, Any] = {"by_head": by_head, "parts": parts}
+    return Rule(f"{tensor}.weight", kernels, transposed, **interleaved), Rule(f"{tensor}.bias", biases, **interleaved)
 
 
 def norm_rules(tensor: str, path: str, offset: float = 0.0) -> tuple[Rule, ...]:

@@ -15,6 +15,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.data.chat_template import CHAT_TEMPLATE, MAX_TEMPLATE_BYTES
 from flax_decoder.data.special_tokens import read_special_tokens, read_tokenizer_config
 from flax_decoder.data.tokenizer import Tokenizer, parse_tokenizer, write_tokenizer
+from flax_decoder.data.tokenizer_conversion import convert_tokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.config import family_of, read_settings, write_settings
 from flax_decoder.huggingface.family import Family
@@ -71,7 +72,7 @@ def read_folder(
         strict: refuses each setting that is not known.
 
     Returns:
-        The model, its parameters in float32, and its tokenizer; None without a tokenizer.json.
+        The model, its parameters in float32, and its tokenizer, None without one.
 
     Raises:
         UserError: a file in the folder cannot be used; the message names it.
@@ -92,11 +93,22 @@ def read_model_config(folder: Path, *, strict: bool = False) -> ModelConfig:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a model folder or run folder; None without a tokenizer.json. Raises UserError."""
+    """The tokenizer of a model folder or run folder; None if it has no tokenizer.json, and none can be made exactly.
+
+    Raises:
+        UserError: a file of it cannot be used.
+    """
     path = folder / "tokenizer.json"
-    if not os.path.lexists(path):
-        return None
-    content = read_content(open_inside(folder, path.name), VOCABULARY.num_bytes, str(path))
+    if os.path.lexists(path):
+        content = read_content(open_inside(folder, path.name), VOCABULARY.num_bytes, str(path))
+    else:
+        has_config = os.path.lexists(folder / "config.json")
+        model_type = _read_json(folder, "config.json", SETTINGS).get("model_type") if has_config else None
+        converted = convert_tokenizer(folder, model_type if isinstance(model_type, str) else None)
+        if converted is None:
+            return None
+        document, path = converted
+        content = json.dumps(document, ensure_ascii=False).encode("utf-8")
     tokenizer = parse_tokenizer(content, str(path))
     _read_special_tokens(folder, tokenizer)
     return tokenizer

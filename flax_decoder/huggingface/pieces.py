@@ -49,6 +49,11 @@ def switch(value: Any) -> bool:
     return value
 
 
+def negated(value: Any) -> bool:
+    """The other of true and false. Raises ValueError with the reason."""
+    return not switch(value)
+
+
 def num_layers(value: Any) -> int:
     """The value, if it is a number of layers. Raises ValueError with the reason."""
     return positive(value, 10_000)  # the deepest models have under 200
@@ -64,6 +69,13 @@ def with_defaults(settings: tuple[Setting, ...], **defaults: Any) -> tuple[Setti
     return tuple(replace(setting, default=defaults.get(setting.name, setting.default)) for setting in settings)
 
 
+MULTI_QUERY = Setting(
+    "multi_query",
+    ("num_kv_heads",),
+    True,
+    read=lambda value: 1 if switch(value) else None,
+    write=lambda kv_heads: kv_heads == 1,
+)
 GPT2_SETTINGS = (
     size("vocab_size", "vocab_size"),
     size("n_embd", "embed_dim", also=("hidden_size",)),

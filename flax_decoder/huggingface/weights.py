@@ -83,6 +83,7 @@ def tensor_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec
         matrices = [matrix_shape(path, shape) for path, shape in zip(rule.paths, param_shapes, strict=True)]
         shape = (*matrices[0][:-1], sum(matrix[-1] for matrix in matrices))
         shape = shape[::-1] if rule.transposed else shape
+        shape = (shape[0] + rule.unused, *shape[1:])
         for layer in range(shapes[rule.paths[0]][0]) if in_layer else [None]:
             name = family.full_name(rule.tensor.format(layer))
             specs.append(TensorSpec(name, shape, rule, layer, param_shapes))
@@ -250,29 +251,31 @@ def export_tensors(specs: Sequence[TensorSpec], params: Mapping[str, Any]) -> It
 
 def split(rule: Rule, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
     """The parameters, of the given shapes, that are stored in a tensor."""
+    tensor = tensor[rule.unused :]
     matrix = tensor.T if rule.transposed else tensor
     if rule.offset != 0:
         matrix = matrix + np.float32(rule.offset)
-    if rule.by_head and len(set(shapes)) == 1:
-        heads, width = shapes[0][-2:]
-        parts = list(np.moveaxis(matrix.reshape(*matrix.shape[:-1], heads, len(shapes), width), -2, 0))
-    else:
-        widths = [matrix_shape(path, shape)[-1] for path, shape in zip(rule.paths, shapes, strict=True)]
-        parts = np.split(matrix, np.cumsum(widths)[:-1], axis=-1)
+    count = _num_parts(rule, shapes)
+    widths = [matrix_shape(path, shape)[-1] // count for path, shape in zip(rule.paths, shapes, strict=True)]
+    parts = np.split(matrix.reshape(*matrix.shape[:-1], count, sum(widths)), np.cumsum(widths)[:-1], axis=-1)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def join(rule: Rule, arrays: Sequence[np.ndarray]) -> np.ndarray:
     """The tensor in which parameters are stored; inverse of `split`."""
     matrices = [array.reshape(matrix_shape(path, array.shape)) for path, array in zip(rule.paths, arrays, strict=True)]
-    if rule.by_head and len({array.shape for array in arrays}) == 1:
-        by_head = [m.reshape(*m.shape[:-1], *array.shape[-2:]) for m, array in zip(matrices, arrays, strict=True)]
-        matrix = np.stack(by_head, axis=-2).reshape(*matrices[0].shape[:-1], -1)
-    else:
-        matrix = np.concatenate(matrices, axis=-1)
+    count = _num_parts(rule, [array.shape for array in arrays])
+    parts = [matrix.reshape(*matrix.shape[:-1], count, -1) for matrix in matrices]
+    matrix = np.concatenate(parts, axis=-1).reshape(*matrices[0].shape[:-1], -1)
     if rule.offset != 0:
         matrix = matrix - np.float32(rule.offset)
-    return matrix.T if rule.transposed else matrix
+    tensor = matrix.T if rule.transposed else matrix
+    return np.concatenate([np.zeros((rule.unused, *tensor.shape[1:]), tensor.dtype), tensor]) if rule.unused else tensor
+
+
+def _num_parts(rule: Rule, shapes: Sequence[Shape]) -> int:
+    """Into how many parts the parameters of a tensor are cut."""
+    return min(shape[-2] for shape in shapes) if rule.by_head else rule.parts
 
 
 def matrix_shape(path: str, shape: Shape) -> Shape:

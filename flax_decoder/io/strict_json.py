@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import reprlib
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from flax_decoder.errors import UserError
 MAX_DEPTH = 32  # real files reach 8
 # What CPython allocates for a list or object, for a name in an object, and for a value, rounded up.
 _BYTES_PER_BRACKET, _BYTES_PER_COLON, _BYTES_PER_COMMA = 90, 160, 60
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _NOT_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 _DEPTH_CHANGE = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
@@ -84,7 +86,7 @@ def parse_object(
         document = json.loads(
             content.decode("utf-8"), object_pairs_hook=unique, parse_constant=_finite, parse_float=_finite
         )
-        if b"\\u" in content:  # the only way to write half a surrogate pair
+        if _SURROGATE.search(content):  # the only way to write half a surrogate pair
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except ValueError as error:
         raise UserError(f"{source}: is not valid JSON: {error}; {advice}") from None
