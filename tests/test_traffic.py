@@ -61,22 +61,21 @@ def assert_same(found, expected, tolerance):
 )
 def test_loss_and_gradients_are_the_same(monkeypatch, changes):
     state, batch = state_and_batch(changes)
-    expected = jax.jit(mean_gradients)(state, batch)
+
+    def trace():
+        return jax.jit(lambda *arguments: mean_gradients(*arguments)).trace(state, batch)
+
+    plain = trace()
     monkeypatch.setattr(traffic, "target_platform", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    traced = jax.jit(lambda *arguments: mean_gradients(*arguments)).trace(state, batch)
-    assert "optimization_barrier" in str(traced.jaxpr)
-    found = traced.lower().compile()(state, batch)
+    other = trace()
+    for name in ("optimization_barrier", " reduce["):  # the second is a sum of several numbers at once
+        assert name in str(other.jaxpr) and name not in str(plain.jaxpr)
+    found, expected = (traced.lower().compile()(state, batch) for traced in (other, plain))
     assert_same(found, expected, 1e-6)
 
 
-def test_the_program_of_a_cpu_has_none_of_it():
-    state, batch = state_and_batch(GPT2)
-    program = str(jax.make_jaxpr(mean_gradients)(state, batch))
-    assert "optimization_barrier" not in program
-    assert "custom_jvp_call[name=with_statistics" not in program
-
-
+@pytest.mark.short("layernorm")
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_a_norm_has_the_same_derivatives(kind):
     x_RD, change_RD = (jnp.asarray(RNG.standard_normal((5, 11)) * 3 + 300, jnp.float32) for _ in range(2))
@@ -97,6 +96,7 @@ def test_mean_and_variance_of_numbers_far_from_zero():
     np.testing.assert_allclose(variance_R1[:, 0], np.float64(x_RD).var(-1), rtol=1e-3)
 
 
+@pytest.mark.short("400")
 @pytest.mark.parametrize("scale", [1, 400, 0])  # exp(400) overflows float32
 def test_the_sum_of_exponentials_in_one_pass(scale):
     x_RV = jnp.asarray(scale * RNG.standard_normal((5, 31)), jnp.float32).at[2, 7].set(-jnp.inf)
@@ -110,6 +110,7 @@ def test_the_sum_of_exponentials_in_one_pass(scale):
     np.testing.assert_allclose(gradient(traffic.log_sum_exp), expected_RV, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.full
 def test_a_loss_that_is_not_finite_stays_so(on_gpu):
     logits_BTV = jnp.asarray(RNG.standard_normal((1, 3, 7)), jnp.float32)
     for bad in (np.nan, np.inf):
