@@ -16,7 +16,9 @@ from flax_decoder.nn.cache import empty_cache
 from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel.mesh import (
     AXES,
+    COMPILER_OPTIONS,
     DETERMINISTIC_OPTIONS,
+    OPTIONS_OF_MANY,
     arrange,
     compiler_options,
     make_mesh,
@@ -235,15 +237,29 @@ def test_explicit_axes_are_refused_for_a_new_state_the_rules_and_a_cache():
     assert jax.eval_shape(model.apply, params, tokens_BT).shape == (1, 1, 48)
 
 
-def test_a_deterministic_step_has_options_of_the_gpu_compiler_that_exist():
-    (options,) = DETERMINISTIC_OPTIONS.values()
+def mesh_for(platform, size=1):
+    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]), size=size)
+
+
+def test_options_of_the_gpu_compiler_exist():
+    deterministic, of_many = DETERMINISTIC_OPTIONS["gpu"], OPTIONS_OF_MANY["gpu"]
+    options = deterministic | of_many
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # which refuses unknown ones and wrong types
-    cpu, gpu, cuda = (
-        types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=name)]))
-        for name in ("cpu", "gpu", "cuda")
-    )
-    assert compiler_options(gpu, deterministic=True) == compiler_options(cuda, deterministic=True) == options
-    assert compiler_options(gpu) is None and compiler_options(cpu, deterministic=True) is None
+    for platform in ("gpu", "cuda"):
+        assert compiler_options(mesh_for(platform), deterministic=True) == deterministic
+        assert compiler_options(mesh_for(platform, 8), deterministic=True) == options
+        assert compiler_options(mesh_for(platform, 8)) == of_many
+        assert compiler_options(mesh_for(platform)) is None
+    assert compiler_options(mesh_for("cpu", 8), deterministic=True) is None
+
+
+def test_an_option_that_xla_flags_names_is_left_to_it(monkeypatch):
+    """But not what a deterministic step needs."""
+    (name,) = OPTIONS_OF_MANY["gpu"]
+    monkeypatch.setenv("XLA_FLAGS", f"--other=1 --{name}=false --xla_gpu_autotune_level=4")
+    assert compiler_options(mesh_for("gpu", 8)) is None
+    assert compiler_options(mesh_for("gpu", 8), deterministic=True) == DETERMINISTIC_OPTIONS["gpu"]
+    assert compiler_options(mesh_for("tpu")) == COMPILER_OPTIONS["tpu"]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ def num_parts(axis: str) -> int:
     return _count(mesh_axes(axis))
 
 
+def may_be_split() -> bool:
+    """Whether arrays may be split over devices in a way that is unknown here: there are several, and no mesh."""
+    return jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
+
+
 def mesh_axes(axis: str, *sizes: int) -> tuple[str, ...]:
     """The mesh axes over which a logical axis is split; none if one of the sizes is no multiple of their product."""
     (entry,) = nn.logical_to_mesh_axes((axis,)) or (None,)

@@ -61,6 +61,6 @@ def look_up_sorted(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     sorted_RD = table_VD.at[ids_R[order_R]].get(
         mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, indices_are_sorted=True
     )
-    back_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=order_R.dtype), unique_indices=True)
-    rows_RD = sorted_RD.at[back_R].get(unique_indices=True, mode="promise_in_bounds")
+    # Each row back to its place, as a sum that is transposed to a lookup.
+    rows_RD = jnp.zeros_like(sorted_RD).at[order_R].add(sorted_RD, unique_indices=True, mode="promise_in_bounds")
     return rows_RD.reshape(*ids_BT.shape, -1)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax_decoder.config import Adapter
 from flax_decoder.nn.axes import num_parts
 from flax_decoder.nn.precision import add_parameter
+from flax_decoder.nn.traffic import written_once
 
 
 class Linear(nn.Module):
@@ -57,7 +58,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
             y = add_parameter(y, bias.reshape((1,) * len(rest) + (-1,)))
-        y = y.reshape(*rest, *self.features)
+        y = written_once(y).reshape(*rest, *self.features)
         self.sow("intermediates", "output", y)
         return y
 

@@ -1,6 +1,7 @@
 """Normalisation of activations, computed in at least float32."""
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from flax import linen as nn
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.nn.precision import accumulation_dtype
+from flax_decoder.nn.traffic import mean_and_variance, saves_traffic
 
 
 class Norm(nn.Module):
@@ -32,10 +34,8 @@ class Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., width) to the same shape and dtype."""
         shape = (1,) * (x.ndim - 1) + x.shape[-1:]
-        y = x.astype(accumulation_dtype(x.dtype))
-        if self.kind == "layernorm":
-            y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        normalise = with_statistics if saves_traffic() else normalised
+        y = normalise(self.kind, self.epsilon, x.astype(accumulation_dtype(x.dtype)))
         if self.use_scale:
             y *= self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(shape).astype(y.dtype)
         if self.use_bias:
@@ -43,6 +43,33 @@ class Norm(nn.Module):
         y = y.astype(x.dtype)
         self.sow("intermediates", "output", y)
         return y
+
+
+def normalised(kind: str, epsilon: float, x: jax.Array) -> jax.Array:
+    """x over its root mean square, for "layernorm" after its mean is subtracted."""
+    if kind == "layernorm":
+        x -= x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def with_statistics(kind: str, epsilon: float, x: jax.Array) -> jax.Array:
+    """`normalised`, with a gradient that finds the mean and the root of each position, and need not read x for them."""
+    return normalised(kind, epsilon, x)
+
+
+@with_statistics.defjvp
+def _change_of_normalised(kind: str, epsilon: float, xs: tuple[jax.Array], changes: tuple[jax.Array]) -> Any:
+    (x,), (change,) = xs, changes
+    if kind == "layernorm":
+        mean, variance = mean_and_variance(x)
+        change -= change.mean(-1, keepdims=True)
+    else:
+        mean, variance = jnp.zeros((), x.dtype), jnp.square(x).mean(-1, keepdims=True)
+    # Else the compiler computes them from x again, where they are used.
+    mean, inverse_root = jax.lax.optimization_barrier((mean, jax.lax.rsqrt(variance + epsilon)))
+    y = (x - mean) * inverse_root
+    return y, inverse_root * (change - y * (change * y).mean(-1, keepdims=True))
 
 
 def norm_of(config: ModelConfig, name: str | None = None) -> Norm:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
+from flax_decoder.nn.traffic import copies, saves_traffic
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -26,9 +27,12 @@ def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
 
 @add_parameter.defjvp
 def _change_of_sum(arguments: tuple[jax.Array, jax.Array], changes: tuple[jax.Array, jax.Array]) -> Any:
-    dtype = accumulation_dtype(arguments[0].dtype)
+    x, parameter = arguments
+    dtype = accumulation_dtype(x.dtype)
     x_change, parameter_change = (change.astype(dtype) for change in changes)
-    return add_parameter(*arguments), (x_change + parameter_change).astype(arguments[0].dtype)
+    if saves_traffic() and parameter.shape == (1, *x.shape[1:]):  # positions, whose gradient is summed over rows
+        parameter_change = copies(parameter_change[0], x.shape[0])
+    return add_parameter(x, parameter), (x_change + parameter_change).astype(x.dtype)
 
 
 def in_float32(compute: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

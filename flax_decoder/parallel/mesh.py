@@ -6,6 +6,7 @@ is split, and XLA inserts the communication.
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -31,13 +32,20 @@ RULES = (
     # "layers" and "head_dim" are never split.
 )
 
-# Compiler options by platform. On TPU these let gradients be reduce-scattered also if a part is only one register (128
-# numbers) wide; by default such a gradient is all-reduced in full, and most of the sum is discarded.
+# Compiler options of steps by platform, the one place for them; none was measured on a device yet. An option that the
+# environment variable XLA_FLAGS names is left to it. `benchmarks/first_gpu.py` measures more of them, one by one.
 COMPILER_OPTIONS: dict[str, dict[str, str | int | bool]] = {
+    # These let gradients be reduce-scattered also if a part is only one register (128 numbers) wide; by default such a
+    # gradient is all-reduced in full, and most of the sum is discarded.
     "tpu": {
         "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
         "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
-    }
+    },
+}
+# The same for several devices. What GPUs send is moved to where it overlaps with computation. NVIDIA's images for JAX
+# set it (docs.nvidia.com/jax-toolbox/environment-variables), and JAX's docs advise it (GPU performance tips).
+OPTIONS_OF_MANY: dict[str, dict[str, str | int | bool]] = {
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 # For the same bits each time: no operation that adds in the order in which threads arrive, and no choice between
 # kernels by how long each took.
@@ -125,11 +133,16 @@ def num_row_devices(mesh: Mesh) -> int:
 
 
 def compiler_options(mesh: Mesh, *, deterministic: bool = False) -> dict[str, str | int | bool] | None:
-    """The compiler options of a step on a mesh, for `jax.jit`."""
+    """The compiler options of a step on a mesh, for `jax.jit`, without those that XLA_FLAGS decides.
+
+    `deterministic` needs all of its own, whatever XLA_FLAGS says.
+    """
     platform = mesh.devices.flat[0].platform
     platform = {"cuda": "gpu"}.get(platform, platform)
-    more = DETERMINISTIC_OPTIONS.get(platform, {}) if deterministic else {}
-    return COMPILER_OPTIONS.get(platform, {}) | more or None
+    options = COMPILER_OPTIONS.get(platform, {}) | (OPTIONS_OF_MANY.get(platform, {}) if mesh.size > 1 else {})
+    given = {flag.removeprefix("--").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    options = {name: value for name, value in options.items() if name not in given}
+    return options | (DETERMINISTIC_OPTIONS.get(platform, {}) if deterministic else {}) or None
 
 
 @contextlib.contextmanager

@@ -147,8 +147,8 @@ def parse_hlo(text: str) -> Program:
                 for dtype, sizes, layout in _ARRAY.findall(shape)
             )
             operands = tuple(re.findall(r"%([\w.\-]+)", inputs))
-            # A constant has its value in place of operands.
-            attributes = f"{inputs}){attributes}" if opcode == "constant" else attributes
+            # A constant has its value in place of operands, and a parameter its number.
+            attributes = f"{inputs}){attributes}" if opcode in ("constant", "parameter") else attributes
             current[name] = Instruction(name, arrays, opcode, operands, attributes, root is not None)
     partitions = re.search(r"\bnum_partitions=(\d+)", text[:20_000])
     return Program(computations, entry, int(partitions[1]) if partitions else 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flax_decoder.nn.axes import constrain, logical_axes, num_parts
+from flax_decoder.nn.traffic import log_sum_exp, saves_traffic
 
 # Memory for the float32 logits of one chunk on a device, if the config gives no chunk size.
 LOGITS_BYTES = 2**30
@@ -29,7 +30,9 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, z_loss: float = 
     Returns:
         losses_BT, and penalties_BT that training adds to them.
     """
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    # The one pass is not for a vocabulary that is split over devices.
+    in_one_pass = saves_traffic() and num_parts("vocab") == 1
+    log_z_BT = log_sum_exp(logits_BTV) if in_one_pass else jax.nn.logsumexp(logits_BTV, axis=-1)
     inside_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
     # A comparison instead of a lookup: its gradient fuses with that of log Z into one pass over the logits.
     ids_V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.result_type(targets_BT))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.nn.axes import num_parts
+from flax_decoder.nn.axes import may_be_split, num_parts
 from flax_decoder.nn.call import Call
 from flax_decoder.nn.kernels.blockwise import blockwise
 from flax_decoder.nn.kernels.cudnn import cudnn
@@ -101,8 +101,7 @@ def choose_kernel(config: ModelConfig, *, has_documents: bool = False) -> str:
             raise UserError(f'model.attention = "{name}" {obstacle}; use model.attention = "auto"')
         return name
     # The compiler cannot split a Pallas kernel over devices, and without a mesh it is unknown whether it will have to.
-    may_be_split = jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
-    return "reference" if obstacle is not None or (name == "splash" and may_be_split) else name
+    return "reference" if obstacle is not None or (name == "splash" and may_be_split()) else name
 
 
 def for_these_devices(config: ModelConfig) -> ModelConfig:
