@@ -147,8 +147,11 @@ def step_bytes(changes):
 
 
 @pytest.mark.full
-def test_data_all_reduces_gradients_once():
-    sent, paper, params = step_bytes({"mesh.data": 8})
+@pytest.mark.parametrize(
+    "changes", [{}, {"training.batch_size": 32, "training.accumulation_steps": 4, "model.dtype": "bfloat16"}]
+)
+def test_data_all_reduces_gradients_once(changes):
+    sent, paper, params = step_bytes({"mesh.data": 8} | changes)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert paper["all-reduce"] == 2 * 7 / 8 * 4 * num_params == sum(paper.values())
     assert sum(sent.values()) == pytest.approx(paper["all-reduce"], rel=0.05)
@@ -180,6 +183,6 @@ def test_bytes_on_paper():
     vectors = 32 * (2 * 3 + 1)
     matrices = sum(leaf.size for leaf in jax.tree.leaves(params)) - vectors
     assert split["all-gather"] == 4 * 2 * matrices * 2 / 2  # in each of four parts, forward and backward
-    assert split["all-reduce"] == 2 * (matrices * 2 / 2 / 2 + 3 / 4 * vectors * 2)
+    assert split["all-reduce"] == 2 * (matrices / 2 / 2 + 3 / 4 * vectors) * 4  # sums of parts, in float32
     ring = paper_bytes(config, params, sizes | {"context": 4})
     assert ring["collective-permute"] == 3 * 3 * 3 * 2 * (16 * 32 / 4) * 32 * 2

@@ -79,7 +79,10 @@ def make_batch():
 def test_a_fault_that_does_not_come_again_is_told_as_such():
     state, _ = make_state()
     state = state.replace(step=state.step + 1)
-    assert "but are when computed again" in explain(state, make_batch())
+    assert explain(state, 1, make_batch()).endswith("but are when computed again: this device or its memory is faulty")
+    # Read one step behind, a step may be explained after another one.
+    later = state.replace(step=state.step + 1)
+    assert explain(later, 1, make_batch()).endswith("again: the step after it has changed the parameters")
 
 
 @pytest.mark.parametrize(("nan", "skipped", "stops"), [("stop", 1, True), ("skip", 3, False), ("skip", 4, True)])
@@ -90,21 +93,21 @@ def test_when_a_run_stops(nan, skipped, stops):
     metrics = {"loss": np.float32(np.nan), "gradient_norm": np.float32(np.nan)}
     if stops:
         with pytest.raises(FaultError, match=r"^step 7: the loss is nan") as error:
-            skip_batch(training, state, batch, metrics, skipped)
+            skip_batch(training, state, 7, batch, metrics, skipped)
         assert ("--training.nan skip" in str(error.value)) == (nan == "stop")
         assert ("4 batches were skipped, more than training.skip_limit = 3" in str(error.value)) == (nan == "skip")
     else:
-        told = skip_batch(training, state, batch, metrics, skipped)
+        told = skip_batch(training, state, 7, batch, metrics, skipped)
         assert told == "step 7: the loss is nan: its batch is skipped (3 so far, at most 3)"
     # A spike is not a fault, but counts toward the limit.
     spike = {"loss": np.float32(93), "gradient_norm": np.float32(1)}
-    assert skip_batch(training, state, batch, spike, 3).startswith("step 7: the loss of 93 is a spike")
+    assert skip_batch(training, state, 7, batch, spike, 3).startswith("step 7: the loss of 93 is a spike")
     with pytest.raises(FaultError, match="4 batches were skipped"):
-        skip_batch(training, state, batch, spike, 4)
+        skip_batch(training, state, 7, batch, spike, 4)
     # A non-finite state is a fault, whatever is allowed.
     broken = state.replace(params=with_number(state.params, "embedding", np.nan))
     with pytest.raises(FaultError, match="the parameter embedding is not finite after step 7"):
-        skip_batch(training, broken, batch, metrics, 1)
+        skip_batch(training, broken, 7, batch, metrics, 1)
 
 
 def run(folder, **changes):

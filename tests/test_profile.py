@@ -29,23 +29,31 @@ def test_these_steps_are_traced(calls, tmp_path, first, traced):
     with profiling(RunConfig(profile="3:2"), tmp_path) as profile:
         seen = []
         for step in range(first, 8):
-            profile.update(step)
+            profile.update(step, ())
             if len(calls) == 1:
                 seen.append(step)
     assert seen == traced
     assert calls == (["start profile", "stop"] if traced else [])
 
 
+def test_a_trace_has_whole_steps(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "block_until_ready", lambda results: calls.append(f"wait for {results}"))
+    with profiling(RunConfig(profile="1:2"), tmp_path) as profile:
+        for step in range(5):
+            profile.update(step, step)
+    assert calls == ["wait for 1", "start profile", "wait for 3", "stop"]
+
+
 def test_a_trace_ends_with_the_run_whatever_ends_it(calls, tmp_path):
     with pytest.raises(KeyboardInterrupt), profiling(RunConfig(profile="0:9"), tmp_path) as profile:
-        profile.update(0)
+        profile.update(0, ())
         raise KeyboardInterrupt
     assert calls == ["start profile", "stop"]
 
 
 def test_without_the_setting_or_in_another_process_nothing_is_traced(calls, tmp_path):
     for run, writes in ((RunConfig(), True), (RunConfig(profile="0:9"), False)):
-        Profile(run, tmp_path, writes=writes).update(0)
+        Profile(run, tmp_path, writes=writes).update(0, ())
     assert calls == [] and profiled_steps(RunConfig()) == range(0)
 
 
@@ -64,9 +72,9 @@ def test_steps_that_a_run_does_not_have_are_refused():
 @pytest.mark.full
 def test_a_trace_can_be_read(tmp_path, capsys):
     with profiling(RunConfig(profile="0:1"), tmp_path) as profile:
-        profile.update(0)
+        profile.update(0, ())
         jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))))
-        profile.update(1)
+        profile.update(1, ())
     (trace,) = tmp_path.rglob("*.trace.json.gz")
     assert str(trace) in capsys.readouterr().out
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import flax_decoder as fd
 from flax_decoder.parallel.mesh import mesh_of, sharding_of, use_mesh
+from flax_decoder.planning.collectives import collectives_of
+from flax_decoder.planning.hlo import parse_hlo
 from flax_decoder.training import step as step_module
 from flax_decoder.training.step import accumulate, loss_sum, mean_gradients, state_shardings
 
@@ -587,6 +589,30 @@ def test_each_device_cuts_its_own_tokens_into_chunks(sizes, tied_head):
     assert largest_message(program, in_loops=True) < head_size // 4
     if "fsdp" in sizes:
         assert largest_message(program, in_loops=False) >= head_size // 4
+
+
+@pytest.mark.parametrize(
+    ("dropout", "sizes"),
+    [
+        (0.0, {"data": 4}),
+        pytest.param(0.0, {"data": 2, "fsdp": 2}, marks=pytest.mark.full),
+        pytest.param(0.0, {"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.full),
+        pytest.param(0.3, {"data": 4}, marks=pytest.mark.full),
+    ],
+)
+def test_copies_sum_their_gradients_once_whatever_the_number_of_parts(dropout, sizes):
+    changes = {"model__dropout": dropout, "model__context_length": 8, "model__num_heads": 4, "model__vocab_size": 38}
+    changes |= {"model__num_kv_heads": 2, "model__embed_dim": 16, "training__batch_size": 8}
+    state = make_state(**changes, training__accumulation_steps=2)
+    batch = {name: np.random.default_rng(0).integers(0, 38, (8, 8), np.int32) for name in ("inputs", "targets")}
+    batch["mask"] = np.random.default_rng(1).random((8, 8)).astype(np.float32)
+    expected = jax.jit(mean_gradients)(state, batch)
+    result, program = on_mesh(state, batch, sizes, mean_gradients)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), result, expected)
+    if sizes == {"data": 4}:
+        sent = sum(one.operand_bytes * one.times for one in collectives_of(parse_hlo(program)))
+        num_sums = sent / sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+        assert num_sums > 2 if dropout > 0 else num_sums < 1.1
 
 
 def largest_message(program, in_loops):

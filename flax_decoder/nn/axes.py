@@ -5,6 +5,7 @@ axes of a mesh; without a mesh nothing here has an effect.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +60,36 @@ def mesh_axes(axis: str, *sizes: int) -> tuple[str, ...]:
     there = jax.sharding.get_abstract_mesh().axis_names
     names = tuple(name for name in ([entry] if isinstance(entry, str) else entry or ()) if name in there)
     return names if all(size % _count(names) == 0 for size in sizes) else ()
+
+
+def in_each_copy(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays [B, ...], computed for each copy of the parameters with its own rows.
+
+    Its results have a leading axis, of copies: what it sums over rows is not summed over the devices of other copies.
+    """
+    names = mesh_axes("copies")
+    # Within it there is one copy, whose rows only its own devices share.
+    rules = [(axis, _others(entry, names)) for axis, entry in nn.get_logical_axis_rules()]
+
+    def compute_alone(*arrays: Any) -> Any:
+        with nn.logical_axis_rules(rules):
+            return compute(*arrays)
+
+    def compute_all(*arrays: Any) -> Any:
+        apart = jax.tree.map(lambda rows: rows.reshape(_count(names), -1, *rows.shape[1:]), arrays)
+        results = jax.vmap(compute_alone, spmd_axis_name=names)(*apart)
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, _first_over(names, leaf.ndim)), results)
+
+    return compute_all
+
+
+def _others(entry: str | Sequence[str] | None, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in ([entry] if isinstance(entry, str) else entry or ()) if name not in names)
+
+
+def _first_over(names: tuple[str, ...], num_axes: int) -> PartitionSpec:
+    """The first axis is split over mesh axes; the compiler decides about the others."""
+    return PartitionSpec(names, *[PartitionSpec.UNCONSTRAINED] * (num_axes - 1))
 
 
 def _count(names: tuple[str, ...]) -> int:

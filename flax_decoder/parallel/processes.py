@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 from flax_decoder.config import DistributedConfig
 from flax_decoder.errors import FaultError, LostProcessError, UserError
@@ -239,6 +241,17 @@ def all_gather(arrays: Any) -> Any:
     return arrays if jax.process_count() == 1 else multihost_utils.process_allgather(arrays, tiled=True)
 
 
-def max_over_processes(value: int) -> int:
-    """The largest value of any process."""
-    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.asarray(value)).max())
+def ask_largest(find: Callable[[], int]) -> Callable[[], int]:
+    """Begins to ask all processes for a number; what it returns waits for the largest.
+
+    A single process looks when the answer is asked for. Several look now, and their devices compare the numbers between
+    what they have been given to compute before and what they will be given next: nobody waits for the latter.
+    """
+    if jax.process_count() == 1:
+        return find
+    devices = np.asarray(jax.devices()).reshape(jax.process_count(), -1)
+    mesh = Mesh(devices, ("processes", "local_devices"))
+    numbers = multihost_utils.host_local_array_to_global_array(np.asarray([find()]), mesh, PartitionSpec("processes"))
+    with jax.set_mesh(mesh):
+        largest = jax.jit(jnp.max, out_shardings=PartitionSpec())(numbers)
+    return lambda: int(largest.addressable_data(0))

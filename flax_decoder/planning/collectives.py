@@ -102,7 +102,8 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int], froz
 
     * fsdp: each weight is gathered for the forward and again for the backward pass, and its gradient is scattered, once
       per accumulation step: three times the parameters (Rajbhandari et al. 2020, section 7.2.2).
-    * data, context: gradients are summed over the devices with the same weights, once per step.
+    * data, context: gradients are summed over the devices with the same weights, once per step; those that are already
+      sums over accumulation steps are float32.
     * tensor: four all-reduces of the activations per layer, two forward and two backward (Shoeybi et al. 2020, section
       3), one of the embeddings and one of the head's gradient.
     * context: keys and values travel around the ring forward and backward, and their gradients once.
@@ -133,7 +134,8 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int], froz
             size /= fsdp
         else:
             copies *= fsdp
-        sent["all-reduce"] += learns * 2 * _sent_fraction(copies) * size
+        widening = 4 / item_bytes if num_parts > 1 else 1
+        sent["all-reduce"] += learns * 2 * _sent_fraction(copies) * size * widening
     tokens = config.training.batch_size * model.context_length / (data * fsdp * context)
     activations = tokens * model.embed_dim * item_bytes
     sent["all-reduce"] += (4 * model.num_layers + 2) * 2 * _sent_fraction(tensor) * activations

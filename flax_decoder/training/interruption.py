@@ -4,12 +4,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import guarded, print_escaped
-from flax_decoder.parallel.processes import broadcast_path, max_over_processes
+from flax_decoder.parallel.processes import ask_largest, broadcast_path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Stands for a run folder that was renamed; above all signals.
@@ -59,8 +60,18 @@ class Interruption:
         Raises:
             FaultError: the run folder has been deleted, or moved to where it cannot be found.
         """
+        return self.ask()()
+
+    def ask(self) -> Callable[[], bool]:
+        """Begins to ask; what it returns waits for the answer, as `requested`. See `processes.ask_largest`."""
+        largest = ask_largest(self._own_answer)
+        return lambda: self._note_answer(largest())
+
+    def _own_answer(self) -> int:
         stays = self.place is None or self.place.is_here()
-        number = max_over_processes((self.signal or 0) if stays else _RENAMED)
+        return (self.signal or 0) if stays else _RENAMED
+
+    def _note_answer(self, number: int) -> bool:
         if number == _RENAMED:
             self.renamed = broadcast_path(self.place.find if self.place is not None else None)
             for writer in self.writers:

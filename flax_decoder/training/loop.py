@@ -35,6 +35,7 @@ from flax_decoder.parallel import processes
 from flax_decoder.parallel.launchers import idle_part
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
 from flax_decoder.training.advice import advice, changes_at_seam, next_commands, prolonging
+from flax_decoder.training.batch import Batch
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     choose_step,
@@ -68,7 +69,7 @@ from flax_decoder.training.progress import Progress
 from flax_decoder.training.run_folder import facts_of, open_run, read_base, saved_config
 from flax_decoder.training.run_id import RUN_ID, read_id
 from flax_decoder.training.start import Start
-from flax_decoder.training.step import TrainState, init_state, jit_step, require_adapters, state_shardings
+from flax_decoder.training.step import Metrics, TrainState, init_state, jit_step, require_adapters, state_shardings
 
 # Slightly under 1: fewer unlikely tokens than in the model's own distribution.
 SAMPLE_TEMPERATURE = 0.8
@@ -236,30 +237,37 @@ def run_steps(
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
         watch.record(step, state.all_params)
         batch = place_batch(corpus.train, training, T, mesh, step)
+        unread: list[tuple[int, Batch, Metrics]] = []  # of the last steps
         start = time.perf_counter()
         while not stops:
-            profile.update(step)
+            profile.update(step, state)
+            is_interrupted = interruption.ask()
             state, metrics = take_step(state, batch)
             step += 1
-            next_batch = place_batch(corpus.train, training, T, mesh, step)  # while the devices compute
-            metrics = jax.device_get(metrics)  # waits for the devices
-            end = time.perf_counter()
-            step_seconds.append(end - start)  # from one step to the next, with all that the loop does between them
-            start = end
-            limit_kept_memory()
-            interrupted = interruption.requested()
+            unread.append((step, batch, metrics))
+            batch = place_batch(corpus.train, training, T, mesh, step)  # while the devices compute
+            jax.block_until_ready(unread[:-1])  # no more than one step ahead of the devices: a signal must not wait
+            interrupted = is_interrupted()
             checkpoints.check()
             watch.record(step, state.all_params)
-            if not metrics["applied"]:
-                skipped += 1
-                print_escaped(skip_batch(training, state, batch, metrics, skipped))
-            batch = next_batch
 
             stops = interrupted or step == training.num_steps
             saves = stops or step % training.save_every == 0
             # After a signal, time is short: the state is saved, but evaluated only if an evaluation is due.
             evaluates = step % training.eval_every == 0 or (saves and not interrupted)
-            if not (saves or evaluates or step % training.log_every == 0):
+            logs = saves or evaluates or step % training.log_every == 0
+            # One step behind, so that the devices already have the next one; at once where a line or a save needs them.
+            while len(unread) > (0 if logs else 1):
+                done, its_batch, metrics = unread.pop(0)
+                metrics = jax.device_get(metrics)  # waits for the devices
+                if not metrics["applied"]:
+                    skipped += 1
+                    print_escaped(skip_batch(training, state, done, its_batch, metrics, skipped))
+            limit_kept_memory()
+            end = time.perf_counter()
+            step_seconds.append(end - start)  # from one step to the next, with all that the loop does between them
+            start = end
+            if not logs:
                 continue
             # The median ignores a step that compiled.
             tokens_per_second = tokens_per_step / statistics.median(step_seconds)

@@ -39,12 +39,15 @@ def check_finite(state: TrainState) -> None:
         )
 
 
-def skip_batch(training: TrainingConfig, state: TrainState, batch: Batch, metrics: Metrics, skipped: int) -> str:
+def skip_batch(
+    training: TrainingConfig, state: TrainState, step: int, batch: Batch, metrics: Metrics, skipped: int
+) -> str:
     """Decides whether a run may continue after a step that was not applied.
 
     Args:
         training: `nan` and `skip_limit` of the run.
-        state: the state after that step, of which only `step` has changed.
+        state: the state after that step, or a later one.
+        step: the number of the step, from 1.
         batch: the batch of the step.
         metrics: the metrics of the step.
         skipped: number of steps not applied since the run began, including this one.
@@ -58,8 +61,8 @@ def skip_batch(training: TrainingConfig, state: TrainState, batch: Batch, metric
     check_finite(state)
     loss, norm = metrics["loss"], metrics["gradient_norm"]
     is_spike = bool(np.isfinite(loss) and np.isfinite(norm))
-    cause = f"the loss of {loss:.4g} is a spike" if is_spike else explain(state, batch)
-    cause = f"step {int(state.step)}: {cause}"
+    cause = f"the loss of {loss:.4g} is a spike" if is_spike else explain(state, step, batch)
+    cause = f"step {step}: {cause}"
     if training.nan == "stop" and not is_spike:
         raise FaultError(
             f"{cause}, so this step was not applied. {CONTINUE_HINT.capitalize()};\n"
@@ -73,10 +76,11 @@ def skip_batch(training: TrainingConfig, state: TrainState, batch: Batch, metric
     return f"{cause}: its batch is skipped ({skipped} so far, at most {training.skip_limit})"
 
 
-def explain(state: TrainState, batch: Batch) -> str:
+def explain(state: TrainState, step: int, batch: Batch) -> str:
     """Repeats a step that was not applied, and describes what is not finite in it; see `skip_batch`."""
-    # Dropout depends only on seed and step, so the numbers are the same.
-    before = state.replace(step=state.step - 1)
+    # Dropout depends only on seed and step, so the numbers are the same if no other step has changed the parameters.
+    num_later = int(state.step) - step
+    before = state.replace(step=state.step - num_later - 1)
     compute = jax.jit(_diagnose, out_shardings=jnp.asarray(state.step).sharding)
     loss, norm, finite = jax.device_get(compute(before, batch))
     if not np.isfinite(loss):
@@ -85,7 +89,8 @@ def explain(state: TrainState, batch: Batch) -> str:
         return f"the gradient of {name} is not finite"
     if not np.isfinite(norm):
         return "the norm of the gradients is infinite"
-    return "loss or gradients were not finite, but are when computed again: this device or its memory is faulty"
+    cause = "this device or its memory is faulty" if num_later == 0 else "the step after it has changed the parameters"
+    return f"loss or gradients were not finite, but are when computed again: {cause}"
 
 
 def _diagnose(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array, list[jax.Array]]:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -21,17 +22,21 @@ class Profile:
         self._folder = folder / FOLDER
         self._is_on = False
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, results: Any) -> None:
         """Starts or ends the trace, if it is time.
 
         Args:
-            step: steps completed; their results are there.
+            step: steps that the devices have been given.
+            results: their results, arrays, which a trace waits for: it has whole steps.
         """
-        if not self._is_on and step in self._steps:
+        if self._is_on == (step in self._steps):
+            return
+        jax.block_until_ready(results)
+        if self._is_on:
+            self.end()
+        else:
             jax.profiler.start_trace(self._folder)
             self._is_on = True
-        elif self._is_on and step not in self._steps:
-            self.end()
 
     def end(self) -> None:
         """Ends the trace, if it has begun, and says where it is."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from flax_decoder.config import Config
 from flax_decoder.errors import UserError, require_type
 from flax_decoder.nn.arguments import check_key
-from flax_decoder.nn.axes import logical_axes, num_parts, refuse_explicit_axes
+from flax_decoder.nn.axes import in_each_copy, logical_axes, num_parts, refuse_explicit_axes
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.lora import init_adapters, with_adapters
 from flax_decoder.nn.params import head_params, layers_of
@@ -42,6 +42,8 @@ class TrainState(train_state.TrainState):
         loss_chunk_tokens: logits per device are computed for this many tokens at a time; 0: for all; None: see
             `chunk_size`.
         skip_spikes: a step whose loss exceeds this many times the running mean is not applied; 0 applies all.
+        sums_by_copy: if a batch is computed in parts on a mesh, gradients are summed over the copies of the parameters
+            once, at the end. Not with dropout, whose random numbers are those of one device.
         frozen: parameters that do not learn, beside which `params` are adapters (`nn/lora.py`); None in other training.
     """
 
@@ -50,6 +52,7 @@ class TrainState(train_state.TrainState):
     z_loss: float = struct.field(pytree_node=False, default=0.0)
     loss_chunk_tokens: int | None = struct.field(pytree_node=False, default=None)
     skip_spikes: float = struct.field(pytree_node=False, default=0.0)
+    sums_by_copy: bool = struct.field(pytree_node=False, default=False)
     frozen: Any = None
 
     @property
@@ -155,6 +158,7 @@ def state_maker(model: Decoder, config: Config, num_devices: int = 1) -> Callabl
             z_loss=training.z_loss,
             loss_chunk_tokens=training.loss_chunk_tokens,
             skip_spikes=training.skip_spikes,
+            sums_by_copy=config.model.dropout == config.lora.dropout == 0,
             frozen=frozen,
         )
 
@@ -269,19 +273,26 @@ def accumulate(state: TrainState, batch: Batch, rng: jax.Array) -> tuple[Metrics
         gradients, sums = jax.grad(loss, has_aux=True)(state.params)
         return sums, gradients
 
-    num_parts = state.accumulation_steps
-    if num_parts == 1:
+    if state.accumulation_steps == 1:
         return sums_and_gradients(batch, rng)
 
-    def add_part(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, sums_and_gradients(*part)), None
+    by_copy = state.sums_by_copy and num_parts("copies") > 1
 
-    # Part i takes every num_parts-th row, so that rows stay on their device.
-    parts = jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1), batch)
-    rngs = jax.random.split(rng, num_parts)
-    shapes = jax.eval_shape(sums_and_gradients, jax.tree.map(lambda part: part[0], parts), rngs[0])
+    def sums_of_part(batch: Batch, rng: jax.Array) -> tuple[Metrics, Any]:
+        if not by_copy:
+            return sums_and_gradients(batch, rng)
+        return in_each_copy(lambda batch: sums_and_gradients(batch, rng))(batch)
+
+    def add_part(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, sums_of_part(*part)), None
+
+    # Of n parts, part i takes every n-th row, so that rows stay on their device.
+    parts = jax.tree.map(lambda rows: rows.reshape(-1, state.accumulation_steps, *rows.shape[1:]).swapaxes(0, 1), batch)
+    rngs = jax.random.split(rng, state.accumulation_steps)
+    shapes = jax.eval_shape(sums_of_part, jax.tree.map(lambda part: part[0], parts), rngs[0])
     zeros = jax.tree.map(jnp.zeros_like, shapes)
-    return jax.lax.scan(add_part, zeros, (parts, rngs))[0]
+    total = jax.lax.scan(add_part, zeros, (parts, rngs))[0]
+    return jax.tree.map(lambda leaf: leaf.sum(0), total) if by_copy else total
 
 
 def loss_sum(
