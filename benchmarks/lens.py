@@ -132,24 +132,23 @@ def take_pictures(browser: Browser, run: Path, prompt: str, folder: Path) -> Non
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "lens.html"
         fd.write_lens_page(path, model, params, tokenizer, np.array(tokenizer.encode(prompt)), read_history(run))
-        for name, width, height, scheme, section in (
-            ("lens_top", 1280, 900, "light", None),
-            ("lens_dark", 1280, 900, "dark", None),
-            ("lens_phone", 360, 780, "light", None),
-            ("lens_story", 1280, 900, "light", "story-title"),
-            ("lens_why", 1280, 900, "light", "why-title"),
-            ("lens_learning", 1280, 900, "light", "learning-title"),
+        for name, width, height, part in (
+            ("lens_top", 1280, 940, None),
+            ("lens_phone", 360, 780, ".meeting"),
+            ("lens_story", 1280, 900, "section[aria-labelledby=story-title]"),
+            ("lens_why", 1280, 900, "section[aria-labelledby=why-title]"),
+            ("lens_learning", 1280, 900, "section[aria-labelledby=learning-title]"),
         ):
-            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
             open_page(page, path)
             picture = folder / f"{name}.png"
-            if section is None:
+            if part is None:
                 page.screenshot(path=picture)
             else:
-                page.add_style_tag(
-                    content=".chooser { position: static !important; } section { padding: 1.5rem !important; }"
-                )
-                page.locator(f"section[aria-labelledby={section}]").screenshot(path=picture)
+                margin = "1.5rem" if part.startswith("section") else "0"
+                style = f".chooser {{ position: static !important; }} section {{ padding: {margin} !important; }}"
+                page.add_style_tag(content=style)
+                page.locator(part).first.screenshot(path=picture)
             print(picture, picture.stat().st_size)
             page.close()
 

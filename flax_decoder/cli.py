@@ -333,7 +333,9 @@ def run_tasks(options: argparse.Namespace) -> int:
     _check_file("--out", options.out)
     from flax_decoder.generation.harness import evaluate_tasks, find_tasks, harness_model
 
-    names = options.tasks.split(",")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit {options.limit}: must be at least 1")
+    names = [name.strip() for name in options.tasks.rstrip(", ").split(",")]
     tasks = find_tasks(names, options.include_path)  # before the model is read
     results, table = evaluate_tasks(harness_model(*_load(options)), names, tasks, limit=options.limit)
     content = json.dumps({"path": options.path, "step": options.step} | results, indent=2, default=str) + "\n"

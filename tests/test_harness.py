@@ -164,6 +164,11 @@ def refusal(capsys, *arguments):
     return code, capsys.readouterr().err
 
 
+def test_no_documents_are_refused(run, capsys):
+    code, error = refusal(capsys, run, "--tasks", "hellaswag", "--limit", "0")
+    assert code == 2 and error == "error: --limit 0: must be at least 1\n"
+
+
 def test_without_the_package_the_extra_is_named(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, error = refusal(capsys, run, "--tasks", "hellaswag")
