@@ -375,6 +375,7 @@ FORWARD = {
         *("embeddings", "the vectors of positions differ"),
     ),
     "gate of exaone": ("exaone-0", GATE_AND_UP, "feed_forward.gate", "gate and up are swapped"),
+    "no clip": ("olmo-3", {"qkv_clip": None}, Q_ROTATED, "none of the known ones"),
     "bfloat16": ("llama-0", {"dtype": "bfloat16"}, "embeddings", "reduced matmul precision"),
 }
 
