@@ -3,10 +3,13 @@
 They are written from the structure of well-known models, at small sizes: names and values of settings are compared.
 """
 
+import collections
 import dataclasses
 import functools
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -480,6 +483,20 @@ REFUSED = {
 
 def test_there_are_enough():
     assert len(OPENS) + len(REFUSED) >= 100 and {d["model_type"] for d in OPENS.values()} == FAMILIES.keys()
+
+
+def test_the_table_in_the_docs_is_of_these_settings():
+    """Written by benchmarks/published.py."""
+    page = (Path(__file__).parent.parent / "docs" / "hugging_face.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\d+) \| \d\.\de-\d\d \|$", page, re.MULTILINE))
+    opened = collections.Counter(document["model_type"] for name, document in OPENS.items())
+    opened.subtract(OPENS[name]["model_type"] for name in NOT_IN_TRANSFORMERS)
+    assert rows == {model_type: str(count) for model_type, count in opened.items()}
+    for part in (
+        f"{len(OPENS) + len(REFUSED)} config files",
+        f"{len(OPENS)} open, and the other\n{len(REFUSED)} say why",
+    ):
+        assert part in page
 
 
 def test_published_settings_are_read():
