@@ -191,6 +191,9 @@ class ModelConfig(_Shown):
     qk_norm_position: Annotated[Literal["before", "after"], UsedWhere(lambda model: model.qk_norm != "none")] = "before"
     """queries and keys are normalised before they are rotated, or after"""
 
+    qkv_clip: Positive | None = None
+    """queries, keys and values are clipped to ± this, before they are normalised or rotated"""
+
     final_norm: bool = True
     """a norm between the last block and the head; post-norm models often have none"""
 

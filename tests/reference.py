@@ -230,6 +230,8 @@ def self_attention(x_TD, params, config, window, rotates=True):
     q_TNH = np.array([linear(x_D, params["query"]) for x_D in x_TD])
     k_TKH = np.array([linear(x_D, params["key"]) for x_D in x_TD])
     v_TKH = np.array([linear(x_D, params["value"]) for x_D in x_TD])
+    if config.qkv_clip is not None:
+        q_TNH, k_TKH, v_TKH = (np.clip(x, -config.qkv_clip, config.qkv_clip) for x in (q_TNH, k_TKH, v_TKH))
     for name, array in (("query_norm", q_TNH), ("key_norm", k_TKH)):
         for t in range(len(array)):
             if config.qk_norm == "all" and config.qk_norm_position == "before":

@@ -106,6 +106,7 @@ CHOICES = {
         "norm_position": "output",
         "qk_norm": "all",
         "qk_norm_position": "after",
+        "qkv_clip": 0.4,
         "logit_scale": 1.9,
         "residual_scale": 0.7,
         "positions": "rotary",
@@ -170,6 +171,7 @@ def random_choices(rng):
             "rotary_pattern": rng.choice([(True,), (True, False)]),
             "rotary_original_context": 29,
             "residual_scale": rng.choice([1.0, 0.7]),
+            "qkv_clip": rng.choice([None, 0.4]),
             "logit_scale": rng.choice([1.0, 1.9]),
         }
         settings["window_pattern"] = rng.choice([(True,), (False, True)]) if settings["window"] else (True,)

@@ -287,6 +287,8 @@ SHAPES |= {
 }
 FALCON = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "intermediate_size")}
 OPT = FALCON | {"ffn_dim": 37, "word_embed_proj_dim": 24}
+SHAPES["olmo"].append(SIZES | {"clip_qkv": 0.7, "attention_bias": True})
+SHAPES["mpt"].append(MPT | {"attn_config": {"clip_qkv": 0.6}})
 SHAPES |= {
     "exaone": [
         SIZES,

@@ -241,6 +241,10 @@ def without_embedding_norm(params):
     return {name: leaf for name, leaf in params.items() if name != "embedding_norm"}
 
 
+def without_second_norm(params):
+    return params | {"layers": {name: leaf for name, leaf in params["layers"].items() if name != "feed_forward_norm"}}
+
+
 def without_head(params):
     return {name: leaf for name, leaf in params.items() if name != "head"}
 
@@ -375,6 +379,11 @@ FORWARD = {
         *("embeddings", "the vectors of positions differ"),
     ),
     "gate of exaone": ("exaone-0", GATE_AND_UP, "feed_forward.gate", "gate and up are swapped"),
+    "shared norm": (
+        *("gpt_neox-0", {"shared_norm": True, "edit": without_second_norm}),
+        *("feed_forward.up", "shared norm: the feed-forward of ours reads the norm of attention"),
+    ),
+    "no clip": ("olmo-3", {"qkv_clip": None}, Q_ROTATED, "PyTorch clips queries and keys to ± 0.7"),
     "bfloat16": ("llama-0", {"dtype": "bfloat16"}, "embeddings", "reduced matmul precision"),
 }
 

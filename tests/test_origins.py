@@ -17,6 +17,7 @@ MODELS = {
     **ORDERS,
     **{name: SCORES[name] for name in ("grouped and rotary", "capped slopes")},
     "capped": {**SCORES["capped"], "attention_in_bias": True, "norm_bias": True, "mlp_bias": True},
+    "clipped": {"qkv_clip": 0.3, "positions": "rotary", "attention_in_bias": True},
     "unit heads": {"qk_norm": "head", "num_kv_heads": 2, "norm": "rmsnorm"},
     "not every layer turns": {"positions": "rotary", "rotary_pattern": (True, False)},
 }
@@ -61,6 +62,8 @@ def test_each_origin_is_what_it_gives_alone(name):
                 bias = weights.get("bias", 0.0)
                 whole, own = (np.einsum("btd,dnh->btnh", x_BTD, weights["kernel"]) for x_BTD in (whole_BTD, own_BTD))
                 whole, own = whole + bias, own + bias * (origin == "bias")
+                if config.qkv_clip is not None:
+                    own = own * np.minimum(1, config.qkv_clip / np.abs(whole))
                 if config.qk_norm != "none":
                     flat = -1 if config.qk_norm == "head" else (-2, -1)
                     size = np.sqrt((whole**2).mean(flat, keepdims=True) + config.norm_epsilon)

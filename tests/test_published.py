@@ -3,10 +3,13 @@
 They are written from the structure of well-known models, at small sizes: names and values of settings are compared.
 """
 
+import collections
 import dataclasses
 import functools
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,6 +411,8 @@ OPENS = {
     "falcon with many heads": FALCON | V4 | {"multi_query": False, "parallel_attn": False, "bias": True},
     "opt-125m": OPT | V4,
     "opt without the last norm": OPT | V4 | {"_remove_final_layer_norm": True, "enable_bias": False},
+    "mpt-7b storywriter": MPT | V4 | {"attn_config": MPT_ATTENTION | {"clip_qkv": 1.0}},
+    "olmo-7b": OLMO | V4 | {"clip_qkv": 0.9},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -440,7 +445,6 @@ REFUSED = {
     "gpt2 with pruned heads": (GPT2 | {"pruned_heads": {"0": [1]}}, "pruned_heads"),
     "gpt2 with two widths": (GPT2 | {"hidden_size": 33}, "n_embd = 32, but hidden_size = 33"),
     "neox with two bases": (NEOX | NEOX_457 | {"rope_theta": 500}, "rotary_emb_base = 10000, but rope_theta = 500"),
-    "mpt-30b storywriter": (MPT | {"attn_config": {"clip_qkv": 6}}, "attn_config.clip_qkv = 6"),
     "mpt without alibi": (MPT | {"attn_config": {"alibi": False}}, "attn_config.alibi = False"),
     "mpt with a switch that nobody knows": (MPT | {"attn_config": {"rope": True}}, "attn_config.rope = True"),
     "mpt with a word for an object": (MPT | {"attn_config": "x"}, "attn_config = 'x' must be an object"),
@@ -464,7 +468,7 @@ REFUSED = {
     "gptj that rotates too much": (GPTJ | {"rotary_dim": 64}, "rotary_dim = 64 must be a whole number up to 8"),
     "hunyuan without alpha": (HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
     "granite that divides by zero": (GRANITE | {"logits_scaling": 0}, "logits_scaling = 0 must be a positive number"),
-    "olmo-7b": (OLMO | {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+    "olmo that clips to nothing": (OLMO | {"clip_qkv": 0.0}, "clip_qkv = 0.0"),
     "exaone-3.5 with its code": (
         EXAONE | {"auto_map": {"AutoConfig": "configuration_exaone.X"}},
         "auto_map names Python",
@@ -479,6 +483,20 @@ REFUSED = {
 
 def test_there_are_enough():
     assert len(OPENS) + len(REFUSED) >= 100 and {d["model_type"] for d in OPENS.values()} == FAMILIES.keys()
+
+
+def test_the_table_in_the_docs_is_of_these_settings():
+    """Written by benchmarks/published.py."""
+    page = (Path(__file__).parent.parent / "docs" / "hugging_face.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\d+) \| \d\.\de-\d\d \|$", page, re.MULTILINE))
+    opened = collections.Counter(document["model_type"] for name, document in OPENS.items())
+    opened.subtract(OPENS[name]["model_type"] for name in NOT_IN_TRANSFORMERS)
+    assert rows == {model_type: str(count) for model_type, count in opened.items()}
+    for part in (
+        f"{len(OPENS) + len(REFUSED)} config files",
+        f"{len(OPENS)} open, and the other\n{len(REFUSED)} say why",
+    ):
+        assert part in page
 
 
 def test_published_settings_are_read():

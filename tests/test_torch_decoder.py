@@ -38,6 +38,7 @@ VALUES = {
     "rotary_magnitude": (1.0, 1.3),
     "embed_scale": (1.0, 3.7),
     "residual_scale": (1.0, 0.7),
+    "qkv_clip": (None, 0.4),
     "logit_scale": (1.0, 1.9),
     "norm_epsilon": (1e-5, 0.3),
     "window": (None, 5),

@@ -169,6 +169,21 @@ def _projected(row: Mismatch, *, x: Array | None = None, transposed: bool = Fals
     return np.asarray(x @ matrix.T) if matrix.shape[0] == matrix.shape[1] else None
 
 
+def _own_norm(row: Mismatch) -> bool:
+    """Whether PyTorch's feed-forward reads through a norm of its own what ours reads through that of attention."""
+    if not row.evidence.ours.config.shared_norm:
+        return False
+    given = _by_position(row.x)
+    matrix = row.params("kernel").reshape(given.shape[1], -1)
+    product = _by_position(row.theirs) - row.params("bias").reshape(-1)
+    read = product @ np.linalg.pinv(matrix)
+    if not same(read @ matrix, product):
+        return False
+    # Two norms of one stream differ in scale and bias only: number by number, one is a line in the other.
+    ours, theirs = given - given.mean(0), read - read.mean(0)
+    return same(theirs, ours * (ours * theirs).sum(0) / np.square(ours).sum(0))
+
+
 def _transposed(row: Mismatch) -> bool:
     product = _projected(row, transposed=True)
     return product is not None and same(_by_position(row.ours), product + row.params("bias").reshape(-1))
@@ -272,6 +287,15 @@ def _angles(before: Array, after: Array) -> tuple[Array, float] | None:
     if not np.allclose(turned, after, atol=1e-5 * np.abs(after).max()):
         return None
     return per_step_R, round(start, 6) + 0  # + 0 turns -0.0 into 0.0
+
+
+def _clipped(row: Mismatch) -> Found:
+    ours, theirs = row.ours[:, 0], row.theirs[:, 0]  # what stands at position 0 is not turned
+    for side, own, other in (("ours", ours, theirs), ("PyTorch", theirs, ours)):
+        limit = np.abs(own).max()
+        if same(own, other.clip(-limit, limit)) and not same(own, other):
+            return {"side": side, "limit": limit}
+    return False
 
 
 def _unturned(row: Mismatch, own: Array, other: Array) -> bool:
@@ -489,11 +513,17 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     ),
     (PROJECTION, _swapped, "{first} and {second} are swapped"),
     (r"attention\.(query|key)", _reordered, "rotary layout of the weights: numbers of our heads are reordered, {how}"),
+    (
+        r"feed_forward\.(gate|up)",
+        _own_norm,
+        "shared norm: the feed-forward of ours reads the norm of attention, that of PyTorch has one of its own",
+    ),
     (PROJECTION, _transposed, "the matrix is transposed: it is square, so its shape does not tell"),
     (PROJECTION, one_side(_no_bias), "a bias is missing in {side}"),
     (PROJECTION, _constant, "the bias differs"),
     (PROJECTION, _mixed_heads, "heads and head width are mixed up in a reshape"),
     (PROJECTION, _other_weights, OTHER),
+    (ROTATED, _clipped, "{side} clips queries and keys to ± {limit:.4g}, the other side does not"),
     (ROTATED, one_side(_unturned), "rotary positions: {side} does not turn it, in this layer or in all"),
     (ROTATED, _magnitude, "rotary magnitude: what ours turns is {ratio:.6g} times PyTorch's"),
     (ROTATED, one_side(_no_rotation), "what {side} does to it is no rotation of pairs"),

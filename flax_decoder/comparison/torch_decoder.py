@@ -157,6 +157,8 @@ class SelfAttention(nn.Module):
         """Maps (B, T, D) to (B, T, D)."""
         B, T, _ = x.shape
         q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.config.qkv_clip is not None:
+            q, k, v = (y.clamp(-self.config.qkv_clip, self.config.qkv_clip) for y in (q, k, v))
         if self.config.qk_norm == "all" and self.config.qk_norm_position == "before":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (y.view(B, T, -1, self.config.head_width) for y in (q, k, v))

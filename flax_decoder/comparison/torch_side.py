@@ -261,6 +261,8 @@ class PyTorchSide:
         rule, prefix = place.rule, "" if place.layer is None else f"layers.{place.layer}."
         names = [prefix + path.removeprefix("layers/").rpartition("/")[0].replace("/", ".") for path in rule.paths]
 
+        limit: Any = self.config.qkv_clip  # what comes after the module is not seen otherwise
+
         def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             output, *args = (  # OPT's feed-forward has positions of all texts in one axis
                 x.reshape(*self.batch_shape, -1) if x.ndim == 2 else x for x in (output, *args)
@@ -271,7 +273,8 @@ class PyTorchSide:
                 B, T = args[0].shape[:2]
                 recorded[prefix + "attention.heads"] = args[0].reshape(B, T, -1, self.config.head_width)
             for name, part in zip(names, self._split_output(rule, output), strict=True):
-                recorded[name] = part
+                is_clipped = limit is not None and name.endswith(("query", "key", "value"))
+                recorded[name] = part.clamp(-limit, limit) if is_clipped else part
 
         return hook
 

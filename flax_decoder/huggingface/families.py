@@ -389,6 +389,7 @@ MPT = Family(
         size("max_seq_len", "context_length", 2048),
         Setting("layer_norm_epsilon", ("norm_epsilon",), 1e-5),
         Setting("attn_config.softmax_scale", ("attention_scale",), None),
+        Setting("attn_config.clip_qkv", ("qkv_clip",), None, read=lambda limit: limit or None),
     ),
     rules=(
         Rule("wte.weight", ("embedding",)),
@@ -408,7 +409,7 @@ MPT = Family(
     supported={
         **{"expansion_ratio": (4,), "no_bias": (True,), "logit_scale": (None,), "embedding_fraction": (1.0,)},
         **{"norm_type": ("low_precision_layernorm", "layernorm"), "attn_config.attn_type": ("multihead_attention",)},
-        **{"attn_config.alibi": (True,), "attn_config.alibi_bias_max": (8,), "attn_config.clip_qkv": (None,)},
+        **{"attn_config.alibi": (True,), "attn_config.alibi_bias_max": (8,)},
         **{"attn_config.prefix_lm": (False,), "attn_config.qk_ln": (False,)},
         **{"attn_config.attn_uses_sequence_id": (False,)},
     },
@@ -522,9 +523,9 @@ OLMO = Family(
     settings=(
         *(setting for setting in LLAMA_SETTINGS if setting.name != RMS_EPSILON.name),
         ATTENTION_BIAS,
+        Setting("clip_qkv", ("qkv_clip",), None),
     ),
     rules=LLAMA.rules,
-    supported={"clip_qkv": (None,)},
     divides_width=True,
 )
 

@@ -159,6 +159,10 @@ def _project(config: ModelConfig, params: Any, name: str, h_BTOD: jax.Array) -> 
     x_BTONH = jnp.einsum("BTOD,DNH->BTONH", h_BTOD, params[name]["kernel"])
     if "bias" in params[name]:
         x_BTONH = x_BTONH.at[:, :, BIAS].add(params[name]["bias"][None, None])
+    if config.qkv_clip is not None:
+        sum_BT1NH = x_BTONH.sum(2, keepdims=True)
+        clipped_BT1NH = jnp.clip(sum_BT1NH, -config.qkv_clip, config.qkv_clip)
+        x_BTONH *= jnp.where(sum_BT1NH == 0, 1.0, clipped_BT1NH / sum_BT1NH)
     if config.qk_norm == "none" or config.qk_norm_position == "after":  # then it belongs to what the rotation changes
         return x_BTONH
     axes = (-1,) if config.qk_norm == "head" else (-2, -1)

@@ -62,6 +62,9 @@ class SelfAttention(nn.Module):
             v_BTKH = linear(key_shape, config.dtype, name="value")("BTD,DKH->BTKH", x_BTD)
             q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
             k_BTKH, v_BTKH = (constrain(x, "batch", "length", "kv_heads", None) for x in (k_BTKH, v_BTKH))
+            if config.qkv_clip is not None:
+                low, high = -config.qkv_clip, config.qkv_clip
+                q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, low, high) for x in (q_BTNH, k_BTKH, v_BTKH))
             if config.qk_norm_position == "before":
                 q_BTNH, k_BTKH = self.normalise(q_BTNH, k_BTKH)
             q_BTNH, k_BTKH, v_BTKH = record("q", q_BTNH), record("k", k_BTKH), record("v", v_BTKH)
