@@ -169,12 +169,12 @@ def train_from(
     watched = watched_tokens(config, tokenizer, corpus.validation.tokens)
     watch = processes.first_alone(lambda: Watch(config, folder, watched, done, mesh, writes=processes.is_first()))
     describe(model, state, tokenizer, corpus, mesh)
-    slower = slower_attention(config.model, has_documents=config.data.document_mask)
-    if slower is not None and mesh.shape["context"] == 1:
-        print_escaped(slower)
     facts = facts_of(config, folder)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts, interruption.place) as checkpoints:
         interruption.writers = [log, watch, checkpoints]
+        slower = slower_attention(config.model, has_documents=config.data.document_mask)
+        if slower is not None and mesh.shape["context"] == 1:
+            print_escaped(slower)
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
