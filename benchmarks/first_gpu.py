@@ -29,6 +29,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -143,15 +144,24 @@ def run_part(name: str, out: Path, seconds_left: float, cache: str, *, tiny: boo
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, __file__, "--out", str(out), "--part", name, *(["--cpu"] if tiny else [])]
     start, limit = time.monotonic(), seconds_left if tiny else min(seconds_left, PATIENCE * part.seconds)
-    try:
-        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=limit)
-        code, reason = done.returncode, (done.stderr.strip().splitlines() or ["no message"])[-1]
-    except subprocess.TimeoutExpired:
-        code, reason = 1, f"still ran after {limit:.0f} s"
+    code, reason = run_command(command, environment, limit)
     if code not in (0, 2):
         reporter.write("", {"failed": reason})
     print(f"{name}: {time.monotonic() - start:.0f} s{f', {reason}' if code else ''}", flush=True)
     return code
+
+
+def run_command(command: list[str], environment: dict[str, str], limit: float) -> tuple[int, str]:
+    """Runs a command for at most so many seconds: its exit code, and the last line of its errors."""
+    # A session of its own, so that what it has started ends with it.
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return 1, f"still ran after {limit:.0f} s"
+    return process.returncode, (errors.strip().splitlines() or ["no message"])[-1]
 
 
 def seconds_per_call(compute: Callable[..., Any], *arguments: Any, calls: int = 10) -> float:

@@ -5,8 +5,8 @@
 
 Two shapes, both with a tied head and without dropout:
 
-* 124M, GPT-2 small: 12 layers, 768 wide, 12 heads, vocabulary 50,304; LayerNorm, GELU (tanh), learned positions,
-  biases; 32 sequences of 1,024 tokens.
+* 124M, configs/gpt2_124m.toml: 12 layers, 768 wide, 12 heads, vocabulary 50,304; LayerNorm, GELU (tanh), learned
+  positions, biases; 32 sequences of 1,024 tokens, as many as that config computes at a time.
 * 1B, as Llama 3.2 1B: 16 layers, 2,048 wide, 32 heads of 64 and 8 of keys and values, feed-forward 8,192, vocabulary
   128,256; RMSNorm, SwiGLU, rotary positions; 8 sequences of 2,048 tokens.
 
@@ -59,22 +59,11 @@ CONTESTANTS = {
     "PyTorch, flash attention": "FLASH_ATTENTION",
     "PyTorch, cuDNN attention": "CUDNN_ATTENTION",
 }
+# The first is a config of its own, which the others change.
+CONFIGS = {"124M": Path(__file__).parent.parent / "configs" / "gpt2_124m.toml", "1B": None}
 SHAPES: dict[str, dict[str, Any]] = {
-    "124M": {
-        "model.vocab_size": 50304,
-        "model.context_length": 1024,
-        "model.num_layers": 12,
-        "model.embed_dim": 768,
-        "model.num_heads": 12,
-        "model.feed_forward": "gelu_tanh",
-        "model.norm_bias": True,
-        "model.attention_in_bias": True,
-        "model.attention_out_bias": True,
-        "model.mlp_bias": True,
-        "training.batch_size": 32,
-        # All logits fit in memory, and one sum of the head's gradient is faster than several.
-        "training.loss_chunk_tokens": 0,
-    },
+    # The rows that the config computes at a time.
+    "124M": {"training.batch_size": 32, "training.rows_per_device": None},
     "1B": {
         "model.vocab_size": 128256,
         "model.context_length": 2048,
@@ -109,7 +98,7 @@ def config_of(shape: str, changes: dict[str, Any], tiny: bool = False) -> Config
     """The config of a shape, or of a tiny one of the same kind, with changes by dotted name."""
     settings = {"model.dtype": "bfloat16", "optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
     settings |= SHAPES[shape] | changes | (TINY[shape] if tiny else {})
-    return load_config(None, settings)
+    return load_config(CONFIGS[shape], settings)
 
 
 def our_call(config: Config, batches: np.ndarray) -> Call:

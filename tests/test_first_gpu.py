@@ -25,27 +25,24 @@ def read(folder):
 
 @pytest.fixture
 def started(monkeypatch, benchmark):
-    """The parts that were started, with the seconds each may take; instead of running they do what `acts` says."""
+    """The parts that were started, with the seconds each may take; instead of running, they end as `acts` says."""
     acts, found = {}, []
 
-    def run(command, *, env, timeout, **options):
+    def run(command, environment, limit):
         name = command[command.index("--part") + 1]
-        found.append((name, round(timeout), env["XLA_FLAGS"]))
-        return acts.get(name, lambda: subprocess.CompletedProcess(command, 0, stderr=""))()
+        found.append((name, round(limit), environment["XLA_FLAGS"]))
+        return acts.get(name, (0, ""))
 
     monkeypatch.setenv("XLA_FLAGS", "--given")
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(benchmark, "run_command", run)
     return acts, found
 
 
 def test_a_part_that_fails_or_hangs_stops_no_other(benchmark, started, tmp_path, capsys):
     acts, found = started
 
-    def hang():
-        raise subprocess.TimeoutExpired("python", 225)
-
-    acts["correctness"] = lambda: subprocess.CompletedProcess("python", 1, stderr="Traceback ...\nNo kernel\n")
-    acts["step"] = hang
+    acts["correctness"] = 1, "No kernel"
+    acts["step"] = 1, "still ran after 225 s"
     assert benchmark.main(["--out", str(tmp_path / "out"), "--seconds", "5000"]) == 1
     assert [name for name, *_ in found] == list(benchmark.PARTS)
     assert found[2] == ("step", benchmark.PATIENCE * benchmark.PARTS["step"].seconds, "--given")
@@ -55,6 +52,13 @@ def test_a_part_that_fails_or_hangs_stops_no_other(benchmark, started, tmp_path,
         "step": {"failed": "still ran after 225 s"},
     }
     assert "step: failed still ran after 225 s" in capsys.readouterr().out
+
+
+def test_what_a_command_has_started_ends_with_it(benchmark):
+    sleep = "import subprocess, sys; print('x', file=sys.stderr); subprocess.run(['sleep', '1000'])"
+    assert benchmark.run_command([sys.executable, "-c", sleep], {}, 0.5) == (1, "still ran after 0 s")
+    fail = "import sys; sys.exit('first\\nlast')"
+    assert benchmark.run_command([sys.executable, "-c", fail], {}, 60) == (1, "last")
 
 
 def test_a_part_for_which_no_time_is_left_is_left_out(benchmark, started, tmp_path):
@@ -68,7 +72,7 @@ def test_a_part_for_which_no_time_is_left_is_left_out(benchmark, started, tmp_pa
 
 def test_without_a_gpu_it_ends(benchmark, started, tmp_path):
     acts, found = started
-    acts["machine"] = lambda: subprocess.CompletedProcess("python", 2, stderr="JAX sees no GPU\n")
+    acts["machine"] = 2, "JAX sees no GPU"
     assert benchmark.main(["--out", str(tmp_path)]) == 2
     assert len(found) == 1
 
@@ -104,9 +108,12 @@ def test_a_measurement_that_fails_stops_no_other(benchmark, tmp_path):
 
 
 @pytest.mark.full
-def test_all_of_it(tmp_path):
+def test_all_of_it(benchmark, tmp_path):
     pytest.importorskip("torch")
-    command = [sys.executable, ROOT / "benchmarks" / "first_gpu.py", "--cpu", "--out", tmp_path]
+    parts = [name for name in benchmark.PARTS if not name.startswith("variant_")]
+    parts += ["variant_rows_64", "variant_scan", "variant_latency_hiding"]
+    command = [sys.executable, ROOT / "benchmarks" / "first_gpu.py", "--cpu", "--seconds", "86400", "--out", tmp_path]
+    command += ["--only", *parts]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(tmp_path)

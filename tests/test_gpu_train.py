@@ -30,11 +30,14 @@ def torch_decoder(benchmark):
 
 
 def test_the_124m_shape_is_that_of_the_config_file(benchmark):
-    expected = vars(load_config(ROOT / "configs" / "gpt2_124m.toml").model)
-    model = vars(benchmark.config_of("124M", {}).model)
-    fields = [name.removeprefix("model.") for name in benchmark.SHAPES["124M"] if name.startswith("model.")]
-    assert {name: model[name] for name in fields} == {name: expected[name] for name in fields}
-    assert model["dtype"] == expected["dtype"] == "bfloat16"
+    """Of which it computes as many rows as that does at a time."""
+    expected = load_config(ROOT / "configs" / "gpt2_124m.toml")
+    config = benchmark.config_of("124M", {})
+    assert config.model == expected.model
+    assert config.training.batch_size == expected.training.rows_per_device
+    for rows in ("32", "64"):
+        assert benchmark.config_of("124M", {"training.batch_size": rows}).training.num_parts(1) == 1
+    assert config.training.loss_chunk_tokens == expected.training.loss_chunk_tokens == 0
 
 
 @pytest.mark.short("1B")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention import dot_product_attention
 from flax_decoder.nn.cache import empty_cache
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.nn.kernels import splash
-from flax_decoder.nn.kernels.choice import choose_kernel, on_each_device
+from flax_decoder.nn.kernels import choice, splash
+from flax_decoder.nn.kernels.choice import choose_kernel, on_each_device, slower_attention
 from flax_decoder.nn.kernels.cudnn import cudnn
 from flax_decoder.nn.kernels.platform import target_platform
 from flax_decoder.nn.mask import MaskSpec
@@ -223,10 +224,63 @@ def test_the_choice_follows_the_generation_of_the_gpu(capability, head_dim, expe
     gpu = type("Device", (), {"compute_capability": capability})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    monkeypatch.setattr(choice, "failure", lambda *sizes: None)
     assert choose_kernel(ModelConfig(**BFLOAT16, head_dim=head_dim)) == expected
     if expected != "cudnn":
         with pytest.raises(fd.UserError, match=r'model.attention = "cudnn" .* use model.attention = "auto"'):
             choose_kernel(ModelConfig(**BFLOAT16, head_dim=head_dim, attention="cudnn"))
+
+
+def test_a_kernel_that_fails_is_not_taken(monkeypatch):
+    """It is tried once, also where a program is traced and a mesh is set. Here it fails, as there is no GPU."""
+    attempts = []
+
+    def kernel(q_BTNH, k_BSKH, v_BSKH, mask):
+        attempts.append((q_BTNH.shape[2:], k_BSKH.shape[2:], jax.sharding.get_abstract_mesh().empty))
+        return dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask)
+
+    choice.failure.cache_clear()
+    monkeypatch.setattr(choice, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    config = ModelConfig(**MODEL | BFLOAT16)
+    assert choose_kernel(config) == "reference"
+    line = slower_attention(config)
+    assert line.startswith("attention is computed by its formula, as cudnn fails on this device: ") and "\n" not in line
+    with pytest.raises(fd.UserError, match=r'"cudnn" fails on this device: .*; use model.attention = "auto"'):
+        choose_kernel(dataclasses.replace(config, attention="cudnn"))
+
+    choice.failure.cache_clear()
+    monkeypatch.setitem(choice.FUSED, "cudnn", kernel)
+    chosen = []
+
+    def traced(x):
+        chosen.extend(choose_kernel(config) for _ in range(2))
+        return x
+
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+        jax.jit(traced)(1)
+    assert chosen == ["cudnn", "cudnn"]
+    assert attempts == [((config.num_heads, config.head_width), (config.kv_heads, config.head_width), True)]
+    assert slower_attention(config) is None
+    choice.failure.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_documents", "reason"),
+    [
+        ({}, False, 'computes in bfloat16, not in dtype = "float32"'),
+        (BFLOAT16 | {"dropout": 0.2}, False, "never holds the weights that dropout = 0.2 zeroes in training"),
+        (BFLOAT16, True, "has no documents"),
+        (BFLOAT16, False, None),
+        ({"attention": "reference"}, False, None),
+    ],
+)
+def test_the_line_that_says_why_attention_is_not_fused(settings, has_documents, reason):
+    with traced_for("gpu"):
+        line = slower_attention(ModelConfig(**MODEL | settings), has_documents=has_documents)
+    assert line is None if reason is None else f"as cudnn {reason}" in line
+    assert slower_attention(ModelConfig(**MODEL | settings)) is None  # a CPU has no fused kernel
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,20 @@ def test_the_sum_of_exponentials_in_one_pass(scale):
 
 
 @pytest.mark.full
+def test_under_vmap(on_gpu, monkeypatch):
+    """As for copies of a model that sum their gradients by themselves."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    state, batch = state_and_batch(GPT2)
+    halves = jax.tree.map(lambda rows: rows.reshape(2, -1, *rows.shape[1:]), batch)
+    found = jax.jit(jax.vmap(lambda batch: mean_gradients(state, batch)))(halves)
+    expected = [
+        jax.jit(lambda batch: mean_gradients(state, batch))(half)
+        for half in ({name: rows[i] for name, rows in halves.items()} for i in range(2))
+    ]
+    assert_same(found, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected), 1e-6)
+
+
+@pytest.mark.full
 def test_a_loss_that_is_not_finite_stays_so(on_gpu):
     logits_BTV = jnp.asarray(RNG.standard_normal((1, 3, 7)), jnp.float32)
     for bad in (np.nan, np.inf):

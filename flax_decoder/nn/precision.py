@@ -35,16 +35,19 @@ def _change_of_sum(arguments: tuple[jax.Array, jax.Array], changes: tuple[jax.Ar
     return add_parameter(x, parameter), (x_change + parameter_change).astype(x.dtype)
 
 
-def in_float32(compute: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """A function of each number by itself, computed in at least float32, with a result in the dtype of its argument."""
+def in_float32(compute: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of numbers by themselves, computed in at least float32, with a result in the dtype of its arguments.
+
+    The arguments are arrays of one dtype and shape.
+    """
 
     @functools.wraps(compute)
-    def widened_compute(x: jax.Array) -> jax.Array:
-        dtype = accumulation_dtype(x.dtype)
-        if x.dtype == dtype:
-            return compute(x)
-        # What it computes on the way is not kept for the backward pass: it would be twice as large as x.
-        return jax.checkpoint(lambda x: compute(x.astype(dtype)).astype(x.dtype))(x)
+    def widened_compute(*xs: jax.Array) -> jax.Array:
+        dtype, narrow = accumulation_dtype(xs[0].dtype), xs[0].dtype
+        if narrow == dtype:
+            return compute(*xs)
+        # What it computes on the way is not kept for the backward pass: it would be twice as large as an argument.
+        return jax.checkpoint(lambda *xs: compute(*(x.astype(dtype) for x in xs)).astype(narrow))(*xs)
 
     return widened_compute
 

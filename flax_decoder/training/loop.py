@@ -28,7 +28,7 @@ from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.lens.watch import Watch, watched_tokens
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.nn.kernels.choice import choose_kernel
+from flax_decoder.nn.kernels.choice import choose_kernel, slower_attention
 from flax_decoder.nn.params import abstract_params
 from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel import processes
@@ -175,6 +175,9 @@ def train_from(
     facts = facts_of(config, folder)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts, interruption.place) as checkpoints:
         interruption.writers = [log, watch, checkpoints]
+        slower = slower_attention(config.model, has_documents=config.data.document_mask)
+        if slower is not None and mesh.shape["context"] == 1:
+            print_escaped(slower)
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))

@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
@@ -24,7 +27,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, MaskSpec], jax.Array]
 """From q_BTNH, k_BSKH, v_BSKH and which keys a query sees to heads_BTNH: what all implementations are."""
 
 # Kernels for whole sequences in order; none of them ever holds the scores in memory.
-FUSED = {"cudnn": cudnn, "splash": splash}
+FUSED: dict[str, Callable[..., jax.Array]] = {"cudnn": cudnn, "splash": splash}
 
 # What `model.attention = "auto"` takes on each kind of device, if it supports the settings of the model.
 FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
@@ -93,15 +96,25 @@ def choose_kernel(config: ModelConfig, *, has_documents: bool = False) -> str:
     """
     platform = target_platform()
     name = FASTEST.get(platform, "reference") if config.attention == "auto" else config.attention
-    obstacle = config.attention_obstacle(name) or _device_obstacle(name, platform, config.head_width)
-    if obstacle is None and name == "cudnn" and has_documents:
-        obstacle = "has no documents that do not see each other (segments), in JAX's interface"
+    obstacle = _obstacle(config, name, platform, has_documents=has_documents)
     if config.attention != "auto":
         if obstacle is not None:
             raise UserError(f'model.attention = "{name}" {obstacle}; use model.attention = "auto"')
         return name
     # The compiler cannot split a Pallas kernel over devices, and without a mesh it is unknown whether it will have to.
     return "reference" if obstacle is not None or (name == "splash" and may_be_split()) else name
+
+
+def slower_attention(config: ModelConfig, *, has_documents: bool = False) -> str | None:
+    """A line that says why training does not take the fused kernel of these devices; None if it does, or has none."""
+    platform = target_platform()
+    name = FASTEST.get(platform, "")
+    if config.attention != "auto" or name not in FUSED:
+        return None
+    obstacle = _obstacle(config, name, platform, has_documents=has_documents)
+    if obstacle is None and config.dropout > 0:
+        obstacle = f"never holds the weights that dropout = {config.dropout} zeroes in training"
+    return None if obstacle is None else f"attention is computed by its formula, as {name} {obstacle}"
 
 
 def for_these_devices(config: ModelConfig) -> ModelConfig:
@@ -111,6 +124,46 @@ def for_these_devices(config: ModelConfig) -> ModelConfig:
     except UserError:
         return dataclasses.replace(config, attention="auto")
     return config
+
+
+def _obstacle(config: ModelConfig, name: str, platform: str, *, has_documents: bool) -> str | None:
+    """Why an implementation cannot compute a model on a platform; None if it can."""
+    obstacle = config.attention_obstacle(name) or _device_obstacle(name, platform, config.head_width)
+    if obstacle is None and name == "cudnn":
+        if has_documents:
+            return "has no documents that do not see each other (segments), in JAX's interface"
+        if jax.default_backend() == "gpu":
+            return failure(name, config.num_heads, config.kv_heads, config.head_width)
+    return obstacle
+
+
+@functools.cache
+def failure(name: str, num_heads: int, kv_heads: int, head_width: int) -> str | None:
+    """Why a fused kernel does not run on the devices at hand; it is tried once, forward and backward. None if it runs.
+
+    A library that is missing or too old for the device is known only by that.
+    """
+    T = 64
+    shapes = [(1, T, heads, head_width) for heads in (num_heads, kv_heads, kv_heads)]
+    qkv = [np.zeros(shape, jnp.bfloat16) for shape in shapes]
+
+    def total(*qkv: jax.Array) -> jax.Array:
+        positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
+        return FUSED[name](*qkv, MaskSpec(positions_BT, positions_BT)).astype(jnp.float32).sum()
+
+    found: list[str] = []
+
+    def attempt() -> None:
+        try:
+            jax.block_until_ready(jax.jit(jax.grad(total, (0, 1, 2)))(*qkv))
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            found.append(f"fails on this device: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
+
+    # A thread of its own has neither the mesh of the caller nor the program that the caller may be tracing.
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    return found[0] if found else None
 
 
 def _device_obstacle(name: str, platform: str, head_width: int) -> str | None:
