@@ -490,23 +490,25 @@ def plan(options: argparse.Namespace) -> int:
     from flax_decoder.planning.topology import devices_of, prepare
 
     prepare(options.topology)  # before JAX is imported
-    from flax_decoder.planning.fitting import smallest_change
+    from flax_decoder.planning.fitting import less_remat, smallest_change
     from flax_decoder.planning.plan import make_plan
 
     devices = devices_of(options.topology)
     made = make_plan(config, devices)
     result = made.to_dict() | {"topology": options.topology}
     _write_and_show(options.json, json.dumps(result, indent=2) + "\n", made)
-    if made.memory.fits is False:
-        found = smallest_change(config, devices, made)
-        if found is None:
-            print("\nnone of the changes tried (remat, accumulation, fsdp) makes it fit: use more or larger chips")
-        else:
-            change, smaller = found
-            arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
-            result |= {"change": change, "changed": smaller.to_dict()}
-            shown = f"\nit fits with {arguments}:\n\n{smaller}"
-            _write_and_show(options.json, json.dumps(result, indent=2) + "\n", shown)
+    found = None
+    if made.memory.fits is not None:
+        found = less_remat(config, devices, made) if made.memory.fits else smallest_change(config, devices, made)
+    if found is not None:
+        change, changed = found
+        arguments = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+        result |= {"change": change, "changed": changed.to_dict()}
+        lead = "memory is free: it also fits, with less to compute," if made.memory.fits else "it fits"
+        shown = f"\n{lead} with {arguments}:\n\n{changed}"
+        _write_and_show(options.json, json.dumps(result, indent=2) + "\n", shown)
+    elif made.memory.fits is False:
+        print("\nnone of the changes tried (remat, accumulation, fsdp) makes it fit: use more or larger chips")
     return 1 if made.memory.fits is False else 0
 
 

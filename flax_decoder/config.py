@@ -241,9 +241,10 @@ class ModelConfig(_Shown):
     which is faster; highest keeps all; a CPU always does"""
     scan_layers: Annotated[bool, MAY_CHANGE, NOT_IN_WEIGHTS] = False
     """compiles one block and loops over it: compile time does not grow with depth, a step is slower on CPU"""
-    remat: Annotated[Literal["none", "attention", "dots", "full"], MAY_CHANGE, NOT_IN_WEIGHTS] = "none"
+    remat: Annotated[Literal["none", "attention", "dots", "heads", "full"], MAY_CHANGE, NOT_IN_WEIGHTS] = "none"
     """what the backward pass computes again instead of keeping it: nothing; the scores of attention; all of a block but
-    the outputs of its projections (dots); or all of it, from its input alone, which takes a third more time (full)"""
+    the outputs of its projections (dots), or but those of a fused kernel of attention (heads); or all of it, from its
+    input alone, which takes a third more time (full)"""
 
     def with_vocab_size(self, vocab_size: int) -> Self:
         """The same model with V filled in where it was left out."""

@@ -70,6 +70,8 @@ def load(
     allow_nan: bool = False,
     strict: bool = False,
     tokenizer: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    unstacked: bool = False,
 ) -> tuple[Decoder, Any, Tokenizer | None]:
     """Loads a trained model.
 
@@ -84,6 +86,10 @@ def load(
             the network; by default such a setting is passed over with a `FolderWarning`.
         tokenizer: that of a model that comes without one: "char:FILE", the characters of a text, sorted, as nanoGPT
             numbers them; or the path of a tokenizer.json, or of a folder with one.
+        dtype: of a Hugging Face folder: that in which the model computes and its parameters are held. None means
+            parameters in float32. A folder in bfloat16 then takes the memory of its file.
+        unstacked: of a Hugging Face folder: parameters as `unstack_layers` makes them, for generation, without its
+            second copy of the layers.
 
     Returns:
         The model, its parameters, and its tokenizer: None for a file, or a Hugging Face folder without tokenizer.json,
@@ -97,6 +103,8 @@ def load(
     folder = Path(as_path(path))
     if not os.path.lexists(folder):
         raise UserError(f"{folder}: there is no such folder or file; give a run folder, such as runs/default")
+    if (dtype is not None or unstacked) and not (folder.is_dir() and is_model_folder(folder)):
+        raise UserError(f"{folder}: is no Hugging Face folder, of which alone dtype and unstacked can be chosen")
     if not folder.is_dir():
         return _load_file(folder, read_torch_file(folder), step, shardings, allow_nan, tokenizer)
     if _is_run_folder(folder):
@@ -110,7 +118,9 @@ def load(
         )
     if step != "latest":
         raise UserError(f"{folder}: is a Hugging Face folder and has no checkpoints to choose from; leave out --step")
-    model, params, own_tokenizer = read_folder(folder, shardings, allow_nan=allow_nan, strict=strict)
+    model, params, own_tokenizer = read_folder(
+        folder, shardings, allow_nan=allow_nan, strict=strict, dtype=dtype, unstacked=unstacked
+    )
     if own_tokenizer is not None:
         _refuse_second_tokenizer(folder, tokenizer)
         return model, params, own_tokenizer

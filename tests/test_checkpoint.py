@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import multihost
 
 import flax_decoder as fd
 from flax_decoder.errors import BrokenError, FaultError, UserError
-from flax_decoder.training import checkpoint
+from flax_decoder.parallel.processes import gather_at_first
+from flax_decoder.training import checkpoint, manifest
 from flax_decoder.training.checkpoint import (
     Checkpoints,
     as_fault_error,
     choose_step,
+    commit,
+    joined_entries,
     newest_manifest,
     prune,
     restore_params,
@@ -24,6 +28,7 @@ from flax_decoder.training.checkpoint import (
     saved_steps,
     steps_folder,
 )
+from flax_decoder.training.manifest import verify
 
 LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: None, 10: 2.5}
 KEPT = [4, 8, 10]
@@ -165,3 +170,46 @@ def test_manifests_that_the_disk_does_not_give_are_not_passed_over(saved, monkey
         newest_manifest(folder)
     prune(folder, 1)
     assert saved_steps(folder) == KEPT
+
+
+class ToldValues:
+    """The values that the processes of a job tell each other."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value):
+        self.values[key] = value
+
+    def blocking_key_value_get(self, key, timeout_in_ms):
+        return self.values[key]
+
+
+def test_each_process_hashes_the_arrays_that_it_has_written_and_the_first_joins_the_hashes(tmp_path, monkeypatch):
+    new, hashed, told = tmp_path / "checkpoints" / ".new-7", [], ToldValues()
+    names = ["params/ocdbt.process_0/d/a", "params/ocdbt.process_1/d/b", "params/ocdbt.process_10/d/c", "params/d/e"]
+    for name in names:
+        (new / name).parent.mkdir(parents=True)
+        (new / name).write_text(name)
+    sha256_of = manifest.sha256_of
+    monkeypatch.setattr(manifest, "sha256_of", lambda path, **_: hashed.append(path.name) or sha256_of(path))
+    monkeypatch.setattr(multihost, "get_jax_distributed_client", lambda: told)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    entries = {}
+    for index in (1, 0):  # the others first, so that what the first one waits for is there
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        entries[index] = joined_entries(new)
+        hashed.append(f"by {index}")
+    assert hashed == ["b", "by 1", "a", "by 0"] and entries[1] == {}
+    commit(new, {"step": 7, "val_loss": None, "config": None, "inputs": {}, "arrays": {}}, entries[0])
+    assert hashed[4:] == ["e", "c"]  # those of no process that is here
+    monkeypatch.setattr(manifest, "sha256_of", sha256_of)
+    assert verify(tmp_path / "checkpoints" / "7")["files"].keys() == set(names)
+
+    # One that cannot hash tells it to the first one, which would wait for it.
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(FileNotFoundError):
+        gather_at_first("again", lambda: (tmp_path / "nothing").read_text())
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with pytest.raises(FaultError, match="process 1 of the job has failed"):
+        gather_at_first("again", lambda: "{}")

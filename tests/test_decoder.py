@@ -238,7 +238,7 @@ def test_each_setting_changes_the_logits():
 
 # --- One layout of params, several ways to run ---
 
-WAYS = [(scan, remat) for scan in (False, True) for remat in ("none", "attention", "dots", "full")]
+WAYS = [(scan, remat) for scan in (False, True) for remat in ("none", "attention", "dots", "heads", "full")]
 
 
 @functools.cache

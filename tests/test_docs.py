@@ -164,7 +164,7 @@ def test_the_page_of_settings_has_every_field():
         ("model.vocab_size", "whole number, over 0, to 2²⁴"),
         ("model.num_layers", "whole number, over 0, to 10,000"),
         ("model.norm", "`layernorm` · `rmsnorm`"),
-        ("model.remat", "`none` · `attention` · `dots` · `full`"),
+        ("model.remat", "`none` · `attention` · `dots` · `heads` · `full`"),
         ("model.window_pattern", "list of `true` · `false`"),
         ("model.dropout", "number, from 0, to 0.999999"),
         ("mesh.data", "whole number, from -1"),

@@ -35,8 +35,9 @@ def with_capacity(plan, capacity):
 
 def test_cheap_changes_come_first(config, plan):
     first = list(itertools.islice(fitting.changes(config, with_capacity(plan, 1e9)), 6))
-    assert first[:3] == [
+    assert first[:4] == [
         {"model.remat": "dots"},
+        {"model.remat": "heads"},
         {"model.remat": "full"},
         {"model.remat": "full", "training.accumulation_steps": 2},
     ]
@@ -64,9 +65,27 @@ def test_the_first_change_that_fits_is_taken(config, plan, monkeypatch):
         tried.append((config.model.remat, config.training.accumulation_steps))
         if len(tried) == 1:
             raise UserError("does not divide")
-        return with_capacity(plan, 1e9 if len(tried) == 3 else 1.0)
+        return with_capacity(plan, 1e9 if len(tried) == 4 else 1.0)
 
     monkeypatch.setattr(fitting, "make_plan", pretend)
     change, found = fitting.smallest_change(config, jax.devices(), with_capacity(plan, 1e9))
-    assert tried == [("dots", 1), ("full", 1), ("full", 2)]
+    assert tried == [("dots", 1), ("heads", 1), ("full", 1), ("full", 2)]
     assert change == {"model.remat": "full", "training.accumulation_steps": 2} and found.memory.fits
+
+
+@pytest.mark.parametrize(
+    ("remat", "fitting_one", "expected"),
+    [("full", "none", "none"), ("full", "heads", "heads"), ("dots", "full", None), ("none", "none", None)],
+)
+def test_less_is_computed_again_where_memory_is_free(config, plan, monkeypatch, remat, fitting_one, expected):
+    tried = []
+
+    def pretend(config, devices):
+        tried.append(config.model.remat)
+        free = plan.memory.total / (fitting.FREE_ENOUGH - 0.01)
+        return with_capacity(plan, free if tried[-1] == fitting_one else plan.memory.total)  # all of it is too much
+
+    monkeypatch.setattr(fitting, "make_plan", pretend)
+    found = fitting.less_remat(fitting.changed(config, {"model.remat": remat}), jax.devices(), plan)
+    assert (None if found is None else found[0]["model.remat"]) == expected
+    assert tried == {"none": ["none"], "heads": ["none", "dots", "heads"]}.get(expected, ["none"] * (remat == "dots"))

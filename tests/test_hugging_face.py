@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import re
 import weakref
 
@@ -682,6 +683,44 @@ def test_parameters_go_where_they_are_wanted(name, kind, folder, monkeypatch):
         assert {shard.unsafe_buffer_pointer() for shard in shards} == {buffer.ctypes.data for buffer in buffers}
         assert sum(buffer.size for buffer in buffers) == sum(leaf.size for leaf in leaves)
         assert all(leaf.committed == (shardings is not None) for leaf in leaves)
+
+
+@pytest.mark.short("True-bfloat16")
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_parameters_are_read_as_they_are_wanted_without_a_copy(unstacked, dtype, folder, monkeypatch):
+    allocate, buffers = weights._HostBuffers._aligned, []
+    monkeypatch.setattr(
+        weights._HostBuffers, "_aligned", lambda *given: buffers.append(allocate(*given)) or buffers[-1]
+    )
+    whole_model, whole, _ = fd.load(folder)
+    buffers.clear()
+    model, params, _ = fd.load(folder, dtype=dtype, unstacked=unstacked)
+    assert model.config.dtype == (dtype or whole_model.config.dtype)
+    expected = fd.unstack_layers(whole) if unstacked else whole
+    assert_equal(params, jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), expected))
+    leaves = jax.tree.leaves(params)
+    assert {leaf.unsafe_buffer_pointer() for leaf in leaves} == {buffer.ctypes.data for buffer in buffers}
+    assert sum(buffer.nbytes for buffer in buffers) == sum(leaf.nbytes for leaf in leaves)
+    if unstacked:  # generation takes them as they are
+        assert all(map(operator.is_, jax.tree.leaves(fd.unstack_layers(params)), leaves))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_layers_that_are_read_one_by_one_go_where_stacked_ones_would(name, folder):
+    shardings = SHARDINGS[name](abstract_params(fd.load(folder)[0]))
+    expected = jax.tree.map(np.asarray, fd.unstack_layers(fd.load(folder)[1]))
+    params = fd.load(folder, shardings=shardings, unstacked=True)[1]
+    assert_equal(jax.tree.map(np.asarray, params), expected)
+    if isinstance(shardings, NamedSharding):
+        assert {leaf.sharding.mesh for leaf in jax.tree.leaves(params)} == {shardings.mesh}
+
+
+def test_only_of_a_model_folder_the_form_of_parameters_can_be_chosen(folder):
+    convert(folder, folder.parent / "run")
+    with pytest.raises(fd.UserError, match="run: is no Hugging Face folder, of which alone dtype and unstacked"):
+        fd.load(folder.parent / "run", unstacked=True)
 
 
 @pytest.mark.parametrize("kind", ["model", "run"])

@@ -428,6 +428,20 @@ def test_a_program_for_tpus_holds_the_kernel_and_no_scores(settings):
     assert f"{T}x{T}x" in lowered("tpu", dataclasses.replace(config, attention="reference"))
 
 
+@pytest.mark.short("tpu-False")
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_with_remat_heads_the_kernel_is_not_called_again(platform, scan_layers, monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda needed: False)
+    forward = {"tpu": "splash_mha_fwd", "gpu": "@__cudnn$fmhaSoftmax("}[platform]
+    config = ModelConfig(**MODEL | HEADS | BFLOAT16, head_dim=8, scan_layers=scan_layers)
+    texts = {remat: lowered(platform, dataclasses.replace(config, remat=remat)) for remat in ("full", "heads")}
+    assert {remat: text.count(forward) for remat, text in texts.items()} == {"full": 2, "heads": 1}
+
+
 @pytest.mark.full
 def test_programs_for_tpus_and_gpus_with_documents():
     """Splash has their ids; for GPUs the formula takes the place of cuDNN, unless that is asked for by name."""

@@ -28,13 +28,20 @@ def expected(tmp_path_factory, text):
     return folder
 
 
-def test_two_processes_train_as_one_does(expected, text, tmp_path):
-    with Job(2, 2, tmp_path / "run", text) as job:
+@pytest.mark.short("data 4")
+@pytest.mark.parametrize(
+    ("mesh", "shown"),
+    [({}, "data 4"), ({"mesh__fsdp": 2, "mesh__tensor": 2}, "fsdp 2 x tensor 2")],  # the second splits all matrices
+    ids=["data 4", "fsdp 2 tensor 2"],
+)
+def test_two_processes_train_as_one_does(expected, text, tmp_path, mesh, shown):
+    with Job(2, 2, tmp_path / "run", text, **mesh) as job:
         codes, outputs = job.end()
     assert codes == [0, 0], outputs
-    assert "on 4 devices (cpu): data 4" in outputs[0]
+    assert f"on 4 devices (cpu): {shown}" in outputs[0]
     assert "step" not in outputs[1]  # one prints for all
     assert_same_run(job.folder, expected)
+    assert (job.folder / "sample.txt").read_text() == (expected / "sample.txt").read_text()
     # The coordinator belongs to one start of the job, not to the run.
     assert fd.load_config(job.folder / "config.toml").distributed.coordinator is None
 

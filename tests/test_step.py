@@ -592,18 +592,19 @@ def test_each_device_cuts_its_own_tokens_into_chunks(sizes, tied_head):
 
 
 @pytest.mark.parametrize(
-    ("dropout", "sizes"),
+    ("dropout", "sizes", "attention"),
     [
-        (0.0, {"data": 4}),
-        pytest.param(0.0, {"data": 2, "fsdp": 2}, marks=pytest.mark.full),
-        pytest.param(0.0, {"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.full),
-        pytest.param(0.3, {"data": 4}, marks=pytest.mark.full),
+        (0.0, {"data": 4}, "auto"),
+        pytest.param(0.0, {"data": 2, "fsdp": 2}, "auto", marks=pytest.mark.full),
+        pytest.param(0.0, {"data": 2, "fsdp": 2}, "splash", marks=pytest.mark.full),  # split over devices by hand
+        pytest.param(0.0, {"data": 2, "context": 2, "tensor": 2}, "auto", marks=pytest.mark.full),
+        pytest.param(0.3, {"data": 4}, "auto", marks=pytest.mark.full),
     ],
 )
-def test_copies_sum_their_gradients_once_whatever_the_number_of_parts(dropout, sizes):
+def test_copies_sum_their_gradients_once_whatever_the_number_of_parts(dropout, sizes, attention):
     changes = {"model__dropout": dropout, "model__context_length": 8, "model__num_heads": 4, "model__vocab_size": 38}
     changes |= {"model__num_kv_heads": 2, "model__embed_dim": 16, "training__batch_size": 8}
-    state = make_state(**changes, training__accumulation_steps=2)
+    state = make_state(**changes, training__accumulation_steps=2, model__attention=attention)
     batch = {name: np.random.default_rng(0).integers(0, 38, (8, 8), np.int32) for name in ("inputs", "targets")}
     batch["mask"] = np.random.default_rng(1).random((8, 8)).astype(np.float32)
     expected = jax.jit(mean_gradients)(state, batch)

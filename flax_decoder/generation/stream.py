@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.config import ModelConfig
@@ -149,7 +150,8 @@ def _stream_plain(request: _Request, num_top: int | None, min_chunk_tokens: int)
             ended_B=_padded(has_ended, B, True),
             counts=None if request.filters.penalties is None else _counts(texts, num_done, prefilled[1].shape),
         )
-        for chunk in _decode_chunks(decode, jax.device_put(state), num_done, num_tokens, num_rows, min_chunk_tokens):
+        state = jax.tree.map(jnp.asarray, state)  # `device_put` refuses arrays that other processes share
+        for chunk in _decode_chunks(decode, state, num_done, num_tokens, num_rows, min_chunk_tokens):
             yield chunk
             num_done += chunk.tokens_BC.shape[1]
             texts = [np.concatenate(pair) for pair in zip(texts, chunk.tokens_BC, strict=True)]

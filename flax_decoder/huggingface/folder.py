@@ -1,13 +1,15 @@
 """Hugging Face model folders: `config.json`, weights as safetensors, `tokenizer.json`, `generation_config.json`."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -32,7 +34,7 @@ from flax_decoder.io.files import replacing, write_text
 from flax_decoder.io.foreign_file import open_inside, read_content
 from flax_decoder.io.strict_json import LISTING, SETTINGS, VOCABULARY, Limits, parse_object, shown
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.nn.params import abstract_params
+from flax_decoder.nn.params import abstract_params, layers_of
 
 _WEIGHTS = "model.safetensors"
 _GENERATION = "generation_config.json"
@@ -61,7 +63,13 @@ def read_family(folder: Path) -> Family:
 
 
 def read_folder(
-    folder: Path, shardings: Any = None, *, allow_nan: bool = False, strict: bool = False
+    folder: Path,
+    shardings: Any = None,
+    *,
+    allow_nan: bool = False,
+    strict: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    unstacked: bool = False,
 ) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
     """Reads a model.
 
@@ -70,21 +78,27 @@ def read_folder(
         shardings: where the parameters go; see `abstract_params`.
         allow_nan: also reads weights that are NaN or infinite.
         strict: refuses each setting that is not known.
+        dtype: that in which the model computes, and of its parameters; None is its own, with float32 parameters.
+        unstacked: the layers are a tuple of trees, as `unstack_layers` makes them.
 
     Returns:
-        The model, its parameters in float32, and its tokenizer, None without one.
+        The model, its parameters, and its tokenizer; None without one.
 
     Raises:
         UserError: a file in the folder cannot be used; the message names it.
     """
     family, source = read_family(folder), str(folder / "config.json")
-    model = Decoder(read_model_config(folder, strict=strict))
+    config = read_model_config(folder, strict=strict)
+    model = Decoder(config if dtype is None else dataclasses.replace(config, dtype=dtype))
     with contextlib.ExitStack() as files:
         tensors = _find_tensors(folder, files)
         check_sizes(model.config, family, tensors, source)  # before abstract_params, which absurd sizes make slow
         wanted = flatten(abstract_params(model, shardings))
-        params = read_params(tensors, family, wanted, folder, allow_nan=allow_nan)
-    return model, unflatten_dict(params, sep="/"), read_tokenizer(folder)
+        if dtype is not None:
+            wanted = {path: like.update(dtype=jnp.dtype(dtype)) for path, like in wanted.items()}
+        read = read_params(tensors, family, wanted, folder, allow_nan=allow_nan, unstacked=unstacked)
+    params = unflatten_dict(read, sep="/")
+    return model, {**params, "layers": layers_of(params)}, read_tokenizer(folder)
 
 
 def read_model_config(folder: Path, *, strict: bool = False) -> ModelConfig:

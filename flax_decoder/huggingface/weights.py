@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
@@ -179,6 +180,7 @@ def read_params(
     folder: Path,
     *,
     allow_nan: bool = False,
+    unstacked: bool = False,
 ) -> dict[str, jax.Array]:
     """Our parameters from the tensors of a folder. One tensor at a time is in memory, besides the parameters.
 
@@ -188,6 +190,7 @@ def read_params(
         wanted: shape, dtype and sharding of each parameter, by path; without a sharding it goes to the default device.
         folder: named in error messages.
         allow_nan: also reads tensors that hold NaN or infinities.
+        unstacked: reads each layer into arrays of its own, with paths such as layers/0/attention/query/kernel.
 
     Returns:
         The parameters by path.
@@ -199,12 +202,25 @@ def read_params(
     found = _with_prefix(tensors, family, folder)
     _check_names(found, specs, family, folder, is_tied="head" not in wanted)
     params: dict[str, jax.Array] = {}
-    for paths, group in itertools.groupby(specs, key=lambda spec: spec.rule.paths):
-        buffers = [_HostBuffers(wanted[path]) for path in paths]
+    # Tensors of one group share the arrays that they are read into.
+    for (paths, layer), group in itertools.groupby(
+        specs, lambda spec: (spec.rule.paths, spec.layer if unstacked else None)
+    ):
+        likes = [wanted[path] if layer is None else _of_one_layer(wanted[path]) for path in paths]
+        buffers = [_HostBuffers(like) for like in likes]
         for spec in group:
-            _read_tensor(spec, found[spec.name], buffers, allow_nan)
-        params |= {path: buffer.to_devices() for path, buffer in zip(paths, buffers, strict=True)}
+            _read_tensor(spec if layer is None else spec._replace(layer=None), found[spec.name], buffers, allow_nan)
+        names = paths if layer is None else [path.replace("layers/", f"layers/{layer}/", 1) for path in paths]
+        params |= {name: buffer.to_devices() for name, buffer in zip(names, buffers, strict=True)}
     return params
+
+
+def _of_one_layer(like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A parameter without its leading axis of layers, over which a single one is not split."""
+    sharding = like.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(like.shape[1:], like.dtype, sharding=sharding)
 
 
 def _read_tensor(spec: TensorSpec, tensor: StoredTensor, buffers: Sequence[_HostBuffers], allow_nan: bool) -> None:

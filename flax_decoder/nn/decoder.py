@@ -17,6 +17,7 @@ from flax_decoder.nn.cache import KVCache, LayerKV
 from flax_decoder.nn.call import Call, Edit
 from flax_decoder.nn.embedding import look_up
 from flax_decoder.nn.feed_forward import FeedForward
+from flax_decoder.nn.kernels.choice import keeps_heads
 from flax_decoder.nn.linear import project
 from flax_decoder.nn.mask import document_starts
 from flax_decoder.nn.norm import norm_of
@@ -38,6 +39,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     # The products with parameters; those of queries with keys and of weights with values have batch axes.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "heads": keeps_heads,
 }
 
 

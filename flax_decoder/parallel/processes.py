@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from flax_decoder.errors import FaultError, LostProcessError, UserError
 from flax_decoder.parallel.launchers import find_job, in_a_job, local_device_ids, refuse_lone_process
 
 T = TypeVar("T")
-# How long processes that are done wait for the first one, which hashes the last checkpoint: JAX's 5 minutes are too few
-# for hundreds of gigabytes. One that has died is noticed by its heartbeat.
+# How long processes that are done wait for those that still write or hash the last checkpoint: JAX's 5 minutes are too
+# few for a slow disk. One that has died is noticed by its heartbeat.
 SHUTDOWN_SECONDS = 3600
 # The exit code of a process whose job has lost another one: a start of all processes goes on.
 LOST_CODE = 75
@@ -236,9 +236,34 @@ def broadcast_path(find: Callable[[], Path] | None) -> Path:
     return Path(os.fsdecode(sent))
 
 
-def all_gather(arrays: Any) -> Any:
-    """Arrays split over processes, in full on each process."""
-    return arrays if jax.process_count() == 1 else multihost_utils.process_allgather(arrays, tiled=True)
+def gather_at_first(name: str, make: Callable[[], str]) -> list[str]:
+    """The texts that all processes make, in the first one; nothing in the others.
+
+    It needs no devices, so a thread may call it while they compute.
+
+    Args:
+        name: what is gathered; another one in each call.
+        make: makes the text of this process.
+
+    Raises:
+        FaultError: in the first process, if another one could not make its text, and does not say so itself.
+    """
+    from orbax.checkpoint import multihost  # loaded by then; at the top it would slow down what saves nothing
+
+    client = multihost.get_jax_distributed_client()
+    if not is_first():
+        text = ""
+        try:
+            text = make()
+        finally:
+            client.key_value_set(f"{name}/{jax.process_index()}", text)
+        return []
+    texts = [make()]
+    for index in range(1, jax.process_count()):
+        texts.append(client.blocking_key_value_get(f"{name}/{index}", SHUTDOWN_SECONDS * 1000))
+        if not texts[-1]:
+            raise FaultError(f"process {index} of the job has failed; its output says why")
+    return texts
 
 
 def ask_largest(find: Callable[[], int]) -> Callable[[], int]:

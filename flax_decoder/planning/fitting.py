@@ -11,7 +11,9 @@ from flax_decoder.planning.plan import Plan, make_plan
 
 MAX_TRIES = 8  # each compiles the step
 # From least to most memory saved and time spent. "attention" is not proposed: fast attention stores no scores anyway.
-REMAT = ("none", "attention", "dots", "full")
+REMAT = ("none", "attention", "dots", "heads", "full")
+# A step may take this part of the memory that there is: what it takes is not known to the last byte before it runs.
+FREE_ENOUGH = 0.9
 
 
 def smallest_change(config: Config, devices: list[Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:
@@ -22,6 +24,18 @@ def smallest_change(config: Config, devices: list[Any], plan: Plan) -> tuple[dic
         except UserError:  # a size that does not divide
             continue
         if tried.memory.fits:
+            return change, tried
+    return None
+
+
+def less_remat(config: Config, devices: list[Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:
+    """The least recomputation with which the step still fits well, and its plan; None if that is what it has."""
+    for policy in REMAT[: REMAT.index(config.model.remat)]:
+        change = {"model.remat": policy}
+        if policy == "attention":
+            continue
+        tried = make_plan(changed(config, change), devices)
+        if tried.memory.capacity is not None and tried.memory.total <= FREE_ENOUGH * tried.memory.capacity:
             return change, tried
     return None
 

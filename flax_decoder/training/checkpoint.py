@@ -7,6 +7,7 @@ checkpoint; its manifest shows whether its files are still those that were saved
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import sys
@@ -26,9 +27,9 @@ from flax_decoder.errors import BrokenError, FaultError, UserError, as_whole_num
 from flax_decoder.io.files import flush_names, make_folder
 from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
-from flax_decoder.parallel.processes import is_first
+from flax_decoder.parallel.processes import gather_at_first, is_first
 from flax_decoder.training.environment import VERSIONS, versions
-from flax_decoder.training.manifest import Manifest, read_manifest, verify, write_manifest
+from flax_decoder.training.manifest import NO_ENTRIES, Manifest, file_entries, read_manifest, verify, write_manifest
 from flax_decoder.training.metrics import flush_log
 from flax_decoder.training.step import TrainState
 
@@ -124,9 +125,10 @@ class Checkpoints:
         with as_fault_error(steps_folder(self.folder), written=new.parent):
             try:
                 self._writer.wait_until_finished()
+                entries = joined_entries(new)
                 if is_first():
                     folder = self.folder if self._place is None else self._place.find().absolute()
-                    commit(steps_folder(folder) / new.name, facts)
+                    commit(steps_folder(folder) / new.name, facts, entries)
                     prune(folder, self._keep_newest)
             except BaseException:
                 for leftover in new.parent.glob(f"{new.name}*"):  # the disk may be full
@@ -134,10 +136,28 @@ class Checkpoints:
                 raise
 
 
-def commit(new: Path, facts: Mapping[str, Any]) -> None:
+def joined_entries(new: Path) -> dict[str, Any]:
+    """The manifest's entries of the arrays of a save, each hashed by the process that wrote it; in the first process.
+
+    A single process hashes its files when it writes the manifest.
+    """
+    if jax.process_count() == 1:
+        return {}
+    own_part = f"ocdbt.process_{jax.process_index()}"  # so Orbax names the folders
+
+    def own_entries() -> str:
+        return json.dumps(file_entries(new, lambda name: own_part in name.split("/")))
+
+    entries: dict[str, Any] = {}
+    for text in gather_at_first(f"checkpoint {new.name}", own_entries):
+        entries |= json.loads(text)
+    return entries
+
+
+def commit(new: Path, facts: Mapping[str, Any], entries: Mapping[str, Any] = NO_ENTRIES) -> None:
     """Adds the manifest to a folder with the arrays of a step, and renames the folder to the step."""
     make_folder(new.parent)  # Orbax writes by path: it is still a folder, not a link to one
-    write_manifest(new, facts)
+    write_manifest(new, facts, entries)
     flush_log(new.parent.parent)
     flush_names(new.parent.parent)  # Orbax, or a process that was killed, may have made the folder
     final = new.with_name(str(facts["step"]))

@@ -186,7 +186,8 @@ def train_from(
             recorders = checkpoints, log, watch, profile
             state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
-        write_results(config, folder, interruption, model, state.all_params, tokenizer, corpus, log)
+        with use_mesh(mesh):
+            write_results(config, folder, interruption, model, state.all_params, tokenizer, corpus, log)
     if interruption.renamed is not None:
         raise FaultError(
             f"{folder}: was renamed to {interruption.renamed} while it trained; saved there at step {int(state.step)}: "
@@ -404,12 +405,10 @@ def write_results(
 ) -> None:
     """Writes a sample and the loss curve, then prints the best loss, advice and the sample."""
     training = config.training
-    if training.sample_tokens > 0:
-        params = processes.all_gather(params)
+    if training.sample_tokens > 0:  # by all processes: the parameters stay where they are
+        text = generate_sample(training, model, params, tokenizer)
     if not processes.is_first():
         return
-    if training.sample_tokens > 0:
-        text = generate_sample(training, model, params, tokenizer)
     folder = interruption.folder(folder)  # it may have been renamed meanwhile
     sample, curve = (folder / name for name in RESULTS)
     if training.sample_tokens > 0:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,31 @@ _MAX_BYTES = 100_000_000
 _LEFT_BY_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 Manifest = dict[str, Any]
+NO_ENTRIES: Mapping[str, Any] = {}
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, facts: Mapping[str, Any], entries: Mapping[str, Any] = NO_ENTRIES) -> None:
     """Flushes all files of a checkpoint's folder to disk, then writes their manifest.
 
-    `facts`, JSON values, become part of it; `_is_complete` says which are required.
+    `facts`, JSON values, become part of it; `_is_complete` says which are required. Files of `entries` have been
+    flushed and hashed already, by the processes that wrote them; see `file_entries`.
     """
-    files = {}
-    for name, path in sorted(_files(folder).items()):
-        with open(path, "rb+") as file:
-            flush(file)
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    files = {**entries, **file_entries(folder, lambda name: name not in entries)}
     flush_folders(folder)
-    content = _render({"format": FORMAT, **facts, "files": files})
+    content = _render({"format": FORMAT, **facts, "files": dict(sorted(files.items()))})
     with replacing(folder / MANIFEST) as file:
         file.write(content)
+
+
+def file_entries(folder: Path, is_meant: Callable[[str], bool]) -> dict[str, Any]:
+    """Flushes those files of a checkpoint's folder whose names are meant, and returns their entries in a manifest."""
+    entries = {}
+    for name, path in sorted(_files(folder).items()):
+        if is_meant(name):
+            with open(path, "rb+") as file:
+                flush(file)
+            entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return entries
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -47,7 +47,7 @@ def smaller_settings(config: Config, num_devices: int) -> list[str]:
     elif training.batch_size > 1:
         found.append(f"--training.batch-size {training.batch_size // 2}")
     if model.remat != "full":
-        found.append(f"--model.remat {'full' if model.remat == 'dots' else 'dots'}")
+        found.append(f"--model.remat {'full' if model.remat in ('dots', 'heads') else 'dots'}")
     if not 0 < (training.loss_chunk_tokens or 0) <= CHUNK_TOKENS:
         found.append(f"--training.loss-chunk-tokens {CHUNK_TOKENS}")
     if model.dtype != "bfloat16":

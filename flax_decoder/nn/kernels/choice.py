@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,11 @@ from flax_decoder.errors import UserError
 from flax_decoder.nn.axes import may_be_split, num_parts
 from flax_decoder.nn.call import Call
 from flax_decoder.nn.kernels.blockwise import blockwise
-from flax_decoder.nn.kernels.cudnn import cudnn
+from flax_decoder.nn.kernels.cudnn import CUDNN_FORWARD, cudnn
 from flax_decoder.nn.kernels.platform import target_platform
 from flax_decoder.nn.kernels.ring import find_ring
 from flax_decoder.nn.kernels.ring_attention import ring_attention
-from flax_decoder.nn.kernels.splash import splash
+from flax_decoder.nn.kernels.splash import HEADS, splash
 from flax_decoder.nn.mask import MaskSpec
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, MaskSpec], jax.Array]
@@ -184,6 +185,17 @@ def _device_obstacle(name: str, platform: str, head_width: int) -> str | None:
         gpu = f"a GPU of compute capability {capability}"
         return f"supports heads up to {widest} wide on {gpu}, not head_dim = {head_width}"
     return None
+
+
+def keeps_heads(primitive: Any, *arguments: Any, **params: Any) -> bool:
+    """The policy of `jax.checkpoint` that keeps what a fused kernel hands to its backward pass: heads and log sums.
+
+    The formula and blocks hand on more than their heads, which are computed again.
+    """
+    return primitive.name in CUDNN_FORWARD or _has_name(primitive, *arguments, **params)
+
+
+_has_name = jax.checkpoint_policies.save_only_these_names(HEADS)
 
 
 def on_each_device(

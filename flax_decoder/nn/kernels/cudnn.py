@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from flax_decoder.nn.mask import MaskSpec
 
+# JAX's operation of the forward pass, by name: its results are all that the backward pass needs beside its arguments.
+CUDNN_FORWARD = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
+
 
 def cudnn(
     q_BTNH: jax.Array,

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from flax_decoder.nn.kernels.block_pairs import (
@@ -30,6 +31,7 @@ from flax_decoder.nn.kernels.block_pairs import (
     split_blocks,
 )
 from flax_decoder.nn.kernels.ring import Ring
+from flax_decoder.nn.kernels.splash import HEADS
 from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.nn.precision import accumulation_dtype
 
@@ -136,6 +138,7 @@ def _attend_forward(
     function = functools.partial(_forward, ring, params)
     in_specs = *(ring.spec,) * 3, mask.partition_specs(ring.rows, ring.axes, ring.heads), PartitionSpec()
     heads_BTNH, log_sums_BTN = ring.shard_map(function, in_specs, ring.spec)(q_BTNH, k_BSKH, v_BSKH, mask, rng)
+    heads_BTNH, log_sums_BTN = checkpoint_name(heads_BTNH, HEADS), checkpoint_name(log_sums_BTN, HEADS)
     return heads_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask, rng, heads_BTNH, log_sums_BTN)
 
 

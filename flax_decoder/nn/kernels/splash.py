@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax_decoder.nn.kernels.platform import target_platform
 from flax_decoder.nn.mask import MaskSpec
 
+# The name of what this kernel and rings keep for their backward pass, for a policy of `jax.checkpoint`.
+HEADS = "heads and log sums of attention"
 # A TPU's vectors have 128 lanes, and the kernel takes blocks of whole vectors.
 LANES = 128
 # Most tokens, and most bytes, of a block of queries or keys. Larger blocks are faster (on a v6e, 1024 tokens by a third
@@ -118,5 +120,6 @@ def _kernel(num_tokens: int, block_tokens: int, window: int | None, soft_cap: fl
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=soft_cap,
+        residual_checkpoint_name=HEADS,
         interpret=target_platform() == "cpu",
     )
