@@ -143,6 +143,8 @@ def test_an_adapter_and_its_base_become_a_run(tmp_path, monkeypatch, refused):
     assert "give the model that it belongs to, --base PATH" in refused("convert", "adapter", "run")
     assert "base: leave out --base" in refused("convert", "base", "run", "--base=base")
     assert "base: has no adapters to merge" in refused("convert", "base", "run", "--merge")
+    written(tmp_path / "wide", dataclasses.replace(LLAMA, embed_dim=16))
+    assert "but the base has (20, 14) there" in refused("convert", "wide", "run", "--base=base")
     convert("adapter", "run", base="base")
     _, params, _ = load("run")
     whole = merged(load("base")[1], adapters, LORA.adapter.scale)

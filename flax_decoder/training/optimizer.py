@@ -74,15 +74,30 @@ def _one_schedule(config: OptimizerConfig, num_steps: int, peak: float, begin: f
 
 @functools.cache  # two states of one config then have one optimizer, so equal tree structures: one compiled step
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, *, remembers_losses: bool = False
+    config: OptimizerConfig,
+    num_steps: int,
+    *,
+    remembers_losses: bool = False,
+    tx: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """Gradient clipping, then AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) with AdamW for the rest.
+    """The optimizer of a state, with what its state keeps beside it.
 
     Args:
-        config: the optimizer.
+        config: the optimizer; of a given `tx`, `ema_decay` alone counts.
         num_steps: the step at which the schedule ends.
         remembers_losses: whether the state also keeps the running mean of the losses, for spike detection.
+        tx: an optimizer in place of the one that the config describes.
     """
+    memory = [remember_losses()] if remembers_losses else []
+    average = [keep_average(config.ema_decay)] if config.ema_decay > 0 else []
+    if tx is None:
+        clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+        return optax.chain(clip, _make_update(config, num_steps), *memory, *average)
+    return optax.chain(tx, *memory, *average) if memory or average else tx
+
+
+def _make_update(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) with AdamW for the rest."""
     update = optax.adamw(
         learning_rate_schedule(config, num_steps),
         config.beta1,
@@ -101,12 +116,7 @@ def make_optimizer(
         )
         # optax's Muon has its own Adam for other parameters, but with Nesterov momentum and weight decay of norms.
         update = optax.partition({"muon": muon, "adamw": update}, optimizer_of_each)
-    if config.moments_dtype == "bfloat16":
-        update = with_bfloat16_moments(update)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-    memory = [remember_losses()] if remembers_losses else []
-    average = [keep_average(config.ema_decay)] if config.ema_decay > 0 else []
-    return optax.chain(clip, update, *memory, *average)
+    return with_bfloat16_moments(update) if config.moments_dtype == "bfloat16" else update
 
 
 def apply_update(
