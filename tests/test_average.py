@@ -30,16 +30,13 @@ def make_state(decay, mesh=None, **changes):
     return fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=mesh)
 
 
-def batch(seed):
-    tokens_BT = np.random.default_rng(seed).integers(0, 11, (2, 6)).astype(np.int32)
-    return {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
-
-
 def after_steps(decay):
-    """The states before each of three steps and after the last."""
-    states, take_step = [make_state(decay)], jax.jit(fd.train_step)
-    for seed in range(3):
-        states.append(take_step(states[-1], batch(seed))[0])
+    """The states before each of three updates and after the last, with random gradients."""
+    states, rng = [make_state(decay)], np.random.default_rng(0)
+    update = jax.jit(lambda state, gradients: state.apply_gradients(grads=gradients))
+    for _ in range(3):
+        gradients = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), states[0].params)
+        states.append(update(states[-1], gradients))
     return states
 
 
