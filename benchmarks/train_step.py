@@ -141,10 +141,11 @@ def peak_mib() -> float | None:
 class Contestant:
     """The process of a contestant, which sleeps between its turns."""
 
-    def __init__(self, name: str, shape_name: str):
-        arguments = [sys.executable, __file__, "--contestant", name, "--shape", shape_name]
+    def __init__(self, *arguments: str):
+        """Starts a Python script that answers each line of its standard input, as `take_turns` does."""
+        command = [sys.executable, *arguments]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process: subprocess.Popen[str] = subprocess.Popen(arguments, **pipes)  # type: ignore[call-overload]
+        self.process: subprocess.Popen[str] = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
         self.answer("ready")
 
     def answer(self, expected: str = "") -> str:
@@ -173,7 +174,8 @@ class Contestant:
 
 def measure(shape_name: str, num_rounds: int) -> dict[str, dict[str, Any]]:
     """The median seconds per step and the peak memory of each contestant."""
-    contestants = {name: Contestant(name, shape_name) for name in (OURS, *THEIRS)}
+    start = [__file__, "--shape", shape_name, "--contestant"]
+    contestants = {name: Contestant(*start, name) for name in (OURS, *THEIRS)}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for _ in range(num_rounds):
         for name, contestant in contestants.items():

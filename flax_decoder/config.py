@@ -1,6 +1,7 @@
 """What a run is: every setting, frozen, typed, and checked against the others before anything is computed."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -75,6 +76,11 @@ def _is_start_and_count(text: str) -> str:
 def _as_tuple(value: Any) -> Any:
     """TOML knows lists only; a frozen, hashable config wants tuples."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_steps(value: Any) -> Any:
+    """One step needs no brackets, which a shell takes for a pattern."""
+    return (value,) if type(value) is int else _as_tuple(value)
 
 
 # The matrices of a layer, by the names of `nn/attention.py` and `nn/feed_forward.py`.
@@ -478,6 +484,9 @@ class OptimizerConfig(_Shown):
     """wsd: the last part of all steps, in which the rate falls"""
     final_fraction: Annotated[float, Field(ge=0, le=1), _WITH_A_FALL] = 0.1
     """learning rate at the last step, as a fraction of the peak"""
+    restarts: Annotated[tuple[Count, ...], BeforeValidator(_as_steps), MAY_CHANGE, _WITH_A_FALL] = ()
+    """steps at which the schedule begins anew: 2000, or [2000, 3000], gives steps that a finished run goes on with a
+    warm-up and a fall of their own"""
     beta1: Fraction = 0.9
     """decay of AdamW's mean of gradients"""
     beta2: Fraction = 0.99
@@ -492,6 +501,9 @@ class OptimizerConfig(_Shown):
     """gradients with a larger global norm are scaled down to this norm; 0 is off"""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of AdamW's two moments and Muon's momentum; bfloat16, rounded at random, takes half the memory"""
+    ema_decay: Fraction = 0.0
+    """the run's model is a running mean of the weights, to which each step adds 1 - this of its own: evaluated, sampled
+    and loaded in place of them; 0.99 to 0.9999; 0 is off"""
 
 
 @dataclass(frozen=True, config=_RULES, repr=False)
@@ -675,7 +687,12 @@ class Config(_Shown):
                 f"training.batch_size = {batch} times model.context_length = {length} is {batch * length} tokens "
                 f"per step, but the most is {2**31 - 1}"
             )
-        optimizer = self.optimizer
+        optimizer, ends = self.optimizer, (0, *self.optimizer.restarts, self.training.num_steps)
+        if any(end <= start for start, end in itertools.pairwise(ends)):
+            raise ValueError(
+                f"optimizer.restarts = {list(optimizer.restarts)} must rise and be under training.num_steps = "
+                f"{self.training.num_steps}"
+            )
         if self.lora.rank is not None and optimizer.name != "adamw":
             raise ValueError(f'optimizer.name = "{optimizer.name}" has no rule for adapters: lora.rank needs "adamw"')
         rates = {"learning_rate": optimizer.learning_rate}

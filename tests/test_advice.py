@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from flax_decoder.config import Config, OptimizerConfig
-from flax_decoder.training.advice import advice, changes_at_seam, next_commands, prolonging
+from flax_decoder.config import Config, OptimizerConfig, TrainingConfig
+from flax_decoder.training.advice import advice, changes_of_schedule, how_to_prolong, next_commands
 
 COSINE, CONSTANT, WSD = (OptimizerConfig(schedule=name) for name in ("cosine", "constant", "wsd"))
 FALLING = (3.0, 2.6, 2.4, 2.25, 2.15, 2.05, 2.0, 1.95, 1.92, 1.9)
@@ -29,8 +29,8 @@ def curves(losses, train=None):
         ),
         pytest.param((2.0,), None, COSINE, 2, ["Only one evaluation", "more often"], id="one"),
         pytest.param(
-            FALLING, None, COSINE, 2, ["Still falling", "new run with --training.num-steps 2000", "0.0001 to 0.00059",
-            "wsd, prolong the run before"], id="falling, cosine",
+            FALLING, None, COSINE, 2, ["Still falling", "new run with --training.num-steps 2000",
+            "--optimizer.restarts 1000:", "wsd, prolong the run before"], id="falling, cosine",
         ),
         pytest.param(
             FALLING, None, CONSTANT, 2, ["Still falling", "--training.num-steps 2000 goes on at the same"],
@@ -82,23 +82,25 @@ def test_advice_is_what_a_practitioner_would_say(losses, train, optimizer, epoch
     assert len(text.splitlines()) <= 2
 
 
-def test_what_more_steps_do_to_the_rate():
-    assert prolonging(CONSTANT, 1000) == "" == prolonging(OptimizerConfig(final_fraction=1.0), 1000)
-    assert prolonging(WSD, 1000) == "raises its learning rate from 0.0001 to 0.001"
+def test_more_steps_come_with_a_restart_where_the_rate_would_jump():
+    longer = "--training.num-steps 2000"
+    assert how_to_prolong(CONSTANT, 1000) == longer == how_to_prolong(OptimizerConfig(final_fraction=1.0), 1000)
+    assert how_to_prolong(WSD, 1000) == f"{longer} --optimizer.restarts 1000"
+    assert how_to_prolong(OptimizerConfig(restarts=(300,)), 1000) == f"{longer} --optimizer.restarts '[300, 1000]'"
 
 
-def test_what_more_steps_change_is_told_where_the_run_goes_on():
-    def of(num_steps, **optimizer):
-        config = Config(optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10, **optimizer))
-        return dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=num_steps))
+def test_what_a_run_with_other_steps_does_is_said():
+    def lines(saved, asked, done, **optimizer):
+        one, other = (Config(training=TrainingConfig(num_steps=steps)) for steps in (saved, asked))
+        return changes_of_schedule(one, dataclasses.replace(other, optimizer=OptimizerConfig(**optimizer)), done)
 
-    assert changes_at_seam(of(1000), of(2000), 1000) == [
-        "the learning rate rises from 0.0001 to 0.00055 here, as the run now has 2000 steps instead of 1000; "
-        "the loss rises too, for a while"
-    ]
-    assert changes_at_seam(of(1000), of(1000), 500) == []
-    assert changes_at_seam(of(1000, schedule="constant"), of(2000, schedule="constant"), 1000) == []
-    assert changes_at_seam(of(1000, schedule="wsd"), of(2000, schedule="wsd"), 700) == []
+    assert lines(1000, 1000, 500) == [] == lines(1000, 1000, 500, weight_decay=0.2)
+    (line,) = lines(1000, 2000, 1000)
+    assert "at 0.00059 instead of 0.0001" in line and "--optimizer.restarts 1000 would" in line
+    (line,) = lines(1000, 2000, 1000, restarts=1000)
+    assert "at 0.00012 instead of 0.0001, where its schedule begins anew" in line and "--optimizer" not in line
+    (line,) = lines(2000, 1000, 800)
+    assert "at 0.00019 instead of 0.00073" in line and "--optimizer" not in line
 
 
 @pytest.mark.parametrize(

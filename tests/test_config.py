@@ -79,6 +79,8 @@ def test_an_override_can_repair_what_the_file_says(write):
         ("optimizer.learning_rate", "1", 1.0),
         ("model.scan_layers", "true", True),
         ("model.window-pattern", "[true, false]", (True, False)),
+        ("optimizer.restarts", "100", (100,)),
+        ("optimizer.restarts", "[100, 200]", (100, 200)),
         ("model.dtype", "bfloat16", "bfloat16"),
         ("data.path", "100", "100"),
         ("data.path", '["a.txt", "b.txt"]', ("a.txt", "b.txt")),
@@ -286,6 +288,8 @@ RULES = [
         "optimizer.muon_learning_rate = 0.02 times weight_decay = 60.0 is more than 1",
     ),
     ({"training.accumulation_steps": 5}, "training.batch_size = 12 is not a multiple of accumulation_steps = 5"),
+    ({"optimizer.restarts": [9, 9]}, "optimizer.restarts = [9, 9] must rise and be under training.num_steps = 2000"),
+    ({"optimizer.restarts": 2000}, "optimizer.restarts = [2000] must rise and be under training.num_steps = 2000"),
 ]
 
 
@@ -328,6 +332,8 @@ VALUES = {
     "optimizer.decay_fraction": [0.0],
     "optimizer.final_fraction": [1.1],
     "optimizer.weight_decay": [-0.1],
+    "optimizer.restarts": [1.5],
+    "optimizer.ema_decay": [1.0],
     "training.batch_size": [10**12],
     "training.num_steps": [0, 2**31],
     "training.seed": [-1, 2**32],

@@ -156,7 +156,7 @@ def test_dropout_acts_on_adapters_alone():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 8, 1, 1), (4, 1, 1, 2), (2, 1, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 8, 1, 1), (4, 1, 1, 2), (2, 1, 2, 2), (1, 4, 2, 1)])
 def test_meshes_train_as_one_device(shape):
     model = dataclasses.replace(LLAMA, vocab_size=32, mlp_dim=40, context_length=12)
     training = {"accumulation_steps": 1}

@@ -83,6 +83,26 @@ def test_wsd_falls_only_after_the_warm_up():
     np.testing.assert_allclose(rates, [PEAK, PEAK, 0.1 * PEAK], rtol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_restart_is_a_schedule_of_its_own_that_rises_from_where_it_was(schedule):
+    """Before it the rates are those of a run that ends there; after it, those of a run of the rest."""
+    config = OptimizerConfig(schedule=schedule, learning_rate=PEAK, restarts=30)
+    rates = np.asarray(learning_rate_schedule(config, NUM_STEPS + 40)(jnp.arange(NUM_STEPS + 40)))
+    plain = OptimizerConfig(schedule=schedule, learning_rate=PEAK)
+    before, after = (np.asarray(learning_rate_schedule(plain, steps)(jnp.arange(steps))) for steps in (30, 60))
+    np.testing.assert_allclose(rates[:30], before, rtol=1e-6)
+    warmup = 60 // 20
+    np.testing.assert_allclose(rates[30 + warmup :], after[warmup:], rtol=1e-6)
+    rise = [0.1 * PEAK + 0.9 * PEAK * step / warmup for step in (1, 2, 3)]
+    np.testing.assert_allclose(rates[30 : 30 + warmup], rise, rtol=1e-6)
+
+
+def test_restarts_shorten_a_warm_up_that_does_not_end_before_them():
+    config = OptimizerConfig(schedule="linear", warmup_steps=25, learning_rate=PEAK, restarts=(20, 60))
+    rates = learning_rate_schedule(config, NUM_STEPS + 60)(jnp.array([0, 19, 60 - 1, 60 + 24, 109]))
+    np.testing.assert_allclose(rates, PEAK * np.array([1, 1 - 0.9 * 18 / 19, 0.1 + 0.9 / 15, 1, 0.1 + 0.9 / 25]), 1e-6)
+
+
 @pytest.mark.short("59-2")
 @pytest.mark.parametrize(("num_steps", "warmup"), [(100, 5), (59, 2), (19, 0)])
 def test_a_warm_up_left_out_is_a_twentieth(num_steps, warmup):

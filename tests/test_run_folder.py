@@ -1,4 +1,5 @@
 import hashlib
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -193,6 +194,19 @@ def test_more_steps_and_what_changes_no_number_are_taken(here, capsys):
     assert config.training.num_steps == 6 and config.model.attention == "reference"
 
 
+@pytest.mark.full
+def test_a_finished_run_goes_on_with_a_schedule_of_its_own(here, capsys):
+    """As the message of the finished run says."""
+    arguments = ["train", *ARGUMENTS, "--run.folder=runs/anew"]
+    assert main(arguments) == 0 and main(arguments) == 0
+    more = re.search(r"Continue with (.*), or", capsys.readouterr().out)[1].split()
+    assert more == ["--training.num-steps", "8", "--optimizer.restarts", "4"]
+    assert main([*arguments, *more, "--training.log-every=1"]) == 0
+    assert "where its schedule begins anew" in capsys.readouterr().out
+    rates = [row["learning_rate"] for row in read_metrics(Path("runs/anew/metrics.jsonl"))]
+    np.testing.assert_allclose(rates[-4:], 1e-3 * (0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(4) / 4)) / 2), rtol=1e-6)
+
+
 # Fields that are used only beside another setting: another value, and the setting with which it counts for nothing.
 UNUSED = {
     "model.rotary_base": (5000.0, {}),
@@ -210,6 +224,7 @@ UNUSED = {
     "optimizer.muon_momentum": (0.5, {}),
     "optimizer.decay_fraction": (0.5, {}),
     "optimizer.final_fraction": (0.5, {"optimizer.schedule": "constant"}),
+    "optimizer.restarts": (5, {"optimizer.schedule": "constant"}),
     "optimizer.decay": ("all", {"optimizer.weight_decay": 0.0}),
     "lora.alpha": (8.0, {}),
     "lora.rank_stabilised": (True, {}),

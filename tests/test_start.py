@@ -101,3 +101,56 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_start_from_random_wei
     assert main([*TUNE, "--data.path=other.txt", "--run.start-from=run"]) == 0
     assert [row["step"] for row in read_metrics(Path("tuned/metrics.jsonl"))].count(0) == 1
     assert load_chat_template(Path("tuned")).render([{"content": "a"}]) == "a"  # it still chats
+
+
+SHAPE = {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+OF_LLAMA = {
+    **SHAPE,
+    **{"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10},
+    **{"intermediate_size": 37, "max_position_embeddings": 16, "tie_word_embeddings": True},
+}
+SHAPES = {
+    "gpt2": {**SHAPE, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 16},
+    "llama": OF_LLAMA,
+    "qwen3": OF_LLAMA,
+    "gemma3_text": OF_LLAMA | {"sliding_window": 5, "query_pre_attn_scalar": 10},
+}
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", SHAPES)
+def test_ten_steps_from_a_folder_are_those_of_a_loop_in_pytorch(family, tmp_path):
+    """With a loss on some tokens only, as of conversations, and another number of them in each batch."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = transformers.AutoConfig.for_model(family, **SHAPES[family])
+    theirs = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation="eager")
+    theirs.save_pretrained(tmp_path / "start")
+    model, params, _ = fd.load(tmp_path / "start")
+    rules = {"learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
+    config = fd.load_config(None, {f"optimizer.{name}": value for name, value in rules.items()}, start=model.config)
+    state = fd.init_state(model, config, rng=jax.random.key(0), params=params)
+    step = jax.jit(fd.train_step)
+    theirs.eval()  # without dropout
+    matrices, others = ([p for p in theirs.parameters() if (p.dim() > 1) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, 1e-4, (0.9, 0.99), 1e-8)
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        tokens_BT = rng.integers(0, 256, (4, 14)).astype(np.int32)
+        mask_BT = (rng.random((4, 13)) < rng.random((4, 1))).astype(np.float32)
+        labels_BT = np.where(mask_BT > 0, tokens_BT[:, 1:], -100)
+        logits = theirs(torch.tensor(tokens_BT[:, :-1])).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(labels_BT).long().flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        state, metrics = step(state, {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:], "mask": mask_BT})
+        np.testing.assert_allclose(float(metrics["loss"]), loss.item(), atol=1e-5)
+    theirs.save_pretrained(tmp_path / "end")
+    moved = jax.tree.map(lambda one, other: float(np.abs(one - other).max()), params, state.params)
+    assert max(jax.tree.leaves(moved)) > 5e-4
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-4), state.params, fd.load(tmp_path / "end")[1]
+    )

@@ -402,6 +402,24 @@ def test_a_step_keeps_all_dtypes_with_optimizers_of_optax(name, dtype):
     jax.tree.map(lambda new, old: (new.shape, new.dtype) == (old.shape, old.dtype) or pytest.fail(), after, state)
 
 
+def test_a_state_of_a_config_takes_another_optimizer():
+    """Traced only."""
+    tx = optax.sgd(0.01, 0.9)
+
+    def made(tx=tx, **changes):
+        config = fd.load_config(None, RULES | {name.replace("__", "."): value for name, value in changes.items()})
+        return jax.eval_shape(lambda: fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), tx=tx))
+
+    plain = made()
+    assert plain.tx is tx and isinstance(plain.opt_state[0], optax.TraceState)
+    more = made(optimizer__ema_decay=0.9, training__skip_spikes=3.0)
+    state, _ = jax.eval_shape(fd.train_step, more, make_batch())
+    assert jax.tree.structure(state) == jax.tree.structure(more)
+    assert [type(part).__name__ for part in more.opt_state] == ["tuple", "LossMemory", "Average"]
+    with pytest.raises(fd.UserError, match=r"tx must be of type GradientTransformation, such as optax\.adamw\(1e-3\)"):
+        made(optax.adamw)
+
+
 def test_an_optimizer_that_calls_the_loss_by_itself_is_refused():
     state = fd.TrainState.create(apply_fn=make_state().apply_fn, params=make_state().params, tx=optax.lbfgs())
     with pytest.raises(fd.UserError, match=r"calls the loss by itself \(value_fn\)"):

@@ -94,31 +94,34 @@ def _of_a_rise(
     )
 
 
-def prolonging(optimizer: OptimizerConfig, num_steps: int) -> str:
-    """What the learning rate does when a finished run gets twice the steps; nothing if it goes on as it was."""
-    now, then = (_rate(optimizer, end, step) for end, step in ((num_steps, num_steps - 1), (2 * num_steps, num_steps)))
-    return f"raises its learning rate from {now:.2g} to {then:.2g}" if then > 1.05 * now else ""
+def how_to_prolong(optimizer: OptimizerConfig, num_steps: int) -> str:
+    """The settings with which a finished run goes on for as many steps again; its rate does not jump."""
+    longer = f"--training.num-steps {2 * num_steps}"
+    return f"{longer} {_restart(optimizer, num_steps)}" if _jumps(optimizer, num_steps) else longer
 
 
-def changes_at_seam(saved: Config, asked: Config, done: int) -> list[str]:
-    """Lines about what another number of steps changes in a run that goes on from step `done`."""
-    lines, count = [], f"as the run now has {asked.training.num_steps}"
-    known, warmup = saved.optimizer.warmup_steps, asked.optimizer.warmup_steps
-    if known != warmup:
-        lines.append(f"the warm-up has {warmup} steps instead of {known}, {count}")
-    before = _rate(saved.optimizer, saved.training.num_steps, done - 1)
-    after = _rate(asked.optimizer, asked.training.num_steps, done)
-    if saved.training.num_steps != asked.training.num_steps and after > 1.05 * before:
+def changes_of_schedule(saved: Config, config: Config, done: int) -> list[str]:
+    """What a run that goes on with other settings than it had does differently from step `done` on, a line each."""
+    lines = []
+    known, asked = saved.optimizer.warmup_steps, config.optimizer.warmup_steps
+    if known != asked:
         lines.append(
-            f"the learning rate rises from {before:.2g} to {after:.2g} here, {count} steps instead of "
-            f"{saved.training.num_steps}; the loss rises too, for a while"
+            f"the warm-up has {asked} steps instead of {known}, as the run now has {config.training.num_steps}"
         )
+    last, rate = (_rate(one.optimizer, one.training.num_steps, done) for one in (saved, config))
+    if f"{last:.2g}" != f"{rate:.2g}":
+        line = f"the learning rate goes on at {rate:.2g} instead of {last:.2g}"
+        if done in config.optimizer.restarts:
+            line += ", where its schedule begins anew"
+        elif rate > last:
+            line += f"; {_restart(config.optimizer, done)} would let it rise with a warm-up and fall anew"
+        lines.append(line)
     return lines
 
 
 def _how_to_go_on(optimizer: OptimizerConfig, num_steps: int) -> str:
-    longer, rise = f"--training.num-steps {2 * num_steps}", prolonging(optimizer, num_steps)
-    if not rise:
+    longer = f"--training.num-steps {2 * num_steps}"
+    if not _jumps(optimizer, num_steps):
         return f"{longer} goes on at the same learning rate."
     stable = f"before step {num_steps - round(optimizer.decay_fraction * num_steps)}, where the rate begins to fall"
     next_time = (
@@ -128,7 +131,8 @@ def _how_to_go_on(optimizer: OptimizerConfig, num_steps: int) -> str:
     )
     return (
         f"Best is a new run with {longer} and another --run.folder.\n"
-        f"To continue this one {rise}, and the loss for a while. Next time, {next_time}."
+        f"To continue this one, add {_restart(optimizer, num_steps)}: rate and loss rise again, then fall. "
+        f"Next time, {next_time}."
     )
 
 
@@ -157,6 +161,16 @@ def _train_loss(rows: list[LogRow], step: int) -> float | None:
 
 def _rate(optimizer: OptimizerConfig, num_steps: int, step: int) -> float:
     return float(learning_rate_schedule(optimizer, num_steps)(step))
+
+
+def _jumps(optimizer: OptimizerConfig, num_steps: int) -> bool:
+    """Whether the learning rate is another one at once when a finished run gets twice the steps."""
+    return _rate(optimizer, 2 * num_steps, num_steps) > 1.05 * _rate(optimizer, num_steps, num_steps - 1)
+
+
+def _restart(optimizer: OptimizerConfig, step: int) -> str:
+    steps = [*optimizer.restarts, step]
+    return f"--optimizer.restarts {shlex.quote(str(steps)) if optimizer.restarts else step}"
 
 
 def next_commands(folder: Path, sample: str) -> str:

@@ -28,6 +28,7 @@ from flax_decoder.io.files import flush_names, make_folder
 from flax_decoder.io.place import Place
 from flax_decoder.io.terminal import print_escaped
 from flax_decoder.parallel.processes import gather_at_first, is_first
+from flax_decoder.training.average import swapped
 from flax_decoder.training.environment import VERSIONS, versions
 from flax_decoder.training.manifest import NO_ENTRIES, Manifest, file_entries, read_manifest, verify, write_manifest
 from flax_decoder.training.metrics import flush_log
@@ -78,6 +79,7 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
+        state = swapped(state)  # the parameters of a checkpoint are those that others use
         arrays = {PARAMS: state.params, OPTIMIZER: state.opt_state}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         facts = {"step": step, "val_loss": val_loss, **self._facts, **_describe(arrays)}
@@ -339,11 +341,13 @@ def restore_state(folder: Path, step: int, state: TrainState) -> TrainState:
     Raises:
         FaultError: the checkpoint cannot be read, or its arrays have other names, shapes or dtypes.
     """
-    return state.replace(
+    state = swapped(state)
+    saved = state.replace(
         step=jax.device_put(np.int32(step), jnp.asarray(state.step).sharding),
         params=restore_params(folder, step, state.params),
         opt_state=_restore(folder, step, OPTIMIZER, state.opt_state),
     )
+    return swapped(saved)
 
 
 def restore_params(folder: Path, step: int, params: Any) -> Any:

@@ -34,7 +34,8 @@ from flax_decoder.nn.precision import rounding_of_products
 from flax_decoder.parallel import processes
 from flax_decoder.parallel.launchers import idle_part
 from flax_decoder.parallel.mesh import make_mesh, use_mesh
-from flax_decoder.training.advice import advice, changes_at_seam, next_commands, prolonging
+from flax_decoder.training.advice import advice, changes_of_schedule, how_to_prolong, next_commands
+from flax_decoder.training.average import swapped
 from flax_decoder.training.batch import Batch
 from flax_decoder.training.checkpoint import (
     Checkpoints,
@@ -164,8 +165,8 @@ def train_from(
         print_escaped(f"continuing {folder} from the checkpoint of step {done}")
         if changes := changes_since(read_manifest(steps_folder(folder) / str(done))):
             print_escaped(f"the last digits may differ from those of an undisturbed run: {changes}")
-        for line in changes_at_seam(saved_config(folder), config, done):
-            print_escaped(line)
+        for change in changes_of_schedule(saved_config(folder), config, done):
+            print_escaped(change)
     num_saves = math.ceil((training.num_steps - done) / training.save_every)
     processes.first_alone(lambda: require_space(folder, state, training.keep_newest, num_saves))
     log = MetricsLog(config.run, folder, done, read_id(folder / RUN_ID), writes=processes.is_first())
@@ -187,7 +188,8 @@ def train_from(
             state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
         with use_mesh(mesh):
-            write_results(config, folder, interruption, model, state.all_params, tokenizer, corpus, log)
+            params = swapped(state).all_params
+            write_results(config, folder, interruption, model, params, tokenizer, corpus, log)
     if interruption.renamed is not None:
         raise FaultError(
             f"{folder}: was renamed to {interruption.renamed} while it trained; saved there at step {int(state.step)}: "
@@ -312,22 +314,24 @@ def how_to_go_on(config: Config, done: int, *, is_settled: bool) -> str:
     """What continues a finished run, which may have ended before its last step."""
     if is_settled and done < config.training.num_steps:
         return "Its validation loss no longer fell: --step best is its best model, and --training.patience 0 continues"
-    rise = prolonging(config.optimizer, done)
-    return (
-        f"Continue with --training.num-steps {2 * done}{f', which {rise},' if rise else ','} "
-        "or start another run with --run.folder"
-    )
+    return f"Continue with {how_to_prolong(config.optimizer, done)}, or start another run with --run.folder"
 
 
 def validate(model: Decoder, state: TrainState, corpus: Corpus | Mixture, training: TrainingConfig) -> dict[str, float]:
-    """Evaluates the validation split; returns its log entries. Of a mixture: those of each source, and their mean."""
+    """Evaluates the validation split; returns its log entries. Of a mixture: those of each source, and their mean.
+
+    Where the state keeps an average of the weights, that is evaluated, and the entries say so.
+    """
     entries: dict[str, float] = {"val_loss": 0.0, "val_bits_per_byte": 0.0}
+    averaged = swapped(state)
+    if averaged is not state:
+        entries["val_of_average"] = 1
     shape = {"batch_size": training.batch_size, "context_length": model.config.context_length}
     for source in corpus.sources:
         split = source.corpus.validation
         result = evaluate_batches(
             model,
-            state.all_params,
+            averaged.all_params,
             split.validation_batches(**shape, limit=training.eval_batches),
             num_learned=split.num_learned,
             num_bytes=split.num_bytes,
@@ -377,6 +381,8 @@ def describe(
         f"{config.num_layers} layers, {config.num_heads} heads, {config.embed_dim} wide, "
         f"context {config.context_length}; on {describe_mesh(mesh)}"
     )
+    if swapped(state) is not state:
+        print_escaped("evaluated, sampled and loaded is the average of the weights (optimizer.ema_decay)")
     if rounds := rounding_of_products(config, mesh.devices.flat[0].platform):
         print_escaped(rounds)
     if idle := idle_part(os.environ, jax.local_device_count()):

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from flax_decoder.config import OptimizerConfig, default_warmup_steps
+from flax_decoder.config import OptimizerConfig, default_warmup_steps, warmup_within
 from flax_decoder.errors import UserError
 from flax_decoder.nn.axes import PROJECTIONS
 from flax_decoder.nn.precision import widened
+from flax_decoder.training.average import keep_average
 from flax_decoder.training.moments import with_bfloat16_moments
 from flax_decoder.training.spikes import remember_losses
 
@@ -29,14 +30,31 @@ MATRICES = {
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float | None = None) -> optax.Schedule:
     """Learning rate per step: a linear warm-up from 0, then the shape named by `config.schedule`.
 
+    At each of `config.restarts` all of it begins anew, with a warm-up from where the rate has fallen to, as for models
+    that go on with training (Ibrahim et al. 2024).
+
     Args:
-        config: shape, warm-up and final rate.
+        config: shape, warm-up, final rate and restarts.
         num_steps: the step at which the final rate is reached.
         peak: the highest rate; None means `config.learning_rate`.
     """
     peak = config.learning_rate if peak is None else peak
+    fallen = peak if config.schedule == "constant" else peak * config.final_fraction
+    starts, ends = (0, *config.restarts), (*config.restarts, num_steps)
+    parts = [
+        _one_schedule(config, end - start, peak, begin=0.0 if start == 0 else fallen)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    schedule = optax.join_schedules(parts, config.restarts) if config.restarts else parts[0]
+    # From an integer step optax would compute in float32 even under jax_enable_x64.
+    return lambda step: schedule(jnp.asarray(step, jnp.result_type(float)))
+
+
+def _one_schedule(config: OptimizerConfig, num_steps: int, peak: float, begin: float) -> optax.Schedule:
+    """Learning rate of the steps up to a restart or the end; the warm-up rises from `begin`."""
     final = peak * config.final_fraction
-    warmup = default_warmup_steps(num_steps) if config.warmup_steps is None else config.warmup_steps
+    asked = warmup_within(config.warmup_steps, num_steps) if config.restarts else config.warmup_steps
+    warmup = default_warmup_steps(num_steps) if asked is None else asked
     rest = max(num_steps - warmup, 1)
     match config.schedule:
         case "cosine":
@@ -48,24 +66,38 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float 
             after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
         case "constant":
             after = optax.constant_schedule(peak)
-    # The first step has a rate above 0: with a warm-up of w steps, step i has (i + 1) / w of the peak.
-    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    schedule = optax.join_schedules([rise, after], [warmup])
-    # From an integer step optax would compute in float32 even under jax_enable_x64.
-    return lambda step: schedule(jnp.asarray(step, jnp.result_type(float)))
+    # The first step has a rate above 0: with a warm-up of w steps, step i has (i + 1) / w of the way to the peak.
+    first = begin + (peak - begin) / max(warmup, 1)
+    rise = optax.linear_schedule(first, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
 
 
 @functools.cache  # two states of one config then have one optimizer, so equal tree structures: one compiled step
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, *, remembers_losses: bool = False
+    config: OptimizerConfig,
+    num_steps: int,
+    *,
+    remembers_losses: bool = False,
+    tx: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """Gradient clipping, then AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) with AdamW for the rest.
+    """The optimizer of a state, with what its state keeps beside it.
 
     Args:
-        config: the optimizer.
+        config: the optimizer; of a given `tx`, `ema_decay` alone counts.
         num_steps: the step at which the schedule ends.
         remembers_losses: whether the state also keeps the running mean of the losses, for spike detection.
+        tx: an optimizer in place of the one that the config describes.
     """
+    memory = [remember_losses()] if remembers_losses else []
+    average = [keep_average(config.ema_decay)] if config.ema_decay > 0 else []
+    if tx is None:
+        clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+        return optax.chain(clip, _make_update(config, num_steps), *memory, *average)
+    return optax.chain(tx, *memory, *average) if memory or average else tx
+
+
+def _make_update(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) with AdamW for the rest."""
     update = optax.adamw(
         learning_rate_schedule(config, num_steps),
         config.beta1,
@@ -84,10 +116,7 @@ def make_optimizer(
         )
         # optax's Muon has its own Adam for other parameters, but with Nesterov momentum and weight decay of norms.
         update = optax.partition({"muon": muon, "adamw": update}, optimizer_of_each)
-    if config.moments_dtype == "bfloat16":
-        update = with_bfloat16_moments(update)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-    return optax.chain(clip, update, remember_losses()) if remembers_losses else optax.chain(clip, update)
+    return with_bfloat16_moments(update) if config.moments_dtype == "bfloat16" else update
 
 
 def apply_update(

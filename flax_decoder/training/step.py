@@ -89,7 +89,13 @@ class TrainState(train_state.TrainState):
 
 
 def init_state(
-    model: Decoder, config: Config, *, rng: jax.Array, mesh: Mesh | None = None, params: Any = None
+    model: Decoder,
+    config: Config,
+    *,
+    rng: jax.Array,
+    mesh: Mesh | None = None,
+    params: Any = None,
+    tx: optax.GradientTransformation | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -102,6 +108,7 @@ def init_state(
         mesh: the devices over which the state is sharded from the start; None uses the default device.
         params: the parameters to start from, of a trained model; None draws them. They are copied only where they have
             another dtype or lie on other devices, so a step that is given the state to keep takes them along.
+        tx: an optimizer of optax in place of the one that `config.optimizer` describes.
 
     Raises:
         UserError: an argument of another kind; parameters of another model; or adapters that it cannot have.
@@ -110,7 +117,8 @@ def init_state(
     require_type("config", config, Config, "from load_config")
     require_type("mesh", mesh, Mesh | None)
     check_key(rng)
-    make = state_maker(model, config, 1 if mesh is None else num_row_devices(mesh))
+    require_type("tx", tx, optax.GradientTransformation | None, "such as optax.adamw(1e-3)")
+    make = state_maker(model, config, 1 if mesh is None else num_row_devices(mesh), tx)
     shapes = jax.eval_shape(make, rng)
     shardings: Any = None if mesh is None else state_shardings(mesh, shapes)
     if params is None:
@@ -134,10 +142,13 @@ def _placed(params: Any, shapes: Any, shardings: Any) -> Any:
     return cast if shardings is None else jax.device_put(cast, shardings)
 
 
-def state_maker(model: Decoder, config: Config, num_devices: int = 1) -> Callable[..., TrainState]:
+def state_maker(
+    model: Decoder, config: Config, num_devices: int = 1, tx: optax.GradientTransformation | None = None
+) -> Callable[..., TrainState]:
     """The function from a random key, and perhaps parameters, to the state if so many devices share a batch."""
     training, lora = config.training, config.lora
-    tx = make_optimizer(config.optimizer, training.num_steps, remembers_losses=training.skip_spikes > 0)
+    remembers = training.skip_spikes > 0
+    tx = make_optimizer(config.optimizer, training.num_steps, remembers_losses=remembers, tx=tx)
     if lora.adapter is not None:  # a clone would be another program for `jit`
         model = model.clone(adapter=lora.adapter)
 

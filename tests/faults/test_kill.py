@@ -18,7 +18,7 @@ FEW, MANY = (test_kill_points.FEW_STEPS, test_kill_points.SAVE_EVERY, 2), (600, 
 CASES = [pytest.param(*FEW, 0, False, id="few")]
 CASES += [pytest.param(*MANY, seed, False, id=str(seed), marks=pytest.mark.full) for seed in range(10)]
 # Adapters learn, with dropout, beside the weights of another run.
-CASES += [pytest.param(60, 5, 2, seed, True, id=f"adapters {seed}", marks=pytest.mark.full) for seed in range(5)]
+CASES += [pytest.param(300, 5, 20, seed, True, id=f"adapters {seed}", marks=pytest.mark.full) for seed in range(3)]
 
 
 def made_at(path):
