@@ -6,8 +6,9 @@ The model has the shape of SmolLM2-135M (llama: 30 layers, width 576, 9 heads, 3
 weights, and adapters of rank 16 on all seven matrices of a layer. A step is forward, backward, clipping to norm 1 and
 AdamW, in float32. PEFT's attention is PyTorch's fused one.
 
-Time: each library has its own process, and they take steps in turn, on two threads. It is processor time of all
-threads, which depends little on what else the machine does, and the time by the clock.
+Time: each library has its own process, and they take steps in turn, on two threads: by the clock, and of the
+processor. Run it on a machine that does nothing else: PyTorch's threads take time of the processor while they wait for
+each other.
 
 Memory: that of the compiled step, which is not run: its arguments (weights, adapters, moments, batch), and what it
 needs beside them at its peak. "Kept" is what the forward pass keeps for the backward pass, weights not counted: the
@@ -153,7 +154,7 @@ def memory(config: Config) -> dict[str, float]:
         return jax.vjp(loss, adapters)[1]
 
     shapes = {leaf.shape for leaf in jax.tree.leaves((state.frozen, state.params))}
-    kept = [leaf for leaf in jax.tree.leaves(jax.eval_shape(backward, state.params, state.frozen))]
+    kept = jax.tree.leaves(jax.eval_shape(backward, state.params, state.frozen))
     kept = [leaf for leaf in kept if leaf.shape not in shapes and np.prod(leaf.shape) > 0]
     return {
         "weights": size_of(state.frozen),
