@@ -129,6 +129,7 @@ CHOICES = {
         "rotary_scaling_factor": 3.0,
         "window": 1,
         "attention": "splash",
+        "remat": "heads",
     },
     "sloped window": {"positions": "alibi", "window": 4, "scan_layers": True, "remat": "full", "norm_epsilon": 0.3},
     "llama4": {
