@@ -101,9 +101,12 @@ def _run(arguments: Sequence[str]) -> int:
     except FaultError as error:
         print_escaped(f"fault: {error}", file=sys.stderr)
         return 1
-    except LostProcessError as error:
-        print_escaped(f"fault: {error}", file=sys.stderr)
-        return 75
+    except LostProcessError:
+        from flax_decoder.parallel.processes import end_lost
+
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        end_lost()
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         return 128 + signal.SIGPIPE
     except OSError as error:
