@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -151,12 +151,9 @@ def leave(code: int) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    with contextlib.suppress(ImportError, AttributeError, RuntimeError):  # not public; not all have come
-        from jax._src import distributed
-
-        if distributed.global_state.client is not None:
-            distributed.global_state.client.wait_at_barrier("leave", _LEAVE_SECONDS * 1000)
-            return
+    with contextlib.suppress(RuntimeError):  # not all have come
+        _client().wait_at_barrier("leave", _LEAVE_SECONDS * 1000)
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -248,6 +245,13 @@ def broadcast_path(find: Callable[[], Path] | None) -> Path:
     return Path(os.fsdecode(sent))
 
 
+def _client() -> Any:
+    """What talks to the coordination service of the job."""
+    from orbax.checkpoint import multihost  # loaded by then; at the top it would slow down what saves nothing
+
+    return multihost.get_jax_distributed_client()
+
+
 def gather_at_first(name: str, make: Callable[[], str]) -> list[str]:
     """The texts that all processes make, in the first one; nothing in the others.
 
@@ -260,9 +264,7 @@ def gather_at_first(name: str, make: Callable[[], str]) -> list[str]:
     Raises:
         FaultError: in the first process, if another one could not make its text, and does not say so itself.
     """
-    from orbax.checkpoint import multihost  # loaded by then; at the top it would slow down what saves nothing
-
-    client = multihost.get_jax_distributed_client()
+    client = _client()
     if not is_first():
         text = ""
         try:
