@@ -53,7 +53,9 @@ class Linear(nn.Module):
             a: jax.Array = self.get_variable("params", "lora_a").astype(self.dtype)
             b: jax.Array = self.get_variable("params", "lora_b").astype(self.dtype)
             h = nn.Dropout(self.adapter.dropout, deterministic=False)(x)
-            h = project(h, a.reshape(matrix.shape[0], -1)) * self.adapter.scale
+            # A behind a barrier, transposed: its gradient is then (rank, inputs), which CPUs sum three times as fast.
+            a = jax.lax.optimization_barrier(a.reshape(matrix.shape[0], -1).T).T
+            h = project(h, a) * self.adapter.scale
             y += project(h, b.reshape(-1, matrix.shape[1]))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
