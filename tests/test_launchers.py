@@ -121,7 +121,7 @@ def joined(monkeypatch):
             elif name != "jax_rocm_visible_devices":
                 update(name, value)
 
-        monkeypatch.setattr(distributed, "config", types.SimpleNamespace(update=see))
+        monkeypatch.setattr(distributed.config, "update", see)
         monkeypatch.setattr(processes, "wait_for", lambda *arguments: None)
         on_tpu = any(name.startswith("TPU") for name in environment)
         for module in (cluster, cloud_tpu_cluster):
