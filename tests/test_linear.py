@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_decoder.config_file import load_config
 from flax_decoder.nn.linear import Linear, num_summed_axes, project
+from flax_decoder.parallel.mesh import make_mesh, use_mesh
 
 B, T, I, O = 2, 5, 7, 11  # noqa: E741
 
@@ -25,6 +27,15 @@ def test_a_float32_product_of_bfloat16_factors_has_a_gradient_of_such_factors():
     program = jax.jit(jax.value_and_grad(summed, (0, 1))).lower(*factors, of_float32(B, T, O)).as_text()
     types = re.findall(r"dot_general .*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)", program)
     assert types == [("bf16", "bf16")] * 3
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "context"])
+def test_devices_sum_the_gradient_of_a_matrix_before_it_is_rounded(axis):
+    x_BTI, matrix_IO = of_float32(8, 8, I).astype(jnp.bfloat16), of_float32(I, O).astype(jnp.bfloat16)
+    with use_mesh(make_mesh(load_config(None, {f"mesh.{axis}": 8}), jax.devices())):
+        gradient = jax.jit(jax.grad(lambda matrix_IO: project(x_BTI, matrix_IO).sum()))
+        program = gradient.lower(matrix_IO).as_text()
+    assert re.findall(rf"dot_general .* -> tensor<{I}x{O}x(\w+)>", program) == ["f32"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-8)])

@@ -87,8 +87,12 @@ def project(x: jax.Array, matrix: jax.Array, dtype: str | jnp.dtype | None = Non
         matrix: (inputs, outputs).
         dtype: of the result, where it is not that of `x`.
     """
-    wider = x.dtype == jnp.bfloat16 and dtype == jnp.float32
-    multiply = wide_product if wider else functools.partial(jnp.dot, preferred_element_type=dtype)
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    is_summed_by_devices = num_parts("batch") * num_parts("length") > 1
+    if x.dtype == jnp.bfloat16 and (dtype == jnp.float32 or is_summed_by_devices):
+        multiply = functools.partial(bfloat16_product, dtype)
+    else:
+        multiply = functools.partial(jnp.dot, preferred_element_type=dtype)
     if num_parts("length") > 1:
         return multiply(x, matrix)  # merged with the batch, a split axis would be gathered
     # Two axes only. With three, the gradient of the kernel sums over two of them at once, which CPUs do slowly.
@@ -96,27 +100,29 @@ def project(x: jax.Array, matrix: jax.Array, dtype: str | jnp.dtype | None = Non
     return rows.reshape(*x.shape[:-1], matrix.shape[1])
 
 
-@jax.custom_vjp
-def wide_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x W over the last axis of x, in float32, of bfloat16 factors.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def bfloat16_product(dtype: jnp.dtype, x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x W over the last axis of x, of bfloat16 factors, in the given dtype.
 
-    By default the products of the backward pass would have float32 factors too, because the gradient is float32, and
-    GPUs multiply these at half the speed. Here the gradient is rounded first, as those of all other layers are.
+    Products of the backward pass have bfloat16 factors as well: by default they would be float32 where the result is,
+    and GPUs multiply these at half the speed. And the gradient of W is summed in float32, by all devices that have rows
+    of x, and rounded then: by default each device would round its part first.
     """
-    return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
+    return jnp.dot(x, matrix, preferred_element_type=dtype)
 
 
-def _forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return wide_product(x, matrix), (x, matrix)
+def _forward(dtype: jnp.dtype, x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return bfloat16_product(dtype, x, matrix), (x, matrix)
 
 
-def _backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(
+    dtype: jnp.dtype, factors: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, matrix = factors
     rounded = gradient.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
-    # Summed over many rows in float32; a sum over chunks may add these before they are rounded.
     matrix_gradient = jnp.tensordot(x, rounded, (rows, rows), preferred_element_type=jnp.float32)
     return jnp.dot(rounded, matrix.T), matrix_gradient.astype(matrix.dtype)
 
 
-wide_product.defvjp(_forward, _backward)
+bfloat16_product.defvjp(_forward, _backward)

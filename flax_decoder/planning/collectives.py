@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from flax_decoder.config import Config
 from flax_decoder.nn.axes import logical_axes
+from flax_decoder.nn.precision import accumulation_dtype
 from flax_decoder.parallel.mesh import RULES
 from flax_decoder.planning.hlo import Instruction, Program
 
@@ -102,8 +103,7 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int], froz
 
     * fsdp: each weight is gathered for the forward and again for the backward pass, and its gradient is scattered, once
       per accumulation step: three times the parameters (Rajbhandari et al. 2020, section 7.2.2).
-    * data, context: gradients are summed over the devices with the same weights, once per step; those that are already
-      sums over accumulation steps are float32.
+    * data, context: gradients are summed over the devices with the same weights, once per step.
     * tensor: four all-reduces of the activations per layer, two forward and two backward (Shoeybi et al. 2020, section
       3), one of the embeddings and one of the head's gradient.
     * context: keys and values travel around the ring forward and backward, and their gradients once.
@@ -115,11 +115,12 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int], froz
         frozen: those that do not: they have no gradient to send.
 
     Returns:
-        Bytes for each of `KINDS`; activations, gathered weights and their gradients are in the compute dtype.
+        Bytes for each of `KINDS`; activations and gathered weights are in the compute dtype, gradients in at least float32.
     """
     model = config.model
     item_bytes = jnp.dtype(model.dtype).itemsize
     data, fsdp, context, tensor = (mesh_sizes[axis] for axis in ("data", "fsdp", "context", "tensor"))
+    widening = accumulation_dtype(model.dtype).itemsize / item_bytes
     num_parts = config.training.num_parts(data * fsdp)
     mesh_axis_of = dict(RULES)
     sent = dict.fromkeys(KINDS, 0.0)
@@ -130,11 +131,10 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int], froz
         copies = data * context
         if "fsdp" in split:
             sent["all-gather"] += num_parts * 2 * _sent_fraction(fsdp) * size
-            sent["reduce-scatter"] += learns * num_parts * _sent_fraction(fsdp) * size
+            sent["reduce-scatter"] += learns * num_parts * _sent_fraction(fsdp) * size * widening
             size /= fsdp
         else:
             copies *= fsdp
-        widening = 4 / item_bytes if num_parts > 1 else 1
         sent["all-reduce"] += learns * 2 * _sent_fraction(copies) * size * widening
     tokens = config.training.batch_size * model.context_length / (data * fsdp * context)
     activations = tokens * model.embed_dim * item_bytes
