@@ -122,7 +122,8 @@ def _backward(
     rounded = gradient.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
     matrix_gradient = jnp.tensordot(x, rounded, (rows, rows), preferred_element_type=jnp.float32)
-    return jnp.dot(rounded, matrix.T), matrix_gradient.astype(matrix.dtype)
+    # Not `matrix.T`, which devices that each have a part of it would gather once more.
+    return jnp.tensordot(rounded, matrix, (-1, 1)), matrix_gradient.astype(matrix.dtype)
 
 
 bfloat16_product.defvjp(_forward, _backward)

@@ -115,7 +115,7 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int], froz
         frozen: those that do not: they have no gradient to send.
 
     Returns:
-        Bytes for each of `KINDS`; activations and gathered weights are in the compute dtype, gradients in at least float32.
+        Bytes for each of `KINDS`; activations and gathered weights are in the compute dtype, gradients in float32.
     """
     model = config.model
     item_bytes = jnp.dtype(model.dtype).itemsize
