@@ -23,15 +23,7 @@ GUESSING = 0.95
 
 
 def advice(rows: list[LogRow], optimizer: OptimizerConfig, *, num_steps: int, epochs: float, vocab_size: int) -> str:
-    """What to try next, in one line or two.
-
-    Args:
-        rows: the log of the run.
-        optimizer: its schedule, as the loss falls with the learning rate.
-        num_steps: steps of the run.
-        epochs: how often it has read its training text.
-        vocab_size: V.
-    """
+    """What to try next, in one line or two, after a run that has read its training text so many times."""
     points = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     if len(points) < 2:
         count = "Only one evaluation" if points else "No evaluation"
