@@ -37,12 +37,7 @@ from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.nn.lora import merged
 from flax_decoder.nn.params import abstract_params
-from flax_decoder.training.checkpoint import (
-    choose_step,
-    read_checkpoint,
-    restore_params,
-    steps_folder,
-)
+from flax_decoder.training.checkpoint import choose_step, read_checkpoint, restore_params, steps_folder
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.nanogpt_entries import training_entries
 from flax_decoder.training.run_folder import (
