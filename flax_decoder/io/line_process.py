@@ -12,7 +12,7 @@ class LineProcess:
     """A Python process with which documents are exchanged. It ends when this one does, as its standard input ends."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], *, is_quiet: bool = False):
-        """Starts Python with these arguments, and all of its environment; if quiet, without its standard error."""
+        """Starts Python with these arguments and this environment alone; if quiet, its standard error is dropped."""
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,

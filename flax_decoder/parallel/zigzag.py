@@ -10,10 +10,10 @@ def zigzag(length: int, num_parts: int) -> np.ndarray:
     The last token stays last, where a loss looks for the end of a row.
 
     Returns:
-        order_T, such that `sequence[order_T]` lists the tokens of device 0, then those of device 1, up to C.
+        order_T, such that `sequence[order_T]` lists the tokens of device 0, then those of device 1, and so on.
 
     Raises:
-        ValueError: the length T is not a multiple of 2 C.
+        ValueError: the length T is not a multiple of 2 C, where C is `num_parts`.
     """
     if length % (2 * num_parts) != 0:
         raise ValueError(f"{length} tokens are not a multiple of 2 x {num_parts} chunks")

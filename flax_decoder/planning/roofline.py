@@ -34,7 +34,7 @@ class Roofline:
 
 
 def roofline(chip: Chip, *, flops: float, model_flops: float, memory_bytes: float, wire_bytes: float) -> Roofline:
-    """The bounds of a step on one chip, which computes, moves and sends this; recomputation is no part of the model."""
+    """The bounds of a step on one chip, which computes, reads and sends this; `model_flops` have no recomputation."""
     seconds = flops / chip.peak_flops, memory_bytes / chip.memory_bandwidth, wire_bytes / chip.interconnect_bandwidth
     return Roofline(*seconds, mfu_bound=model_flops / chip.peak_flops / max(seconds))
 

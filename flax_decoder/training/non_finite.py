@@ -42,7 +42,7 @@ def check_finite(state: TrainState) -> None:
 def skip_batch(
     training: TrainingConfig, state: TrainState, step: int, batch: Batch, metrics: Metrics, skipped: int
 ) -> str:
-    """The message to the user after a step that was not applied, of `skipped` such steps, if the run may continue.
+    """The message to the user after a step that was not applied, the last of `skipped`, if the run may continue.
 
     `state` is that after the step, whose number is from 1, or after a later one.
 

@@ -79,7 +79,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of a state, or a given `tx` in its place, with what its state keeps beside it.
 
-    That is the running mean of the losses, for spike detection, if asked for, and that of the weights.
+    That is the running mean of the losses, for spike detection, if asked for, and that of the weights. Beside a `tx`,
+    `ema_decay` alone counts of the config.
     """
     memory = [remember_losses()] if remembers_losses else []
     average = [keep_average(config.ema_decay)] if config.ema_decay > 0 else []
