@@ -34,7 +34,7 @@ from flax_decoder.errors import (
     UserError,
     did_you_mean,
 )
-from flax_decoder.io.files import expand_home, write_text
+from flax_decoder.io.files import as_write_fault, expand_home, write_text
 from flax_decoder.io.lock import refuse_if_in_use
 from flax_decoder.io.terminal import print_escaped, standard_streams
 from flax_decoder.parallel.launchers import find_job, in_a_job
@@ -93,11 +93,10 @@ def _run(arguments: Sequence[str]) -> int:
             sys.stdout.flush()  # a disk may be full only now
         return code
     except (UserError, InUseError) as error:
-        if isinstance(error.__context__, OSError) and error.__context__.errno in DEVICE_FAILS:
-            print_escaped(f"fault: {error}", file=sys.stderr)
-            return 1
-        print_escaped(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 73
+        cause = error.__context__
+        is_fault = isinstance(cause, OSError) and cause.errno in DEVICE_FAILS
+        print_escaped(f"{'fault' if is_fault else 'error'}: {error}", file=sys.stderr)
+        return 1 if is_fault else 2 if isinstance(error, UserError) else 73
     except FaultError as error:
         print_escaped(f"fault: {error}", file=sys.stderr)
         return 1
@@ -217,7 +216,8 @@ def generate(options: argparse.Namespace) -> int:
     import numpy as np
 
     model, params, tokenizer = _load(options)
-    _tell(told)
+    if told:
+        print_escaped(told, file=sys.stderr)
     tokens = tokenizer.encode_prompt(prompt) or [token for token in [tokenizer.start_id] if token is not None]
     if not tokens:
         raise UserError("the prompt is empty, and this tokenizer has no start token: give --prompt TEXT")
@@ -261,7 +261,8 @@ def chat(options: argparse.Namespace) -> int:
     from flax_decoder.generation.chat import Chat
 
     model, params, tokenizer = _load(options)
-    _tell(told)
+    if told:
+        print_escaped(told, file=sys.stderr)
     talk = Chat(
         model,
         params,
@@ -296,7 +297,8 @@ def evaluate(options: argparse.Namespace) -> int:
 
     has_talks = has_examples(DataConfig(path=options.file))
     text = "" if has_talks else read_text(options.file).text
-    from flax_decoder.training import evaluation
+    from flax_decoder.data.batches import validation_batches
+    from flax_decoder.training.evaluation import evaluate_batches
 
     model, params, tokenizer = _load(options)
     # 4096 tokens keep two cores busy without taking much memory.
@@ -308,7 +310,6 @@ def evaluate(options: argparse.Namespace) -> int:
         length = min(T, len(split.tokens) - 1)
         batches = split.validation_batches(batch_size=batch_size, context_length=length)
         sizes = {"num_learned": split.num_learned, "num_bytes": split.num_bytes}
-        result = evaluation.evaluate_batches(model, params, batches, **sizes)
     else:
         try:
             tokens = tokenizer.encode_array(text)
@@ -317,7 +318,10 @@ def evaluate(options: argparse.Namespace) -> int:
         start = tokenizer.prompt_start()[:T]
         if len(tokens) + len(start) < 2 or not len(tokens):
             raise UserError(f"{options.file}: is a single token; there is nothing to predict")
-        result = evaluation.evaluate(model, params, tokens, len(text.encode()), batch_size=batch_size, start=start)
+        length = min(T, len(tokens) - 1 + len(start))
+        batches = validation_batches(tokens, batch_size=batch_size, context_length=length, start=start)
+        sizes = {"num_learned": len(tokens), "num_bytes": len(text.encode())}
+    result = evaluate_batches(model, params, batches, **sizes)
     if options.json:
         print_escaped(json.dumps(result | ({"window_start": start} if start else {})))
     else:
@@ -367,7 +371,7 @@ def lens(options: argparse.Namespace) -> int:
         )
         tokens += written.tokens.tolist()
     history = read_history(options.path) if Path(options.path).is_dir() else None
-    with _writing(options.out):
+    with as_write_fault(options.out):
         write_lens_page(options.out, model, params, tokenizer, np.asarray(tokens), history)
     print_escaped(f"{options.out}: written")
     return 0
@@ -414,7 +418,7 @@ def export(options: argparse.Namespace) -> int:
     from flax_decoder.loading import load
 
     model, params, _ = load(options.path, step=options.step, allow_nan=options.allow_nan, strict=options.strict)
-    with _writing(options.file):
+    with as_write_fault(options.file):
         write_stablehlo(options.file, model, params)
     print_escaped(f"{options.file}: written")
     return 0
@@ -525,30 +529,22 @@ def _check_file(name: str, path: Path | None) -> None:
         raise UserError(f"{name} {path}: must name a file in a folder that exists")
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Names the file in the error, which that of a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        raise FaultError(f"{path}: cannot be written: {error}") from error
-
-
 def _write_and_show(path: Path | None, content: str, shown: object) -> None:
     """Writes a result to a file, if one was asked for, and prints it; neither is lost if the other fails."""
     try:
         if path is not None:
-            with _writing(path):
+            with as_write_fault(path):
                 write_text(path, content)
     finally:
         print_escaped(shown)
 
 
 def _load(options: argparse.Namespace) -> "tuple[Decoder, dict[str, Any], Tokenizer]":
-    from flax_decoder.loading import load_with_tokenizer
+    from flax_decoder.loading import load, required_tokenizer
 
-    how = {name: getattr(options, name) for name in ("allow_nan", "strict", "tokenizer")}
-    return load_with_tokenizer(options.path, options.step, **how)
+    how = {name: getattr(options, name) for name in ("step", "allow_nan", "strict", "tokenizer")}
+    model, params, tokenizer = load(options.path, **how)
+    return model, params, required_tokenizer(tokenizer, Path(options.path))
 
 
 def _sampling_of(options: argparse.Namespace) -> "tuple[Sampling, str]":
@@ -566,12 +562,6 @@ def _sampling_of(options: argparse.Namespace) -> "tuple[Sampling, str]":
         return Sampling(**{"temperature": DEFAULT_TEMPERATURE, **found, **given}), told if found else ""
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-def _tell(line: str) -> None:
-    """Prints a line on standard error, if there is one."""
-    if line:
-        print_escaped(line, file=sys.stderr)
 
 
 def _prompt_of(options: argparse.Namespace) -> str:

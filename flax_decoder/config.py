@@ -90,30 +90,20 @@ NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
 
 class LayerKind(NamedTuple):
-    """What may differ from layer to layer.
+    """What may differ from layer to layer."""
 
-    Attributes:
-        window: how many positions a query sees, its own included; None is all up to its own.
-        rotates: queries and keys turn with their positions, where these are rotary.
-    """
-
-    window: int | None = None
-    rotates: bool = True
+    window: int | None = None  # how many positions a query sees, its own included; None is all up to its own
+    rotates: bool = True  # queries and keys turn with their positions, where these are rotary
 
 
 PLAIN_LAYER = LayerKind()
 
 
 class Adapter(NamedTuple):
-    """How the low-rank adapters of a call count; see `nn/lora.py`.
+    """How the low-rank adapters of a call count; see `nn/lora.py`."""
 
-    Attributes:
-        scale: factor of what an adapter adds.
-        dropout: probability of zeroing a number of its input.
-    """
-
-    scale: float
-    dropout: float = 0.0
+    scale: float  # factor of what an adapter adds
+    dropout: float = 0.0  # probability of zeroing a number of its input
 
 
 class _Shown:
@@ -122,7 +112,8 @@ class _Shown:
     def __repr__(self) -> str:
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self)  # type: ignore[arg-type]
         values = ((field, getattr(self, field.name)) for field in fields)
-        changed = [f"{field.name}={value!r}" for field, value in values if value != _default_of(type(self), field.name)]
+        defaults = _fields(type(self))
+        changed = [f"{field.name}={value!r}" for field, value in values if value != defaults[field.name].default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
 
@@ -351,14 +342,9 @@ class ModelConfig(_Shown):
             self.positions == "sinusoidal" and self.embed_dim % 2 != 0,
             f"sinusoidal positions come in pairs of sine and cosine, but embed_dim = {self.embed_dim} is odd",
         )
-        refuse_if(
-            self.norm == "rmsnorm" and self.norm_bias,
-            'norm_bias = true needs norm = "layernorm": RMSNorm has no shift',
-        )
-        refuse_if(
-            self.norm_bias and not self.norm_scale,
-            "norm_bias = true needs norm_scale = true, or both false",
-        )
+        no_shift = 'norm_bias = true needs norm = "layernorm": RMSNorm has no shift'
+        refuse_if(self.norm == "rmsnorm" and self.norm_bias, no_shift)
+        refuse_if(self.norm_bias and not self.norm_scale, "norm_bias = true needs norm_scale = true, or both false")
         refuse_if(
             self.parallel_residual and self.norm_position != "pre",
             f'parallel_residual = true needs norm_position = "pre", not "{self.norm_position}"',
@@ -704,10 +690,6 @@ class Config(_Shown):
                     f"optimizer.{name} = {rate} times weight_decay = {optimizer.weight_decay} is more than 1, "
                     "but it is the part of each weight that a step takes away"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _with_steps_to_profile(self) -> Self:
         steps = profiled_steps(self.run)
         if steps and steps.stop > self.training.num_steps:
             raise ValueError(
@@ -745,10 +727,6 @@ def default_warmup_steps(num_steps: int) -> int:
 def warmup_within(warmup_steps: int | None, num_steps: int) -> int | None:
     """The warm-up of a run of `num_steps`: as set if it ends before the run does, else the default."""
     return warmup_steps if warmup_steps is None or warmup_steps < num_steps else default_warmup_steps(num_steps)
-
-
-def _default_of(section: Any, name: str) -> Any:
-    return _fields(section)[name].default
 
 
 def _fields(section: Any) -> dict[str, Any]:

@@ -97,10 +97,7 @@ def _with_home(value: Any) -> Any:
 def config_of(settings: Mapping[str, Any], source: str, overridden: Collection[str] = ()) -> Config:
     """Builds a config from parsed TOML or JSON.
 
-    Args:
-        settings: values by section and field.
-        source: start of error messages.
-        overridden: dotted names of the values that are not from `source`.
+    Error messages begin with `source`, from which all values are but those of the dotted names in `overridden`.
 
     Raises:
         UserError: as `load_config`.
@@ -132,10 +129,7 @@ _REACHING_OUT = ("run.wandb", "distributed.coordinator")
 def require_consent(path: str | os.PathLike[str] | None, config: Config, overridden: Collection[str]) -> None:
     """Raises UserError if the config in a run folder, which may be somebody else's, reaches beyond this machine.
 
-    Args:
-        path: the file that `load_config` has read.
-        config: what it has returned.
-        overridden: dotted names of the overrides: what the command line says is the user's own.
+    `load_config` has read it at `path`. What is overridden, by dotted names, is the user's own.
     """
     if path is None or Path(path).name != "config.toml":
         return

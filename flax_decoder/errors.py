@@ -112,11 +112,7 @@ def as_whole_number(name: str, value: Any, least: int, most: int | None = None) 
 
 @contextlib.contextmanager
 def as_user_error(complaint: str) -> Iterator[None]:
-    """Turns anything that a library such as `tokenizers` raises into a UserError.
-
-    Args:
-        complaint: start of the message, before the reason.
-    """
+    """Turns anything that a library such as `tokenizers` raises into a UserError: the complaint, then the reason."""
     try:
         yield
     except BaseException as error:

@@ -1,11 +1,10 @@
 """Loads, converts and compares models: run folders, Hugging Face folders, and files of PyTorch."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +14,7 @@ from flax_decoder.config import Config, ModelConfig
 from flax_decoder.config_file import load_config
 from flax_decoder.data.corpus import read_text
 from flax_decoder.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
-from flax_decoder.errors import FaultError, UserError, as_path, require_type
+from flax_decoder.errors import UserError, as_path, require_type
 from flax_decoder.huggingface.adapter import is_adapter_folder, read_adapter, write_adapter
 from flax_decoder.huggingface.choice import choose_family, require_expressible
 from flax_decoder.huggingface.families import FAMILIES, NANOGPT
@@ -33,17 +32,12 @@ from flax_decoder.huggingface.nanogpt import model_entries, read_model, write_ch
 from flax_decoder.huggingface.own_layout import read_own_model
 from flax_decoder.huggingface.torch_file import find_state_dict, read_torch_file
 from flax_decoder.huggingface.weights import flatten
-from flax_decoder.io.files import expand_home, new_folder, replacing, sha256_of, write_text
+from flax_decoder.io.files import as_write_fault, expand_home, new_folder, replacing, sha256_of, write_text
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import for_these_devices
 from flax_decoder.nn.lora import merged
 from flax_decoder.nn.params import abstract_params
-from flax_decoder.training.checkpoint import (
-    choose_step,
-    read_checkpoint,
-    restore_params,
-    steps_folder,
-)
+from flax_decoder.training.checkpoint import choose_step, read_checkpoint, restore_params, steps_folder
 from flax_decoder.training.manifest import MANIFEST
 from flax_decoder.training.nanogpt_entries import training_entries
 from flax_decoder.training.run_folder import (
@@ -106,10 +100,13 @@ def load(
     if (dtype is not None or unstacked) and not (folder.is_dir() and is_model_folder(folder)):
         raise UserError(f"{folder}: is no Hugging Face folder, of which alone dtype and unstacked can be chosen")
     if not folder.is_dir():
-        return _load_file(folder, read_torch_file(folder), step, shardings, allow_nan, tokenizer)
+        if step != "latest":
+            raise UserError(f"{folder}: is one checkpoint and has none to choose from; leave out --step")
+        model, params = read_model(read_torch_file(folder), folder, shardings, allow_nan=allow_nan)
+        return model, params, _named_tokenizer(tokenizer, model.config.vocab_size)
     if _is_run_folder(folder):
         _refuse_second_tokenizer(folder, tokenizer)
-        return _load_run(folder, step, shardings)
+        return read_checkpoint(folder, step, lambda step: _read_run(folder, step, shardings))
     if is_adapter_folder(folder):
         raise UserError(f"{folder}: holds an adapter; give it its base: flax-decoder convert {folder} RUN --base BASE")
     if not is_model_folder(folder):
@@ -124,21 +121,6 @@ def load(
     if own_tokenizer is not None:
         _refuse_second_tokenizer(folder, tokenizer)
         return model, params, own_tokenizer
-    return model, params, _named_tokenizer(tokenizer, model.config.vocab_size)
-
-
-def _load_file(
-    path: Path,
-    document: dict[str, Any],
-    step: int | Literal["latest", "best"],
-    shardings: Any,
-    allow_nan: bool,
-    tokenizer: str | None,
-) -> tuple[Decoder, Any, Tokenizer | None]:
-    """Loads a checkpoint of PyTorch; `document` is the content of the file."""
-    if step != "latest":
-        raise UserError(f"{path}: is one checkpoint and has none to choose from; leave out --step")
-    model, params = read_model(document, path, shardings, allow_nan=allow_nan)
     return model, params, _named_tokenizer(tokenizer, model.config.vocab_size)
 
 
@@ -162,7 +144,7 @@ def read_start(path: Path, tokenizer: str | None = None) -> Start:
         path,
         {file.name: sha256_of(file) for file in files},
         params,
-        _required(found, path),
+        required_tokenizer(found, path),
         kept=read_kept_files(path) if path.is_dir() else {},
         model_type=model_type,
     )
@@ -196,7 +178,7 @@ def _named_tokenizer(name: str | None, vocab_size: int | None) -> Tokenizer | No
             )
         found = read_tokenizer(path) if path.is_dir() else load_tokenizer(path)
         # Models are padded to a multiple of 64 or 128: 50,257 tokens of GPT-2 to 50,304.
-        tokenizer, num_padding = _required(found, path), 127
+        tokenizer, num_padding = required_tokenizer(found, path), 127
     num_tokens = vocab_size or 0
     if not tokenizer.vocab_size <= num_tokens <= tokenizer.vocab_size + num_padding:
         raise UserError(
@@ -221,19 +203,14 @@ def convert(
 ) -> None:
     """Converts a Hugging Face folder or a checkpoint of PyTorch to a run folder, or a run folder to one of them.
 
-    A run that has trained adapters becomes a folder of PEFT, and the other way round.
+    A run that has trained adapters becomes a folder of PEFT, and the other way round. The destination is written
+    atomically.
 
     Args:
         source: the folder or file to read; its kind decides the direction.
-        destination: a new folder, which must not exist or be empty, or a new file; it is written atomically.
-        model_type: the Hugging Face model type to write; None means the one that fits the model best.
-        to: "nanogpt" writes a ckpt.pt of nanoGPT instead of a Hugging Face folder.
-        allow_nan: see `load`.
-        strict: see `load`.
-        tokenizer: see `load`.
-        names: for a file of PyTorch that is not of nanoGPT: a TOML file that says what is in it; see `read_own_model`.
-        merge: of a run that has trained adapters, write a whole model with them in its weights, not the adapters.
-        base: of a folder of PEFT, the model that its adapters belong to: as in `load`.
+        destination: a new folder, which must not exist or be empty, or a new file.
+        model_type, to, allow_nan, strict, tokenizer, names, merge, base: the arguments of `flax-decoder convert`; for
+            `allow_nan`, `strict` and `tokenizer` see `load`, for `names` `read_own_model`.
 
     Raises:
         UserError: `source` cannot be read, `destination` is in use, or no model type can express the model.
@@ -278,15 +255,13 @@ def convert(
     else:
         model, params, found = load(source, step=step, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
     if to:
-        try:
+        with as_write_fault(destination):
             _write_nanogpt(destination, source, int(step), model, params)
-        except OSError as error:
-            raise FaultError(f"{destination}: cannot be written: {error}") from error
         return
     kept = read_kept_files(source) if source.is_dir() else {}
-    with _new_folder(destination) as unfinished:
+    with as_write_fault(destination), new_folder(destination) as unfinished:
         if to_run:
-            write_run(unfinished, model.config, params, _required(found, source), kept)
+            write_run(unfinished, model.config, params, required_tokenizer(found, source), kept)
         else:
             family = choose_family(model.config, str(source), model_type)
             write_folder(unfinished, model.config, params, found, family, kept=kept)
@@ -305,7 +280,7 @@ def _write_peft(destination: Path, source: Path, model_type: str | None) -> None
     record = start_record(source)
     family = choose_family(config.model, str(source), model_type or record.get("model_type"))
     base = record["path"] if "model_type" in record else None  # transformers opens no run folder
-    with _new_folder(destination) as unfinished:
+    with as_write_fault(destination), new_folder(destination) as unfinished:
         write_adapter(unfinished, config.model, config.lora, adapters, family, base)
 
 
@@ -315,19 +290,9 @@ def _write_adapted_run(destination: Path, source: Path, base: Path, tokenizer: s
     config = model_config_of(base)
     family = FAMILIES[start.model_type] if start.model_type else choose_family(config, str(base))
     lora, adapters = read_adapter(source, config, family)
-    with _new_folder(destination) as unfinished:
+    with as_write_fault(destination), new_folder(destination) as unfinished:
         write_run(unfinished, config, start.params, start.tokenizer, start.kept, lora, adapters)
         write_text(unfinished / START_FROM, json.dumps(start.record(), indent=1))
-
-
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """`new_folder`, whose errors are faults."""
-    try:
-        with new_folder(path) as unfinished:
-            yield unfinished
-    except OSError as error:
-        raise FaultError(f"{path}: cannot be written: {error}") from error
 
 
 def compare(
@@ -446,20 +411,8 @@ def _pytorch_model(
         return open_model(Path(temporary)), family, ()
 
 
-def load_with_tokenizer(
-    path: str | os.PathLike[str],
-    step: int | Literal["latest", "best"],
-    *,
-    allow_nan: bool = False,
-    strict: bool = False,
-    tokenizer: str | None = None,
-) -> tuple[Decoder, Any, Tokenizer]:
-    """As `load`, but raises UserError if there is no tokenizer."""
-    model, params, found = load(path, step=step, allow_nan=allow_nan, strict=strict, tokenizer=tokenizer)
-    return model, params, _required(found, Path(path))
-
-
-def _required(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
+def required_tokenizer(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer:
+    """The tokenizer of a model; raises UserError, which says where to get one, if it has none."""
     if tokenizer is None and not folder.is_dir():
         raise UserError(
             f"{folder}: has no tokenizer; say which: --tokenizer char:FILE, with the text whose characters are its "
@@ -477,16 +430,12 @@ def _is_run_folder(folder: Path) -> bool:
     return (folder / "config.toml").is_file()
 
 
-def _load_run(folder: Path, step: int | Literal["latest", "best"], shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
-    return read_checkpoint(folder, step, lambda step: _read_run(folder, step, shardings))
-
-
 def _read_run(folder: Path, step: int, shardings: Any) -> tuple[Decoder, Any, Tokenizer]:
     config = load_config(folder / "config.toml")
     require_same_model(folder, config)
     require_same_inputs(folder, ["tokenizer.json", BASE_MANIFEST])
     model = Decoder(for_these_devices(config.model))
-    tokenizer = _required(read_tokenizer(folder), folder)
+    tokenizer = required_tokenizer(read_tokenizer(folder), folder)
     like = abstract_params(model, shardings)
     if config.lora.adapter is None:
         return model, restore_params(folder, step, like), tokenizer

@@ -107,6 +107,11 @@ def snapshot() -> dict[str, str]:
     return result
 
 
+@pytest.fixture(name="snapshot")
+def _snapshot() -> Callable[[], dict[str, str]]:
+    return snapshot
+
+
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
     """Runs a command that must be refused: exit code 2, one or two lines, nothing written. Returns the message."""

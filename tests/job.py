@@ -38,16 +38,25 @@ SETTINGS = {
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 0,
 }
+# Arguments of a run whose compiled programs several files share.
+SMALL = [
+    *("--model.context-length=8", "--model.num-layers=1", "--model.embed-dim=8", "--model.num-heads=2"),
+    *("--training.num-steps=4", "--training.batch-size=2", "--training.sample-tokens=9"),
+]
 # Float32 sums in another order.
 LOSS_TOLERANCE = 1e-5
 # Short where a process is killed, else so long that a busy machine does not look like a dead process.
 HEARTBEAT_SECONDS, PATIENT_SECONDS = 10, HANGS_SECONDS
 
 
-def train_here(folder, text, **changes):
-    """Trains in this process; `changes` to SETTINGS are named section__field."""
-    overrides = {name.replace("__", "."): value for name, value in changes.items()}
-    config = fd.load_config(None, SETTINGS | {"data.path": str(text), "run.folder": str(folder)} | overrides)
+def dotted(changes):
+    """Overrides of a config from settings that are named section__field."""
+    return {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def train_here(folder, text, settings=SETTINGS, **changes):
+    """Trains in this process; `changes` to the settings are named section__field."""
+    config = fd.load_config(None, settings | {"data.path": str(text), "run.folder": str(folder)} | dotted(changes))
     return loop.train(config, Path(folder))
 
 
@@ -68,7 +77,7 @@ class Job:
             "distributed.num_processes": num_processes,
             "distributed.heartbeat_seconds": PATIENT_SECONDS,
         }
-        settings |= {name.replace("__", "."): value for name, value in changes.items()}
+        settings |= dotted(changes)
         environment = os.environ | {"XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices_each}"}
         self.folder = folder
         self.processes = [

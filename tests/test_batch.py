@@ -14,7 +14,6 @@ from flax_decoder.training.batch import checked_batch
 
 B, T, V = 3, 5, 320
 SMALL = {"model.num_layers": 1, "model.embed_dim": 8, "model.num_heads": 2, "model.context_length": 7}
-INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64]
 
 
 def make_batch(**others):
@@ -30,19 +29,7 @@ def state():
     return fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
 
 
-# --- Dtypes ---
-
-
-@pytest.mark.full  # a case of each entry point is in test_public_functions.py
-@pytest.mark.parametrize("dtype", INTEGERS)
-def test_the_dtype_of_ids_changes_no_number(state, dtype):
-    batch = {name: ids.astype(dtype) for name, ids in make_batch().items()}
-    wide = make_batch()
-    # Outside of jit all ids are in the program as numbers, within it only their shape and dtype.
-    for compute in (fd.eval_step, jax.jit(fd.eval_step)):
-        assert float(compute(state, batch)["loss"]) == float(compute(state, wide)["loss"])
-    apply = jax.jit(state.apply_fn)
-    np.testing.assert_array_equal(*(apply({"params": state.params}, ids["inputs"]) for ids in (batch, wide)))
+# --- Dtypes; those of ids are in test_public_functions.py ---
 
 
 def test_uint16_ids_with_a_vocabulary_beyond_them():
@@ -126,12 +113,6 @@ def test_the_loss_is_a_mean_whatever_the_size_of_the_weights(state, weight):
     np.testing.assert_allclose(weighted["gradient_norm"], plain["gradient_norm"], rtol=1e-5)
 
 
-def test_without_any_weight_nothing_is_learned(state):
-    after, metrics = jax.jit(fd.train_step)(state, make_batch(mask=np.zeros((B, T))))
-    assert metrics["loss"] == metrics["gradient_norm"] == 0
-    assert jax.tree.all(jax.tree.map(jnp.isfinite, jax.tree.map(jnp.sum, after.params)))
-
-
 def test_negative_weights_are_refused_or_count_as_nothing(state):
     mask = np.ones((B, T), np.float32)
     mask[0, 0] = -1
@@ -144,27 +125,16 @@ def test_negative_weights_are_refused_or_count_as_nothing(state):
 
 @pytest.mark.parametrize("mask", [np.ones((B, T), bool), np.ones((B, T), np.int8), np.ones((B, T), np.float16)])
 def test_weights_may_be_of_any_real_dtype(mask):
-    assert checked_batch(make_batch(mask=mask), V)["mask"].dtype == jnp.float32
+    found = checked_batch(make_batch(mask=mask), V)["mask"]
+    assert found.dtype == jnp.float32 and (found == 1).all()
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 2])
-def test_chunks_change_no_derivative(state, chunk_tokens):
-    """That of the sum of losses, by parameters; weights are constants with and without chunks."""
+def test_weights_are_constants_with_and_without_chunks(state, chunk_tokens):
+    def loss(mask):
+        return fd.eval_step(state.replace(loss_chunk_tokens=chunk_tokens), make_batch(mask=mask))["loss"]
 
-    def loss(params, mask):
-        chunked = state.replace(params=params, loss_chunk_tokens=chunk_tokens)
-        return fd.eval_step(chunked, make_batch(mask=mask))["loss"]
-
-    of_params, of_mask = jax.jit(jax.grad(loss, argnums=(0, 1)))(state.params, jnp.ones((B, T)))
-    assert float(jnp.abs(of_mask).max()) == 0
-    # Along the gradient the sum rises by its length.
-    gradient, embedding, step = of_params["embedding"], state.params["embedding"], 1e-2
-    length = float(jnp.linalg.norm(gradient))
-    ahead, behind = (
-        float(loss(state.params | {"embedding": embedding + sign * step * gradient / length}, jnp.ones((B, T))))
-        for sign in (1, -1)
-    )
-    np.testing.assert_allclose(length, (ahead - behind) / (2 * step), rtol=0.01)
+    assert not jax.jit(jax.grad(loss))(jnp.ones((B, T))).any()
 
 
 def test_the_checks_leave_no_trace_in_the_program(state):

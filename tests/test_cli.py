@@ -5,6 +5,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import signal
 import stat
 import subprocess
@@ -15,24 +16,13 @@ from pathlib import Path
 import code_pages
 import jax
 import pytest
+from job import SMALL, TEXT
 from limits import HANGS_SECONDS
 
 from flax_decoder.cli import build_parser, main
 from flax_decoder.config import SECTIONS, fields_of
 
-TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
-ARGUMENTS = [
-    "--model.context-length=8",
-    "--model.num-layers=1",
-    "--model.embed-dim=8",
-    "--model.num-heads=2",
-    "--training.num-steps=4",
-    "--training.batch-size=2",
-    "--training.eval-every=4",
-    "--training.save-every=4",
-    "--training.log-every=4",
-    "--training.sample-tokens=9",
-]
+ARGUMENTS = [*SMALL, "--training.eval-every=4", "--training.save-every=4", "--training.log-every=4"]
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +37,45 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def refused(refused):
-    """As in conftest.py, beside a text."""
+    """As in conftest.py, beside two texts."""
     Path("hamlet.txt").write_text(TEXT)
+    Path("single.txt").write_text("T")
     return refused
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    ("command", "parts"),
     [
-        (["--training.num-stepz", "3"], ["--training.num-stepz", "did you mean --training.num-steps?"]),
-        (["--model.embed-dim=10", "--model.num-heads=4"], ["embed_dim = 10", "num_heads = 4"]),
-        (["--data.path=missing.txt"], ["missing.txt", "no such file"]),
-        (["--data.path=hamlet.txt", "--model.context-length=500"], ["hamlet.txt", "context_length = 500"]),
-        (["--data.path=hamlet.txt", "--model.vocab-size=3"], ["model.vocab_size = 3", "--model.vocab-size none"]),
+        ("", ["COMMAND"]),
+        ("fly", ["fly"]),
+        ("train --training.num-stepz 3", ["--training.num-stepz", "did you mean --training.num-steps?"]),
+        ("train --model.embed-dim=10 --model.num-heads=4", ["embed_dim = 10", "num_heads = 4"]),
+        ("train --data.path=missing.txt", ["missing.txt", "no such file"]),
+        ("train --data.path=hamlet.txt --model.context-length=500", ["hamlet.txt", "context_length = 500"]),
+        ("train --data.path=hamlet.txt --model.vocab-size=3", ["model.vocab_size = 3", "--model.vocab-size none"]),
+        ("generate nowhere --prompt To", ["nowhere"]),
+        ("generate RUN --prompt To --temperature -1", ["temperature = -1"]),
+        ("generate RUN --prompt To --prompt-lookup -1", ["num_tokens = -1"]),
+        ("generate RUN --prompt To --prompt-lookup 2 --draft x", ["--draft", "--prompt-lookup"]),
+        ("generate RUN --prompt To --draft nowhere", ["nowhere"]),
+        ("generate RUN --prompt To --prompt-lookup 2 --max-new-tokens 7", ["context_length = 8"]),
+        ("generate RUN --prompt To --max-new-tokens -1", ["--max-new-tokens"]),
+        ("generate RUN --prompt To --num-samples 0", ["--num-samples"]),
+        ("generate RUN --prompt To --step 3", ["step 3", "there are 4"]),
+        ("generate RUN --promt To", ["--promt", "did you mean --prompt?"]),
+        ("eval RUN missing.txt", ["missing.txt"]),
+        ("eval RUN single.txt", ["single.txt", "a single token"]),
+        ("lens RUN --prompt To --out .", ["--out .", "must name a file in a folder that exists"]),
+        ("lens RUN --prompt To --out missing/x.html", ["--out missing/x.html"]),
+        ("lens RUN --prompt= --out x.html", ["--prompt must be a text"]),
+        ("lens RUN --prompt To --out x.html --max-new-tokens -1", ["--max-new-tokens at least 0"]),
+        ("lens RUN --prompt 'To be, or' --out x.html", ["9 tokens", "8 learned positions"]),
+        ("lens RUN --prompt 'To be' --out x.html --max-new-tokens 4", ["9 tokens", "8 learned positions"]),
+        ("lens RUN --prompt To~ --out x.html", ["'~'", "vocabulary"]),
     ],
 )
-def test_train_refuses_wrong_input(refused, arguments, parts):
-    error = refused("train", *arguments)
+def test_wrong_input_is_refused(refused, run, command, parts):
+    error = refused(*shlex.split(command.replace("RUN", shlex.quote(run))))
     assert all(part in error for part in parts), error
 
 
@@ -74,37 +86,6 @@ def test_one_process_of_a_job_tells_what_was_changed(capsys, process, count):
     *told, error = capsys.readouterr().err.splitlines()
     assert len(told) == count and all("warmup_steps = 9 is not under" in line for line in told)
     assert error.startswith("error: distributed.num_processes")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--prompt", "To", "--temperature", "-1"], ["temperature = -1"]),
-        (["--prompt", "To", "--prompt-lookup", "-1"], ["num_tokens = -1"]),
-        (["--prompt", "To", "--prompt-lookup", "2", "--draft", "x"], ["--draft", "--prompt-lookup"]),
-        (["--prompt", "To", "--draft", "nowhere"], ["nowhere"]),
-        (["--prompt", "To", "--prompt-lookup", "2", "--max-new-tokens", "7"], ["context_length = 8"]),
-        (["--prompt", "To", "--max-new-tokens", "-1"], ["--max-new-tokens"]),
-        (["--prompt", "To", "--num-samples", "0"], ["--num-samples"]),
-        (["--prompt", "To", "--step", "3"], ["step 3", "there are 4"]),
-        (["--promt", "To"], ["--promt", "did you mean --prompt?"]),
-    ],
-)
-def test_generate_refuses_wrong_input(refused, run, arguments, parts):
-    error = refused("generate", run, *arguments)
-    assert all(part in error for part in parts), error
-
-
-def test_generate_and_eval_refuse_what_is_no_run_or_no_text(refused, run):
-    assert "nowhere" in refused("generate", "nowhere", "--prompt", "To")
-    assert "missing.txt" in refused("eval", run, "missing.txt")
-    Path("mine.txt").write_text("T")
-    assert "mine.txt" in refused("eval", run, "mine.txt")
-
-
-def test_a_command_is_needed(refused):
-    assert "COMMAND" in refused()
-    assert "fly" in refused("fly")
 
 
 def test_version_names_the_devices_too(capsys):
@@ -477,23 +458,6 @@ def test_lens_takes_the_prompt_from_standard_input(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"To")))
     assert main(["lens", run, "--step", "4"]) == 0
     assert len(lens_data("lens.html")["tokens"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--prompt", "To", "--out", "."], ["--out .", "must name a file in a folder that exists"]),
-        (["--prompt", "To", "--out", "missing/x.html"], ["--out missing/x.html"]),
-        (["--prompt", "", "--out", "x.html"], ["--prompt must be a text"]),
-        (["--prompt", "To", "--out", "x.html", "--max-new-tokens", "-1"], ["--max-new-tokens at least 0"]),
-        (["--prompt", "To be, or", "--out", "x.html"], ["9 tokens", "8 learned positions"]),
-        (["--prompt", "To be", "--out", "x.html", "--max-new-tokens", "4"], ["9 tokens", "8 learned positions"]),
-        (["--prompt", "To~", "--out", "x.html"], ["'~'", "vocabulary"]),
-    ],
-)
-def test_lens_refuses(refused, run, arguments, parts):
-    error = refused("lens", run, *arguments)
-    assert all(part in error for part in parts), error
 
 
 def test_lens_tells_a_disk_that_fails(run, tmp_path, monkeypatch, capsys):

@@ -6,8 +6,7 @@ import pytest
 
 import flax_decoder as fd
 from flax_decoder.data.batches import validation_batches
-from flax_decoder.training import evaluation
-from flax_decoder.training.evaluation import evaluate
+from flax_decoder.training.evaluation import evaluate_batches
 
 T, V = 5, 7
 MODEL = {"vocab_size": V, "context_length": T, "num_layers": 1, "embed_dim": 8, "num_heads": 2, "init_stddev": 0.5}
@@ -17,6 +16,12 @@ MODEL = {"vocab_size": V, "context_length": T, "num_layers": 1, "embed_dim": 8, 
 def model_and_params():
     model = fd.Decoder(fd.load_config(None, {f"model.{name}": value for name, value in MODEL.items()}).model)
     return model, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+
+
+def evaluate(model, params, tokens, num_bytes, start=(), **how):
+    """The loss on a text, in windows of T, or of the text if that is shorter."""
+    batches = validation_batches(tokens, context_length=min(T, len(tokens) - 1 + len(start)), start=start, **how)
+    return evaluate_batches(model, params, batches, num_learned=len(tokens), num_bytes=num_bytes)
 
 
 def loss_of_each(model, params, tokens):
@@ -63,15 +68,12 @@ def test_with_a_start_the_first_token_is_predicted_too(model_and_params, num_tok
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
-def test_no_loss_is_asked_across_a_border(model_and_params, monkeypatch):
+def test_no_loss_is_asked_across_a_border(model_and_params):
     tokens = np.random.default_rng(0).integers(0, V, 2 * T + 1, np.int32)
     segments = np.asarray([[0, 0, 1, 1, 1], [1, 1, 1, 1, 4]], np.int32)
-
-    def with_documents(*args, **options):
-        return (batch | {"segments": segments} for batch in validation_batches(*args, **options))
-
-    monkeypatch.setattr(evaluation, "validation_batches", with_documents)
-    assert evaluate(*model_and_params, tokens, 11, batch_size=2)["num_tokens"] == 2 * T - 2
+    batches = validation_batches(tokens, batch_size=2, context_length=T)
+    batches = (batch | {"segments": segments} for batch in batches)
+    assert evaluate_batches(*model_and_params, batches, num_learned=11, num_bytes=11)["num_tokens"] == 2 * T - 2
 
 
 def test_a_limit_reads_some_batches(model_and_params):

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import functools
 import io
 import json
 import math
@@ -7,11 +8,11 @@ import os
 import signal
 import time
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from job import TEXT, train_here
 from limits import HANGS_SECONDS
 
 import flax_decoder as fd
@@ -25,7 +26,6 @@ from flax_decoder.training.flops import flops_per_token
 from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.verification import verify_run
 
-TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
 NUM_STEPS = 8
 RULES = {
     "model.context_length": 8,
@@ -53,11 +53,7 @@ def text(tmp_path_factory):
     return path
 
 
-def train(folder, text, **changes):
-    """Trains in this process; `changes` to RULES are named section__field."""
-    overrides = {name.replace("__", "."): value for name, value in changes.items()}
-    config = fd.load_config(None, RULES | {"data.path": str(text), "run.folder": str(folder)} | overrides)
-    return loop.train(config, Path(folder))
+train = functools.partial(train_here, settings=RULES)
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])
@@ -135,29 +131,19 @@ def test_a_run_that_crashed_continues_to_the_same_end(finished, text, tmp_path, 
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
-@pytest.mark.short("adamw-15-143")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_path, monkeypatch, capsys, number, code):
+@pytest.mark.short("adamw-5-SIGTERM")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("step", [5, 6])  # no multiple of save_every, and one where it would evaluate
+def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_path, monkeypatch, capsys, number, step):
     expected, name = finished
     with monkeypatch.context() as patch:
-        at_step(patch, 4, lambda: os.kill(os.getpid(), number))
-        assert train(tmp_path / "run", text, optimizer__name=name) == code
-    assert saved_steps(tmp_path / "run")[-1] == 5  # the current step, though not a multiple of save_every
-    assert f"stopped by {number.name}: saved at step 5" in capsys.readouterr().out
+        at_step(patch, step - 1, lambda: os.kill(os.getpid(), number))
+        assert train(tmp_path / "run", text, optimizer__name=name) == 128 + number
+    assert saved_steps(tmp_path / "run")[-1] == step
+    assert f"stopped by {number.name}: saved at step {step}" in capsys.readouterr().out
     assert not (tmp_path / "run" / "sample.txt").exists()
     assert train(tmp_path / "run", text, optimizer__name=name, run__resume="must") == 0
     assert "may differ" not in capsys.readouterr().out
-    assert_equal_to_the_last_bit(tmp_path / "run", expected)
-
-
-@pytest.mark.full
-def test_a_run_stopped_where_it_would_evaluate_loses_no_evaluation(finished, text, tmp_path, monkeypatch):
-    expected, name = finished
-    with monkeypatch.context() as patch:
-        at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(tmp_path / "run", text, optimizer__name=name) == 143
-    assert saved_steps(tmp_path / "run")[-1] == 6
-    assert train(tmp_path / "run", text, optimizer__name=name) == 0
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 

@@ -5,6 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from job import dotted
 
 import flax_decoder as fd
 from flax_decoder.training.step import mean_gradients
@@ -23,7 +24,7 @@ SIZES = {
 
 def temporaries(**changes):
     """Bytes of a step that is compiled but not run."""
-    config = fd.load_config(None, SIZES | {name.replace("__", "."): value for name, value in changes.items()})
+    config = fd.load_config(None, SIZES | dotted(changes))
     state = jax.eval_shape(lambda: fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0)))
     batch = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((B, T), np.int32))
     return jax.jit(mean_gradients).lower(state, batch).compile().memory_analysis().temp_size_in_bytes

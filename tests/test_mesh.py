@@ -2,15 +2,16 @@ import dataclasses
 import math
 import re
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.sharding import PartitionSpec as P
+from job import dotted
 
 import flax_decoder as fd
-from flax_decoder.cli import main
 from flax_decoder.errors import UserError
 from flax_decoder.nn.cache import empty_cache
 from flax_decoder.nn.precision import rounding_of_products
@@ -43,7 +44,7 @@ SIZES = {
 
 def make_config(**changes):
     """SIZES with some changes, named section__field."""
-    return fd.load_config(None, SIZES | {name.replace("__", "."): value for name, value in changes.items()})
+    return fd.load_config(None, SIZES | dotted(changes))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def make_config(**changes):
         ({"training__batch_size": 12, "training__accumulation_steps": 3}, 8, (4, 1, 1, 1)),
         ({"mesh__fsdp": 2, "training__batch_size": 12}, 8, (3, 2, 1, 1)),
         ({"mesh__tensor": 3}, 8, (2, 1, 1, 3)),
+        ({"mesh__tensor": 6, "model__vocab_size": 54}, 8, (1, 1, 1, 6)),  # the size that is advised below
         # -1 takes the remaining devices.
         ({"mesh__data": -1}, 8, (8, 1, 1, 1)),
         ({"mesh__fsdp": -1, "mesh__data": 2}, 8, (2, 4, 1, 1)),
@@ -131,23 +133,18 @@ def test_a_state_has_the_parts_of_its_mesh():
     assert jax.eval_shape(lambda: fd.init_state(model, config, rng=rng)).accumulation_steps == 24
 
 
-def test_rows_per_device_beside_a_number_of_parts_are_refused():
-    with pytest.raises(UserError, match=r"rows_per_device = 2 says in how many parts .* accumulation_steps = 3: leave"):
-        make_config(training__rows_per_device=2, training__accumulation_steps=3)
-
-
-def test_the_vocabulary_size_of_the_advice_fits():
-    assert mesh_sizes(make_config(mesh__tensor=6, model__vocab_size=54), NUM_DEVICES)["tensor"] == 6
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mesh__data": -1, "mesh__fsdp": -1}, "data and fsdp are -1, but only one axis can be the rest"),
         ({"mesh__tensor": 0}, "mesh.tensor: 0 is no number of devices; leave it out, or give -1"),
+        (
+            {"training__rows_per_device": 2, "training__accumulation_steps": 3},
+            "rows_per_device = 2 says in how many parts a batch is computed, and so does accumulation_steps = 3: leave",
+        ),
     ],
 )
-def test_an_impossible_mesh_is_refused_by_the_config(changes, message):
+def test_an_impossible_split_is_refused_by_the_config(changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make_config(**changes)
 
@@ -160,13 +157,9 @@ def test_an_impossible_mesh_is_refused_by_the_config(changes, message):
         (["--mesh.tensor", "2"], "model.vocab_size = 27 is not a multiple of mesh.tensor = 2; set it to 28"),
     ],
 )
-def test_a_refused_run_leaves_nothing(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "input.txt").write_text("abcdefghijklmnopqrstuvwxyz\n" * 30)
-    assert main(["train", "--run.folder", "run", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["input.txt"]
+def test_a_refused_run_leaves_nothing(arguments, message, refused):
+    Path("input.txt").write_text("abcdefghijklmnopqrstuvwxyz\n" * 30)
+    assert message in refused("train", "--run.folder", "run", *arguments)
 
 
 def test_a_mesh_takes_the_first_devices_in_order():

@@ -11,14 +11,7 @@ import pytest
 from flax_decoder.config import RunConfig
 from flax_decoder.errors import BrokenError, UserError
 from flax_decoder.training import metrics
-from flax_decoder.training.metrics import (
-    MetricsLog,
-    bits_per_byte,
-    log_row,
-    plot_losses,
-    read_metrics,
-    require_reporters,
-)
+from flax_decoder.training.metrics import MetricsLog, bits_per_byte, log_row, plot_losses, read_metrics
 
 ROWS = [{"step": step, "train_loss": 3.0 / step, "seconds": 1.5 * step} for step in (2, 4, 6)]
 
@@ -86,19 +79,6 @@ def test_a_file_that_cannot_be_read_is_not_replaced(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(BrokenError, match="cannot be read: is a folder"):
         MetricsLog(RunConfig(), tmp_path, 0)
-
-
-@pytest.mark.parametrize(
-    ("config", "module", "name"),
-    [
-        (RunConfig(tensorboard=True), "tensorboardX", "tensorboard"),
-        (RunConfig(wandb="letters"), "wandb", "wandb"),
-    ],
-)
-def test_a_reporter_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch, config, module, name):
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    with pytest.raises(UserError, match=rf'^run\.{name} needs: pip install "flax-decoder\[{name}\]"$'):
-        require_reporters(config)
 
 
 def fake_tensorboard(monkeypatch, written, flush):

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from job import TEXT, dotted, train_here
 
 import flax_decoder as fd
 from flax_decoder.errors import FaultError
 from flax_decoder.parallel.mesh import mesh_of
-from flax_decoder.training.loop import train
 from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.non_finite import check_finite, explain, first_non_finite, skip_batch
 
@@ -25,11 +25,10 @@ RULES = {
     "training.log_every": 1,
     "training.sample_tokens": 0,
 }
-TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
 
 
 def make_state(mesh=None, **changes):
-    config = fd.load_config(None, RULES | {name.replace("__", "."): value for name, value in changes.items()})
+    config = fd.load_config(None, RULES | dotted(changes))
     return fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0), mesh=mesh), config.training
 
 
@@ -112,9 +111,7 @@ def test_when_a_run_stops(nan, skipped, stops):
 
 def run(folder, **changes):
     (folder.parent / "text.txt").write_text(TEXT)
-    settings = {"data.path": str(folder.parent / "text.txt"), "run.folder": str(folder)}
-    settings |= {name.replace("__", "."): value for name, value in changes.items()}
-    return train(fd.load_config(None, RULES | settings), folder)
+    return train_here(folder, folder.parent / "text.txt", RULES, **changes)
 
 
 def rows_of(folder):

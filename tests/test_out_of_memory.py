@@ -94,7 +94,7 @@ def test_a_command_without_enough_memory_ends_in_two_lines(monkeypatch, capsys, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("flax_decoder.training.loop.train", fail)
     monkeypatch.setattr("flax_decoder.planning.doctor.examine", fail)
-    monkeypatch.setattr("flax_decoder.loading.load_with_tokenizer", fail)
+    monkeypatch.setattr("flax_decoder.loading.load", fail)
     words = command.split()
     assert cli.main([*words, "--training.batch-size=8"] if words[0] in ("train", "doctor") else words) == 1
     shortage, change = capsys.readouterr().err.splitlines()

@@ -10,7 +10,6 @@ import pytest
 
 from flax_decoder.cli import main
 from flax_decoder.config_file import load_config
-from flax_decoder.errors import UserError
 from flax_decoder.planning import plan as plan_module
 from flax_decoder.planning.plan import make_plan
 from flax_decoder.training.hardware import CHIPS
@@ -69,19 +68,13 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path, capsys):
         (["--topology", "local", "--data.tokenizer", "x.json", "--model.embed-dim", "32"], "--model.vocab-size"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["plan", *arguments]) == 2
-    out, error = capsys.readouterr()
-    assert words in error and out == "" and len(error.splitlines()) <= 2
-    assert list(tmp_path.iterdir()) == []
+def test_bad_arguments_are_refused(arguments, words, refused):
+    assert words in refused("plan", *arguments)
 
 
 def test_the_vocabulary_size_without_the_text():
     assert plan_module._vocab_size(load_config(None, {"data.tokenizer": "bpe", "data.bpe_vocab_size": 300})) == 300
     assert plan_module._vocab_size(load_config(None, {"model.vocab_size": 7})) == 7
-    with pytest.raises(UserError, match=r"model\.vocab_size"):
-        plan_module._vocab_size(load_config(None, {"data.tokenizer": "tokenizer.json"}))
 
 
 @pytest.fixture

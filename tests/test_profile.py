@@ -9,7 +9,7 @@ import pytest
 from flax_decoder.config import Config, RunConfig, TrainingConfig, profiled_steps
 from flax_decoder.config_file import load_config
 from flax_decoder.errors import UserError
-from flax_decoder.training.profile import Profile, profiling
+from flax_decoder.training.profile import Profile
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def calls(monkeypatch):
     [(0, [3, 4]), (4, [4]), (5, [])],  # the whole run, and two that continue it
 )
 def test_these_steps_are_traced(calls, tmp_path, first, traced):
-    with profiling(RunConfig(profile="3:2"), tmp_path) as profile:
+    with Profile(RunConfig(profile="3:2"), tmp_path) as profile:
         seen = []
         for step in range(first, 8):
             profile.update(step, ())
@@ -38,14 +38,14 @@ def test_these_steps_are_traced(calls, tmp_path, first, traced):
 
 def test_a_trace_has_whole_steps(calls, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "block_until_ready", lambda results: calls.append(f"wait for {results}"))
-    with profiling(RunConfig(profile="1:2"), tmp_path) as profile:
+    with Profile(RunConfig(profile="1:2"), tmp_path) as profile:
         for step in range(5):
             profile.update(step, step)
     assert calls == ["wait for 1", "start profile", "wait for 3", "stop"]
 
 
 def test_a_trace_ends_with_the_run_whatever_ends_it(calls, tmp_path):
-    with pytest.raises(KeyboardInterrupt), profiling(RunConfig(profile="0:9"), tmp_path) as profile:
+    with pytest.raises(KeyboardInterrupt), Profile(RunConfig(profile="0:9"), tmp_path) as profile:
         profile.update(0, ())
         raise KeyboardInterrupt
     assert calls == ["start profile", "stop"]
@@ -71,7 +71,7 @@ def test_steps_that_a_run_does_not_have_are_refused():
 
 @pytest.mark.full
 def test_a_trace_can_be_read(tmp_path, capsys):
-    with profiling(RunConfig(profile="0:1"), tmp_path) as profile:
+    with Profile(RunConfig(profile="0:1"), tmp_path) as profile:
         profile.update(0, ())
         jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))))
         profile.update(1, ())

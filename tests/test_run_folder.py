@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from job import SMALL, TEXT
 
 import flax_decoder as fd
 from flax_decoder.cli import main
@@ -19,22 +21,8 @@ from flax_decoder.training.checkpoint import saved_steps
 from flax_decoder.training.metrics import read_metrics
 from flax_decoder.training.run_folder import open_run, same_warmup
 
-TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 8
-# The sizes of test_cli.py, so that compiled programs are shared.
-ARGUMENTS = [
-    "--model.context-length=8",
-    "--model.num-layers=1",
-    "--model.embed-dim=8",
-    "--model.num-heads=2",
-    "--training.num-steps=4",
-    "--training.batch-size=2",
-    "--training.eval-every=2",
-    "--training.save-every=2",
-    "--training.log-every=2",
-    "--training.sample-tokens=9",
-    "--data.path=hamlet.txt",
-    "--run.folder=runs/x",
-]
+ARGUMENTS = [*SMALL, "--training.eval-every=2", "--training.save-every=2", "--training.log-every=2"]
+ARGUMENTS += ["--data.path=hamlet.txt", "--run.folder=runs/x"]
 RUN = Path("runs/x")
 
 
@@ -52,30 +40,17 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def here(trained, tmp_path, monkeypatch):
     """A copy of `trained` as the current folder."""
-    shutil.copytree(trained, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
 
-def snapshot(folder="."):
-    """Paths below a folder and hashes of the files."""
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        for path in sorted(Path(folder).rglob("*"))
-    }
-
-
-def refusal(capsys, *changes):
+@pytest.fixture
+def refusal(refused):
     """Trains with changed arguments, which must be refused with nothing written; returns the message."""
-    before = snapshot()
-    capsys.readouterr()
-    assert main(["train", *ARGUMENTS, *changes]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and len(error.strip().splitlines()) <= 2
-    assert snapshot() == before
-    return error
+    return lambda *changes: refused("train", *ARGUMENTS, *changes)
 
 
-def test_a_finished_run_says_so_and_stays_as_it_is(here, capsys):
+def test_a_finished_run_says_so_and_stays_as_it_is(here, capsys, snapshot):
     before = snapshot()
     assert main(["train", *ARGUMENTS]) == 0
     out = capsys.readouterr().out
@@ -83,48 +58,48 @@ def test_a_finished_run_says_so_and_stays_as_it_is(here, capsys):
     assert snapshot() == before
 
 
-def test_another_text_is_refused(here, capsys):
+def test_another_text_is_refused(here, refusal):
     Path("other.txt").write_text(TEXT.replace("nobler", "robler"))  # the same characters
     hashes = [hashlib.sha256(text.encode()).hexdigest() for text in (TEXT, TEXT.replace("nobler", "robler"))]
     expected = f"SHA-256 of the text: saved {hashes[0]}, asked {hashes[1]}"
-    assert expected in refusal(capsys, "--data.path=other.txt")
-    assert "missing.txt" in refusal(capsys, "--data.path=missing.txt")
+    assert expected in refusal("--data.path=other.txt")
+    assert "missing.txt" in refusal("--data.path=missing.txt")
     Path("hamlet.txt").write_text(TEXT.replace("nobler", "robler"))
-    assert expected in refusal(capsys)
+    assert expected in refusal()
 
 
 @pytest.mark.parametrize("folder", [RUN, "runs/new"])
-def test_attention_that_does_not_run_here_is_refused(here, capsys, folder):
+def test_attention_that_does_not_run_here_is_refused(here, folder, refusal):
     changes = ["--model.attention=cudnn", "--model.dtype=bfloat16", "--model.head-dim=8", f"--run.folder={folder}"]
-    assert 'model.attention = "cudnn" needs an NVIDIA GPU, and this runs on cpu' in refusal(capsys, *changes)
+    assert 'model.attention = "cudnn" needs an NVIDIA GPU, and this runs on cpu' in refusal(*changes)
 
 
-def test_a_tokenizer_too_large_to_be_read_again_is_not_written(here, capsys, monkeypatch):
+def test_a_tokenizer_too_large_to_be_read_again_is_not_written(here, monkeypatch, refusal):
     monkeypatch.setattr(tokenizer_module, "VOCABULARY", Limits(300, 10**6))
-    error = refusal(capsys, "--run.folder=runs/new")
+    error = refusal("--run.folder=runs/new")
     assert (
         "a vocabulary of 23 tokens is too large: its tokenizer.json has " in error and "over the limit of 300;" in error
     )
 
 
-def test_resume_never_and_must(here, capsys):
-    assert 'resume = "never"' in refusal(capsys, "--run.resume=never")
-    error = refusal(capsys, "--run.resume=must", "--run.folder=runs/new")
+def test_resume_never_and_must(here, refusal):
+    assert 'resume = "never"' in refusal("--run.resume=never")
+    error = refusal("--run.resume=must", "--run.folder=runs/new")
     assert 'resume = "must"' in error and "runs/new" in error
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.toml", ".hidden"])
-def test_a_folder_with_something_else_in_it_is_refused(here, capsys, name):
+def test_a_folder_with_something_else_in_it_is_refused(here, name, refusal):
     Path("mine").mkdir()
     (Path("mine") / name).write_text("mine")
-    assert "is not a run" in refusal(capsys, "--run.folder=mine")
-    assert "exists" in refusal(capsys, "--run.folder=hamlet.txt")
+    assert "is not a run" in refusal("--run.folder=mine")
+    assert "exists" in refusal("--run.folder=hamlet.txt")
 
 
-def test_the_current_folder_is_no_place_for_a_run(tmp_path, monkeypatch, capsys, trained):
+def test_the_current_folder_is_no_place_for_a_run(tmp_path, monkeypatch, trained, refusal):
     monkeypatch.chdir(tmp_path)
     text = trained / "hamlet.txt"
-    assert "is the current folder" in refusal(capsys, f"--data.path={text}", "--run.folder=.")
+    assert "is the current folder" in refusal(f"--data.path={text}", "--run.folder=.")
 
 
 class WatchedPath(type(Path())):
@@ -268,7 +243,7 @@ def test_each_field_that_is_used_only_beside_another_is_tried():
 
 
 @pytest.mark.full
-def test_a_short_trial_goes_on_with_the_warm_up_of_the_whole_run(here, capsys):
+def test_a_short_trial_goes_on_with_the_warm_up_of_the_whole_run(here, capsys, refusal):
     short = [*ARGUMENTS, "--run.folder=runs/short", "--optimizer.warmup-steps=30", "--training.num-steps=20"]
     short += ["--training.eval-every=20", "--training.save-every=20"]
 
@@ -287,7 +262,7 @@ def test_a_short_trial_goes_on_with_the_warm_up_of_the_whole_run(here, capsys):
     for part in ("the warm-up has 30 steps instead of 1, as the run now has 31", "runs/short is finished"):
         (out, error), *saved = train("--training.num-steps=31")
         assert part in out and error == "" and saved == [30, 31]
-    error = refusal(capsys, *short[-5:], "--training.num-steps=33", "--optimizer.warmup-steps=29")
+    error = refusal(*short[-5:], "--training.num-steps=33", "--optimizer.warmup-steps=29")
     assert "optimizer.warmup_steps: saved 30, asked 29" in error
 
 
@@ -318,20 +293,21 @@ def test_a_warm_up_is_the_same_where_one_setting_gives_both(saved, asked, same):
     assert same_warmup(one, other) is same
 
 
-def test_a_run_folder_is_enough(here, capsys):
+def test_a_run_folder_is_enough(here, snapshot):
     """A run resumes from its own config after its text is deleted, and is loaded after it is moved."""
     Path("hamlet.txt").unlink()
     assert main(["train", str(RUN / "config.toml"), "--training.num-steps=6"]) == 0
     assert saved_steps(RUN)[-1] == 6
-    params, before = fd.load(RUN)[1], snapshot(RUN)
+    params = fd.load(RUN)[1]
+    with contextlib.chdir(RUN):
+        before = snapshot()
     shutil.move(RUN, "elsewhere")
     model, moved, tokenizer = fd.load("elsewhere")
     jax.tree.map(np.testing.assert_array_equal, params, moved)
     assert tokenizer.decode(tokenizer.encode("To be")) == "To be"
     assert model.config.vocab_size == tokenizer.vocab_size
-    assert {name.removeprefix("elsewhere"): sha for name, sha in snapshot("elsewhere").items()} == {
-        name.removeprefix(str(RUN)): sha for name, sha in before.items()
-    }
+    with contextlib.chdir("elsewhere"):
+        assert snapshot() == before
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(here, capsys):
@@ -341,7 +317,10 @@ def test_a_run_that_was_moved_goes_on_where_it_is(here, capsys):
     assert not RUN.exists()
 
 
-def test_a_reporter_that_is_not_installed_leaves_nothing_behind(here, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    error = refusal(capsys, "--run.tensorboard=true", "--run.folder=runs/new")
-    assert 'pip install "flax-decoder[tensorboard]"' in error
+@pytest.mark.parametrize(
+    ("name", "value", "module"), [("tensorboard", "true", "tensorboardX"), ("wandb", "a", "wandb")]
+)
+def test_a_reporter_that_is_not_installed_leaves_nothing_behind(here, monkeypatch, refusal, name, value, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    error = refusal(f"--run.{name}={value}", "--run.folder=runs/new")
+    assert error == f'run.{name} needs: pip install "flax-decoder[{name}]"\n'

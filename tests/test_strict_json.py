@@ -60,12 +60,12 @@ def test_real_files_have_room():
     vocab = {f"\u2581token{number}": number for number in range(262_144)}
     merges = [[f"\u2581to{number}", "ken"] for number in range(514_000)]
     content = json.dumps({"model": {"vocab": vocab, "merges": merges}}, ensure_ascii=False).encode()
-    strict_json._check_size(content, "x", VOCABULARY)
+    assert strict_json.excess_of(content, VOCABULARY) is None
     characters = b'"": 0000000, ' * (0x110000 - 0x800) + b" " * (4 * 0x110000)  # a token each, of up to four bytes
-    strict_json._check_size(characters, "x", VOCABULARY)
+    assert strict_json.excess_of(characters, VOCABULARY) is None
     entry = {"dtype": "BF16", "shape": [16384, 53248], "data_offsets": [811706089472, 813450919936]}
     header = {f"model.layers.{number}.self_attn.q_proj.weight": entry for number in range(25_000)}
-    strict_json._check_size(json.dumps(header).encode(), "x", LISTING)
+    assert strict_json.excess_of(json.dumps(header).encode(), LISTING) is None
 
 
 def test_a_pair_of_surrogates_is_a_character():

@@ -14,6 +14,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from flax_decoder.errors import FaultError
+
 # Windows lacks it.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 # Without O_NONBLOCK, opening a FIFO waits for a writer. Windows lacks it, and needs O_BINARY.
@@ -22,10 +24,6 @@ _READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 
 
 def open_regular(path: str | os.PathLike[str], *, follow_links: bool = True) -> BufferedReader:
     """Opens a regular file for reading: a FIFO might block forever, a device never end.
-
-    Args:
-        path: of the file.
-        follow_links: also opens the target of a symbolic link.
 
     Raises:
         OSError: it is not a regular file or cannot be read; `strerror` is the reason.
@@ -42,11 +40,6 @@ def open_regular(path: str | os.PathLike[str], *, follow_links: bool = True) -> 
 
 def without_links(path: str | os.PathLike[str], flags: int, mode: int = 0o666) -> int:
     """An opener for `open`, for a file that is written in its place: never through a link to somewhere else.
-
-    Args:
-        path: of a regular file, or of none if `flags` has O_CREAT.
-        flags: as in `os.open`.
-        mode: permissions of a new file.
 
     Raises:
         OSError: a link, a FIFO or something else has the name; or as `os.open`.
@@ -84,14 +77,10 @@ def make_parents(path: Path) -> None:
 
 
 def not_plain(folder: Path, unread: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
-    """Yields what is neither a regular file nor a folder: links, FIFOs, devices. No link is followed.
+    """Yields what is neither a regular file nor a folder, and which it is: "a link" or "not a regular file".
 
-    Args:
-        folder: everything below it is looked at; it may be a link itself.
-        unread: names of folders in it whose content does not count.
-
-    Yields:
-        The path, and what it is: "a link" or "not a regular file".
+    Everything below the folder, which may be a link itself, is looked at, but for what is in the folders `unread` of
+    it. No link is followed.
     """
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent, name) for name in sorted([*folders, *names])):
@@ -173,6 +162,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # another process may use them by now
             for parent in new_parents:
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def as_write_fault(path: Path) -> Iterator[None]:
+    """Turns an OSError into a FaultError that names the file or folder, which that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise FaultError(f"{path}: cannot be written: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

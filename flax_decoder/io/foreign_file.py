@@ -25,12 +25,9 @@ def open_named(path: Path) -> BinaryIO:
 
 
 def open_inside(folder: Path, name: str, source: Path | None = None) -> BinaryIO:
-    """Opens a file of a model folder; neither name nor link may lead out of the folder.
+    """Opens a file of a model folder; neither name nor link may lead out of the folder, which may be a link itself.
 
-    Args:
-        folder: the user gave it, so it may be a link itself.
-        name: of the file.
-        source: the file that has this name in it, for error messages.
+    Messages about the name call it that of `source`, the file that has it in it.
 
     Raises:
         UserError: the name is a path, the file is a link out of the folder, or is not a regular file that can be read.

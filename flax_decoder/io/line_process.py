@@ -12,13 +12,7 @@ class LineProcess:
     """A Python process with which documents are exchanged. It ends when this one does, as its standard input ends."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], *, is_quiet: bool = False):
-        """Starts the process.
-
-        Args:
-            arguments: of Python.
-            environment: of the process, all of it.
-            is_quiet: what it writes to standard error is dropped.
-        """
+        """Starts Python with these arguments and this environment alone; if quiet, its standard error is dropped."""
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,

@@ -42,10 +42,8 @@ class FolderLock:
     def take(self, folder: Path, *, only_looks: bool = False) -> None:
         """Locks the folder, which may be renamed afterwards.
 
-        Args:
-            folder: any.
-            only_looks: changes nothing where the file system has no locks: two that look at the same instant would
-                refuse each other.
+        One that `only_looks` changes nothing where the file system has no locks: two that look at the same instant
+        would refuse each other.
 
         Raises:
             InUseError: another process has the lock; the message names it.

@@ -20,17 +20,11 @@ _DEPTH_CHANGE = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds for one kind of file, well above real files.
+    """Upper bounds for one kind of file, well above real files."""
 
-    Attributes:
-        num_bytes: size of the file.
-        memory_bytes: size of the parsed document, estimated from above.
-        name_characters: length of a name, which must also be printable; None allows any name.
-    """
-
-    num_bytes: int
-    memory_bytes: int
-    name_characters: int | None = 500
+    num_bytes: int  # of the file
+    memory_bytes: int  # of the parsed document, estimated from above
+    name_characters: int | None = 500  # of a name, which must also be printable; None allows any name
 
 
 SETTINGS = Limits(1_000_000, 20_000_000)
@@ -56,19 +50,16 @@ def shown(value: Any) -> str:
 def parse_object(
     content: bytes, source: str, limits: Limits, advice: str = "download or write it again"
 ) -> dict[str, Any]:
-    """Parses a JSON object.
-
-    Args:
-        content: UTF-8.
-        source: start of error messages.
-        limits: how large it may be.
-        advice: end of error messages: what to do.
+    """Parses a JSON object in UTF-8; messages begin with `source` and end with `advice`.
 
     Raises:
         UserError: not JSON, not an object, too large, too deep, or ambiguous between parsers: a repeated name, NaN, a
             number outside of float64, half a surrogate pair.
     """
-    _check_size(content, source, limits)
+    if (excess := excess_of(content, limits)) is not None:
+        raise UserError(f"{source}: {excess}; it is damaged or malicious")
+    if _depth(content) > MAX_DEPTH:
+        raise UserError(f"{source}: is nested more than {MAX_DEPTH} levels deep; it is damaged or malicious")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -100,14 +91,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):  # 1e999, or NaN and Infinity, which Python would accept
         raise ValueError(f"has the number {shown(text)}, which is not finite")
     return value
-
-
-def _check_size(content: bytes, source: str, limits: Limits) -> None:
-    excess = excess_of(content, limits)
-    if excess is not None:
-        raise UserError(f"{source}: {excess}; it is damaged or malicious")
-    if _depth(content) > MAX_DEPTH:
-        raise UserError(f"{source}: is nested more than {MAX_DEPTH} levels deep; it is damaged or malicious")
 
 
 def excess_of(content: bytes, limits: Limits) -> str | None:

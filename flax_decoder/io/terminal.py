@@ -21,12 +21,6 @@ def print_escaped(text: object, *, end: str = "\n", file: TextIO | None = None, 
     On a terminal a control character is printed as in Python, such as \\x1b for escape: a raw one could clear the
     screen, hide a line or send keys to the shell. So are marks that reverse the text around them.
     A file or a pipe gets the text as it is.
-
-    Args:
-        text: what to print.
-        end: printed after it.
-        file: standard output by default.
-        flush: as in `print`.
     """
     file = file or sys.stdout
     print(str(text).translate(_ESCAPES) if file.isatty() else text, end=end, file=file, flush=flush)

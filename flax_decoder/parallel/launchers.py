@@ -99,12 +99,7 @@ def num_visible_gpus(environment: Mapping[str, str]) -> int:
 
 
 def idle_part(environment: Mapping[str, str], num_local: int) -> str | None:
-    """What SLURM has allocated and this run leaves idle, as a line to print; None if nothing is known to be.
-
-    Args:
-        environment: of this process.
-        num_local: devices of this process.
-    """
+    """What SLURM has allocated and this run, with `num_local` devices in this process, leaves idle: a line, or None."""
     in_step = "SLURM_STEP_NUM_TASKS" in environment
     num_nodes = int(environment.get("SLURM_JOB_NUM_NODES", 1))
     num_used = int(environment.get("SLURM_STEP_NUM_NODES", 1)) if in_step else 1

@@ -52,9 +52,7 @@ _MAX_PATH = 4096
 def join(config: DistributedConfig) -> None:
     """Joins the job that this process belongs to, if any; call it before anything is computed.
 
-    Args:
-        config: where the other processes are; fields that are not set come from the launcher (SLURM, Open MPI,
-            Kubernetes, or a TPU pod).
+    Fields that are not set come from the launcher (SLURM, Open MPI, Kubernetes, or a TPU pod).
 
     Raises:
         UserError: the other processes were not found, the number or index of this one is missing, or the processes of
@@ -255,11 +253,7 @@ def _client() -> Any:
 def gather_at_first(name: str, make: Callable[[], str]) -> list[str]:
     """The texts that all processes make, in the first one; nothing in the others.
 
-    It needs no devices, so a thread may call it while they compute.
-
-    Args:
-        name: what is gathered; another one in each call.
-        make: makes the text of this process.
+    It needs no devices, so a thread may call it while they compute. Each call has another name.
 
     Raises:
         FaultError: in the first process, if another one could not make its text, and does not say so itself.

@@ -9,15 +9,11 @@ def zigzag(length: int, num_parts: int) -> np.ndarray:
     Later queries attend to more keys, so of 2 C chunks device i holds an early and a late one: C - 1 - i and C + i.
     The last token stays last, where a loss looks for the end of a row.
 
-    Args:
-        length: T, tokens per sequence.
-        num_parts: C, devices that share a sequence.
-
     Returns:
         order_T, such that `sequence[order_T]` lists the tokens of device 0, then those of device 1, and so on.
 
     Raises:
-        ValueError: the length is not a multiple of 2 C.
+        ValueError: the length T is not a multiple of 2 C, where C is `num_parts`.
     """
     if length % (2 * num_parts) != 0:
         raise ValueError(f"{length} tokens are not a multiple of 2 x {num_parts} chunks")

@@ -26,13 +26,11 @@ from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.kernels.choice import choose_kernel
 from flax_decoder.parallel.mesh import make_mesh
 from flax_decoder.training.checkpoint import Checkpoints, choose_step, restore_state
+from flax_decoder.training.environment import versions
 from flax_decoder.training.hardware import describe_cpu
 from flax_decoder.training.placement import device_bytes
 from flax_decoder.training.run_folder import model_folder
 from flax_decoder.training.step import TrainState, eval_step, init_state, state_maker, train_step
-from flax_decoder.version import __version__
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 NUM_SEQUENCES = 4  # to memorize
 MAX_STEPS, MAX_SECONDS = 400, 20.0  # when memorizing ends: steps, and seconds since the start of the command
@@ -110,26 +108,21 @@ def examine(config: Config) -> Iterator[Finding]:
         rest["checkpoint"] = lambda: check_checkpoint(state, folder)
     for name, check in rest.items():
         seconds = time.perf_counter() - start
-        yield check() if seconds < SKIP_SECONDS else _skipped(name, seconds)
-
-
-def _skipped(name: str, seconds: float) -> Finding:
-    detail = f"left out, as {seconds:.0f} s have passed: this machine is slow, or busy"
-    return Finding(
-        name, "warning", detail, "run it again when it is idle, or with a smaller model: --model.num-layers 1"
-    )
+        skipped = f"left out, as {seconds:.0f} s have passed: this machine is slow, or busy"
+        advice = "run it again when it is idle, or with a smaller model: --model.num-layers 1"
+        yield check() if seconds < SKIP_SECONDS else Finding(name, "warning", skipped, advice)
 
 
 def check_versions(jaxlib: str, backend: str) -> Finding:
     """Lists the versions, and checks for a jaxlib that is slow on this kind of device."""
-    versions = [f"python {platform.python_version()}", f"flax-decoder {__version__}"]
-    versions += [f"{name} {version(name)}" for name in PACKAGES]
+    found = {"python": platform.python_version(), **versions()}
+    detail = ", ".join(f"{name} {version}" for name, version in found.items())
     numbers = tuple(int(number) for number in re.findall(r"\d+", jaxlib)[:3])
     # Its compiler adds to a row in memory by trying until no other thread has changed it (jax issue 38806).
     if backend == "gpu" and (0, 10, 2) <= numbers < (0, 11, 1):
         advice = 'gradients of embeddings may be very slow with it: pip install -U "jax[cuda13]>=0.11.1", '
-        return Finding("versions", "warning", ", ".join(versions), advice + "which needs Python 3.12")
-    return Finding("versions", "ok", ", ".join(versions))
+        return Finding("versions", "warning", detail, advice + "which needs Python 3.12")
+    return Finding("versions", "ok", detail)
 
 
 def check_devices(config: Config) -> Finding:
@@ -198,15 +191,14 @@ def check_learning(state: TrainState, batch: Mapping[str, Any], seconds: float =
     detail = f"{rows} sequences of {T} tokens by heart: loss {first:.3f} -> {last:.3f} in {steps} steps"
     if last <= MEMORIZED * first:  # equal if both are 0: a vocabulary of one token
         return state, Finding("learning", "ok", detail)
-    is_finite = math.isfinite(last)
-    if is_finite and steps < min(MIN_STEPS, MAX_STEPS):
+    advice = ""
+    if steps < min(MIN_STEPS, MAX_STEPS):
         advice = f"too few steps to tell: this machine made no more in {MAX_SECONDS:.0f} s; run it when it is idle"
-        return state, Finding("learning", "warning", detail, advice)
-    if is_finite and steps < MAX_STEPS and last < first:
+    elif steps < MAX_STEPS and last < first:
         advice = f"it learns; for all of it this machine would need more than {MAX_SECONDS:.0f} s, which is no fault"
-        return state, Finding("learning", "warning", detail, advice)
-    if is_finite and last < LEARNED * first:
+    elif last < LEARNED * first:
         advice = f"it learns, but not all in {MAX_STEPS} steps: it may be too small for these sequences"
+    if advice and math.isfinite(last):
         return state, Finding("learning", "warning", detail, advice)
     return state, Finding("learning", "FAILED", detail, "the gradient or the model is wrong: it must learn these")
 
@@ -230,9 +222,8 @@ def check_no_leak(state: TrainState, tokens_1T: np.ndarray) -> Finding:
             detail = f"a change from position {t} on changes no logits at all"
             return Finding("no leak", "FAILED", detail, "the model does not read its tokens")
     starts = ", ".join(map(str, positions))
-    return Finding(
-        "no leak", "ok", f"changes from positions {starts} on leave the logits before as they are, bit by bit"
-    )
+    detail = f"changes from positions {starts} on leave the logits before as they are, bit by bit"
+    return Finding("no leak", "ok", detail)
 
 
 def check_checkpoint(state: TrainState, folder: Path) -> Finding:

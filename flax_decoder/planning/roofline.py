@@ -34,15 +34,7 @@ class Roofline:
 
 
 def roofline(chip: Chip, *, flops: float, model_flops: float, memory_bytes: float, wire_bytes: float) -> Roofline:
-    """The bounds of a step on one chip.
-
-    Args:
-        chip: its peak rates.
-        flops: it computes per step, with recomputation.
-        model_flops: those of the model itself, without recomputation.
-        memory_bytes: it reads and writes per step.
-        wire_bytes: it sends per step.
-    """
+    """The bounds of a step on one chip, which computes, reads and sends this; `model_flops` have no recomputation."""
     seconds = flops / chip.peak_flops, memory_bytes / chip.memory_bandwidth, wire_bytes / chip.interconnect_bandwidth
     return Roofline(*seconds, mfu_bound=model_flops / chip.peak_flops / max(seconds))
 

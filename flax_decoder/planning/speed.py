@@ -6,6 +6,7 @@ import time
 
 import jax
 import numpy as np
+import optax
 
 from flax_decoder.config import Config
 from flax_decoder.data.splits import Split
@@ -23,9 +24,6 @@ DECODED_TOKENS = 128
 
 def measure_speed(config: Config) -> dict[str, float | str]:
     """Times training steps on random tokens and greedy decoding, both after compilation.
-
-    Args:
-        config: the run; its mesh decides which devices take part.
 
     Returns:
         "step_seconds" (median) and "tokens_per_second" of all devices together; "decode_tokens_per_second" (one row);
@@ -57,14 +55,13 @@ def measure_speed(config: Config) -> dict[str, float | str]:
         step_seconds = statistics.median(seconds[3:])
         decode_tokens_per_second = decode_speed(decoder, state.all_params, tokens[None, :1])
 
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.all_params))
-    adapters = None if state.frozen is None else sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    adapters = None if state.frozen is None else optax.tree.size(state.params)
     tokens_per_second = training.batch_size * model.context_length / step_seconds
     device_kind = mesh.devices.flat[0].device_kind
     return {
         "device": device_kind,
         "num_devices": mesh.size,
-        "parameters": num_params,
+        "parameters": optax.tree.size(state.all_params),
         "compile_seconds": compile_seconds,
         "step_seconds": step_seconds,
         "tokens_per_second": tokens_per_second,

@@ -23,15 +23,7 @@ GUESSING = 0.95
 
 
 def advice(rows: list[LogRow], optimizer: OptimizerConfig, *, num_steps: int, epochs: float, vocab_size: int) -> str:
-    """What to try next, in one line or two.
-
-    Args:
-        rows: the log of the run.
-        optimizer: its schedule, as the loss falls with the learning rate.
-        num_steps: steps of the run.
-        epochs: how often it has read its training text.
-        vocab_size: V.
-    """
+    """What to try next, in one line or two, after a run that has read its training text so many times."""
     points = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     if len(points) < 2:
         count = "Only one evaluation" if points else "No evaluation"
@@ -40,8 +32,9 @@ def advice(rows: list[LogRow], optimizer: OptimizerConfig, *, num_steps: int, ep
     best_step, best = min(points, key=lambda point: point[1])
     last_step, last = points[-1]
     if last > best * (1 + FLAT):
-        falls_again = last < points[-2][1] * (1 - FLAT)
-        return _of_a_rise(rows, best_step, last_step, optimizer, epochs, falls_again=falls_again)
+        if last < points[-2][1] * (1 - FLAT):
+            return f"Validation loss falls again, after it rose from step {best_step} on: train longer."
+        return _of_a_rise(rows, best_step, last_step, optimizer, epochs)
     guess, peak = math.log(vocab_size), optimizer.learning_rate
     if last > GUESSING * guess:
         return (
@@ -70,14 +63,10 @@ def advice(rows: list[LogRow], optimizer: OptimizerConfig, *, num_steps: int, ep
     return "The loss has settled, with that of training near it: a larger model would take it further."
 
 
-def _of_a_rise(
-    rows: list[LogRow], best_step: int, last_step: int, optimizer: OptimizerConfig, epochs: float, *, falls_again: bool
-) -> str:
+def _of_a_rise(rows: list[LogRow], best_step: int, last_step: int, optimizer: OptimizerConfig, epochs: float) -> str:
     """The advice where the validation loss has been lower, at `best_step`."""
     before, train = _train_loss(rows, best_step), _train_loss(rows, last_step)
     since = f"Validation loss has risen since step {best_step}"
-    if falls_again:
-        return f"Validation loss falls again, after it rose from step {best_step} on: train longer."
     if before is not None and train is not None and train > before * (1 + RISE):
         return (
             f"{since}, and training loss too: the learning rate is too high. "

@@ -18,15 +18,10 @@ _State = TypeVar("_State", bound=TrainState)
 
 
 class Average(NamedTuple):
-    """The last part of the optimizer's state.
+    """The last part of the optimizer's state."""
 
-    Attributes:
-        num_updates: so far.
-        params: the mean, a tree like the parameters, in at least float32.
-    """
-
-    num_updates: jax.Array
-    params: Any
+    num_updates: jax.Array  # so far
+    params: Any  # the mean, a tree like the parameters, in at least float32
 
 
 def keep_average(decay: float) -> optax.GradientTransformation:

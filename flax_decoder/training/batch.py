@@ -36,18 +36,15 @@ OTHER_NAMES = {
 
 
 def checked_batch(batch: Batch, vocab_size: int, num_parts: int = 1) -> Batch:
-    """The batch as signed integers of at least 32 bits and float32 weights; raises if it cannot mean what it seems to.
+    """The batch of `train_step` as signed integers of at least 32 bits and float32 weights.
 
     Args:
-        batch: "inputs" and "targets", token ids (B, T); optionally "mask" (B, T), the weight of each target in the
-            loss, a constant to the gradient; "positions", (B, T) or (1, T); and "segments" (B, T), the documents of
-            the inputs: tokens see their own document only, and a target in the next one has no weight; see
-            `without_borders`.
+        batch: see `train_step`; "mask" is a constant to the gradient, and "positions" may also be (1, T).
         vocab_size: V.
         num_parts: the rows are computed in this many parts.
 
     Returns:
-        A batch of the same names; with "segments" also a "mask".
+        A batch of the same names; with "segments" also a "mask", see `without_borders`.
 
     Raises:
         ValueError: no dict, a name that is not known or missing, a shape or a dtype that does not fit, an empty batch,

@@ -48,10 +48,8 @@ _Result = TypeVar("_Result")
 class Checkpoints:
     """Writes the checkpoints of a run, each named by its number of completed steps.
 
-    Parameters and optimizer state are separate items, so that generation reads only the parameters.
-
-    Attributes:
-        folder: the run folder; set it where the folder has been renamed.
+    Parameters and optimizer state are separate items, so that generation reads only the parameters. Set `folder` where
+    the run folder has been renamed.
     """
 
     def __init__(self, folder: Path, keep_newest: int, facts: Mapping[str, Any] = NO_FACTS, place: Place | None = None):

@@ -2,14 +2,12 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from flax_decoder.data.batches import validation_batches
-from flax_decoder.data.long_array import Shards
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.batch import Batch, without_borders
 from flax_decoder.training.metrics import bits_per_byte
@@ -17,48 +15,6 @@ from flax_decoder.training.step import Metrics, loss_sum
 
 # The exponential of a larger number overflows float64.
 MAX_EXPONENT = 709.0
-
-
-def evaluate(
-    model: Decoder,
-    params: Any,
-    tokens: np.ndarray | Shards,
-    num_bytes: int,
-    *,
-    batch_size: int,
-    limit: int = 0,
-    loss_chunk_tokens: int | None = None,
-    start: Sequence[int] = (),
-    document_starts: np.ndarray | None = None,
-) -> dict[str, float]:
-    """The loss on a text, in consecutive windows of the context length (or of the text, if that is shorter).
-
-    Args:
-        model: the network.
-        params: its parameters.
-        tokens: the text, one-dimensional; each but the first is predicted once; with a start the first, too.
-        num_bytes: size of the text in UTF-8.
-        batch_size: windows per batch.
-        limit: number of batches to evaluate, evenly spaced over the text; 0 evaluates all.
-        loss_chunk_tokens: see `TrainingConfig`.
-        start: tokens that every window begins with, such as a start token that the model has always seen.
-        document_starts: where documents start in the tokens; given, each sees itself only.
-
-    Returns:
-        "loss" in nats per token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" predicted.
-    """
-    context_length = min(model.config.context_length, len(tokens) - 1 + len(start))
-    batches = validation_batches(
-        tokens,
-        batch_size=batch_size,
-        context_length=context_length,
-        limit=limit,
-        start=start,
-        document_starts=document_starts,
-    )
-    return evaluate_batches(
-        model, params, batches, num_learned=len(tokens), num_bytes=num_bytes, loss_chunk_tokens=loss_chunk_tokens
-    )
 
 
 def evaluate_batches(
@@ -70,18 +26,12 @@ def evaluate_batches(
     num_bytes: int,
     loss_chunk_tokens: int | None = None,
 ) -> dict[str, float]:
-    """The loss on batches, each with the "mask" of what counts.
+    """The loss on batches (see `Split.validation_batches`), each with the "mask" of what counts.
 
-    Args:
-        model: the network.
-        params: its parameters.
-        batches: see `Split.validation_batches`.
-        num_learned: tokens that `num_bytes` bytes of text are made of.
-        num_bytes: the size of that text in UTF-8.
-        loss_chunk_tokens: see `TrainingConfig`.
+    They are made from `num_learned` tokens, which are `num_bytes` of text in UTF-8.
 
     Returns:
-        See `evaluate`.
+        "loss" in nats per token, "perplexity" (its exponential), "bits_per_byte", and "num_tokens" predicted.
     """
     # One at a time: many programs in flight can deadlock the devices that one CPU simulates.
     sums = [jax.device_get(_loss_sums(model, params, batch, loss_chunk_tokens)) for batch in batches]

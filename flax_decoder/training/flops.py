@@ -66,14 +66,8 @@ def utilization(
 ) -> dict[str, float | str]:
     """Model FLOP/s utilization (MFU): achieved training FLOP/s as a part of the devices' peak.
 
-    The peak is that of dense bfloat16 products, as is usual, whatever dtype the model computes in.
-
-    Args:
-        config: the model.
-        tokens_per_second: of all devices together.
-        device_kind: JAX's name for the device.
-        num_devices: how many devices train.
-        num_adapter_weights: how many learn, where only adapters do.
+    The peak is that of dense bfloat16 products, as is usual, whatever dtype the model computes in. Tokens per second
+    are those of all devices together.
 
     Returns:
         "mfu" with the "full" count and "mfu_causal" with the "causal" one; 1 is the peak. Both are "unknown" for a

@@ -9,21 +9,13 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device.
+    """One JAX device."""
 
-    Attributes:
-        name: prefix of its `device_kind`.
-        peak_flops: dense bfloat16 matrix products, FLOP/s.
-        memory_bytes: data sheets mean powers of ten or of two; the smaller reading is used.
-        memory_bandwidth: bytes/s between memory and cores.
-        interconnect_bandwidth: bytes/s in one direction over all links (ICI, NVLink, else PCIe); data sheets usually
-            give the sum of both directions.
-    """
-
-    name: str
-    peak_flops: float
-    memory_bytes: float
-    memory_bandwidth: float
+    name: str  # prefix of its `device_kind`
+    peak_flops: float  # dense bfloat16 matrix products, FLOP/s
+    memory_bytes: float  # data sheets mean powers of ten or of two; the smaller reading is used
+    memory_bandwidth: float  # bytes/s between memory and cores
+    # bytes/s in one direction over all links (ICI, NVLink, else PCIe); data sheets usually give the sum of both
     interconnect_bandwidth: float
 
 

@@ -37,21 +37,15 @@ class Interruption:
     A run folder that is renamed takes its writers along, for the last line and the last checkpoint: another run may
     begin at its path.
 
-    Attributes:
-        place: the run folder, in the process that has its lock; None in others.
-        signal: the signal that was received, or None.
-        renamed: where the run folder is now, if it was renamed.
-        writers: what writes into the run folder.
-        output_error: why standard output cannot be written; None if it can, or if its reader has just closed the pipe.
     """
 
     def __init__(self, place: Place | None = None) -> None:
-        """Watches a run folder, in the process that has its lock."""
+        """Watches a run folder, in the process that has its lock; in others `place` is None."""
         self.place = place
-        self.signal: signal.Signals | None = None
-        self.renamed: Path | None = None
+        self.signal: signal.Signals | None = None  # that was received
+        self.renamed: Path | None = None  # where the run folder is now, if it was renamed
         self.writers: list[Writer] = []
-        self.output_error: OSError | None = None
+        self.output_error: OSError | None = None  # of standard output, but not that its reader has closed the pipe
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def requested(self) -> bool:
@@ -120,9 +114,7 @@ class Interruption:
         is_second = False
         with os.fdopen(read_end, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
-                if number[0] not in SIGNALS:
-                    continue
-                if is_second and number[0] == signal.SIGHUP:
+                if number[0] not in SIGNALS or (is_second and number[0] == signal.SIGHUP):
                     continue
                 if is_second:
                     os._exit(128 + number[0])

@@ -65,7 +65,7 @@ from flax_decoder.training.metrics import (
 from flax_decoder.training.non_finite import CONTINUE_HINT, RESTART_HINT, check_finite, skip_batch
 from flax_decoder.training.optimizer import learning_rate_schedule, num_updates
 from flax_decoder.training.placement import place_batch, require_room
-from flax_decoder.training.profile import Profile, profiling
+from flax_decoder.training.profile import Profile
 from flax_decoder.training.progress import Progress
 from flax_decoder.training.run_folder import facts_of, open_run, read_base, saved_config
 from flax_decoder.training.run_id import RUN_ID, read_id
@@ -81,10 +81,7 @@ RESULTS = ("sample.txt", "loss.png")
 def train(config: Config, folder: Path, start: Start | None = None) -> int:
     """Starts or resumes a run in a folder, trains it to its end, and writes a sample.
 
-    Args:
-        config: the run; its model is that of `start`, if there is one.
-        folder: the run folder.
-        start: the weights of a new run; None draws them.
+    A new run begins with the weights of `start`, whose model is that of the config, or draws them.
 
     Returns:
         0, or 128 plus the number of the signal that stopped the run; all completed steps are saved.
@@ -183,7 +180,7 @@ def train_from(
         if start is not None and not log.rows:  # what the steps will gain
             log.add(before := log_row(step=0, tokens=0, **validate(model, state, corpus, training)))
             print_escaped(f"started from {start.path}: validation {before['val_loss']:.4f} before the first step")
-        with profiling(config.run, folder, writes=processes.is_first()) as profile:
+        with Profile(config.run, folder, writes=processes.is_first()) as profile:
             recorders = checkpoints, log, watch, profile
             state = run_steps(training, schedule, model, state, corpus, mesh, *recorders, interruption)
     if not interruption.requested():
@@ -238,7 +235,7 @@ def run_steps(
     skipped = step - num_updates(state.opt_state)
     # A run killed after its last step only lacks its results.
     stops = step >= training.num_steps or has_settled(log.rows, training)
-    adapters = None if state.frozen is None else sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    adapters = None if state.frozen is None else optax.tree.size(state.params)
     step_seconds: list[float] = []  # since the last line of the log
     with Progress(training.num_steps, step, tokens_per_step, log.seconds()) as progress:
         watch.record(step, state.all_params)
@@ -368,7 +365,7 @@ def describe(
     """Prints the text, the model and the devices."""
     built_in = "Python's own help texts; for your own, put an input.txt here or give --data.path FILE"
     config = model.config
-    learning, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
+    learning, frozen = map(optax.tree.size, (state.params, state.frozen))
     source = built_in if corpus.source == BUILT_IN else corpus.source
     what_was_read = corpus.describe(training.num_steps * training.batch_size, config.context_length)
     num_validation = sum(one.corpus.validation.num_tokens for one in corpus.sources)

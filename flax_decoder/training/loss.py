@@ -55,7 +55,7 @@ def chunk_size(num_tokens: int, vocab_size: int, chosen: int | None = None) -> i
     """Tokens per chunk of the loss; None means all at once.
 
     Args:
-        num_tokens: tokens per device; if their number is free, as in `jax.export`, there are chunks only where chosen.
+        num_tokens: per device; if their number is free, as in `jax.export`, there are chunks only where chosen.
         vocab_size: logits per token on a device.
         chosen: the config's number of tokens, 0 for all, None for as many as fit into `LOGITS_BYTES`.
     """
@@ -80,17 +80,8 @@ def chunked_losses(
     The gradient of a chunk is computed together with its loss, so the logits are computed only once. It is accumulated
     in the dtype of the parameters.
 
-    Args:
-        make_logits: the head, from its parameters and x_BTD to logits_BTV; it must not close over traced values.
-        head: the head's parameters.
-        x_BTD: the head's input.
-        targets_BT: the tokens to predict.
-        mask_BT: weights, not differentiated.
-        z_loss: see `cross_entropy`.
-        chunk_tokens: tokens per chunk on each device.
-
-    Returns:
-        The sums of `summed_losses`; with penalties, the second one is not differentiated.
+    `make_logits` is the head, from its parameters and x_BTD to logits_BTV; it must not close over traced values. The
+    weights are not differentiated, nor is the second sum if there are penalties. Each device has its own chunks.
     """
     B, T = targets_BT.shape
     X, Y = (parts if size % parts == 0 else 1 for size, parts in ((B, num_parts("batch")), (T, num_parts("length"))))

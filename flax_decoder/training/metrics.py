@@ -31,15 +31,12 @@ _NUMBERS = ("step", "val_loss", "val_bits_per_byte", "seconds")
 _MAX_NUMBER = 1e100  # far beyond float32 and any count of tokens, and still a number that can be plotted
 # Blue and vermilion of Okabe and Ito's palette.
 TRAINING, VALIDATION = "#0072b2", "#d55e00"
-# A white background keeps a number readable on top of the curve.
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl, one JSON object each.
+    """Appends lines to metrics.jsonl, one JSON object each; `rows` are all so far, those before a resume too.
 
-    Attributes:
-        folder: the run folder; set it where the folder has been renamed.
-        rows: all lines so far, including those from before the run was resumed.
+    Set `folder` where the run folder has been renamed.
     """
 
     def __init__(self, config: RunConfig, folder: Path, step: int, run_id: str | None = None, *, writes: bool = True):
@@ -189,11 +186,7 @@ def require_reporters(config: RunConfig) -> None:
 def open_reporters(config: RunConfig, folder: Path, step: int, last_step: int) -> list[Callable[[LogRow], None]]:
     """A function per reporter in the config, to be called with each line; one that cannot be opened is left out.
 
-    Args:
-        config: which reporters.
-        folder: the run folder.
-        step: where the run continues; the lines after it come again if the run was killed after later ones.
-        last_step: that of the last line so far.
+    The run continues at `step`; lines up to `last_step` come again, if it was killed after later ones.
 
     Raises:
         BrokenError: the id of the run at a reporter cannot be read.
@@ -298,13 +291,7 @@ def plot_losses(rows: list[LogRow] | str | os.PathLike[str], path: str | os.Path
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
-    """Loss in bits per byte of text, which unlike nats per token can be compared between tokenizers.
-
-    Args:
-        loss: mean cross-entropy in nats per token.
-        num_tokens: tokens of the text.
-        num_bytes: bytes of the same text in UTF-8.
-    """
+    """A loss in nats per token as bits per byte of the text in UTF-8, which can be compared between tokenizers."""
     return loss / math.log(2) * num_tokens / num_bytes
 
 

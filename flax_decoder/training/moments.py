@@ -10,15 +10,10 @@ import optax
 
 
 class RoundedState(NamedTuple):
-    """An optimizer's state with its moments in bfloat16.
+    """An optimizer's state with its moments in bfloat16."""
 
-    Attributes:
-        num_updates: number of updates so far, which seeds the rounding of the next one.
-        inner: the state of the wrapped optimizer.
-    """
-
-    num_updates: jax.Array
-    inner: Any
+    num_updates: jax.Array  # so far, which seeds the rounding of the next one
+    inner: Any  # the state of the wrapped optimizer
 
 
 def with_bfloat16_moments(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -20,17 +20,9 @@ _NO_LOSS = 1e9  # nanoGPT's `best_val_loss` before the first evaluation
 
 
 def training_entries(folder: Path, step: int, config: Config, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a ckpt.pt beside `model` and `model_args`.
+    """The entries of a ckpt.pt beside `model`, which is `state_dict`, and `model_args`: of plain values and tensors.
 
-    Args:
-        folder: the run folder.
-        step: of a checkpoint in it.
-        config: of the run.
-        state_dict: the entry `model`.
-
-    Returns:
-        `optimizer`, `iter_num`, `best_val_loss` and `config`, of plain values and tensors. The optimizer starts anew if
-        the checkpoint has none, or Muon.
+    The optimizer starts anew if the checkpoint has none, or Muon.
     """
     manifest = read_manifest(steps_folder(folder) / str(step))
     has_adamw = OPTIMIZER in manifest["arrays"] and config.optimizer.name == "adamw"

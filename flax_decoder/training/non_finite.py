@@ -42,18 +42,9 @@ def check_finite(state: TrainState) -> None:
 def skip_batch(
     training: TrainingConfig, state: TrainState, step: int, batch: Batch, metrics: Metrics, skipped: int
 ) -> str:
-    """Decides whether a run may continue after a step that was not applied.
+    """The message to the user after a step that was not applied, the last of `skipped`, if the run may continue.
 
-    Args:
-        training: `nan` and `skip_limit` of the run.
-        state: the state after that step, or a later one.
-        step: the number of the step, from 1.
-        batch: the batch of the step.
-        metrics: the metrics of the step.
-        skipped: number of steps not applied since the run began, including this one.
-
-    Returns:
-        A message for the user, if the run may continue.
+    `state` is that after the step, whose number is from 1, or after a later one.
 
     Raises:
         FaultError: it may not; the message names the step and the first tensor that is not finite.

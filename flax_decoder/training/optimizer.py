@@ -33,10 +33,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, peak: float 
     At each of `config.restarts` all of it begins anew, with a warm-up from where the rate has fallen to, as for models
     that go on with training (Ibrahim et al. 2024).
 
-    Args:
-        config: shape, warm-up, final rate and restarts.
-        num_steps: the step at which the final rate is reached.
-        peak: the highest rate; None means `config.learning_rate`.
+    The final rate is reached at `num_steps`. The highest is `peak`, or else `config.learning_rate`.
     """
     peak = config.learning_rate if peak is None else peak
     fallen = peak if config.schedule == "constant" else peak * config.final_fraction
@@ -80,13 +77,10 @@ def make_optimizer(
     remembers_losses: bool = False,
     tx: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer of a state, with what its state keeps beside it.
+    """The optimizer of a state, or a given `tx` in its place, with what its state keeps beside it.
 
-    Args:
-        config: the optimizer; of a given `tx`, `ema_decay` alone counts.
-        num_steps: the step at which the schedule ends.
-        remembers_losses: whether the state also keeps the running mean of the losses, for spike detection.
-        tx: an optimizer in place of the one that the config describes.
+    That is the running mean of the losses, for spike detection, if asked for, and that of the weights. Beside a `tx`,
+    `ema_decay` alone counts of the config.
     """
     memory = [remember_losses()] if remembers_losses else []
     average = [keep_average(config.ema_decay)] if config.ema_decay > 0 else []
@@ -124,15 +118,8 @@ def apply_update(
 ) -> tuple[Any, Any]:
     """The parameters and the optimizer's state after one update, computed in at least float32.
 
-    Args:
-        tx: the optimizer; one that takes `value` and `grad`, as optax names loss and gradients, gets them.
-        gradients: a tree like the parameters.
-        opt_state: the optimizer's state.
-        params: the parameters.
-        loss: mean loss of the batch, if it is known.
-
-    Returns:
-        Both with the dtypes they had.
+    An optimizer that takes `value` and `grad`, as optax names loss and gradients, gets them. Both results have the
+    dtypes they had.
 
     Raises:
         UserError: the optimizer calls the loss function, as one with a line search does.

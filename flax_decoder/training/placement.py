@@ -49,14 +49,7 @@ def device_bytes(num_local: int) -> int:
 def place_batch(
     split: Split | MixedSplit, training: TrainingConfig, context_length: int, mesh: Mesh, step: int
 ) -> Batch:
-    """The training batch of a step, sharded over a mesh; each process reads only the rows of its devices.
-
-    Args:
-        split: what to train on.
-        training: seed and batch size of the run.
-        context_length: tokens per sequence, T.
-        mesh: the devices.
-        step: number of the step, from 0.
+    """The training batch of a step, from 0, sharded over a mesh; each process reads only the rows of its devices.
 
     Returns:
         The arrays of `split.train_batch`, [B, T]. If the mesh splits sequences, tokens are reordered to balance the

@@ -1,9 +1,7 @@
 """A trace of a few training steps, which Perfetto and TensorBoard show."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -14,7 +12,7 @@ FOLDER = "profile"
 
 
 class Profile:
-    """Traces the steps of `run.profile`."""
+    """Traces the steps of `run.profile`: a context with which a trace ends, whatever ends it."""
 
     def __init__(self, run: RunConfig, folder: Path, *, writes: bool = True):
         """Prepares a trace in `profile/` of the run folder; only one of several processes writes."""
@@ -23,35 +21,25 @@ class Profile:
         self._is_on = False
 
     def update(self, step: int, results: Any) -> None:
-        """Starts or ends the trace, if it is time.
-
-        Args:
-            step: steps that the devices have been given.
-            results: their results, arrays, which a trace waits for: it has whole steps.
-        """
+        """Starts or ends the trace, if it is time; it has whole steps, so it waits for `results`, those so far."""
         if self._is_on == (step in self._steps):
             return
         jax.block_until_ready(results)
         if self._is_on:
-            self.end()
+            self._end()
         else:
             jax.profiler.start_trace(self._folder)
             self._is_on = True
 
-    def end(self) -> None:
-        """Ends the trace, if it has begun, and says where it is."""
+    def _end(self) -> None:
+        self._is_on = False
+        jax.profiler.stop_trace()
+        traces = sorted(self._folder.rglob("*.trace.json.gz"))
+        print_escaped(f"profile: {traces[-1] if traces else self._folder}, for https://ui.perfetto.dev")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._is_on:
-            self._is_on = False
-            jax.profiler.stop_trace()
-            traces = sorted(self._folder.rglob("*.trace.json.gz"))
-            print_escaped(f"profile: {traces[-1] if traces else self._folder}, for https://ui.perfetto.dev")
-
-
-@contextlib.contextmanager
-def profiling(run: RunConfig, folder: Path, *, writes: bool = True) -> Iterator[Profile]:
-    """A `Profile` that ends with the block, whatever ends it."""
-    profile = Profile(run, folder, writes=writes)
-    try:
-        yield profile
-    finally:
-        profile.end()
+            self._end()

@@ -61,12 +61,8 @@ def open_run(
 ) -> tuple[Config, Tokenizer, Corpus | Mixture]:
     """Creates the folder of a new run, or opens that of an existing one.
 
-    Args:
-        config: the requested run.
-        folder: the run folder.
-        check: called with the resolved config; raises UserError if the run cannot be trained here.
-        lock: locks the folder; None in processes of a job whose first process has the lock.
-        start: the model that a new run starts from.
+    `check` is called with the resolved config, and raises UserError if the run cannot be trained here. `lock` locks the
+    folder; it is None in processes of a job whose first process has the lock.
 
     Returns:
         The config, with the fields that the text determines, the tokenizer, and the corpus on disk.
@@ -177,11 +173,7 @@ def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus | Mixture) -> 
     data = config.data
     if data.mixture is None:
         data = dataclasses.replace(data, path=data.path or corpus.source)
-    return dataclasses.replace(
-        config,
-        model=config.model.with_vocab_size(tokenizer.vocab_size),
-        data=data,
-    )
+    return dataclasses.replace(config, model=config.model.with_vocab_size(tokenizer.vocab_size), data=data)
 
 
 def write_run(
@@ -195,14 +187,7 @@ def write_run(
 ) -> None:
     """Writes the run folder of a model that was trained elsewhere; its only checkpoint is that of step 0.
 
-    Args:
-        folder: is empty, or does not exist.
-        model: its settings.
-        params: its parameters.
-        tokenizer: its tokenizer.
-        kept: the files around the tokenizer, see `Start`.
-        lora: how the adapters count, if it has any.
-        adapters: beside `params`, which are then the base.
+    With `adapters`, `params` are their base, and `lora` says how they count. For `kept` see `Start`.
     """
     make_folder(folder)
     write_tokenizer_files(folder, tokenizer, kept)

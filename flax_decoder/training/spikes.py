@@ -11,13 +11,9 @@ DECAY = 0.99
 
 
 class LossMemory(NamedTuple):
-    """A part of the optimizer's state, and thus of checkpoints.
+    """A part of the optimizer's state, and thus of checkpoints."""
 
-    Attributes:
-        usual_loss: running mean of the losses of applied steps, in nats per token; 0 before the first.
-    """
-
-    usual_loss: jax.Array
+    usual_loss: jax.Array  # running mean of the losses of applied steps, in nats per token; 0 before the first
 
 
 def remember_losses() -> optax.GradientTransformationExtraArgs:

@@ -10,23 +10,14 @@ from flax_decoder.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Start:
-    """What a run takes from another model.
+    """What a run takes from another model."""
 
-    Attributes:
-        path: where it was read.
-        hashes: SHA-256 of its weights, by file.
-        params: its parameters.
-        tokenizer: its tokenizer, with start and end tokens.
-        kept: the files that say how it chats and samples, such as its chat template, by name.
-        model_type: that of its Hugging Face folder, if it is one: what others call its tensors.
-    """
-
-    path: Path
-    hashes: Mapping[str, str]
+    path: Path  # where it was read
+    hashes: Mapping[str, str]  # SHA-256 of its weights, by file
     params: Any
-    tokenizer: Tokenizer
-    kept: Mapping[str, bytes]
-    model_type: str | None = None
+    tokenizer: Tokenizer  # with start and end tokens
+    kept: Mapping[str, bytes]  # the files that say how it chats and samples, such as its chat template, by name
+    model_type: str | None = None  # that of its Hugging Face folder, if it is one: what others call its tensors
 
     def record(self) -> dict[str, Any]:
         """What the run folder keeps of where it began."""

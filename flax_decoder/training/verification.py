@@ -25,17 +25,11 @@ from flax_decoder.training.run_id import RUN_ID, read_id
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of checking one path in a run folder.
-
-    Attributes:
-        path: what was checked.
-        passed: whether it is unchanged; None if it was ignored.
-        message: what was found.
-    """
+    """The result of checking one path in a run folder."""
 
     path: Path
-    passed: bool | None
-    message: str
+    passed: bool | None  # whether it is unchanged; None if it was ignored
+    message: str  # what was found
 
     def __str__(self) -> str:
         word = {True: "ok", False: "BROKEN", None: "ignored"}[self.passed]
