@@ -108,8 +108,8 @@ def paper_bytes(config: Config, params: Any, mesh_sizes: Mapping[str, int], froz
       3), one of the embeddings and one of the head's gradient.
     * context: keys and values travel around the ring forward and backward, and their gradients once.
 
-    Activations and gathered weights are in the compute dtype, gradients in float32. `params`, which may be abstract, learn;
-    those that are `frozen` have no gradient to send.
+    Activations and gathered weights are in the compute dtype, gradients in float32. `params`, which may be abstract,
+    learn; those that are `frozen` have no gradient to send.
     """
     model = config.model
     item_bytes = jnp.dtype(model.dtype).itemsize
