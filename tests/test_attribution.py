@@ -275,7 +275,7 @@ def test_names_are_right(order):
         jax.eval_shape(functools.partial(fd.attribute, model), params, TOKENS_BT, TARGETS_BT, VERSUS_BT)
         score_parts(model, fd.capture(model, params, TOKENS_BT), 1, 4, 1, 5, 3)
     assert functions >= {
-        "attribution.py:back_through_layer",
+        "attribution.py:attribute_activations",
         "attribution.py:head_contributions",
         "attribution.py:score_parts",
     }

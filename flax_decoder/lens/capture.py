@@ -13,6 +13,7 @@ from flax_decoder.nn.arguments import as_integers, check_shape, check_tokens
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit
 from flax_decoder.nn.decoder import Decoder, scaled
+from flax_decoder.nn.norm import norm_of
 from flax_decoder.nn.params import layers_of
 from flax_decoder.nn.precision import accumulation_dtype
 
@@ -175,11 +176,18 @@ def final_norm_params(config: ModelConfig, params: Any) -> Any:
     return norm_params(params, "final_norm") if config.final_norm else None
 
 
+def normalise(config: ModelConfig, params: Any, x_BTD: jax.Array) -> jax.Array:
+    """Applies one of the model's norms; none if `params` is None."""
+    if params is None:
+        return x_BTD
+    return norm_of(config).apply({"params": params}, x_BTD)  # type: ignore[return-value]
+
+
 def through_norm(config: ModelConfig, params: Any, x_BTD: jax.Array, writes_BTND: jax.Array) -> jax.Array:
     """Applies a norm to summands of its input x, with the divisor of x; without the norm's bias.
 
-    With the divisor fixed a norm is linear: it scales, and LayerNorm also subtracts the mean. There is no norm if
-    `params` is None.
+    With the divisor fixed, also in derivatives, a norm is linear: it scales, and LayerNorm also subtracts the mean.
+    There is no norm if `params` is None.
     """
     if params is None:
         return writes_BTND
@@ -187,5 +195,5 @@ def through_norm(config: ModelConfig, params: Any, x_BTD: jax.Array, writes_BTND
         x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
         writes_BTND = writes_BTND - writes_BTND.mean(-1, keepdims=True)
     inverse_BT1 = jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + config.norm_epsilon)
-    writes_BTND = writes_BTND * inverse_BT1[..., None]
+    writes_BTND = writes_BTND * jax.lax.stop_gradient(inverse_BT1)[..., None]
     return writes_BTND * params["scale"].astype(x_BTD.dtype)[None, None, None] if "scale" in params else writes_BTND

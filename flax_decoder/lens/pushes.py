@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.lens.attribution import head_columns, normalise
-from flax_decoder.lens.capture import Activations, final_norm_params, norm_params, through_norm
+from flax_decoder.lens.attribution import head_columns
+from flax_decoder.lens.capture import Activations, final_norm_params, norm_params, normalise, through_norm
 from flax_decoder.nn.decoder import scaled
 from flax_decoder.nn.params import unstack_layers
 
