@@ -118,20 +118,15 @@ def attribute_activations(
 
     Args:
         config: the model, not in bfloat16.
-        params: its parameters.
         activations: from `capture`, without edits; those named in `NEEDED`.
-        tokens_BT: see `attribute`.
-        targets_BT: see `attribute`.
-        versus_BT: see `attribute`.
     """
-    heads_LBTD, feed_forward_LBTD = layer_writes(params, activations)
+    writes = layer_writes(params, activations)
 
-    def given_to_head(heads_LBTD: jax.Array, feed_forward_LBTD: jax.Array) -> jax.Array:
-        embeddings_BTD = activations["embeddings"]
-        x_BTOD, _ = residual_origins(config, params, tokens_BT, embeddings_BTD, heads_LBTD, feed_forward_LBTD)
+    def given_to_head(writes: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BTOD, _ = residual_origins(config, params, tokens_BT, activations["embeddings"], writes)
         return origins_through_norm(config, final_norm_params(config, params), x_BTOD)
 
-    x_BTOD, back = jax.vjp(given_to_head, heads_LBTD, feed_forward_LBTD)
+    x_BTOD, back = jax.vjp(given_to_head, writes)
     dtype = x_BTOD.dtype
 
     def of_logit(tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
@@ -152,14 +147,14 @@ def attribute_activations(
     logit_BT, column_BTD, head_bias_BT, soft_cap_BT = parts
 
     origins_BTO = jnp.einsum("BTOD,BTD->BTO", x_BTOD, column_BTD)
-    heads_direction_LBTD, direction_LBTD = back(jnp.broadcast_to(column_BTD[:, :, None], x_BTOD.shape))
+    ((heads_direction_LBTD, direction_LBTD),) = back(jnp.broadcast_to(column_BTD[:, :, None], x_BTOD.shape))
     kernel_LNHD = stacked_layers(params)["attention"]["out"]["kernel"].astype(dtype)
     direction_LBTNH = jnp.einsum("LBTD,LNHD->LBTNH", heads_direction_LBTD, kernel_LNHD)
     return Attribution(
         token_BT=origins_BTO[..., TOKEN],
         position_BT=origins_BTO[..., POSITION],
         heads_LBNTS=jax.vmap(head_contributions)(activations["weights"], activations["v"], direction_LBTNH),
-        feed_forward_LBT=(feed_forward_LBTD * direction_LBTD).sum(-1),
+        feed_forward_LBT=(writes[1] * direction_LBTD).sum(-1),
         bias_BT=head_bias_BT + origins_BTO[..., BIAS],
         soft_cap_BT=soft_cap_BT,
         logit_BT=logit_BT,

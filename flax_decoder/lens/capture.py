@@ -116,8 +116,7 @@ def _capture(
     result, sown = model.apply({"params": params}, tokens_BT, cache, edits=edits, mutable=["intermediates"])
     logits_BTV, cache = (result, None) if cache is None else result
 
-    # `sow` appends to a tuple; every module is called once.
-    sown = jax.tree.map(lambda once: once[0], sown["intermediates"], is_leaf=lambda node: isinstance(node, tuple))
+    sown = without_tuples(sown["intermediates"])
     layers, attention = sown["layers"], sown["layers"]["attention"]
     found = {name: _stacked(name, attention[name]) for name in _IN_ATTENTION}
     for name in ("q", "k"):
@@ -131,6 +130,11 @@ def _capture(
     if "head_writes" in names:
         found["head_writes"] = _head_writes(model.config, params, found["heads"], attention["out"]["output"])
     return {name: found[name] for name in names}, cache
+
+
+def without_tuples(sown: Any) -> Any:
+    """Sown values without the tuples that `sow` appends to: every module is called once."""
+    return jax.tree.map(lambda once: once[0], sown, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def _stacked(name: str, layers: Any) -> jax.Array:

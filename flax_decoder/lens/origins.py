@@ -32,10 +32,7 @@ class ScoreOrigins(struct.PyTreeNode):
         pairs_OO: origin of the query times origin of the key, in the order of `ORIGINS`, before the rotation.
         rotation: the change by the rotation, and by a norm of queries and keys that follows it; 0 unless positions are
             rotary.
-        soft_cap: the change by the soft cap; 0 if there is none.
-        position: the ALiBi bias; 0 if there is none.
-        mask: minus infinity if the key is masked, else 0.
-        score: the model's score.
+        soft_cap: this and those below are as in `ScoreParts`.
     """
 
     pairs_OO: jax.Array
@@ -84,18 +81,11 @@ def query_and_key_origins(
 ) -> tuple[jax.Array, jax.Array]:
     """The queries and keys of all layers by origin, before the rotation: q_LBTONH and k_LBTOKH.
 
-    Their sums over O are the activations `q` and `k`.
-
-    Args:
-        config: the model.
-        params: its parameters.
-        tokens_BT: the input tokens.
-        activations: from `capture`, without a cache and without edits.
+    Their sums over O are the activations `q` and `k`, captured without a cache and without edits.
     """
-    layers = stacked_layers(params)
     writes = layer_writes(params, activations)
-    _, stream_LBTOD = residual_origins(config, params, tokens_BT, activations["embeddings"], *writes)
-    return jax.vmap(functools.partial(_queries_and_keys, config))(layers, stream_LBTOD)
+    _, stream_LBTOD = residual_origins(config, params, tokens_BT, activations["embeddings"], writes)
+    return jax.vmap(functools.partial(_queries_and_keys, config))(stacked_layers(params), stream_LBTOD)
 
 
 def _queries_and_keys(config: ModelConfig, params: Any, h_BTOD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -33,19 +33,9 @@ def residual_origins(
     params: Any,
     tokens_BT: jax.Array,
     embeddings_BTD: jax.Array,
-    heads_LBTD: jax.Array,
-    feed_forward_LBTD: jax.Array,
+    writes: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """The stream by origin after the last layer, x_BTOD, and before each, x_LBTOD.
-
-    Args:
-        config: the model.
-        params: its parameters.
-        tokens_BT: the input tokens.
-        embeddings_BTD: the activation of that name.
-        heads_LBTD: see `layer_writes`.
-        feed_forward_LBTD: see `layer_writes`.
-    """
+    """The stream by origin after the last layer, x_BTOD, and before each, x_LBTOD; `writes` is of `layer_writes`."""
     token_BTD = jnp.take(params["embedding"], tokens_BT, axis=0).astype(embeddings_BTD.dtype) * config.embed_scale
     x_BTOD = _at(TOKEN, token_BTD)
     if config.embedding_norm:
@@ -60,7 +50,7 @@ def residual_origins(
         after_BTOD = _add(config, params, "attention", x_BTOD, write_BTOD)
         return _add(config, params, "feed_forward", after_BTOD, _at(FEED_FORWARD, feed_forward_BTD)), x_BTOD
 
-    return jax.lax.scan(layer, x_BTOD, (stacked_layers(params), heads_LBTD, feed_forward_LBTD))
+    return jax.lax.scan(layer, x_BTOD, (stacked_layers(params), *writes))
 
 
 def origins_through_norm(config: ModelConfig, params: Any, x_BTOD: jax.Array) -> jax.Array:
