@@ -23,7 +23,6 @@ def pushes(
 
     Args:
         config: the model, not in bfloat16.
-        params: its parameters.
         activations: from `capture`, for a single text.
         tokens_BC: candidate tokens, B = 1; negative ones are ignored.
         count: how many to return of each kind, at most the number of candidates.
