@@ -32,11 +32,8 @@ class Tensor:
     """A tensor in a file.
 
     Attributes:
-        file: the open file.
-        path: its path, for messages.
-        name: name of the tensor.
+        path: of the open file, for messages.
         dtype: as the header says it, such as BF16.
-        shape: its shape.
         start: its first byte in the file.
     """
 

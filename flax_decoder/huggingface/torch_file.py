@@ -35,13 +35,7 @@ _PREFIXES = ("_orig_mod.", "module.")
 
 @dataclass(frozen=True)
 class TorchTensor:
-    """A tensor of a state dict; its numbers are in the file until they are read.
-
-    Attributes:
-        path: of the file, for messages.
-        name: of the tensor.
-        tensor: itself.
-    """
+    """A tensor of a state dict; its numbers are in the file, at `path`, until they are read."""
 
     path: Path
     name: str

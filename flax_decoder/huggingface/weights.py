@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,29 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Family, Rule
+from flax_decoder.huggingface.tensor_file import Tensor
+from flax_decoder.huggingface.torch_file import TorchTensor
 
 _BLOCK_NUMBERS = 100_000  # checked at once: fits into the cache of a processor
 
 Shape = tuple[int, ...]
-
-
-class StoredTensor(Protocol):
-    """A tensor in a file of any format: its numbers are read when they are needed."""
-
-    @property
-    def path(self) -> Path:
-        """The file, for messages."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the file."""
-
-    @property
-    def shape(self) -> Shape:
-        """Its shape in the file."""
-
-    def read(self) -> np.ndarray:
-        """Its numbers, in 2 or 4 bytes each. Raises UserError if they cannot be read."""
+# A tensor in a file: its numbers are read when they are needed.
+StoredTensor = Tensor | TorchTensor
 
 
 class TensorSpec(NamedTuple):

@@ -84,19 +84,17 @@ def capture(
         raise ValueError(f"there is no {unknown[0]!r} to capture, only {', '.join(NAMES)}")
     check_shape(tokens_BT)
     tokens_BT = as_integers(check_tokens(tokens_BT, model.config.vocab_size or 0))
-    chains = None
-    if edits is not None:
-        chains = {name: edit if isinstance(edit, Sequence) else (edit,) for name, edit in edits.items()}
-        chains = {name: tuple(map(_as_partial, chain)) for name, chain in chains.items()}
+    chains = None if edits is None else {name: _as_partials(edit) for name, edit in edits.items()}
     wanted = tuple(NAMES) if names is None else tuple(names)
     activations, cache = _capture(model, wanted, params, tokens_BT, cache, chains)
     activations = {name: activations[name] for name in wanted}  # jit sorts a dict by name
     return activations if cache is None else (activations, cache)
 
 
-def _as_partial(edit: Edit) -> Partial:
-    """An edit as a pytree: the function is static, the arrays bound to it are arguments of the program."""
-    return edit if isinstance(edit, Partial) else Partial(edit)
+def _as_partials(edits: Edit | Sequence[Edit]) -> tuple[Partial, ...]:
+    """Edits as pytrees: a function is static, the arrays bound to it are arguments of the program."""
+    chain = edits if isinstance(edits, Sequence) else (edits,)
+    return tuple(edit if isinstance(edit, Partial) else Partial(edit) for edit in chain)
 
 
 def _apply(chain: Sequence[Edit], array: jax.Array, layer: jax.Array) -> jax.Array:
