@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from faults.model_folder import SETTINGS, make_folder
+from faults.model_folder import SETTINGS, change, make_folder
 from safetensors.numpy import load_file, save_file
 
 import flax_decoder as fd
@@ -42,10 +42,6 @@ def written(folder, config=LLAMA, lora=LORA, family="llama", seed=0):
     adapters = adapters_of(config, lora, seed)
     write_adapter(folder, config, lora, adapters, FAMILIES[family], "base")
     return adapters
-
-
-def change(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 FAMILY_OF = {"llama": LLAMA, "gpt2": GPT2, "phi3": LLAMA, "gpt_neox": NEOX}

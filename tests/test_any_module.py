@@ -1,6 +1,5 @@
 """Any module of PyTorch, written as its users write it, is compared as the models of transformers are."""
 
-import dataclasses
 import itertools
 import math
 import pickle
@@ -14,6 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 # ruff: noqa: E402
 import reference
+from faults.model_folder import Bomb
 from test_ledger import observe_forward
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -22,12 +22,11 @@ import flax_decoder as fd
 from flax_decoder import cli
 from flax_decoder.comparison import compare as comparison
 from flax_decoder.config import ModelConfig
-from flax_decoder.config_file import to_toml
 from flax_decoder.data.tokenizer import CharTokenizer
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.weights import export_tensors, flatten, tensor_specs
-from flax_decoder.training.checkpoint import save_params
+from flax_decoder.training.run_folder import write_run
 
 V, C, L, D, N = 31, 23, 2, 24, 4
 SIZES = {"vocab_size": V, "context_length": C, "num_layers": L, "embed_dim": D, "num_heads": N}
@@ -403,13 +402,12 @@ def replacing(name, kind):
     return edit
 
 
-def of_class(kind, name):
-    """Changes the class of a part: its layers, or the positions."""
+def blocks_of(kind):
+    """Changes the class of the layers."""
 
     def edit(module):
-        parts = module.blocks if name == "blocks" else [module.get_submodule(name)]
-        for part in parts:
-            part.__class__ = kind
+        for block in module.blocks:
+            block.__class__ = kind
 
     return edit
 
@@ -423,11 +421,13 @@ def set_parts(name, make):
     return edit
 
 
-def without_bias(name):
-    def edit(module):
-        module.get_submodule(name).bias = None
+def setting(name, attribute, value):
+    """Sets an attribute of a part."""
+    return lambda module: setattr(module.get_submodule(name), attribute, value)
 
-    return edit
+
+def set_positions(kind):
+    return lambda module: setattr(module, "positions", kind())
 
 
 def tie(module):
@@ -453,82 +453,61 @@ def transpose_weight(module):
         module.blocks[0].attn.w_o.weight.copy_(module.blocks[0].attn.w_o.weight.clone().T)
 
 
-def set_class(kind):
-    def edit(module):
-        module.__class__ = kind
-
-    return edit
-
-
-def set_positions(kind):
-    def edit(module):
-        module.positions = kind()
-
-    return edit
-
-
 def in_first(name):
     return f"layers.0.{name}"
 
 
 SCORES, HIDDEN = in_first("attention.scores"), in_first("feed_forward.hidden")
-# Of each: how the module is made (before and after it has our numbers), how its classes differ, the row, and the cause.
+# Of each: how the module differs, the row, and the cause.
 PLANTED = {
-    "no scale": (
-        replacing("attn", NoScale),
-        None,
-        SCORES,
-        "not divided by the root of the head width, 2.449, in PyTorch",
-    ),
-    "scale of the width": (replacing("attn", WidthScale), None, SCORES, "ours are 2 times PyTorch's"),
-    "no mask": (replacing("attn", NoMask), None, SCORES, "the mask: PyTorch lets positions see later ones"),
-    "mask off by one": (replacing("attn", Peek), None, SCORES, "the mask: PyTorch lets positions see later ones"),
+    "no scale": (replacing("attn", NoScale), SCORES, "not divided by the root of the head width, 2.449, in PyTorch"),
+    "scale of the width": (replacing("attn", WidthScale), SCORES, "ours are 2 times PyTorch's"),
+    "no mask": (replacing("attn", NoMask), SCORES, "the mask: PyTorch lets positions see later ones"),
+    "mask off by one": (replacing("attn", Peek), SCORES, "the mask: PyTorch lets positions see later ones"),
     "softmax over queries": (
-        *(replacing("attn", OverQueries), None, in_first("attention.weights")),
+        *(replacing("attn", OverQueries), in_first("attention.weights")),
         "weights of PyTorch do not add up to 1",
     ),
     "keys and values swapped in code": (
-        *(replacing("attn", Swapped), None, SCORES),
+        *(replacing("attn", Swapped), SCORES),
         "keys and values are swapped behind their projections in PyTorch",
     ),
-    "keys and values swapped in weights": (None, swap_weights, "layers.1.attention.k", "keys and values are swapped"),
-    "one weight differs": (None, change_one, "layers.1.attention.out", "the weights differ"),
-    "a weight is transposed": (None, transpose_weight, in_first("attention.out"), "the matrix is transposed"),
     "no transposition after attention": (
-        *(replacing("attn", NoTranspose), None, in_first("attention.heads")),
+        *(replacing("attn", NoTranspose), in_first("attention.heads")),
         "PyTorch reshapes the heads without transposing them before",
     ),
-    "heads split without transposition": (replacing("attn", MixedSplit), None, SCORES, None),
-    "mean of heads": (replacing("attn", MeanOfHeads), None, in_first("attention.heads"), None),
-    "dropout left on": (set_parts("ff", lambda ff: _as(ff, Dropping)), None, in_first("residual"), None),
-    "no residual": (
-        of_class(NoResidual, "blocks"),
-        None,
-        in_first("residual"),
-        "what goes into feed-forward is not added in PyTorch",
-    ),
-    "one norm for both": (of_class(SameNorm, "blocks"), None, in_first("feed_forward.up"), None),
-    "sinusoids swapped": (set_positions(HalvesSwapped), None, "embeddings", "the vectors of positions differ"),
-    "positions from one": (set_positions(FromOne), None, "embeddings", "or are counted from another number"),
-    "no embedding scale": (set_class(Unscaled), None, "embeddings", "by 4.89898 in ours, by 1 in PyTorch"),
+    "heads split without transposition": (replacing("attn", MixedSplit), SCORES, None),
+    "mean of heads": (replacing("attn", MeanOfHeads), in_first("attention.heads"), None),
+    "dropout left on": (set_parts("ff", lambda ff: _as(ff, Dropping)), in_first("residual"), None),
+    "no residual": (blocks_of(NoResidual), in_first("residual"), "what goes into feed-forward is not added in PyTorch"),
+    "one norm for both": (blocks_of(SameNorm), in_first("feed_forward.up"), None),
+    "sinusoids swapped": (set_positions(HalvesSwapped), "embeddings", "the vectors of positions differ"),
+    "positions from one": (set_positions(FromOne), "embeddings", "or are counted from another number"),
+    "no embedding scale": (setting("", "__class__", Unscaled), "embeddings", "by 4.89898 in ours, by 1 in PyTorch"),
     "no bias of queries": (
-        without_bias("blocks.0.attn.w_q"),
-        None,
+        setting("blocks.0.attn.w_q", "bias", None),
         in_first("attention.q"),
         "a bias is missing in PyTorch",
     ),
-    "no bias of the head": (without_bias("fc_out"), None, "logits", "a bias differs, or is missing"),
-    "tied by accident": (None, tie, "logits", "tied head: PyTorch takes the embedding for its head"),
+    "no bias of the head": (setting("fc_out", "bias", None), "logits", "a bias differs, or is missing"),
     "epsilon": (
-        *(set_parts("norm1", lambda _: nn.LayerNorm(D, eps=1e-3)), None, in_first("attention_norm")),
+        *(set_parts("norm1", lambda _: nn.LayerNorm(D, eps=1e-3)), in_first("attention_norm")),
         "epsilon of the norm: ours 1e-05, PyTorch's 0.001",
     ),
     "GELU for ReLU": (
-        *(set_parts("ff.net.1", lambda _: nn.GELU()), None, HIDDEN),
+        *(set_parts("ff.net.1", lambda _: nn.GELU()), HIDDEN),
         "the activation: ours is ReLU, PyTorch's GELU by erf",
     ),
-    "norm over positions": (set_parts("norm1", lambda _: OverPositions()), None, in_first("attention_norm"), None),
+    "norm over positions": (set_parts("norm1", lambda _: OverPositions()), in_first("attention_norm"), None),
 }
+# Those that change the numbers it has.
+OF_NUMBERS = {
+    "keys and values swapped in weights": (swap_weights, "layers.1.attention.k", "keys and values are swapped"),
+    "one weight differs": (change_one, "layers.1.attention.out", "the weights differ"),
+    "a weight is transposed": (transpose_weight, in_first("attention.out"), "the matrix is transposed"),
+    "tied by accident": (tie, "logits", "tied head: PyTorch takes the embedding for its head"),
+}
+PLANTED |= OF_NUMBERS
 
 
 def _as(part, kind):
@@ -536,16 +515,17 @@ def _as(part, kind):
     return part
 
 
-def planted(before, after, **kinds):
-    model, params, _ = sides(**kinds)
+def planted(name):
+    model, params, _ = sides()
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
 
     def make():
-        module = Tutorial(**kinds)
-        for edit in (before, lambda module: load(module, leaves), after):
-            if edit is not None:
-                edit(module)
-        return module
+        module, edit = Tutorial(), PLANTED[name][0]
+        if name in OF_NUMBERS:
+            edit(load(module, leaves))
+            return module
+        edit(module)
+        return load(module, leaves)
 
     with mock.patch.object(comparison, "observe", observe_forward):
         return fd.compare(model=model, params=params, torch_model=make, length=19)
@@ -554,8 +534,8 @@ def planted(before, after, **kinds):
 @pytest.mark.short("no mask")
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_mistake_in_a_module_is_found_at_its_row(name):
-    before, after, row, cause = PLANTED[name]
-    ledger = planted(before, after)
+    _, row, cause = PLANTED[name]
+    ledger = planted(name)
     assert ledger.first_failure is not None and ledger.first_failure.name == row, str(ledger)
     assert cause is None or cause in ledger.cause, ledger.cause
 
@@ -650,18 +630,10 @@ def test_the_module_stays_as_it_is_and_a_map_may_be_given():
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def saved_run(folder, model, params):
-    folder.mkdir()
-    config = fd.load_config(None, {"data.tokenizer": "byte"})
-    (folder / "config.toml").write_text(to_toml(dataclasses.replace(config, model=model.config)))
-    (folder / "tokenizer.json").write_text(CharTokenizer("abc").to_json())
-    save_params(folder, 0, params)
-    return str(folder)
-
-
 def test_the_command_runs_the_users_file(tmp_path, capsys, monkeypatch):
     model, params, make = sides()
-    run = saved_run(tmp_path / "run", model, params)
+    run = str(tmp_path / "run")
+    write_run(tmp_path / "run", model.config, params, CharTokenizer("abc"), {})
     torch.save({"model": {f"_orig_mod.{name}": t for name, t in make().state_dict().items()}}, tmp_path / "ckpt.pt")
     file = tmp_path / "my_own_model.py"
     file.write_text("from test_any_module import Tutorial\ndef make_model():\n    return Tutorial()\nNUMBER = 1\n")
@@ -673,7 +645,7 @@ def test_the_command_runs_the_users_file(tmp_path, capsys, monkeypatch):
     names = tmp_path / "names.toml"
     names.write_text('[names]\n"embed.weight" = "embeding"\n')
     (tmp_path / "bad.py").write_text("import sys\nsys.exit(3)\n")
-    (tmp_path / "hostile.pt").write_bytes(pickle.dumps({"model": Canary()}))
+    (tmp_path / "hostile.pt").write_bytes(pickle.dumps({"model": Bomb(tmp_path / "canary")}))
     for arguments, message in (
         ([*torch_arguments, "--names", str(names)], "names: embed.weight: the model has no parameter embeding"),
         ([*torch_arguments, "--checkpoint", str(tmp_path / "hostile.pt")], "hostile.pt: is not a file of torch.save"),
@@ -686,18 +658,4 @@ def test_the_command_runs_the_users_file(tmp_path, capsys, monkeypatch):
         assert cli.main(arguments) == 2
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) <= 2, error
-    assert not Canary.was_run
-
-
-class Canary:
-    """A pickle of it calls `run` where it is read."""
-
-    was_run = False
-
-    def __reduce__(self):
-        return run_canary, ()
-
-
-def run_canary():
-    Canary.was_run = True
-    return {}
+    assert not (tmp_path / "canary").exists()

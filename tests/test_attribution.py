@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import test_decoder
 from shape_names import checked_shape_names
 from test_decoder import CHOICES, RANDOM, SIZES, V
 
 import flax_decoder as fd
-from flax_decoder.config import ModelConfig
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.lens.attribution import score_parts
 from flax_decoder.nn.cache import empty_cache
@@ -23,6 +23,7 @@ TOKENS_BT, TARGETS_BT, VERSUS_BT = RNG.integers(0, V, (3, B, T)).astype(np.int32
 MANY_BT, MANY_TARGETS_BT, MANY_VERSUS_BT = RNG.integers(0, V, (3, 4, 25)).astype(np.int32)
 # A biased model of each order of norms, beside what else changes the way from a write to a logit.
 BIASES = {name: True for name in ("norm_bias", "attention_in_bias", "attention_out_bias", "mlp_bias")}
+make = functools.partial(test_decoder.make, context_length=29)
 ORDERS = {
     "pre": {**BIASES, "tied_head": False, "final_norm": False},
     "parallel": {**BIASES, "parallel_residual": True, "positions": "sinusoidal", "embed_scale": 3.7},
@@ -43,11 +44,6 @@ ORDERS = {
         **{"embed_scale": 3.7, "parallel_residual": True, "shared_norm": True},
     },
 }
-
-
-def make(**settings):
-    model = fd.Decoder(ModelConfig(**SIZES | {"context_length": 29} | settings))
-    return model, reference.random_params(model)
 
 
 @functools.cache
@@ -275,7 +271,7 @@ def test_names_are_right(order):
         jax.eval_shape(functools.partial(fd.attribute, model), params, TOKENS_BT, TARGETS_BT, VERSUS_BT)
         score_parts(model, fd.capture(model, params, TOKENS_BT), 1, 4, 1, 5, 3)
     assert functions >= {
-        "attribution.py:back_through_layer",
+        "attribution.py:attribute_activations",
         "attribution.py:head_contributions",
         "attribution.py:score_parts",
     }

@@ -32,8 +32,8 @@ def captured(name):
 
 @pytest.mark.short("default", "gpt2", "neox", "gemma", "sloped window")
 @pytest.mark.parametrize("name", CHOICES)
-def test_every_array_has_its_axes(name):
-    model, _, seen = captured(name)
+def test_every_array_has_its_axes_and_follows_from_the_others(name):
+    model, params, seen = captured(name)
     config = model.config
     sizes = {"B": B, "T": T, "S": T, "V": V, "L": config.num_layers, "D": config.embed_dim, "N": config.num_heads}
     sizes |= {"K": config.kv_heads, "H": config.head_width, "F": config.mlp_width}
@@ -41,12 +41,6 @@ def test_every_array_has_its_axes(name):
     for array, axes in zip(seen.values(), NAMES.values(), strict=True):
         assert array.shape == tuple(sizes[axis] for axis in axes)
 
-
-@pytest.mark.short("default", "gpt2", "neox", "gemma", "sloped window")
-@pytest.mark.parametrize("name", CHOICES)
-def test_the_arrays_follow_from_each_other(name):
-    model, params, seen = captured(name)
-    config = model.config
     G = config.num_heads // config.kv_heads
     k_LBSNH, v_LBSNH = (np.repeat(seen[key], G, axis=3) for key in ("k_rotated", "v"))
     scores_LBNTS = np.einsum("LBTNH,LBSNH->LBNTS", seen["q_rotated"], k_LBSNH)

@@ -12,8 +12,10 @@ import pytest
 import reference
 from chat_templates import PUBLISHED
 from faults.model_folder import (
+    INDEX,
     SETTINGS,
     WEIGHTS,
+    change,
     entry,
     make_folder,
     safetensors_bytes,
@@ -27,8 +29,7 @@ from test_conversations import SPECIAL, TALKS, make_library
 
 import flax_decoder as fd
 from flax_decoder.cli import main
-from flax_decoder.config import Config, ModelConfig
-from flax_decoder.config_file import to_toml
+from flax_decoder.config import ModelConfig
 from flax_decoder.data.chat_template import load_chat_template
 from flax_decoder.data.conversations import prompt_tokens
 from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer, make_tokenizer
@@ -41,10 +42,9 @@ from flax_decoder.huggingface.tensor_file import Tensor
 from flax_decoder.loading import convert
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import abstract_params
-from flax_decoder.training.checkpoint import save_params
+from flax_decoder.training.run_folder import write_run
 
 LLAMA = ModelConfig(**SETTINGS)
-INDEX = f"{WEIGHTS}.index.json"
 TOKENS_BT = np.random.default_rng(2).integers(0, 256, (2, 7)).astype(np.int32)
 
 
@@ -66,21 +66,8 @@ def refusal_of(capsys, folder):
     return refusal(capsys, "generate", folder, "--prompt", "To be", "--max-new-tokens", "1")
 
 
-def change(path, **fields):
-    """Sets fields of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def write_run(path, model, params, tokenizer):
-    """What training leaves, as far as it is read."""
-    path.mkdir()
-    (path / "config.toml").write_text(to_toml(Config(model=model.config)))
-    (path / "tokenizer.json").write_text(tokenizer.to_json())
-    save_params(path, 7, params)
 
 
 # --- Round trips ---
@@ -219,7 +206,7 @@ def test_transformers_chats_with_what_comes_back(folder):
 def test_missing_biases_are_written_as_zeros(tmp_path):
     model = Decoder(ModelConfig(vocab_size=4, context_length=8, embed_dim=12, num_heads=2, num_layers=2))
     params = reference.random_params(model)
-    write_run(tmp_path / "run", model, params, CharTokenizer("abcd"))
+    write_run(tmp_path / "run", model.config, params, CharTokenizer("abcd"), {})
     convert(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gpt2"
     biased, biased_params, tokenizer = fd.load(tmp_path / "out")
@@ -645,6 +632,15 @@ def spread(leaf):
     return NamedSharding(mesh_of(2, 2, 2), P("a", "b") if even else P("a"))
 
 
+def tracked_buffers(monkeypatch):
+    """The buffers that parameters are read into from now on."""
+    allocate, buffers = weights._HostBuffers._aligned, []
+    monkeypatch.setattr(
+        weights._HostBuffers, "_aligned", lambda *given: buffers.append(allocate(*given)) or buffers[-1]
+    )
+    return buffers
+
+
 SHARDINGS = {
     "none": lambda params: None,
     "for each": lambda params: jax.tree.map(spread, params),
@@ -660,16 +656,10 @@ SHARDINGS = {
 @pytest.mark.parametrize("name", SHARDINGS)
 def test_parameters_go_where_they_are_wanted(name, kind, folder, monkeypatch):
     """And on CPU a model folder's are not copied: JAX takes the buffers, of each device's part only."""
-    allocate, buffers = weights._HostBuffers._aligned, []
-
-    def tracked(parameter, bounds):
-        buffers.append(allocate(parameter, bounds))
-        return buffers[-1]
-
     model, expected, _ = fd.load(folder)
     if kind == "run":
         convert(folder, folder.parent / "run")
-    monkeypatch.setattr(weights._HostBuffers, "_aligned", tracked)
+    buffers = tracked_buffers(monkeypatch)
     shardings = SHARDINGS[name](abstract_params(model))
     params = fd.load(folder.parent / kind, shardings=shardings)[1]
     assert_equal(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, expected))
@@ -689,12 +679,8 @@ def test_parameters_go_where_they_are_wanted(name, kind, folder, monkeypatch):
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("unstacked", [False, True])
 def test_parameters_are_read_as_they_are_wanted_without_a_copy(unstacked, dtype, folder, monkeypatch):
-    allocate, buffers = weights._HostBuffers._aligned, []
-    monkeypatch.setattr(
-        weights._HostBuffers, "_aligned", lambda *given: buffers.append(allocate(*given)) or buffers[-1]
-    )
     whole_model, whole, _ = fd.load(folder)
-    buffers.clear()
+    buffers = tracked_buffers(monkeypatch)
     model, params, _ = fd.load(folder, dtype=dtype, unstacked=unstacked)
     assert model.config.dtype == (dtype or whole_model.config.dtype)
     expected = fd.unstack_layers(whole) if unstacked else whole

@@ -88,7 +88,8 @@ def test_names_are_right():
     jax.clear_caches()
     with checked_shape_names() as functions:
         jax.eval_shape(functools.partial(query_and_key_origins, model.config), params, TOKENS_BT, seen)
-    assert functions >= {f"origins.py:_{name}" for name in ("through_layer", "add", "at", "through_norm", "project")}
+    assert functions >= {f"origins.py:_{name}" for name in ("queries_and_keys", "project")}
+    assert functions >= {f"residual.py:{name}" for name in ("layer_writes", "origins_through_norm", "_add", "_at")}
 
 
 @pytest.mark.full

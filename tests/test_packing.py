@@ -1,9 +1,20 @@
+import base64
 import json
+import zlib
 
 import numpy as np
 import pytest
 
-from flax_decoder.lens.packing import SMALL_BYTES, pack, unpack
+from flax_decoder.lens.packing import SMALL_BYTES, pack
+
+
+def unpack(packed):
+    """The array as a page shows it."""
+    content = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), np.uint8).astype(np.uint64)
+    planes = content.reshape(packed["planes"], -1)
+    unsigned = sum((plane << np.uint64(8 * place) for place, plane in enumerate(planes)), np.zeros(1, np.uint64))
+    integers = (unsigned >> np.uint64(1)).astype(np.int64) ^ -(unsigned & np.uint64(1)).astype(np.int64)
+    return (integers / 10.0 ** packed["decimals"]).reshape(packed["shape"])
 
 
 @pytest.mark.parametrize("decimals", [0, 3, 6])

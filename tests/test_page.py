@@ -16,6 +16,7 @@ import reference
 from shape_names import checked_shape_names
 from test_attribution import ORDERS
 from test_decoder import SIZES
+from test_packing import unpack
 
 import flax_decoder as fd
 from flax_decoder.config import ModelConfig
@@ -23,7 +24,6 @@ from flax_decoder.data.tokenizer import ByteTokenizer, CharTokenizer
 from flax_decoder.lens import page_data as page_data_module
 from flax_decoder.lens.history import History
 from flax_decoder.lens.origins import score_origins
-from flax_decoder.lens.packing import unpack
 from flax_decoder.lens.page import MAX_TOKENS, render
 from flax_decoder.lens.page_data import SCORES, page_data, token_texts
 
@@ -543,19 +543,9 @@ def test_every_control_is_reached_by_tab_and_has_a_name(open_page):
             return (e.closest("[id]")?.id ?? "") + "|" + name.trim().length;
         }""")
         )
-    controls = [
-        "theme",
-        "chooser",
-        "prompt",
-        "heads-choice",
-        "heads",
-        "pattern",
-        "story",
-        "waterfall",
-        "snapshot",
-        "play",
-    ]
-    assert {name.partition("|")[0] for name in reached} >= set(controls)
+    assert {name.partition("|")[0] for name in reached} >= {
+        *("theme", "chooser", "prompt", "heads-choice", "heads", "pattern", "story", "waterfall", "snapshot", "play")
+    }
     assert all(not name.endswith("|0") for name in reached)
 
 

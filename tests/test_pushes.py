@@ -5,27 +5,21 @@ import functools
 import jax
 import numpy as np
 import pytest
-import reference
 from shape_names import checked_shape_names
-from test_attribution import ORDERS
-from test_decoder import SIZES, V
+from test_attribution import ORDERS, make
+from test_decoder import V
 
 import flax_decoder as fd
-from flax_decoder.config import ModelConfig
 from flax_decoder.lens.pushes import pushes
 
 TOKENS_BT = np.random.default_rng(5).integers(0, V, (1, 7)).astype(np.int32)
 
 
 def pushed(settings, tokens_BC, count):
-    model = fd.Decoder(ModelConfig(**SIZES | {"context_length": 29} | settings))
-    params = reference.random_params(model)
+    model, params = make(**settings)
     seen = fd.capture(model, params, TOKENS_BT)
-    return (
-        model,
-        params,
-        jax.jit(functools.partial(pushes, model.config, count=count))(params, seen, tokens_BC=tokens_BC),
-    )
+    found = jax.jit(functools.partial(pushes, model.config, count=count))(params, seen, tokens_BC=tokens_BC)
+    return model, params, found
 
 
 @pytest.mark.short("post")

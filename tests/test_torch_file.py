@@ -12,6 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 # ruff: noqa: E402
+from faults.model_folder import Bomb
+
 import flax_decoder as fd
 from flax_decoder.huggingface.torch_file import find_state_dict, read_torch_file, stored_tensors
 
@@ -55,16 +57,6 @@ def test_half_precision_stays_half_precision(tmp_path):
         numbers = read(tmp_path / "model.pt")["weight"]
         assert numbers.dtype == ours
         np.testing.assert_array_equal(numbers.astype(np.float32), WEIGHT_32)
-
-
-class Bomb:
-    """Creates a folder, the canary, when unpickled."""
-
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
 
 
 def itself():

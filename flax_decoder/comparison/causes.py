@@ -28,13 +28,7 @@ HIDDEN = "the mistake is in this step, or in what PyTorch's module does not show
 
 
 def explain(name: str, worst: str | None, evidence: Evidence) -> str:
-    """The likely cause of the first row that differs.
-
-    Args:
-        name: name of the row.
-        worst: in a row of several parameters, the path of the one that differs most.
-        evidence: both sides.
-    """
+    """The likely cause of the first row that differs; see `Mismatch` for the arguments."""
     row = Mismatch(name, worst, evidence)
     for kinds, test, sentence in FORWARD if name in evidence.our_forward else TRAINING:
         found = test(row) if re.fullmatch(kinds, row.kind) else False

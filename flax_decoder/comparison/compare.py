@@ -48,12 +48,10 @@ def compare_models(
     shrinks by orders of magnitude, a bug does not.
 
     Args:
-        model: our model.
-        params: its parameters.
         torch_model: a model of `transformers`, a `TorchDecoder`, or what `open_module` makes of any other module; it is
             not changed.
         family: its tensor names.
-        steps: AdamW steps to compare, after the forward pass and the gradients.
+        steps: see `fd.compare`.
         tx: our optimizer; None makes one from `optimizer`.
         optimizer: settings of PyTorch's AdamW, its schedule and its clipping; None means `default_optimizer`.
         batch_size: B, a multiple of `accumulation_steps`.

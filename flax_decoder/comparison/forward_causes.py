@@ -40,8 +40,12 @@ def _proportional(row: Mismatch) -> Found:
 
 def _constant(row: Mismatch) -> bool:
     """Whether the difference is the same at all positions."""
-    difference = _by_position(row.ours - row.theirs)
-    return same(difference, np.broadcast_to(difference[:1], difference.shape))
+    return _repeats(_by_position(row.ours - row.theirs))
+
+
+def _repeats(array: Array) -> bool:
+    """Whether all along the first axis is the same."""
+    return same(array, np.broadcast_to(array[:1], array.shape))
 
 
 def _by_position(array: Array) -> Array:
@@ -69,8 +73,7 @@ def _cap(row: Mismatch) -> Found:
 
 
 def _other_positions(row: Mismatch) -> bool:
-    difference = row.ours - row.theirs
-    return len(difference) > 1 and same(difference, np.broadcast_to(difference[:1], difference.shape))
+    return len(row.ours) > 1 and _repeats(row.ours - row.theirs)
 
 
 def _some_tokens(row: Mismatch) -> Found:
@@ -82,10 +85,14 @@ def _some_tokens(row: Mismatch) -> Found:
 
 def _other_scale(row: Mismatch) -> Found:
     """Whether the sides multiply the embeddings of tokens by different numbers, and agree in all else."""
-    tokens_BTD = row.evidence.theirs.array("params", "embedding")[row.evidence.batch["inputs"]]
-    factor = factor_between(row.ours - row.theirs, tokens_BTD)
+    factor = factor_between(row.ours - row.theirs, _embedded(row))
     ours = row.evidence.ours.config.embed_scale
     return factor is not None and {"ours": ours, "theirs": ours - factor}
+
+
+def _embedded(row: Mismatch) -> Array:
+    """The embeddings of the tokens as they stand in the table."""
+    return row.evidence.theirs.array("params", "embedding")[row.evidence.batch["inputs"]]
 
 
 class _Norm(NamedTuple):
@@ -134,11 +141,16 @@ def _comes_before(row: Mismatch) -> bool:
     return product is not None and same(_by_position(row.theirs), product + row.params("bias").reshape(-1))
 
 
+def _unscaled(row: Mismatch, array: Array) -> Array:
+    """What a norm has multiplied by its scale; 0 where that is 0."""
+    scale = row.params("scale")
+    return np.divide(array - row.params("bias"), scale, out=np.zeros_like(array), where=scale != 0)
+
+
 def _scale_offset(row: Mismatch) -> bool:
     scale, bias = row.params("scale"), row.params("bias")
     ours, theirs = (_last_axis(array, scale) for array in (row.ours, row.theirs))
-    normal = np.divide(theirs - bias, scale, out=np.zeros_like(theirs), where=scale != 0)
-    return any(same(ours, normal * (scale + offset) + bias) for offset in (1.0, -1.0))
+    return any(same(ours, _unscaled(row, theirs) * (scale + offset) + bias) for offset in (1.0, -1.0))
 
 
 def _swapped(row: Mismatch) -> Found:
@@ -290,8 +302,8 @@ def _angles(before: Array, after: Array) -> tuple[Array, float] | None:
 
 
 def _clipped(row: Mismatch) -> Found:
-    ours, theirs = row.ours[:, 0], row.theirs[:, 0]  # what stands at position 0 is not turned
-    for side, own, other in (("ours", ours, theirs), ("PyTorch", theirs, ours)):
+    for side, own, other in row.sides:
+        own, other = own[:, 0], other[:, 0]  # what stands at position 0 is not turned
         limit = np.abs(own).max()
         if same(own, other.clip(-limit, limit)) and not same(own, other):
             return {"side": side, "limit": limit}
@@ -354,13 +366,18 @@ def _no_root(row: Mismatch) -> Found:
 
 def _reads_values(row: Mismatch, own: Array, other: Array) -> bool:
     """Whether the scores are of queries and values, or the heads means of keys: behind their projections."""
-    x = row.input("attention.q" if row.kind == "attention.scores" else "attention.weights")
-    heads_BSKH = row.input("attention.v" if row.kind == "attention.scores" else "attention.k")
+    of_scores = row.kind == "attention.scores"
+    heads_BSKH = row.input("attention.v" if of_scores else "attention.k")
     heads_BSNH = heads_BSKH.repeat(row.evidence.ours.config.num_heads // heads_BSKH.shape[2], axis=2)
+    product = _product(row, row.input("attention.q" if of_scores else "attention.weights"), heads_BSNH)
+    return factor_between(own, product) is not None if of_scores else same(own, product)
+
+
+def _product(row: Mismatch, x: Array, heads_BSNH: Array) -> Array:
+    """The scores of queries x with these heads, or the means of these heads by weights x."""
     if row.kind == "attention.scores":
-        product = np.where(row.masks[0], np.einsum("BTNH,BSNH->BNTS", x, heads_BSNH), 0)
-        return factor_between(own, product) is not None
-    return same(own, np.einsum("BNTS,BSNH->BTNH", x, heads_BSNH))
+        return np.where(row.masks[0], np.einsum("BTNH,BSNH->BNTS", x, heads_BSNH), 0)
+    return np.asarray(np.einsum("BNTS,BSNH->BTNH", x, heads_BSNH))
 
 
 def _heads_mixed(row: Mismatch, own: Array, other: Array) -> bool:
@@ -377,8 +394,7 @@ def _grouping(row: Mismatch, own: Array) -> str | None:
     G = row.evidence.ours.config.num_heads // heads_BSKH.shape[2]
     ways = {"n // G": heads_BSKH.repeat(G, axis=2), "n mod K": np.tile(heads_BSKH, (1, 1, G, 1))}
     for way, heads_BSNH in ways.items():
-        product = np.einsum("BTNH,BSNH->BNTS" if of_scores else "BNTS,BSNH->BTNH", x, heads_BSNH)
-        if factor_between(own, np.where(row.masks[0], product, 0) if of_scores else product) is not None:
+        if factor_between(own, _product(row, x, heads_BSNH)) is not None:
             return f"head n reads key/value head {way}"
     return None
 
@@ -415,13 +431,11 @@ def _activation(row: Mismatch, hidden: Array) -> str | None:
 
 
 def _not_added(row: Mismatch) -> Found:
-    attention, feed_forward = row.attended - row.residual, row.input(_last_write(row))
-    feed_forward = row.evidence.ours.config.residual_scale * feed_forward
-    total = row.attended + feed_forward
-    parts = {"the residual": row.residual, "attention": attention, "feed-forward": feed_forward}
+    feed_forward = row.scaled_write("feed_forward.down")
+    parts = {"the residual": row.residual, "attention": row.attended - row.residual, "feed-forward": feed_forward}
     for side, own, _ in row.sides:
         for part, array in (parts | {"what goes into feed-forward": row.attended}).items():
-            if same(own, total - array):
+            if same(own, row.attended + feed_forward - array):
                 return {"part": part, "side": side}
     return False
 
@@ -430,32 +444,23 @@ def _residual_scale(row: Mismatch, own: Array) -> float | None:
     """How many times a side adds what attention writes to the residual stream, read off the norm behind the sum."""
     config = row.evidence.ours.config
     if row.kind == "residual":
-        return factor_between(own - row.residual, row.attended - row.residual + row.input(_last_write(row)))
-    written = "attention_output_norm" if row.has("attention_output_norm") else "attention.out"
-    scale = row.params("scale")
-    normal = np.divide(own - row.params("bias"), scale, out=np.zeros_like(own), where=scale != 0)
-    x, write = row.residual, row.input(written)
+        return factor_between(own - row.residual, row.attended - row.residual + row.write("feed_forward.down"))
+    scale, normal = row.params("scale"), _unscaled(row, own)
+    x, write = row.residual, row.write("attention.out")
     if config.norm == "layernorm":
         x, write = (array - array.mean(-1, keepdims=True) for array in (x, write))
     used = scale != 0
     # At one position, x + factor * write = size * normal has two unknowns.
     factors = [
         np.linalg.lstsq(np.stack([-write_D, normal_D], -1)[used], x_D[used])[0][0]
-        for x_D, write_D, normal_D in zip(
-            *(array.reshape(-1, array.shape[-1]) for array in (x, write, normal)), strict=True
-        )
+        for x_D, write_D, normal_D in zip(*map(_by_position, (x, write, normal)), strict=True)
     ]
     return float(np.mean(factors)) if np.allclose(factors, factors[0], rtol=RTOL, atol=0) else None
 
 
-def _last_write(row: Mismatch) -> str:
-    return "feed_forward_output_norm" if row.has("feed_forward_output_norm") else "feed_forward.down"
-
-
 def _plain_embeddings(row: Mismatch, own: Array, other: Array) -> bool:
     """Whether the embeddings of a side are as they stand in the table, and the other's are not."""
-    tokens_BTD = row.evidence.theirs.array("params", "embedding")[row.evidence.batch["inputs"]]
-    return row.evidence.ours.config.positions != "learned" and factor_between(own, tokens_BTD) is not None
+    return row.evidence.ours.config.positions != "learned" and factor_between(own, _embedded(row)) is not None
 
 
 def _tied(row: Mismatch, own: Array, other: Array) -> bool:

@@ -14,6 +14,7 @@ import optax
 from flax_decoder.config import OptimizerConfig
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.weights import flatten
+from flax_decoder.lens.capture import without_tuples
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.training.step import TrainState, mean_gradients
 
@@ -36,12 +37,9 @@ class JaxSide:
         accumulation_steps: int,
         exact: bool = False,
     ) -> None:
-        """Prepares a copy of the model.
+        """Prepares a copy of the model without dropout.
 
         Args:
-            model: the model; dropout is left out.
-            params: its parameters.
-            tx: the optimizer.
             optimizer: the betas, epsilon and learning rates that `tx` should have.
             accumulation_steps: number of parts in which the gradient of a batch is computed.
             exact: computes in float64.
@@ -76,7 +74,7 @@ class JaxSide:
         with self._precision():
             logits_BTV, recorded = apply({"params": self.state.params}, tokens_BT)
         result = {}
-        for path, array in flatten(jax.tree.map(np.asarray, _without_tuples(recorded["intermediates"]))).items():
+        for path, array in flatten(jax.tree.map(np.asarray, without_tuples(recorded["intermediates"]))).items():
             name = path.removesuffix("/output").replace("/", ".")
             if not name.startswith("layers."):
                 result[name] = array
@@ -162,8 +160,3 @@ def fit(target: np.ndarray, *directions: np.ndarray) -> list[float]:
 def _apply(state: TrainState, opt_state: Any, gradients: Any) -> TrainState:
     """The second half of `train_step`."""
     return state.replace(opt_state=opt_state).apply_gradients(grads=gradients)
-
-
-def _without_tuples(sown: Any) -> Any:
-    """Sown values without their tuples, which would hold the values of further calls."""
-    return jax.tree.map(lambda values: values[0], sown, is_leaf=lambda node: isinstance(node, tuple))

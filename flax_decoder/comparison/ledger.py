@@ -4,9 +4,7 @@ import dataclasses
 import json
 import textwrap
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 Verdict = Literal["holds", "rounding", "zero", "imprecise", "DIFFERS"]
 VERDICTS: dict[Verdict, str] = {
@@ -92,8 +90,8 @@ class Ledger:
             "notes": self.notes,
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
-        # JSON has no infinity; masks that differ give one.
-        return json.dumps(_without_infinities(document), indent=1)
+        # JSON has no infinity, which masks that differ give: it becomes null.
+        return json.dumps(json.loads(json.dumps(document), parse_constant=lambda name: None), indent=1)
 
     def __str__(self) -> str:
         """The table, at most 100 columns wide."""
@@ -108,14 +106,6 @@ class Ledger:
         notes = [*(f"{verdict}: {VERDICTS[verdict]}." for verdict in used if verdict != "holds"), *self.notes]
         wrapped = [line for note in [*notes, self.conclusion] for line in textwrap.wrap(note, 100)]
         return "\n".join([*lines, "", *wrapped])
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_infinities(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(part) for part in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _line(name: str, shape: str, absolute: str, relative: str, floor: str, exact: str, verdict: str) -> str:

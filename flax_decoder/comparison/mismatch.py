@@ -112,16 +112,24 @@ class Mismatch:
         """The residual stream between attention and feed-forward."""
         if self._is_post_norm:
             return self.input("attention_norm")
-        written = "attention_output_norm" if self.has("attention_output_norm") else "attention.out"
-        return self.residual + self.evidence.ours.config.residual_scale * self.input(written)
+        return self.residual + self.scaled_write("attention.out")
+
+    def write(self, projection: str) -> Array:
+        """What attention.out or feed_forward.down writes to the residual stream, behind its norm if it has one."""
+        norm = f"{projection.partition('.')[0]}_output_norm"
+        return self.input(norm if self.has(norm) else projection)
+
+    def scaled_write(self, projection: str) -> Array:
+        """`write`, as many times as our model adds it."""
+        return self.evidence.ours.config.residual_scale * self.write(projection)
 
     @property
     def x(self) -> Array:
         """Input of this norm or projection."""
         if self._is_post_norm and self.kind == "attention_norm":
-            return self.residual + self.evidence.ours.config.residual_scale * self.input("attention.out")
+            return self.residual + self.scaled_write("attention.out")
         if self._is_post_norm and self.kind == "feed_forward_norm":
-            return self.attended + self.evidence.ours.config.residual_scale * self.input("feed_forward.down")
+            return self.attended + self.scaled_write("feed_forward.down")
         source = INPUTS.get(self.kind, "")
         if source == "feed_forward_norm" and self.evidence.ours.config.shared_norm:
             source = "attention_norm"

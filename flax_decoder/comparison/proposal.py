@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Rule
-from flax_decoder.huggingface.names import EXAMPLE, num_layers, ways_to_store
+from flax_decoder.huggingface.names import EXAMPLE, Agreement, num_layers, ways_to_store
 from flax_decoder.huggingface.weights import Shape, split
 
 QUERY, KEY, VALUE, OUT = (f"layers/attention/{name}" for name in ("query", "key", "value", "out"))
@@ -87,12 +87,7 @@ def patterns_of(
     """The tensors of a module by pattern.
 
     The number of the layer is the first number in a name before which the same text stands with 0 to L - 1, and no
-    others.
-
-    Args:
-        shapes: of the tensors, by name.
-        layers: L.
-        transposed: whether a tensor is stored as (out, in); None if unknown.
+    others. `transposed` says whether a tensor is stored as (out, in); None if unknown.
     """
     numbers: dict[str, set[int]] = {}
     for name in shapes:
@@ -118,7 +113,7 @@ class Proposal:
         self,
         patterns: Mapping[str, Pattern],
         shapes: Mapping[str, Shape],
-        agreement: Callable[[Rule], float],
+        agreement: Agreement,
         source: str,
     ) -> None:
         self.patterns, self.shapes, self.agreement, self.source = dict(patterns), shapes, agreement, source
@@ -223,7 +218,7 @@ class Proposal:
 def propose_names(
     patterns: Mapping[str, Pattern],
     shapes: Mapping[str, Shape],
-    agreement: Callable[[Rule], float],
+    agreement: Agreement,
     source: str,
 ) -> dict[str, list[str]]:
     """A map of names, as `family_of_names` takes it.
@@ -231,32 +226,24 @@ def propose_names(
     Names that say query, key or value settle a tensor first; then numbers, where most of a tensor equals one parameter
     of ours and no other; then the usual words, and what is left over. The order of tensors decides nothing.
 
-    Args:
-        patterns: tensors of the module.
-        shapes: of our parameters, by path.
-        agreement: how much of the tensors equals ours, if they are stored as a rule says.
-        source: start of error messages.
-
     Raises:
         UserError: a matrix could be several of ours.
     """
     proposal = Proposal(patterns, shapes, agreement, source)
-    for settle in (
-        *(lambda: proposal.by_words(CLEAR), proposal.by_numbers, lambda: proposal.by_words(USUAL)),
-        *(proposal.by_siblings, proposal.by_elimination, lambda: proposal.by_words(USUAL)),
-        *(proposal.by_siblings, proposal.by_elimination),
-    ):
-        settle()
+    proposal.by_words(CLEAR)
+    proposal.by_numbers()
+    for _ in range(2):  # what is settled may leave one choice elsewhere
+        proposal.by_words(USUAL)
+        proposal.by_siblings()
+        proposal.by_elimination()
     proposal.refuse_ambiguous()
     return proposal.names
 
 
-def agreement_of(theirs: Callable[[str], np.ndarray], ours: Mapping[str, np.ndarray]) -> Callable[[Rule], float]:
-    """How much of the tensors of a rule equals ours, in the first and the last layer: from 0 to 1.
+def agreement_of(theirs: Callable[[str], np.ndarray], ours: Mapping[str, np.ndarray]) -> Agreement:
+    """How much of the tensors of a rule, by name, equals our parameters, by path: see `Agreement`.
 
-    Args:
-        theirs: the tensor of a name.
-        ours: our parameters by path.
+    In the first and the last layer.
     """
 
     def agreement(rule: Rule) -> float:

@@ -74,13 +74,9 @@ def is_adapter_folder(folder: Path) -> bool:
 def write_adapter(
     folder: Path, config: ModelConfig, lora: LoraConfig, adapters: Any, family: Family, base: str | None
 ) -> None:
-    """Writes adapters into an empty folder, for PEFT to load.
+    """Writes adapters, a tree as of `init_adapters`, into an empty folder, for PEFT to load.
 
     Args:
-        folder: exists and is empty.
-        config: the model that they adapt.
-        lora: how they count.
-        adapters: the tree of `init_adapters`.
         family: what the base is written as.
         base: what PEFT calls the base: a path, or None.
     """
@@ -126,12 +122,7 @@ def write_adapter(
 
 
 def read_adapter(folder: Path, config: ModelConfig, family: Family) -> tuple[LoraConfig, Any]:
-    """Reads the adapters in a folder of PEFT.
-
-    Args:
-        folder: has an adapter_config.json.
-        config: the base.
-        family: what its tensors are called.
+    """Reads the adapters in a folder of PEFT, of which `config` and `family` are the base.
 
     Returns:
         How they count, and the adapters as NumPy arrays, a tree as of `init_adapters`. All have the rank of the widest:

@@ -71,18 +71,7 @@ def read_folder(
     dtype: Literal["float32", "bfloat16"] | None = None,
     unstacked: bool = False,
 ) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
-    """Reads a model.
-
-    Args:
-        folder: holds config.json and the weights.
-        shardings: where the parameters go; see `abstract_params`.
-        allow_nan: also reads weights that are NaN or infinite.
-        strict: refuses each setting that is not known.
-        dtype: that in which the model computes, and of its parameters; None is its own, with float32 parameters.
-        unstacked: the layers are a tuple of trees, as `unstack_layers` makes them.
-
-    Returns:
-        The model, its parameters, and its tokenizer; None without one.
+    """Reads a model, its parameters and its tokenizer; None without one. See `fd.load` for the arguments.
 
     Raises:
         UserError: a file in the folder cannot be used; the message names it.
@@ -144,11 +133,8 @@ def read_kept_files(folder: Path) -> dict[str, bytes]:
 def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, kept: Mapping[str, bytes]) -> None:
     """Writes the files from which `read_tokenizer` reads this tokenizer, with its start and end tokens.
 
-    Args:
-        folder: has none of them.
-        tokenizer: of a model.
-        kept: the files around it, from `read_kept_files`: they stay as they are, but for a generation_config.json
-            without tokens that only the config.json beside it has named.
+    The files around it, `kept` from `read_kept_files`, stay as they are, but for a generation_config.json without
+    tokens that only the config.json beside it has named.
     """
     write_tokenizer(folder / "tokenizer.json", tokenizer)
     _write_files(folder, kept)
@@ -171,10 +157,6 @@ def write_folder(
     """Writes a model into an empty folder, for `transformers` to load.
 
     Args:
-        folder: exists and is empty.
-        config: the model.
-        params: its parameters.
-        tokenizer: its tokenizer.
         family: what to write it as, from `choose_family`.
         kept: from `read_kept_files`: written as they are, in place of what is known of the tokenizer.
         shard_bytes: maximum size of a file of weights, unless a single tensor is larger.
@@ -197,12 +179,9 @@ def write_folder(
 
 
 def with_all_biases(document: dict[str, Any], params: Any, family: Family) -> dict[str, np.ndarray]:
-    """Parameters by path, and zeros for the biases that only the family has.
+    """Parameters by path, or what is in a tree like them, and zeros for the biases that only the family has.
 
-    Args:
-        document: the settings that are written.
-        params: of the model, or a tree like them.
-        family: what the model is written as.
+    `document` has the settings that are written.
     """
     full = flatten(abstract_params(Decoder(read_settings(document, family.model_type, family))))
     arrays = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in full.items()}

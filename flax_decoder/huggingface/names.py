@@ -4,7 +4,7 @@ import difflib
 import itertools
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,8 @@ def family_of_names(
             if path in seen:
                 raise UserError(f"{source}: {path} is given twice, to {seen[path]} and to {tensor}; remove one")
             seen[path] = tensor
-        known = {} if layouts is None or tensor not in layouts else {"transposed": layouts[tensor]}
-        fitting = [rule for rule in _ways(tensor, paths, shapes, **known | options) if _fits(rule, found, shapes)]
+        known = {"transposed": (layouts or {}).get(tensor)}
+        fitting = ways_to_store(tensor, paths, shapes, found, **known | options)
         if not fitting:
             ours = " and ".join(f"{path} {_one_layer(path, shapes)}" for path in paths)
             raise UserError(f"{source}: {tensor} of shape {found} cannot hold {ours}; check the map and the model")
@@ -139,11 +139,25 @@ def left_over(family: Family, tensors: Mapping[str, Shape], shapes: Mapping[str,
 
 
 def ways_to_store(
-    tensor: str, paths: Sequence[str], shapes: Mapping[str, Shape], found: Shape, transposed: bool | None = None
+    tensor: str,
+    paths: tuple[str, ...],
+    shapes: Mapping[str, Shape],
+    found: Shape,
+    transposed: bool | None = None,
+    by_head: bool | None = None,
 ) -> list[Rule]:
-    """All rules by which a tensor of a shape can hold parameters, the likeliest first; `transposed` where known."""
-    known = {} if transposed is None else {"transposed": transposed}
-    return [rule for rule in _ways(tensor, tuple(paths), shapes, **known) if _fits(rule, found, shapes)]
+    """All rules by which a tensor of a shape can hold parameters, the likeliest first."""
+    # A table of embeddings has a row per token on both sides; a bias or scale has one axis.
+    is_matrix = all(path == "head" or path.endswith("/kernel") for path in paths)
+    heads = {_heads(path, shapes) for path in paths}
+    can_interleave = len(paths) > 1 and len(heads) == 1 and heads != {()}
+    rules = [
+        Rule(tensor, paths, turned, headwise)
+        for headwise in ((False, True) if can_interleave else (False,))
+        for turned in ((True, False) if is_matrix else (False,))
+        if (transposed in (None, turned) or not is_matrix) and by_head in (None, headwise)
+    ]
+    return [rule for rule in rules if _fits(rule, found, shapes)]
 
 
 def _parse(tensor: str, value: Any, source: str) -> tuple[tuple[str, ...], dict[str, bool]]:
@@ -182,24 +196,6 @@ def _check_path(tensor: str, path: str, shapes: Mapping[str, Shape], source: str
         raise UserError(f"{source}: {tensor}: the model has no parameter {path}; the nearest is {near[0]}")
     if path.startswith("layers/") != ("{}" in tensor):
         raise UserError(f"{source}: {tensor} = {path}: write {{}} for the number of the layer, where there is one only")
-
-
-def _ways(
-    tensor: str,
-    paths: tuple[str, ...],
-    shapes: Mapping[str, Shape],
-    transposed: bool | None = None,
-    by_head: bool | None = None,
-) -> Iterator[Rule]:
-    """The rules that hold these parameters, the likeliest first."""
-    # A table of embeddings has a row per token on both sides; a bias or scale has one axis.
-    is_matrix = all(path == "head" or path.endswith("/kernel") for path in paths)
-    interleaved = (False, True) if len({_heads(path, shapes) for path in paths}) == 1 < len(paths) else (False,)
-    interleaved = interleaved if _heads(paths[0], shapes) else (False,)
-    for headwise, turned in itertools.product(interleaved, (True, False) if is_matrix else (False,)):
-        is_wanted = transposed in (None, turned) or not is_matrix
-        if is_wanted and (by_head is None or by_head == headwise):
-            yield Rule(tensor, paths, turned, headwise)
 
 
 def _heads(path: str, shapes: Mapping[str, Shape]) -> Shape:

@@ -26,16 +26,12 @@ from flax_decoder.nn.params import abstract_params
 def read_model(
     document: dict[str, Any], path: Path, shardings: Any = None, *, allow_nan: bool = False
 ) -> tuple[Decoder, dict[str, Any]]:
-    """Reads the model of a checkpoint.
+    """Reads the model of a checkpoint, with its parameters in float32.
 
     Args:
         document: the content of the file, from `read_torch_file`.
         path: of the file, for messages.
-        shardings: where the parameters go; see `abstract_params`.
-        allow_nan: also reads weights that are NaN or infinite.
-
-    Returns:
-        The model, and its parameters in float32.
+        shardings: see `fd.load`, as for `allow_nan`.
 
     Raises:
         UserError: it is not a checkpoint of nanoGPT, or a setting or tensor of it cannot be used.

@@ -26,10 +26,7 @@ def read_own_model(
         document: the content of a file of PyTorch, from `read_torch_file`.
         path: of that file, for messages.
         layout: a TOML file with [model], settings of `ModelConfig`, and [names], a map for `family_of_names`.
-        allow_nan: also reads weights that are NaN or infinite.
-
-    Returns:
-        The model, and its parameters in float32.
+        allow_nan: see `fd.load`.
 
     Raises:
         UserError: a file cannot be used, or a tensor or a parameter has no counterpart.

@@ -32,11 +32,8 @@ class Tensor:
     """A tensor in a file.
 
     Attributes:
-        file: the open file.
-        path: its path, for messages.
-        name: name of the tensor.
+        path: of the open file, for messages.
         dtype: as the header says it, such as BF16.
-        shape: its shape.
         start: its first byte in the file.
     """
 
@@ -70,11 +67,7 @@ class Tensor:
 
 
 def read_header(file: BinaryIO, path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name.
-
-    Args:
-        file: the open file; it must stay open until the tensors are read.
-        path: its path, for messages.
+    """The tensors of a safetensors file, by name; it must stay open until they are read. `path` is for messages.
 
     Raises:
         UserError: the file does not follow the format exactly.
@@ -108,13 +101,7 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[np.ndarray]) -> None:
-    """Writes float32 tensors, one after the other.
-
-    Args:
-        path: the new file.
-        shapes: of the tensors, by name.
-        arrays: the tensors in the same order; each is taken when it is written.
-    """
+    """Writes float32 tensors, one after the other, to a new file; each array is taken when it is written."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 loads no file without it
     end = 0
     for name, shape in shapes.items():

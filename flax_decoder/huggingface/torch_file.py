@@ -35,13 +35,7 @@ _PREFIXES = ("_orig_mod.", "module.")
 
 @dataclass(frozen=True)
 class TorchTensor:
-    """A tensor of a state dict; its numbers are in the file until they are read.
-
-    Attributes:
-        path: of the file, for messages.
-        name: of the tensor.
-        tensor: itself.
-    """
+    """A tensor of a state dict; its numbers are in the file, at `path`, until they are read."""
 
     path: Path
     name: str
@@ -84,9 +78,6 @@ def torch_module(what: str) -> Any:
 def read_torch_file(path: Path) -> dict[str, Any]:
     """The content of a file of `torch.save`; the numbers of its tensors stay in the file until they are used.
 
-    Args:
-        path: of the file; links are followed.
-
     Raises:
         UserError: it cannot be read, is not such a file, holds other objects than tensors and plain values, or is not a
             table; or PyTorch is not installed.
@@ -117,11 +108,7 @@ def read_torch_file(path: Path) -> dict[str, Any]:
 
 
 def find_state_dict(document: Mapping[str, Any], path: Path) -> dict[str, "torch.Tensor"]:
-    """The state dict in a file: one of its usual entries, or the whole. The prefixes of wrappers are left out.
-
-    Args:
-        document: from `read_torch_file`.
-        path: of the file, for messages.
+    """The state dict in what `read_torch_file` gives: a usual entry, or the whole, without the prefixes of wrappers.
 
     Raises:
         UserError: there is none, or a name is there twice.

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,29 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
 from flax_decoder.huggingface.family import Family, Rule
+from flax_decoder.huggingface.tensor_file import Tensor
+from flax_decoder.huggingface.torch_file import TorchTensor
 
 _BLOCK_NUMBERS = 100_000  # checked at once: fits into the cache of a processor
 
 Shape = tuple[int, ...]
-
-
-class StoredTensor(Protocol):
-    """A tensor in a file of any format: its numbers are read when they are needed."""
-
-    @property
-    def path(self) -> Path:
-        """The file, for messages."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the file."""
-
-    @property
-    def shape(self) -> Shape:
-        """Its shape in the file."""
-
-    def read(self) -> np.ndarray:
-        """Its numbers, in 2 or 4 bytes each. Raises UserError if they cannot be read."""
+# A tensor in a file: its numbers are read when they are needed.
+StoredTensor = Tensor | TorchTensor
 
 
 class TensorSpec(NamedTuple):
@@ -69,12 +54,7 @@ def flatten(params: Any) -> dict[str, Any]:
 
 
 def tensor_specs(family: Family, shapes: Mapping[str, Shape]) -> list[TensorSpec]:
-    """All tensors of a model.
-
-    Args:
-        family: the table of its family.
-        shapes: of our parameters, by path; those of layers have a leading layer axis.
-    """
+    """All tensors of a model, whose parameters have these shapes; those of layers have a leading layer axis."""
     specs = []
     for rule in family.all_rules:
         if not all(path in shapes for path in rule.paths):
@@ -143,14 +123,7 @@ class _HostBuffers:
 
 
 def check_sizes(config: ModelConfig, family: Family, tensors: Mapping[str, StoredTensor], source: str) -> None:
-    """Raises UserError if the settings ask for more numbers than the files hold, before any memory is taken.
-
-    Args:
-        config: the model.
-        family: the table of its family.
-        tensors: all tensors in the files.
-        source: path of the settings.
-    """
+    """Raises UserError if settings, at `source`, ask for more numbers than files hold, before any memory is taken."""
     num_numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
     D, H, L = config.embed_dim, config.head_width, config.num_layers
     # A lower bound for every size: one matrix, or one per layer.
@@ -182,18 +155,15 @@ def read_params(
     allow_nan: bool = False,
     unstacked: bool = False,
 ) -> dict[str, jax.Array]:
-    """Our parameters from the tensors of a folder. One tensor at a time is in memory, besides the parameters.
+    """Our parameters, by path, from the tensors of a folder, by name.
+
+    One tensor at a time is in memory, besides the parameters.
 
     Args:
-        tensors: by name.
-        family: the table of the family.
         wanted: shape, dtype and sharding of each parameter, by path; without a sharding it goes to the default device.
         folder: named in error messages.
         allow_nan: also reads tensors that hold NaN or infinities.
         unstacked: reads each layer into arrays of its own, with paths such as layers/0/attention/query/kernel.
-
-    Returns:
-        The parameters by path.
 
     Raises:
         UserError: a tensor is missing, unknown, not finite, or of another shape or dtype.

@@ -22,15 +22,14 @@ from flax import struct
 
 from flax_decoder.config import ModelConfig
 from flax_decoder.errors import UserError
-from flax_decoder.lens.capture import Activations, capture, final_norm_params, norm_params, stacked_layers
+from flax_decoder.lens.capture import Activations, capture, final_norm_params, stacked_layers
+from flax_decoder.lens.residual import BIAS, POSITION, TOKEN, layer_writes, origins_through_norm, residual_origins
 from flax_decoder.nn.arguments import as_integers, check_tokens
 from flax_decoder.nn.decoder import Decoder, scaled
-from flax_decoder.nn.norm import norm_of
 from flax_decoder.nn.positions import alibi_slopes
 
-# The activations that an attribution is computed from; those of the first group layer by layer.
-PER_LAYER = ("weights", "v", "heads", "hidden")
-NEEDED = (*PER_LAYER, "embeddings", "residual", "logits")
+# The activations that an attribution is computed from.
+NEEDED = ("weights", "v", "heads", "hidden", "embeddings", "logits")
 
 
 class Attribution(struct.PyTreeNode):
@@ -119,14 +118,16 @@ def attribute_activations(
 
     Args:
         config: the model, not in bfloat16.
-        params: its parameters.
         activations: from `capture`, without edits; those named in `NEEDED`.
-        tokens_BT: see `attribute`.
-        targets_BT: see `attribute`.
-        versus_BT: see `attribute`.
     """
-    streams_MBTD = jnp.concatenate([activations["embeddings"][None], activations["residual"]])  # M = L + 1
-    dtype = streams_MBTD.dtype
+    writes = layer_writes(params, activations)
+
+    def given_to_head(writes: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_BTOD, _ = residual_origins(config, params, tokens_BT, activations["embeddings"], writes)
+        return origins_through_norm(config, final_norm_params(config, params), x_BTOD)
+
+    x_BTOD, back = jax.vjp(given_to_head, writes)
+    dtype = x_BTOD.dtype
 
     def of_logit(tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
         """The model's logit, the token's column and bias in the head, and the change by the soft cap."""
@@ -137,7 +138,7 @@ def attribute_activations(
             bias_BT = scaled(jnp.take(params["head_bias"], tokens_BT).astype(dtype), config.logit_scale)
         if config.logit_soft_cap is None:
             return logit_BT, column_BTD, bias_BT, jnp.zeros_like(logit_BT)
-        raw_BT = (normalise(config, final_norm_params(config, params), streams_MBTD[-1]) * column_BTD).sum(-1) + bias_BT
+        raw_BT = (x_BTOD.sum(2) * column_BTD).sum(-1) + bias_BT
         return logit_BT, column_BTD, bias_BT, soft_cap_change(raw_BT, config.logit_soft_cap)
 
     parts = of_logit(targets_BT)
@@ -145,61 +146,19 @@ def attribute_activations(
         parts = tuple(part - other for part, other in zip(parts, of_logit(versus_BT), strict=True))
     logit_BT, column_BTD, head_bias_BT, soft_cap_BT = parts
 
-    direction_BTD, bias_BT = back_through_norm(config, final_norm_params(config, params), streams_MBTD[-1], column_BTD)
-    per_layer = stacked_layers(params), streams_MBTD[:-1], {name: activations[name] for name in PER_LAYER}
-    direction_BTD, (heads_LBNTS, feed_forward_LBT, bias_LBT) = jax.lax.scan(
-        lambda direction_BTD, layer: back_through_layer(config, direction_BTD, *layer),
-        *(direction_BTD, per_layer),
-        reverse=True,
-    )
-    token_BTD = jnp.take(params["embedding"], tokens_BT, axis=0).astype(dtype) * config.embed_scale
-    norm = norm_params(params, "embedding_norm") if config.embedding_norm else None
-    token_direction_BTD, more_BT = back_through_norm(config, norm, token_BTD, direction_BTD)
-    position_BTD = activations["embeddings"] - normalise(config, norm, token_BTD)
+    origins_BTO = jnp.einsum("BTOD,BTD->BTO", x_BTOD, column_BTD)
+    ((heads_direction_LBTD, direction_LBTD),) = back(jnp.broadcast_to(column_BTD[:, :, None], x_BTOD.shape))
+    kernel_LNHD = stacked_layers(params)["attention"]["out"]["kernel"].astype(dtype)
+    direction_LBTNH = jnp.einsum("LBTD,LNHD->LBTNH", heads_direction_LBTD, kernel_LNHD)
     return Attribution(
-        token_BT=(token_BTD * token_direction_BTD).sum(-1),
-        position_BT=(position_BTD * direction_BTD).sum(-1),
-        heads_LBNTS=heads_LBNTS,
-        feed_forward_LBT=feed_forward_LBT,
-        bias_BT=head_bias_BT + bias_BT + more_BT + bias_LBT.sum(0),
+        token_BT=origins_BTO[..., TOKEN],
+        position_BT=origins_BTO[..., POSITION],
+        heads_LBNTS=jax.vmap(head_contributions)(activations["weights"], activations["v"], direction_LBTNH),
+        feed_forward_LBT=(writes[1] * direction_LBTD).sum(-1),
+        bias_BT=head_bias_BT + origins_BTO[..., BIAS],
         soft_cap_BT=soft_cap_BT,
         logit_BT=logit_BT,
     )
-
-
-def back_through_layer(
-    config: ModelConfig, direction_BTD: jax.Array, params: Any, x_BTD: jax.Array, activations: Activations
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """The contributions of a layer along a direction, and the direction before the layer.
-
-    Args:
-        config: the model.
-        direction_BTD: the direction after the layer.
-        params: of the layer.
-        x_BTD: the residual stream before the layer.
-        activations: of the layer.
-
-    Returns:
-        The direction before the layer, and the contributions heads_BNTS, feed_forward_BT and bias_BT.
-    """
-    params = jax.tree.map(lambda leaf: leaf.astype(x_BTD.dtype), params)
-    out = params["attention"]["out"]
-    attention_BTD = linear(out, "BTNH,NHD->BTD", activations["heads"])
-    feed_forward_BTD = linear(params["feed_forward"]["down"], "BTF,FD->BTD", activations["hidden"])
-    attended_BTD = x_BTD + scaled(attention_BTD, config.residual_scale)
-    if config.norm_position == "post":
-        attended_BTD = normalise(config, norm_params(params, "attention_norm"), attended_BTD)
-
-    back = functools.partial(back_through_sum, config, params)
-    direction_BTD, write_direction_BTD, bias_BT = back("feed_forward", attended_BTD, feed_forward_BTD, direction_BTD)
-    feed_forward_BT = (feed_forward_BTD * write_direction_BTD).sum(-1)
-    direction_BTD, write_direction_BTD, more_BT = back("attention", x_BTD, attention_BTD, direction_BTD)
-    bias_BT += more_BT
-    if config.attention_out_bias:
-        bias_BT += (write_direction_BTD * out["bias"][None, None]).sum(-1)
-    direction_BTNH = jnp.einsum("BTD,NHD->BTNH", write_direction_BTD, out["kernel"])
-    heads_BNTS = head_contributions(activations["weights"], activations["v"], direction_BTNH)
-    return direction_BTD, (heads_BNTS, feed_forward_BT, bias_BT)
 
 
 def head_contributions(weights_BNTS: jax.Array, v_BSKH: jax.Array, direction_BTNH: jax.Array) -> jax.Array:
@@ -212,62 +171,6 @@ def head_contributions(weights_BNTS: jax.Array, v_BSKH: jax.Array, direction_BTN
     direction_BTKGH = direction_BTNH.reshape(B, T, K, N // K, H)
     products_BKGTS = jnp.einsum("BSKH,BTKGH->BKGTS", v_BSKH, direction_BTKGH)
     return weights_BNTS * products_BKGTS.reshape(B, N, T, S)
-
-
-def back_through_sum(
-    config: ModelConfig, params: Any, part: str, x_BTD: jax.Array, write_BTD: jax.Array, direction_BTD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The directions before one of the two sums of a block: x + write, norm(x + write) or x + norm(write).
-
-    The write counts `residual_scale` times.
-
-    Returns:
-        The direction of x, the direction of the write, and the contribution of the norm's bias, (B, T).
-    """
-    if config.norm_position == "post":
-        norm, sum_BTD = norm_params(params, f"{part}_norm"), x_BTD + scaled(write_BTD, config.residual_scale)
-        direction_BTD, bias_BT = back_through_norm(config, norm, sum_BTD, direction_BTD)
-        return direction_BTD, scaled(direction_BTD, config.residual_scale), bias_BT
-    scaled_BTD = scaled(direction_BTD, config.residual_scale)
-    if config.norm_position in ("both", "output"):
-        norm = norm_params(params, f"{part}_output_norm")
-        write_direction_BTD, bias_BT = back_through_norm(config, norm, write_BTD, scaled_BTD)
-        return direction_BTD, write_direction_BTD, bias_BT
-    return direction_BTD, scaled_BTD, jnp.zeros_like(direction_BTD[..., 0])
-
-
-def back_through_norm(
-    config: ModelConfig, params: Any, x_BTD: jax.Array, direction_BTD: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The transpose of `capture.through_norm`: norm(x) · direction = x · (the result) + (the bias's contribution).
-
-    Subtracting the mean is its own transpose. There is no norm if `params` is None.
-    """
-    dtype = x_BTD.dtype
-    bias_BT = jnp.zeros_like(x_BTD[..., 0])
-    if params is None:
-        return direction_BTD, bias_BT
-    if config.norm_bias:
-        bias_BT = (direction_BTD * params["bias"].astype(dtype)[None, None]).sum(-1)
-    if config.norm_scale:
-        direction_BTD = direction_BTD * params["scale"].astype(dtype)[None, None]
-    if config.norm == "layernorm":
-        x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
-        direction_BTD -= direction_BTD.mean(-1, keepdims=True)
-    return direction_BTD * jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + config.norm_epsilon), bias_BT
-
-
-def normalise(config: ModelConfig, params: Any, x_BTD: jax.Array) -> jax.Array:
-    """Applies one of the model's norms; none if `params` is None."""
-    if params is None:
-        return x_BTD
-    return norm_of(config).apply({"params": params}, x_BTD)  # type: ignore[return-value]
-
-
-def linear(params: Any, equation: str, x: jax.Array) -> jax.Array:
-    """Applies one of the model's projections."""
-    y = jnp.einsum(equation, x, params["kernel"])
-    return y + params["bias"][None, None] if "bias" in params else y
 
 
 def head_columns(params: Any, tokens_BT: jax.Array) -> jax.Array:

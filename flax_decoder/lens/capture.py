@@ -13,6 +13,7 @@ from flax_decoder.nn.arguments import as_integers, check_shape, check_tokens
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.call import Edit
 from flax_decoder.nn.decoder import Decoder, scaled
+from flax_decoder.nn.norm import norm_of
 from flax_decoder.nn.params import layers_of
 from flax_decoder.nn.precision import accumulation_dtype
 
@@ -83,19 +84,17 @@ def capture(
         raise ValueError(f"there is no {unknown[0]!r} to capture, only {', '.join(NAMES)}")
     check_shape(tokens_BT)
     tokens_BT = as_integers(check_tokens(tokens_BT, model.config.vocab_size or 0))
-    chains = None
-    if edits is not None:
-        chains = {name: edit if isinstance(edit, Sequence) else (edit,) for name, edit in edits.items()}
-        chains = {name: tuple(map(_as_partial, chain)) for name, chain in chains.items()}
+    chains = None if edits is None else {name: _as_partials(edit) for name, edit in edits.items()}
     wanted = tuple(NAMES) if names is None else tuple(names)
     activations, cache = _capture(model, wanted, params, tokens_BT, cache, chains)
     activations = {name: activations[name] for name in wanted}  # jit sorts a dict by name
     return activations if cache is None else (activations, cache)
 
 
-def _as_partial(edit: Edit) -> Partial:
-    """An edit as a pytree: the function is static, the arrays bound to it are arguments of the program."""
-    return edit if isinstance(edit, Partial) else Partial(edit)
+def _as_partials(edits: Edit | Sequence[Edit]) -> tuple[Partial, ...]:
+    """Edits as pytrees: a function is static, the arrays bound to it are arguments of the program."""
+    chain = edits if isinstance(edits, Sequence) else (edits,)
+    return tuple(edit if isinstance(edit, Partial) else Partial(edit) for edit in chain)
 
 
 def _apply(chain: Sequence[Edit], array: jax.Array, layer: jax.Array) -> jax.Array:
@@ -115,8 +114,7 @@ def _capture(
     result, sown = model.apply({"params": params}, tokens_BT, cache, edits=edits, mutable=["intermediates"])
     logits_BTV, cache = (result, None) if cache is None else result
 
-    # `sow` appends to a tuple; every module is called once.
-    sown = jax.tree.map(lambda once: once[0], sown["intermediates"], is_leaf=lambda node: isinstance(node, tuple))
+    sown = without_tuples(sown["intermediates"])
     layers, attention = sown["layers"], sown["layers"]["attention"]
     found = {name: _stacked(name, attention[name]) for name in _IN_ATTENTION}
     for name in ("q", "k"):
@@ -130,6 +128,11 @@ def _capture(
     if "head_writes" in names:
         found["head_writes"] = _head_writes(model.config, params, found["heads"], attention["out"]["output"])
     return {name: found[name] for name in names}, cache
+
+
+def without_tuples(sown: Any) -> Any:
+    """Sown values without the tuples that `sow` appends to: every module is called once."""
+    return jax.tree.map(lambda once: once[0], sown, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def _stacked(name: str, layers: Any) -> jax.Array:
@@ -175,11 +178,18 @@ def final_norm_params(config: ModelConfig, params: Any) -> Any:
     return norm_params(params, "final_norm") if config.final_norm else None
 
 
+def normalise(config: ModelConfig, params: Any, x_BTD: jax.Array) -> jax.Array:
+    """Applies one of the model's norms; none if `params` is None."""
+    if params is None:
+        return x_BTD
+    return norm_of(config).apply({"params": params}, x_BTD)  # type: ignore[return-value]
+
+
 def through_norm(config: ModelConfig, params: Any, x_BTD: jax.Array, writes_BTND: jax.Array) -> jax.Array:
     """Applies a norm to summands of its input x, with the divisor of x; without the norm's bias.
 
-    With the divisor fixed a norm is linear: it scales, and LayerNorm also subtracts the mean. There is no norm if
-    `params` is None.
+    With the divisor fixed, also in derivatives, a norm is linear: it scales, and LayerNorm also subtracts the mean.
+    There is no norm if `params` is None.
     """
     if params is None:
         return writes_BTND
@@ -187,5 +197,5 @@ def through_norm(config: ModelConfig, params: Any, x_BTD: jax.Array, writes_BTND
         x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
         writes_BTND = writes_BTND - writes_BTND.mean(-1, keepdims=True)
     inverse_BT1 = jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + config.norm_epsilon)
-    writes_BTND = writes_BTND * inverse_BT1[..., None]
+    writes_BTND = writes_BTND * jax.lax.stop_gradient(inverse_BT1)[..., None]
     return writes_BTND * params["scale"].astype(x_BTD.dtype)[None, None, None] if "scale" in params else writes_BTND

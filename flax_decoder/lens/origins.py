@@ -18,13 +18,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.lens.attribution import linear, score_parts, score_scale
+from flax_decoder.lens.attribution import score_parts, score_scale
 from flax_decoder.lens.capture import Activations, norm_params, stacked_layers
-from flax_decoder.nn.decoder import Decoder, scaled
-
-# Axis O.
-ORIGINS = ("token", "position", "heads", "feed_forward", "bias")
-TOKEN, POSITION, HEADS, FEED_FORWARD, BIAS = range(len(ORIGINS))
+from flax_decoder.lens.residual import BIAS, layer_writes, origins_through_norm, residual_origins
+from flax_decoder.lens.residual import ORIGINS as ORIGINS
+from flax_decoder.nn.decoder import Decoder
 
 
 class ScoreOrigins(struct.PyTreeNode):
@@ -34,10 +32,7 @@ class ScoreOrigins(struct.PyTreeNode):
         pairs_OO: origin of the query times origin of the key, in the order of `ORIGINS`, before the rotation.
         rotation: the change by the rotation, and by a norm of queries and keys that follows it; 0 unless positions are
             rotary.
-        soft_cap: the change by the soft cap; 0 if there is none.
-        position: the ALiBi bias; 0 if there is none.
-        mask: minus infinity if the key is masked, else 0.
-        score: the model's score.
+        soft_cap: this and those below are as in `ScoreParts`.
     """
 
     pairs_OO: jax.Array
@@ -86,72 +81,19 @@ def query_and_key_origins(
 ) -> tuple[jax.Array, jax.Array]:
     """The queries and keys of all layers by origin, before the rotation: q_LBTONH and k_LBTOKH.
 
-    Their sums over O are the activations `q` and `k`.
-
-    Args:
-        config: the model.
-        params: its parameters.
-        tokens_BT: the input tokens.
-        activations: from `capture`, without a cache and without edits.
+    Their sums over O are the activations `q` and `k`, captured without a cache and without edits.
     """
-    embeddings_BTD = activations["embeddings"]
-    dtype = embeddings_BTD.dtype
-    token_BTD = jnp.take(params["embedding"], tokens_BT, axis=0).astype(dtype) * config.embed_scale
-    stream_BTOD = _at(TOKEN, token_BTD)
-    if config.embedding_norm:
-        stream_BTOD = _through_norm(config, norm_params(params, "embedding_norm"), stream_BTOD)
-    stream_BTOD += _at(POSITION, embeddings_BTD - stream_BTOD.sum(2))
-    per_layer = stacked_layers(params), activations["heads"], activations["hidden"]
-    _, (q_LBTONH, k_LBTOKH) = jax.lax.scan(functools.partial(_through_layer, config), stream_BTOD, per_layer)
-    return q_LBTONH, k_LBTOKH
+    writes = layer_writes(params, activations)
+    _, stream_LBTOD = residual_origins(config, params, tokens_BT, activations["embeddings"], writes)
+    return jax.vmap(functools.partial(_queries_and_keys, config))(stacked_layers(params), stream_LBTOD)
 
 
-def _through_layer(
-    config: ModelConfig, stream_BTOD: jax.Array, layer: tuple[Any, jax.Array, jax.Array]
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The residual stream by origin after a layer, and the layer's q_BTONH and k_BTOKH by origin."""
-    params, heads_BTNH, hidden_BTF = layer
-    params = jax.tree.map(lambda leaf: leaf.astype(stream_BTOD.dtype), params)
-    attention = params["attention"]
-    h_BTOD = stream_BTOD
+def _queries_and_keys(config: ModelConfig, params: Any, h_BTOD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q_BTONH and k_BTOKH of a layer by origin."""
     if config.norm_position in ("pre", "both"):
-        h_BTOD = _through_norm(config, norm_params(params, "attention_norm"), stream_BTOD)
-    q_BTONH = _project(config, attention, "query", h_BTOD)
-    k_BTOKH = _project(config, attention, "key", h_BTOD)
-
-    out = attention["out"]
-    write_BTOD = _at(HEADS, jnp.einsum("BTNH,NHD->BTD", heads_BTNH, out["kernel"]))
-    if "bias" in out:
-        write_BTOD += _at(BIAS, out["bias"][None, None])
-    stream_BTOD = _add(config, params, "attention", stream_BTOD, write_BTOD)
-    write_BTOD = _at(FEED_FORWARD, linear(params["feed_forward"]["down"], "BTF,FD->BTD", hidden_BTF))
-    return _add(config, params, "feed_forward", stream_BTOD, write_BTOD), (q_BTONH, k_BTOKH)
-
-
-def _at(origin: int, x_BTD: jax.Array) -> jax.Array:
-    """x_BTOD, which is 0 but for one origin."""
-    return jnp.zeros((*x_BTD.shape[:2], len(ORIGINS), x_BTD.shape[2]), x_BTD.dtype).at[:, :, origin].set(x_BTD)
-
-
-def _add(config: ModelConfig, params: Any, part: str, x_BTOD: jax.Array, write_BTOD: jax.Array) -> jax.Array:
-    """One of the two sums of a block by origin: x + write, norm(x + write) or x + norm(write)."""
-    if config.norm_position in ("both", "output"):
-        write_BTOD = _through_norm(config, norm_params(params, f"{part}_output_norm"), write_BTOD)
-    sum_BTOD = x_BTOD + scaled(write_BTOD, config.residual_scale)
-    if config.norm_position == "post":
-        return _through_norm(config, norm_params(params, f"{part}_norm"), sum_BTOD)
-    return sum_BTOD
-
-
-def _through_norm(config: ModelConfig, params: Any, x_BTOD: jax.Array) -> jax.Array:
-    """A norm by origin: it divides by the size of the sum, which makes it linear."""
-    if config.norm == "layernorm":
-        x_BTOD = x_BTOD - x_BTOD.mean(-1, keepdims=True)
-    mean_square_BT11 = jnp.square(x_BTOD.sum(2, keepdims=True)).mean(-1, keepdims=True)
-    x_BTOD = x_BTOD * jax.lax.rsqrt(mean_square_BT11 + config.norm_epsilon)
-    if "scale" in params:
-        x_BTOD = x_BTOD * params["scale"].astype(x_BTOD.dtype)[None, None, None]
-    return x_BTOD + _at(BIAS, params["bias"][None, None]) if "bias" in params else x_BTOD
+        h_BTOD = origins_through_norm(config, norm_params(params, "attention_norm"), h_BTOD)
+    attention = jax.tree.map(lambda leaf: leaf.astype(h_BTOD.dtype), params["attention"])
+    return _project(config, attention, "query", h_BTOD), _project(config, attention, "key", h_BTOD)
 
 
 def _project(config: ModelConfig, params: Any, name: str, h_BTOD: jax.Array) -> jax.Array:

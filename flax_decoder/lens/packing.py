@@ -42,15 +42,6 @@ def pack(array: np.ndarray, decimals: int, bits: float | None = None) -> dict[st
     return {"shape": list(values.shape), "decimals": decimals, "planes": planes, "data": data}
 
 
-def unpack(packed: dict[str, Any]) -> np.ndarray:
-    """The array as a page shows it."""
-    content = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), np.uint8).astype(np.uint64)
-    planes = content.reshape(packed["planes"], -1)
-    unsigned = sum((plane << np.uint64(8 * place) for place, plane in enumerate(planes)), np.zeros(1, np.uint64))
-    integers = (unsigned >> np.uint64(1)).astype(np.int64) ^ -(unsigned & np.uint64(1)).astype(np.int64)
-    return (integers / 10.0 ** packed["decimals"]).reshape(packed["shape"])
-
-
 def _deflate(values: np.ndarray, decimals: int) -> tuple[bytes, int]:
     """The compressed bytes, and the number of bytes per integer."""
     integers = np.rint(values * 10.0**decimals).clip(-MAX_INTEGER, MAX_INTEGER).astype(np.int64).ravel()

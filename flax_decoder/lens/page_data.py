@@ -11,8 +11,8 @@ import numpy as np
 from flax_decoder.config import ModelConfig
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import UserError
-from flax_decoder.lens.attribution import attribute_activations, normalise, score_scale
-from flax_decoder.lens.capture import capture, final_norm_params
+from flax_decoder.lens.attribution import attribute_activations, score_scale
+from flax_decoder.lens.capture import capture, final_norm_params, normalise
 from flax_decoder.lens.head_scores import head_scores
 from flax_decoder.lens.origins import ORIGINS, query_and_key_origins
 from flax_decoder.lens.packing import pack

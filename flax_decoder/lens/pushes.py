@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_decoder.config import ModelConfig
-from flax_decoder.lens.attribution import head_columns, normalise
-from flax_decoder.lens.capture import Activations, final_norm_params, norm_params, through_norm
+from flax_decoder.lens.attribution import head_columns
+from flax_decoder.lens.capture import Activations, final_norm_params, norm_params, normalise, through_norm
 from flax_decoder.nn.decoder import scaled
 from flax_decoder.nn.params import unstack_layers
 
@@ -23,7 +23,6 @@ def pushes(
 
     Args:
         config: the model, not in bfloat16.
-        params: its parameters.
         activations: from `capture`, for a single text.
         tokens_BC: candidate tokens, B = 1; negative ones are ignored.
         count: how many to return of each kind, at most the number of candidates.

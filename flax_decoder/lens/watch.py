@@ -73,11 +73,7 @@ class Watch:
         self._first_step = None if self._snapshots else step
 
     def record(self, step: int, params: Any) -> None:
-        """Records a snapshot if one is due: every `every` steps, and at the first and last step.
-
-        Args:
-            step: steps completed.
-            params: the parameters after them, on the mesh of the run.
+        """Records a snapshot if one is due after so many steps: every `every` steps, and at the first and last step.
 
         Raises:
             FaultError: it cannot be written.
@@ -139,12 +135,7 @@ class Watch:
 
 
 def watched_tokens(config: Config, tokenizer: Tokenizer, validation_tokens: np.ndarray | Shards) -> np.ndarray:
-    """tokens_T, the text whose attention is recorded.
-
-    Args:
-        config: of the run; see its `lens`.
-        tokenizer: of the run.
-        validation_tokens: the validation split; its first words are the text if `lens.prompt` is not set.
+    """tokens_T, the text whose attention is recorded: `lens.prompt`, else the first words of the validation split.
 
     Raises:
         UserError: the text has no tokens, the tokenizer cannot encode it, or a snapshot would be too large.

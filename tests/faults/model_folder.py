@@ -5,6 +5,7 @@ import cProfile
 import faulthandler
 import functools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +45,16 @@ SETTINGS = {
     "tied_head": False,
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Bomb:
+    """Creates a folder, the canary, when unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.canary),)
 
 
 @functools.cache

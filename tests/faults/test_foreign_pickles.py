@@ -1,13 +1,12 @@
 """Pickles under every usual name: never unpickled."""
 
 import io
-import os
 import pickle
 import zipfile
 
 import numpy as np
 import pytest
-from model_folder import INDEX, WEIGHTS, change, make_folder, refusal, split_in_two
+from model_folder import INDEX, WEIGHTS, Bomb, change, make_folder, refusal, split_in_two
 
 import flax_decoder as fd
 from flax_decoder.config import DataConfig
@@ -15,16 +14,6 @@ from flax_decoder.data.corpus import prepare_corpus
 from flax_decoder.data.shards import load_corpus
 
 ROW = pytest.mark.fault("pickles")
-
-
-class Bomb:
-    """Creates a folder, the canary, when unpickled."""
-
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
 
 
 def plain(bomb):
