@@ -90,10 +90,7 @@ class ScoreParams:
         scores_BKGTS = products_BKGTS * self.scale
         if self.soft_cap is not None:
             scores_BKGTS = self.soft_cap * jnp.tanh(scores_BKGTS / self.soft_cap)
-        bias_BNTS = mask.bias_BNTS()
-        if bias_BNTS is not None:
-            scores_BKGTS += bias_BNTS.reshape(-1, *scores_BKGTS.shape[1:]).astype(scores_BKGTS.dtype)
-        return jnp.where(mask.visible_BTS()[:, None, None], scores_BKGTS, -jnp.inf)
+        return mask.masked(scores_BKGTS)
 
     def drop(self, rng: jax.Array | None, mask: MaskSpec, weights_BKGTS: jax.Array) -> jax.Array:
         """Zeroes some weights: of one pair of blocks always the same ones, since both passes must agree on them."""
