@@ -81,7 +81,7 @@ class Split:
     def train_batch(
         self, *, seed: int, step: int, batch_size: int, context_length: int, rows: slice = slice(None)
     ) -> dict[str, np.ndarray]:
-        """The training batch of a step; see `batches.train_batch`."""
+        """The training batch of a step, from 0: `batch_size` rows, or those of them that `rows` names."""
         return self.train_rows(row_numbers(step, batch_size, rows), seed=seed, context_length=context_length)
 
     def validation_batches(
@@ -198,7 +198,7 @@ class MixedSplit:
     def train_batch(
         self, *, seed: int, step: int, batch_size: int, context_length: int, rows: slice = slice(None)
     ) -> dict[str, np.ndarray]:
-        """The training batch of a step; see `batches.train_batch`."""
+        """See `Split`."""
         sources, windows = deal(row_numbers(step, batch_size, rows), quotas(self.weights), seed)
         batch: dict[str, np.ndarray] = {}
         for source in np.unique(sources):
