@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flax_decoder as fd
-from flax_decoder.data.batches import train_batch
+from flax_decoder.data.splits import Split
 from flax_decoder.parallel.mesh import AXES, make_mesh, use_mesh
 from flax_decoder.training.placement import place_batch
 from flax_decoder.training.step import jit_step
@@ -95,8 +95,7 @@ def run_by_hand(num_steps: int, way: ByHand) -> tuple[Losses, Any]:
     state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
     state, losses = jax.tree.map(way.place_state, state), []
     for step in range(num_steps):
-        batch = train_batch(
-            TOKENS,
+        batch = Split(TOKENS, np.zeros(1, int), 1).train_batch(
             seed=config.training.seed,
             step=step,
             batch_size=config.training.batch_size,

@@ -292,12 +292,13 @@ def chat(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of a model on a text, or on the answers of conversations."""
+    from flax_decoder.data.batches import validation_batches
     from flax_decoder.data.corpus import read_text
-    from flax_decoder.data.example_corpus import has_examples, split_of
+    from flax_decoder.data.example_corpus import split_of
+    from flax_decoder.data.plan import has_examples
 
     has_talks = has_examples(DataConfig(path=options.file))
-    text = "" if has_talks else read_text(options.file).text
-    from flax_decoder.data.batches import validation_batches
+    text = "" if has_talks else read_text(options.file)
     from flax_decoder.training.evaluation import evaluate_batches
 
     model, params, tokenizer = _load(options)

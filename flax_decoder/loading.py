@@ -167,7 +167,7 @@ def _named_tokenizer(name: str | None, vocab_size: int | None) -> Tokenizer | No
     tokenizer: Tokenizer
     if kind == "char" and file:
         # nanoGPT reads texts with Python's newlines, so that its vocabulary has no \r.
-        text = read_text(expand_home(file)).text.replace("\r\n", "\n").replace("\r", "\n")
+        text = read_text(expand_home(file)).replace("\r\n", "\n").replace("\r", "\n")
         tokenizer, num_padding = CharTokenizer(text), 0
     else:
         path = Path(expand_home(name))

@@ -6,12 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_decoder.data import batches as batches_module
-from flax_decoder.data.batches import BLOCK_ROWS, deal, dealt, quotas, train_batch, validation_batches
+from flax_decoder.data.batches import BLOCK_ROWS, deal, dealt, quotas, validation_batches
 from flax_decoder.data.splits import MixedSplit, Split
 
 T, NUM_TOKENS = 7, 107
 NUM_WINDOWS = (NUM_TOKENS - T) // T  # 14
 TOKENS = np.arange(NUM_TOKENS, dtype=np.uint16)  # each token says where it stands
+
+
+def train_batch(tokens, *, document_starts=None, **options):
+    """The training batch of a step, of tokens that are a split by themselves."""
+    return Split(tokens, document_starts, 0, has_mask=document_starts is not None).train_batch(**options)
 
 
 def rows(num_rows, *, tokens=TOKENS, batch_size=1, seed=3, context_length=T):

@@ -26,7 +26,7 @@ from flax_decoder.data import encoding
 from flax_decoder.data import plan as plan_module
 from flax_decoder.data.corpus import no_progress, prepare_corpus, prepare_folder, read_text, require_fit
 from flax_decoder.data.formats import files, texts
-from flax_decoder.data.listing import BUILT_IN
+from flax_decoder.data.formats.part import BUILT_IN
 from flax_decoder.data.long_array import Shards
 from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.tokenizer import SubwordTokenizer, make_tokenizer
@@ -56,18 +56,15 @@ def refusal(path) -> str:
 
 def test_no_path_is_input_txt_else_the_built_in_text():
     built_in = read_text(None)
-    assert built_in.name == BUILT_IN
-    assert len(built_in.text) > 300_000 and "assert" in built_in.text
-    assert read_text(BUILT_IN) == built_in
+    assert len(built_in) > 300_000 and "assert" in built_in
     write("input.txt", "mine")
-    assert (read_text(None).text, read_text(None).name) == ("mine", "input.txt")
-    assert read_text(BUILT_IN) == built_in
+    assert read_text(None) == "mine" and read_text(BUILT_IN) == built_in
 
 
 def test_built_in_topics_stand_in_order_with_blank_lines_between(monkeypatch):
     module = types.SimpleNamespace(topics={"b": "two\n", "a": "one\n"})
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)
-    assert read_text(BUILT_IN).text == "one\n\ntwo\n"
+    assert read_text(BUILT_IN) == "one\n\ntwo\n"
 
 
 def test_a_python_without_its_help_texts(monkeypatch):
@@ -78,9 +75,7 @@ def test_a_python_without_its_help_texts(monkeypatch):
 @settings(deadline=None, max_examples=50)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff")).filter(str.strip))
 def test_text_is_read_exactly(text):
-    source = read_text(write("a.txt", text))
-    assert source.text == text
-    assert source.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert read_text(write("a.txt", text)) == text
 
 
 def test_folder_glob_and_list():
@@ -89,16 +84,15 @@ def test_folder_glob_and_list():
     write("texts/deep/c.txt", "c")
     write("texts/notes.md", "notes")
     pathlib.Path("texts/folder.txt").mkdir()
-    assert read_text("texts").text == "a\nb\nc\nnotes"  # in the order of a listing: folders among the files
-    assert read_text("texts/*.txt").text == "a\nb\n"
-    assert read_text("texts/**/*.txt").text == "a\nb\nc"
-    both = read_text(("texts/notes.md", "texts/deep", "texts/a.txt"))
-    assert (both.text, both.name) == ("notes\nc\na", "texts/notes.md, texts/deep, texts/a.txt")
+    assert read_text("texts") == "a\nb\nc\nnotes"  # in the order of a listing: folders among the files
+    assert read_text("texts/*.txt") == "a\nb\n"
+    assert read_text("texts/**/*.txt") == "a\nb\nc"
+    assert read_text(("texts/notes.md", "texts/deep", "texts/a.txt")) == "notes\nc\na"
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file():
     write("a.txt", "wrong")
-    assert read_text(write("[a].txt", "right")).text == "right"
+    assert read_text(write("[a].txt", "right")) == "right"
 
 
 @pytest.mark.parametrize("path", ["", (), ("",)])
@@ -144,7 +138,7 @@ def test_one_text_is_split_by_characters(kind, text):
 
 def test_the_built_in_text_is_split_as_others():
     tokenizer, corpus = prepare()
-    text = read_text(BUILT_IN).text
+    text = read_text(BUILT_IN)
     assert tokenizer.decode(corpus.train.tokens) + tokenizer.decode(corpus.validation.tokens) == text
     assert len(corpus.train.tokens) == len(halves(text)[0]) and corpus.num_documents == 1
 
@@ -449,7 +443,7 @@ def test_linked_folders_are_read_once():
     os.symlink("../real", "top/link")
     os.symlink("../real", "top/second")
     os.symlink("..", "top/up")
-    assert read_text("top").text == "a\nx"
+    assert read_text("top") == "a\nx"
 
 
 def test_a_prepared_corpus_is_shared():
@@ -563,7 +557,7 @@ def test_a_dataset_that_datasets_saved():
     write("saved/train/state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     write("saved/train/dataset_info.json", "{}")
     write("saved/dataset_dict.json", '{"splits": ["train"]}')
-    assert read_text("saved/train").text == "one\ntwo"
+    assert read_text("saved/train") == "one\ntwo"
     assert "several splits (train); give one of them" in refusal("saved")
     write("saved/train/state.json", json.dumps({"_data_files": [{"filename": "../../x"}]}))
     assert "names a file that is none in this folder" in refusal("saved/train")

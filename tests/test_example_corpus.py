@@ -14,11 +14,12 @@ from test_conversations import SPECIAL, TRUTH, learned_parts, make_library, talk
 import flax_decoder as fd
 from flax_decoder.cli import main
 from flax_decoder.config import DataConfig, ModelConfig
-from flax_decoder.data.corpus import prepare_corpus
-from flax_decoder.data.example_corpus import has_examples
+from flax_decoder.data import plan
+from flax_decoder.data.corpus import make_plans, prepare_corpus
+from flax_decoder.data.plan import has_examples
 from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.tokenizer import SubwordTokenizer
-from flax_decoder.errors import BrokenError
+from flax_decoder.errors import BrokenError, UserError
 from flax_decoder.huggingface.choice import choose_family
 from flax_decoder.huggingface.folder import write_folder
 from flax_decoder.training.metrics import read_metrics
@@ -98,6 +99,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:a.txt. looks like lines of JSON")
 @pytest.mark.parametrize("kind", KINDS)
 def test_conversations_are_told_from_texts_by_their_first_line(kind, tmp_path, monkeypatch):
     document, settings, expected = KINDS[kind]
@@ -153,6 +155,18 @@ def test_what_is_learned_is_kept_with_the_tokens(tmp_path, monkeypatch):
     Path("corpus/corpus.json").write_text(json.dumps(facts))
     with pytest.raises(BrokenError, match="only a part of it is of conversations"):
         load_corpus("corpus")
+
+
+def test_a_path_is_listed_once_and_conversations_are_not_mixed_with_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    listed = []
+    list_files = plan.list_files
+    monkeypatch.setattr(plan, "list_files", lambda paths: listed.append(paths) or list_files(paths))
+    prepare(write_lines("talks.jsonl", TALKS))
+    assert listed == [("talks.jsonl",)]
+    Path("a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"^talks\.jsonl: has conversations, which are not mixed with texts"):
+        make_plans(DataConfig(mixture=({"path": "a.txt"}, {"path": "talks.jsonl"}), tokenizer="byte"))
 
 
 def test_rows_are_packed_or_not(tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def test_imports_flow_down():
         ("nn/norm.py", "from flax_decoder.nn.linear import Linear", False),
         ("nn/norm.py", "from .linear import Linear", False),
         ("nn/norm.py", "import jax\nfrom flax_decoders import x", False),
-        ("nn/norm.py", "from flax_decoder.data.batches import train_batch", True),
+        ("nn/norm.py", "from flax_decoder.data.batches import train_windows", True),
         ("nn/norm.py", "def f():\n    from flax_decoder.training import loop", True),
         ("nn/norm.py", "import flax_decoder.training.loop as loop", True),
         ("nn/norm.py", "from flax_decoder import training", True),

@@ -16,7 +16,7 @@ from flax_decoder.config import ModelConfig
 from flax_decoder.nn.attention import dot_product_attention
 from flax_decoder.nn.cache import empty_cache
 from flax_decoder.nn.decoder import Decoder
-from flax_decoder.nn.kernels.block_pairs import count_block_pairs
+from flax_decoder.nn.kernels.block_pairs import AFTER_ALL, BEFORE_ALL, _to_blocks
 from flax_decoder.nn.kernels.ring import find_ring
 from flax_decoder.nn.kernels.ring_attention import ring_attention
 from flax_decoder.nn.mask import MaskSpec
@@ -206,6 +206,17 @@ def test_what_no_query_sees_is_not_computed():
         arrays = [array[:, order] for array in (q, k, v.at[:, :16].set(np.nan), dheads)]
         heads = around_the_ring(arrays, order[None], 5, max_tokens=size)[0]
     np.testing.assert_array_equal(np.isfinite(heads).all(axis=(0, 2, 3)), order >= 20)
+
+
+def count_block_pairs(positions_T, C, window, max_tokens):
+    """Pairs that each device computes, (C, C): row i is the device, column j the turn, with the keys of i - j."""
+    parts = jnp.asarray(positions_T.reshape(C, 1, -1))
+    queries, keys = ([_to_blocks(part, max_tokens, end) for part in parts] for end in (BEFORE_ALL, AFTER_ALL))
+
+    def count(i, j):
+        return sum(bool(MaskSpec(q, k, window=window).any_visible()) for q in queries[i] for k in keys[j])
+
+    return np.array([[count(i, (i - j) % C) for j in range(C)] for i in range(C)])
 
 
 @pytest.mark.parametrize("C", [2, 4, 8])

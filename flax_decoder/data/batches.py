@@ -22,39 +22,6 @@ MAX_SHUFFLED = 2**20
 BLOCK_ROWS = 1000
 
 
-def train_batch(
-    tokens: np.ndarray | Shards,
-    *,
-    seed: int,
-    step: int,
-    batch_size: int,
-    context_length: int,
-    rows: slice = slice(None),
-    document_starts: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """The training batch of a step.
-
-    Args:
-        tokens: the training split, one-dimensional; may be memory-mapped.
-        seed: of the order of windows.
-        step: from 0.
-        batch_size: B, windows per step.
-        context_length: T, tokens per window.
-        rows: reads only these windows of the batch.
-        document_starts: where documents start, ascending; given, tokens are to see their own document only.
-
-    Returns:
-        `inputs` and `targets`, int32 [B, T], or fewer rows if `rows` is given; targets are the inputs shifted by one.
-        With `document_starts` also `segments`, int32 [B, T], the number of each input's document in its row, and
-        `mask`, float32 [B, T]: 0 for a target in the next document.
-
-    Raises:
-        ValueError: fewer than T + 1 tokens.
-    """
-    numbers = row_numbers(step, batch_size, rows)
-    return train_windows(tokens, numbers, seed=seed, context_length=context_length, document_starts=document_starts)
-
-
 def row_numbers(step: int, batch_size: int, rows: slice) -> np.ndarray:
     """The numbers of rows of a batch in the whole run, on which alone it depends what they hold."""
     return int(step) * batch_size + np.arange(batch_size)[rows]
@@ -69,15 +36,23 @@ def train_windows(
     document_starts: np.ndarray | None = None,
     source: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Windows by their numbers, which count on from epoch to epoch; see `train_batch`.
+    """Training windows by their numbers, which count on from epoch to epoch.
 
     Args:
-        tokens: as there.
+        tokens: the training split, one-dimensional; may be memory-mapped.
         numbers: of the windows, ascending, from 0; [B].
-        seed: as there.
-        context_length: as there.
-        document_starts: as there.
+        seed: of the order of windows.
+        context_length: T, tokens per window.
+        document_starts: where documents start, ascending; given, tokens are to see their own document only.
         source: its number in a mixture, where each has an order of its own.
+
+    Returns:
+        `inputs` and `targets`, int32 [B, T]; targets are the inputs shifted by one. With `document_starts` also
+        `segments`, int32 [B, T], the number of each input's document in its row, and `mask`, float32 [B, T]: 0 for a
+        target in the next document.
+
+    Raises:
+        ValueError: fewer than T + 1 tokens.
     """
     T = context_length
     num_windows, num_offsets = _count_windows(len(tokens), T)
@@ -176,7 +151,7 @@ def validation_batches(
         context_length: T, tokens per window.
         limit: yields at most this many batches, evenly spaced; 0 yields all.
         start: tokens that every window begins with, at most T; after them the first token is predicted too.
-        document_starts: as in `train_batch`; without a start.
+        document_starts: as in `train_windows`; without a start.
 
     Yields:
         `inputs` and `targets`, int32 [B, T], and `mask`, float32 [B, T]: 1 for a target, 0 for padding; with

@@ -8,6 +8,7 @@ import array
 import codecs
 import functools
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from flax_decoder.io.strict_json import Limits, parse_object, shown
 
 LINE = Limits(10_000_000, 100_000_000)
 """One example: a long conversation has some 100,000 bytes."""
+_KINDS = ({"messages"}, {"prompt", "completion"})
 _ADVICE = "each line must be one JSON object: of an array, jq -c '.[]' OLD.json > NEW.jsonl makes lines"
 _KEYS = 'the keys of an example are "messages", or "prompt" and "completion"'
 # Characters that no text has: Unicode gives them to nobody.
@@ -42,6 +44,17 @@ class Example:
     source: str
     messages: tuple[Message, ...]
     is_prompt: bool = False
+
+
+def begins_with_example(file: BinaryIO, text_field: str) -> bool:
+    """Whether the first line of a file is an example, by its keys; one with the field `text_field` is a text."""
+    lines = (line.removeprefix(codecs.BOM_UTF8) for line in iter(lambda: file.readline(LINE.num_bytes), b""))
+    try:
+        document = json.loads(next(filter(bytes.strip, lines), b""))
+    except (ValueError, RecursionError):
+        return False
+    is_object = isinstance(document, dict) and text_field not in document
+    return is_object and any(keys <= document.keys() for keys in _KINDS)
 
 
 def read_examples(file: BinaryIO, name: str) -> Iterator[Example]:
@@ -79,14 +92,14 @@ def example_of(document: dict[str, Any], source: str) -> Example:
         UserError: a key is unknown or missing, a text is none, or the roles are out of order.
     """
     keys = document.keys()
-    if keys == {"messages"}:
+    if keys == _KINDS[0]:
         return Example(source, _checked_messages(document["messages"], source))
-    if keys == {"prompt", "completion"}:
+    if keys == _KINDS[1]:
         for key in ("prompt", "completion"):
             _require_text(document[key], key, source)
         roles = {"user": document["prompt"], "assistant": document["completion"]}
         return Example(source, tuple({"role": role, "content": text} for role, text in roles.items()), is_prompt=True)
-    unknown = sorted(keys - {"messages", "prompt", "completion"})
+    unknown = sorted(keys - set().union(*_KINDS))
     if unknown:
         raise UserError(f"{source}: has the unknown key {shown(unknown[0])}; {_KEYS}")
     raise UserError(f"{source}: has {', '.join(map(shown, sorted(keys))) or 'no key'}; {_KEYS}")

@@ -6,14 +6,12 @@ any number of processes, and whatever was done before an interruption.
 
 import contextlib
 import dataclasses
-import json
 import os
 import queue
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,24 @@ import numpy as np
 from flax_decoder.config import DataConfig
 from flax_decoder.data import encoding
 from flax_decoder.data.encoding import Ending, Result, Task
-from flax_decoder.data.example_corpus import has_examples, prepare_examples
+from flax_decoder.data.example_corpus import prepare_examples
 from flax_decoder.data.formats.files import pieces_of
 from flax_decoder.data.formats.part import PART_BYTES, Part
-from flax_decoder.data.plan import Plan, divide, hash_of_files, make_plan, paths_of, raise_all, source_hash
+from flax_decoder.data.plan import (
+    Plan,
+    Progress,
+    divide,
+    facts_of,
+    item_bytes,
+    make_plan,
+    no_progress,
+    paths_of,
+    raise_all,
+    source_hash,
+)
 from flax_decoder.data.shards import (
     CORPUS,
+    TOKENIZER,
     is_corpus,
     load_corpus,
     load_one,
@@ -43,40 +53,14 @@ from flax_decoder.io.files import flush_names, make_folder, make_parents, sha256
 from flax_decoder.io.line_process import LineProcess
 from flax_decoder.io.lock import LOCK, FolderLock
 
-TOKENIZER, PLAN = "tokenizer.json", "plan.json"
+PLAN = "plan.json"
 # Above this, several processes pay for their start.
 _SINGLE_PROCESS_BYTES = 2 * PART_BYTES
 _HASHES_AT_ONCE = 4_000_000
 
-Progress = Callable[[int, int, int], None]
-"""Called with the bytes that are done, all bytes, and the documents so far."""
 
-
-def no_progress(done_bytes: int, all_bytes: int, documents: int) -> None:
-    """Shows nothing."""
-
-
-@dataclass(frozen=True)
-class SourceText:
-    """A text in memory, and its origin.
-
-    Attributes:
-        text: all documents, with a newline between two if the first does not end in one.
-        name: the path as given (several: joined by commas); if none was given, one that reads the same.
-        sha256: see `Corpus`.
-    """
-
-    text: str
-    name: str
-    sha256: str
-
-
-def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> SourceText:
-    """Reads all of the text that a path names into memory.
-
-    Args:
-        path: see `DataConfig`.
-        text_field: see `DataConfig`.
+def read_text(path: str | tuple[str, ...] | None) -> str:
+    """All of the text that a path names, with a newline between two documents if the first does not end in one.
 
     Raises:
         UserError: there is no such file, or it is not text.
@@ -87,7 +71,7 @@ def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> S
         try:
             if part.format == "tokens":
                 raise UserError(f"{part.path}: holds tokens; give a text")
-            for piece in pieces_of(part, text_field):
+            for piece in pieces_of(part, DataConfig.text_field):
                 if piece.begins and texts and not texts[-1].endswith("\n"):
                     texts.append("\n")
                 texts.append(piece.text)
@@ -97,7 +81,7 @@ def read_text(path: str | tuple[str, ...] | None, text_field: str = "text") -> S
     text, name = "".join(texts), ", ".join(paths_of(path))
     if not text or text.isspace():  # strip() would copy it
         raise UserError(f"{name}: {'has only white space' if text else 'is empty'}; give a file with text in it")
-    return SourceText(text, name, source_hash(DataConfig(path=path)))
+    return text
 
 
 def prepare_corpus(
@@ -128,20 +112,23 @@ def prepare_corpus(
         FaultError: the folder cannot be written.
     """
     try:
-        if plans is None and has_examples(data):
+        plans = plans or make_plans(data, tokenizer)
+        if data.mixture is not None:
+            return _prepare_mixture(data, folder, tokenizer, plans, num_processes, progress)
+        plan = plans[0]
+        if isinstance(plan, Path):
+            return _take_prepared(data, plan, folder, tokenizer)
+        if plan.has_examples:
             if context_length is None:
                 raise UserError(
                     f"{', '.join(paths_of(data.path))}: has conversations, which each run prepares for its own model; "
                     "give it to train.py with --data.path"
                 )
-            tokenizer = prepare_examples(data, folder, tokenizer, model_folder, context_length, progress)
+            tokenizer = prepare_examples(plan, data, folder, model_folder, context_length, progress)
             return tokenizer, load_one(folder)
-        plans = plans or make_plans(data, tokenizer)
-        if data.mixture is not None:
-            return _prepare_mixture(data, folder, tokenizer, plans, num_processes, progress)
-        if isinstance(plans[0], Path):
-            return _take_prepared(data, plans[0], folder, tokenizer)
-        return _prepare(data, folder, plans[0], num_processes, progress)
+        _keep_what_is_done(plan, data, folder)
+        tokenizer = plan.tokenizer or _make_tokenizer([plan], data, folder, num_processes)
+        return tokenizer, _encode(plan, data, folder, tokenizer, num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
 
@@ -194,16 +181,18 @@ def make_plans(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Pla
     Raises:
         UserError: see `make_plan`; or prepared sources have different tokenizers.
     """
-    prepared = [prepared_folder(source) for source, _ in data.sources]
+    sources = [source for source, _ in data.sources]
+    prepared = [prepared_folder(source) for source in sources]
     if data.mixture is not None:
-        for source, _ in data.sources:
-            if has_examples(source):
-                raise UserError(
-                    f"{', '.join(paths_of(source.path))}: has conversations, which are not mixed with texts; train on "
-                    "them alone: --data.path"
-                )
         tokenizer = tokenizer or _common_tokenizer(prepared)
-    return [folder or make_plan(source, tokenizer) for folder, (source, _) in zip(prepared, data.sources, strict=True)]
+    plans = [folder or make_plan(source, tokenizer) for folder, source in zip(prepared, sources, strict=True)]
+    for source, plan in zip(sources, plans, strict=True):
+        if data.mixture is not None and isinstance(plan, Plan) and plan.has_examples:
+            raise UserError(
+                f"{', '.join(paths_of(source.path))}: has conversations, which are not mixed with texts; train on "
+                "them alone: --data.path"
+            )
+    return plans
 
 
 def _prepare_mixture(
@@ -279,23 +268,14 @@ def prepared_folder(data: DataConfig) -> Path | None:
     return Path(paths[0]) if len(paths) == 1 and is_corpus(paths[0]) else None
 
 
-def _prepare(
-    data: DataConfig, folder: Path, plan: Plan, num_processes: int | None, progress: Progress
-) -> tuple[Tokenizer, Corpus]:
-    _keep_what_is_done(plan, data, folder)
-    tokenizer = plan.tokenizer or _make_tokenizer([plan], data, folder, num_processes)
-    return tokenizer, _encode(plan, data, folder, tokenizer, num_processes, progress)
-
-
 def _encode(
     plan: Plan, data: DataConfig, folder: Path, tokenizer: Tokenizer, num_processes: int | None, progress: Progress
 ) -> Corpus:
     write_tokenizer(folder / TOKENIZER, tokenizer)
-    item_bytes = 2 if tokenizer.vocab_size <= 2**16 else 4
     ending = ending_of(plan, data, tokenizer)
     tasks = {
         split: [
-            Task(group, str(folder / shard_name(split, index)), data.text_field, ending, item_bytes)
+            Task(group, str(folder / shard_name(split, index)), data.text_field, ending, item_bytes(tokenizer))
             for index, group in enumerate(plan.shards(parts))
         ]
         for split, parts in (("train", plan.train), ("validation", plan.validation))
@@ -311,20 +291,12 @@ def _encode(
         }
         for name, group in tasks.items()
     }
-    source = ", ".join(paths_of(data.path))
     for name, split in splits.items():
         if split["bytes"] == 0 or not any(result.has_text for result in found):
+            source = ", ".join(paths_of(data.path))
             raise UserError(f"{source}: has only white space, or nothing, for {name}; give files with text in them")
-    facts = {
-        "source": source,
-        "sha256": hash_of_files(plan.listing.files),
-        "what_was_read": _what_was_read(plan, [*results.values()], folder),
-        "item_bytes": item_bytes,
-        "tokenizer_sha256": sha256_of(folder / TOKENIZER),
-        "settings": json.loads(json.dumps(dataclasses.asdict(data))),
-        **splits,
-    }
-    write_facts(folder, facts)
+    what_was_read = _what_was_read(plan, found, folder)
+    write_facts(folder, facts_of(plan, data, folder, tokenizer, what_was_read) | splits)
     for path in folder.iterdir():
         if path.name == PLAN or path.suffix in (".hashes", ".done"):
             path.unlink()

@@ -4,17 +4,15 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flax_decoder.data.formats.files import format_of
 from flax_decoder.errors import UserError
 from flax_decoder.io.foreign_file import open_inside, read_content
 from flax_decoder.io.strict_json import LISTING, parse_object
-
-BUILT_IN = "pydoc_data.topics"
-"""As `data.path`: the help texts of Python, some 465,000 characters of English that every CPython ships."""
 
 
 @dataclass
@@ -34,16 +32,15 @@ class Listing:
     endings: Counter[str] = field(default_factory=Counter)
 
 
-def list_files(paths: tuple[str, ...], is_known: Callable[[Path], bool]) -> Listing:
+def list_files(paths: tuple[str, ...]) -> Listing:
     """Lists the files of a corpus.
 
-    A folder stands for all files below it whose ending is known, in natural order (2 before 10). Hidden ones are passed
-    over. A link to a folder is followed, but no folder is read twice. Of a dataset that was saved by Hugging Face's
-    `datasets` only the files that it lists are read.
+    A folder stands for all files below it whose ending says how to read them, in natural order (2 before 10). Hidden
+    ones are passed over. A link to a folder is followed, but no folder is read twice. Of a dataset that was saved by
+    Hugging Face's `datasets` only the files that it lists are read.
 
     Args:
         paths: files, folders, globs, or `BUILT_IN`.
-        is_known: whether the ending of a file says how to read it.
 
     Raises:
         UserError: a path names nothing, or a folder cannot be read.
@@ -54,7 +51,7 @@ def list_files(paths: tuple[str, ...], is_known: Callable[[Path], bool]) -> List
     for name in paths:
         if os.path.isdir(name):
             before = len(listing.files)
-            _add_folder(Path(name), listing, is_known, {_identity(name)})
+            _add_folder(Path(name), listing, {_identity(name)})
             if len(listing.files) == before:
                 others = ", ".join(
                     f"{ending or 'no ending'} {count}" for ending, count in listing.endings.most_common(5)
@@ -75,9 +72,7 @@ def list_files(paths: tuple[str, ...], is_known: Callable[[Path], bool]) -> List
     return listing
 
 
-def _add_folder(
-    folder: Path, listing: Listing, is_known: Callable[[Path], bool], visited: set[tuple[int, int]]
-) -> None:
+def _add_folder(folder: Path, listing: Listing, visited: set[tuple[int, int]]) -> None:
     """Adds the files of a folder and those below it; `visited` are the folders that were read."""
     try:
         names = os.listdir(folder)
@@ -96,8 +91,8 @@ def _add_folder(
             identity = _identity(path)
             if identity not in visited:  # else a link back up, or a second way to the same folder
                 visited.add(identity)
-                _add_folder(path, listing, is_known, visited)
-        elif is_known(path):
+                _add_folder(path, listing, visited)
+        elif format_of(path) is not None:
             listing.files.append(path)
         else:
             listing.endings[path.suffix.lower()] += 1

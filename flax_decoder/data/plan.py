@@ -5,19 +5,31 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from flax_decoder.config import DataConfig
+from flax_decoder.data.conversations import begins_with_example
 from flax_decoder.data.formats import files
 from flax_decoder.data.formats.files import format_of, parts_of, pieces_of
 from flax_decoder.data.formats.lines import looks_like_json_lines
-from flax_decoder.data.formats.part import PART_BYTES, Part, open_file
+from flax_decoder.data.formats.packed import open_unpacked
+from flax_decoder.data.formats.part import BUILT_IN, PART_BYTES, Part, open_file
 from flax_decoder.data.formats.texts import built_in_text
-from flax_decoder.data.listing import BUILT_IN, Listing, list_files
-from flax_decoder.data.shards import hash_of_hashes
+from flax_decoder.data.listing import Listing, list_files
+from flax_decoder.data.shards import TOKENIZER, hash_of_hashes
 from flax_decoder.data.tokenizer import Tokenizer, make_tokenizer
 from flax_decoder.errors import FolderWarning, UserError
+from flax_decoder.io.files import sha256_of
+
+Progress = Callable[[int, int, int], None]
+"""Called with the bytes that are done, all bytes, and the documents so far."""
+
+
+def no_progress(done_bytes: int, all_bytes: int, documents: int) -> None:
+    """Shows nothing."""
+
 
 _MAX_SHARDS = 2000  # in larger corpora the shards are larger
 _MAX_SHOWN_ERRORS = 20
@@ -28,12 +40,13 @@ class Plan:
     """The parts of a corpus.
 
     Attributes:
-        train: parts in the order of the files.
+        train: parts in the order of the files; of conversations without files for validation all of them.
         validation: likewise.
         listing: where they are from.
         num_empty: empty files, which were passed over.
         cut: the text in whose middle the validation split begins; None if it begins with a document.
         tokenizer: the one for it, unless it is to be made of the texts.
+        has_examples: it is of conversations.
     """
 
     train: list[Part]
@@ -42,6 +55,7 @@ class Plan:
     num_empty: int
     cut: str | None
     tokenizer: Tokenizer | None
+    has_examples: bool
 
     @property
     def parts(self) -> list[Part]:
@@ -108,19 +122,50 @@ def make_plan(data: DataConfig, tokenizer: Tokenizer | None = None) -> Plan:
     raise_all(errors)
     if not parts or (data.validation_path is not None and not validation):
         raise UserError(f"{', '.join(paths_of(data.path))}: all of it is empty; give a file with text in it")
-    cut = None
-    if data.validation_path is None:
+    cut, has_examples = None, _are_examples(parts, data.text_field)
+    if data.validation_path is None and not has_examples:
         try:
             parts, validation, cut = split_parts(parts, data.validation_fraction, end_ids)
         except UserError as error:
             raise_all(_unreadable(parts, data.text_field) or [str(error)])
-    return Plan(parts, validation, listing, num_empty, cut, tokenizer)
+    return Plan(parts, validation, listing, num_empty, cut, tokenizer, has_examples)
+
+
+def item_bytes(tokenizer: Tokenizer) -> int:
+    """The bytes of a token on disk."""
+    return 2 if tokenizer.vocab_size <= 2**16 else 4
+
+
+def facts_of(plan: Plan, data: DataConfig, folder: Path, tokenizer: Tokenizer, what_was_read: str) -> dict[str, Any]:
+    """What corpus.json says of a whole corpus; the folder has the tokenizer already."""
+    return {
+        "source": ", ".join(paths_of(data.path)),
+        "sha256": hash_of_files(plan.listing.files),
+        "what_was_read": what_was_read,
+        "item_bytes": item_bytes(tokenizer),
+        "tokenizer_sha256": sha256_of(folder / TOKENIZER),
+        "settings": dataclasses.asdict(data),
+    }
+
+
+def has_examples(data: DataConfig) -> bool:
+    """Whether `data.path` names conversations. Raises UserError as `divide`."""
+    return _are_examples(divide(data.path)[0], data.text_field)
+
+
+def _are_examples(parts: Iterable[Part], text_field: str) -> bool:
+    """Whether parts are of conversations: by the first line of the first file of lines."""
+    part = next((part for part in parts if part.format == "lines"), None)
+    if part is None:
+        return False
+    with open_unpacked(part) as file:
+        return begins_with_example(file, text_field)
 
 
 def source_hash(data: DataConfig) -> str:
     """The hash of all files of a corpus, by which a resumed run sees that its text is the same."""
     paths = paths_of(data.path) + (() if data.validation_path is None else paths_of(data.validation_path))
-    return hash_of_files(list_files(paths, lambda path: format_of(path) is not None).files)
+    return hash_of_files(list_files(paths).files)
 
 
 def hash_of_files(files: Iterable[Path]) -> str:
@@ -208,7 +253,7 @@ def divide(path: str | tuple[str, ...] | None) -> tuple[list[Part], Listing, int
     Raises:
         UserError: a path names nothing, or a folder cannot be read.
     """
-    listing = list_files(paths_of(path), lambda path: format_of(path) is not None)
+    listing = list_files(paths_of(path))
     parts: list[Part] = []
     num_empty, errors = 0, []
     for file in listing.files:

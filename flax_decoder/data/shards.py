@@ -25,7 +25,7 @@ from flax_decoder.errors import BrokenError, UserError
 from flax_decoder.io.files import is_sha256, open_regular, sha256_of, write_text
 from flax_decoder.io.strict_json import LISTING, parse_object
 
-CORPUS = "corpus.json"
+CORPUS, TOKENIZER = "corpus.json", "tokenizer.json"
 FORMAT = 2
 SPLITS = ("train", "validation")
 # Up to this size, the hash of each shard is checked whenever a corpus is opened; of larger ones `verify` checks them.

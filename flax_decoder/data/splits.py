@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,8 +26,10 @@ class Split:
         document_starts: where documents start in `tokens`, ascending.
         num_bytes: size of the text in UTF-8; bits per byte are computed from it.
         has_mask: tokens see their own document only.
+        has_examples: it is made of conversations.
     """
 
+    has_examples: ClassVar[bool] = False
     tokens: np.ndarray | Shards
     document_starts: np.ndarray
     num_bytes: int
@@ -40,11 +43,6 @@ class Split:
     def masked_documents(self) -> np.ndarray | None:
         """`document_starts`, if tokens see their own document only."""
         return self.document_starts if self.has_mask else None
-
-    @property
-    def has_examples(self) -> bool:
-        """Whether it is made of conversations."""
-        return False
 
     @property
     def has_segments(self) -> bool:
@@ -81,7 +79,7 @@ class Split:
     def train_batch(
         self, *, seed: int, step: int, batch_size: int, context_length: int, rows: slice = slice(None)
     ) -> dict[str, np.ndarray]:
-        """The training batch of a step; see `batches.train_batch`."""
+        """The training batch of a step, from 0: `batch_size` rows, or those of them that `rows` names."""
         return self.train_rows(row_numbers(step, batch_size, rows), seed=seed, context_length=context_length)
 
     def validation_batches(
@@ -106,6 +104,7 @@ class ExampleSplit(Split):
         packing: several examples go to a row, where they do not see each other.
     """
 
+    has_examples: ClassVar[bool] = True
     learned: np.ndarray = field(kw_only=True)
     packing: bool = True
     _windows: dict[int, Windows] = field(default_factory=dict, init=False)
@@ -113,11 +112,6 @@ class ExampleSplit(Split):
     def arranged(self, data: DataConfig) -> "ExampleSplit":
         """See `Split`."""
         return dataclasses.replace(self, packing=data.packing)
-
-    @property
-    def has_examples(self) -> bool:
-        """See `Split`."""
-        return True
 
     @property
     def has_segments(self) -> bool:
@@ -170,8 +164,10 @@ class MixedSplit:
     Attributes:
         parts: one a source.
         weights: how much of all rows is from each; they add up to 1.
+        has_examples: see `Split`; conversations are not mixed.
     """
 
+    has_examples: ClassVar[bool] = False
     parts: tuple[Split, ...]
     weights: tuple[float, ...]
 
@@ -179,11 +175,6 @@ class MixedSplit:
     def has_segments(self) -> bool:
         """See `Split`."""
         return any(part.has_segments for part in self.parts)
-
-    @property
-    def has_examples(self) -> bool:
-        """See `Split`."""
-        return any(part.has_examples for part in self.parts)
 
     @property
     def num_tokens(self) -> int:
@@ -198,7 +189,7 @@ class MixedSplit:
     def train_batch(
         self, *, seed: int, step: int, batch_size: int, context_length: int, rows: slice = slice(None)
     ) -> dict[str, np.ndarray]:
-        """The training batch of a step; see `batches.train_batch`."""
+        """See `Split`."""
         sources, windows = deal(row_numbers(step, batch_size, rows), quotas(self.weights), seed)
         batch: dict[str, np.ndarray] = {}
         for source in np.unique(sources):

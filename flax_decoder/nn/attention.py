@@ -17,7 +17,7 @@ from flax_decoder.nn.call import Call, Hook
 from flax_decoder.nn.kernels.choice import choose_attention
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.mask import MaskSpec
-from flax_decoder.nn.norm import Norm
+from flax_decoder.nn.norm import normed_heads
 from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotary_magnitude, rotate
 from flax_decoder.nn.precision import accumulation_dtype
 
@@ -66,17 +66,16 @@ class SelfAttention(nn.Module):
                 low, high = -config.qkv_clip, config.qkv_clip
                 q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, low, high) for x in (q_BTNH, k_BTKH, v_BTKH))
             if config.qk_norm_position == "before":
-                q_BTNH, k_BTKH = self.normalise(q_BTNH, k_BTKH)
+                q_BTNH, k_BTKH = normed_heads(config, q_BTNH, k_BTKH)
             q_BTNH, k_BTKH, v_BTKH = record("q", q_BTNH), record("k", k_BTKH), record("v", v_BTKH)
 
         if config.positions == "rotary":
             with jax.named_scope("rotary"):
-                magnitude = rotary_magnitude(config, kind)
-                turn = functools.partial(rotate, layout=config.rotary_layout, magnitude=magnitude)
-                frequencies = rotary_frequencies(config, kind)
-                q_BTNH, k_BTKH = (turn(x, call.positions_BT, frequencies) for x in (q_BTNH, k_BTKH))
+                frequencies, magnitude = rotary_frequencies(config, kind), rotary_magnitude(config, kind)
+                how = call.positions_BT, frequencies, config.rotary_layout, magnitude
+                q_BTNH, k_BTKH = rotate(q_BTNH, *how), rotate(k_BTKH, *how)
                 if config.qk_norm_position == "after":
-                    q_BTNH, k_BTKH = self.normalise(q_BTNH, k_BTKH)
+                    q_BTNH, k_BTKH = normed_heads(config, q_BTNH, k_BTKH)
                 q_BTNH, k_BTKH = record("q_rotated", q_BTNH), record("k_rotated", k_BTKH)
 
         k_BSKH, v_BSKH, key_positions_BS, window = k_BTKH, v_BTKH, call.positions_BT, kind.window
@@ -89,36 +88,14 @@ class SelfAttention(nn.Module):
             key_positions_BS = record("key_positions", key_positions_BS)
             segments = call.segments_BT, call.segments_BT  # of queries and of keys
             mask = MaskSpec(call.positions_BT, key_positions_BS, slopes_N, window, *segments)
-            dropout = nn.Dropout(config.dropout, deterministic=call.deterministic)
-
-            def hook(name: str, x_BKGTS: jax.Array) -> jax.Array:
-                return dropout(record(name, x_BKGTS)) if name == "weights" else record(name, x_BKGTS)
-
             # Either the formula below, or a faster way to the same numbers.
-            attend = choose_attention(
-                functools.partial(dot_product_attention, hook=hook),
-                *(config, call, q_BTNH, k_BSKH),
-                has_cache=cached is not None,
-                make_rng=functools.partial(self.make_rng, "dropout"),
-            )
+            attend = choose_attention(self, dot_product_attention, call, q_BTNH, k_BSKH, has_cache=cached is not None)
             heads_BTNH = record("heads", attend(q_BTNH, k_BSKH, v_BSKH, mask))
 
         with jax.named_scope("out"):
             settings = config.dtype, config.attention_out_bias, config.output_stddev, adapter
             out = Linear((config.embed_dim,), *settings, name="out")
             return out("BTNH,NHD->BTD", constrain(heads_BTNH, "batch", "length", "heads", None)), cached
-
-    def normalise(self, *projections: jax.Array) -> list[jax.Array]:
-        """Queries and keys of unit size, per head or over all heads of a position; as they are without qk_norm."""
-        config, normal = self.config, []
-        for name, x_BTNH in zip(("query_norm", "key_norm"), projections, strict=True):
-            norm = functools.partial(Norm, "rmsnorm", config.norm_epsilon, use_scale=config.norm_scale, name=name)
-            if config.qk_norm == "head":
-                x_BTNH = norm()(x_BTNH)
-            elif config.qk_norm == "all":
-                x_BTNH = norm()(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
-            normal.append(x_BTNH)
-        return normal
 
 
 def dot_product_attention(
@@ -152,7 +129,7 @@ def dot_product_attention(
         The averages heads_BTNH in the dtype of the values.
     """
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
+    K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
 
     # Var(q . k) grows as H; dividing by sqrt(H) keeps the softmax off its flat ends.
@@ -161,10 +138,7 @@ def dot_product_attention(
     scores_BKGTS *= H**-0.5 if scale is None else scale
     if soft_cap is not None:
         scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
-    bias_BNTS = mask.bias_BNTS()
-    if bias_BNTS is not None:
-        scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, S).astype(dtype)
-    scores_BKGTS = hook("scores", jnp.where(mask.visible_BTS()[:, None, None], scores_BKGTS, -jnp.inf))
+    scores_BKGTS = hook("scores", mask.masked(scores_BKGTS))
 
     weights_BKGTS = hook("weights", jax.nn.softmax(scores_BKGTS, axis=-1))
     # In this order of axes the product reads the values as they lie in a cache; in another, a transposed copy of them.

@@ -39,11 +39,12 @@ class MaskSpec(struct.PyTreeNode):
             visible_BTS &= self.segments_BT[:, :, None] == self.key_segments_BS[:, None]
         return visible_BTS
 
-    def bias_BNTS(self) -> jax.Array | None:
-        """What is added to the scores, float32; None where that is nothing."""
-        if self.slopes_N is None:
-            return None
-        return -self.slopes_N[None, :, None, None] * self._distance_BTS()[:, None].astype(jnp.float32)
+    def masked(self, scores_BKGTS: jax.Array) -> jax.Array:
+        """The scores, less what distance takes from them, and minus infinity where a query does not see a key."""
+        if self.slopes_N is not None:
+            bias_BNTS = -self.slopes_N[None, :, None, None] * self._distance_BTS()[:, None].astype(jnp.float32)
+            scores_BKGTS += bias_BNTS.reshape(-1, *scores_BKGTS.shape[1:]).astype(scores_BKGTS.dtype)
+        return jnp.where(self.visible_BTS()[:, None, None], scores_BKGTS, -jnp.inf)
 
     def any_visible(self) -> jax.Array:
         """False only if no query sees any key, by the ends of their positions and documents.

@@ -75,3 +75,15 @@ def _change_of_normalised(kind: str, epsilon: float, xs: tuple[jax.Array], chang
 def norm_of(config: ModelConfig, name: str | None = None) -> Norm:
     """A norm of the residual stream."""
     return Norm(config.norm, config.norm_epsilon, config.norm_bias, config.norm_scale, name=name)
+
+
+def normed_heads(config: ModelConfig, q_BTNH: jax.Array, k_BTKH: jax.Array) -> list[jax.Array]:
+    """Queries and keys of unit size, per head or over all heads of a position; as they are without qk_norm."""
+    heads = []
+    for name, x in (("query_norm", q_BTNH), ("key_norm", k_BTKH)):
+        if config.qk_norm != "none":
+            norm = Norm("rmsnorm", config.norm_epsilon, use_scale=config.norm_scale, name=name)
+            shape = x.shape if config.qk_norm == "head" else (*x.shape[:2], -1)
+            x = norm(x.reshape(shape)).reshape(x.shape)
+        heads.append(x)
+    return heads

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from flax_decoder.allocator import limit_kept_memory
 from flax_decoder.config import Config, TrainingConfig
 from flax_decoder.config_file import to_toml
-from flax_decoder.data.listing import BUILT_IN
+from flax_decoder.data.formats.part import BUILT_IN
 from flax_decoder.data.splits import Corpus, Mixture
 from flax_decoder.data.tokenizer import Tokenizer
 from flax_decoder.errors import FaultError, UserError

@@ -16,7 +16,6 @@ import numpy as np
 from flax_decoder.config import Config, DataConfig, LoraConfig, ModelConfig, fixed_fields, is_used, warmup_within
 from flax_decoder.config_file import config_of, load_config, to_toml
 from flax_decoder.data.corpus import make_plans, prepare_corpus, require_fit, source_identity
-from flax_decoder.data.example_corpus import has_examples
 from flax_decoder.data.reading_progress import ReadingProgress
 from flax_decoder.data.shards import load_corpus
 from flax_decoder.data.splits import Corpus, Mixture
@@ -97,7 +96,7 @@ def open_run(
     if in_use:
         raise UserError(f"{folder}: exists and is not a run; give an empty or a new --run.folder")
     given, source = None if start is None else start.tokenizer, model_folder(config, start)
-    plans = None if has_examples(config.data) else make_plans(config.data, given)
+    plans = make_plans(config.data, given)
     try:
         with new_folder(folder) as unfinished, ReadingProgress() as progress:
             (unfinished / "corpus").mkdir()

@@ -160,7 +160,7 @@ def test_a_run_of_it_answers(write_text, capsys, name, kind):
     path = write_text(name)
     assert main([*arguments(path, kind, "run", 1), "--lens.every=0", "--training.sample-tokens=0"]) == 0
     model, _, tokenizer = fd.load("run")
-    text = read_text(path).text
+    text = read_text(path)
     assert tokenizer.decode(tokenizer.encode(text)) == text and model.config.vocab_size == tokenizer.vocab_size
     prompt = text[40:45]
     capsys.readouterr()
@@ -178,7 +178,7 @@ def test_a_run_of_it_is_shown_and_converted_and_agrees_with_pytorch(write_text, 
     pytest.importorskip("transformers")
     path = write_text(name)
     assert main(arguments(path, kind, "run", 3)) == 0
-    text = read_text(path).text
+    text = read_text(path)
     assert main(["lens", "run", f"--prompt={text[40:52]}", "--out=page.html"]) == 0
     assert Path("page.html").read_text(encoding="utf-8").startswith("<!")
     assert main(["convert", "run", "exported"]) == 0

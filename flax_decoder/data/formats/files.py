@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from flax_decoder.data.formats.lines import json_rows, line_before, lines_of, next_line
-from flax_decoder.data.formats.part import PART_BYTES, Part, Piece, open_file, place_of
+from flax_decoder.data.formats.part import BUILT_IN, PART_BYTES, Part, Piece, open_file, place_of
 from flax_decoder.data.formats.tables import count_rows, table_rows
 from flax_decoder.data.formats.texts import (
     built_in_text,
@@ -22,7 +22,6 @@ from flax_decoder.data.formats.texts import (
     text_pieces,
 )
 from flax_decoder.data.formats.tokens import after_end, open_tokens
-from flax_decoder.data.listing import BUILT_IN
 from flax_decoder.errors import UserError
 
 _FORMATS = {

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from flax_decoder.errors import DEVICE_FAILS, FaultError, UserError
 from flax_decoder.io.files import open_regular
 
+BUILT_IN = "pydoc_data.topics"
+"""As `data.path`: the help texts of Python, some 465,000 characters of English that every CPython ships."""
 PART_BYTES = 16_000_000
 """Size of a part in a file that can be divided."""
 MAX_ROW_BYTES = 32_000_000

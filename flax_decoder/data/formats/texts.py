@@ -10,8 +10,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from flax_decoder.data.formats.packed import read_block, unpacked
-from flax_decoder.data.formats.part import PART_BYTES, READ_BYTES, Part, Piece, line_number, open_file
-from flax_decoder.data.listing import BUILT_IN
+from flax_decoder.data.formats.part import BUILT_IN, PART_BYTES, READ_BYTES, Part, Piece, line_number, open_file
 from flax_decoder.errors import UserError
 
 # Of the text before a part that does not begin a document: farther than what a token depends on.

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flax_decoder.nn.mask import MaskSpec
 
@@ -109,27 +108,3 @@ def merge_blocks(array: jax.Array, length: int) -> jax.Array:
     array = jnp.moveaxis(array, (0, 4), (1, 2))
     B, P, size, K, G, *rest = array.shape
     return array.reshape(B, P * size, K * G, *rest)[:, :length]
-
-
-def count_block_pairs(
-    positions_T: np.ndarray, ring_size: int, window: int | None, max_tokens: int = MAX_PAIR_TOKENS
-) -> np.ndarray:
-    """The work of each device of a ring: how many pairs of blocks it computes.
-
-    Args:
-        positions_T: positions of the tokens, in the order in which they lie on the devices.
-        ring_size: C, number of devices.
-        window: how many positions a query sees, its own included; None is all up to its own.
-        max_tokens: most queries, and most keys, of a block.
-
-    Returns:
-        (C, C): row i is the device, column j the turn, in which it has the keys of device i - j.
-    """
-    parts = jnp.asarray(positions_T.reshape(ring_size, 1, -1))
-    queries = [_to_blocks(part, max_tokens, BEFORE_ALL) for part in parts]
-    keys = [_to_blocks(part, max_tokens, AFTER_ALL) for part in parts]
-
-    def count(i: int, j: int) -> int:
-        return sum(bool(MaskSpec(q, k, window=window).any_visible()) for q in queries[i] for k in keys[j])
-
-    return np.array([[count(i, (i - j) % ring_size) for j in range(ring_size)] for i in range(ring_size)])

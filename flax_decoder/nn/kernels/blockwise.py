@@ -14,20 +14,10 @@ QUERIES_PER_BLOCK = 64
 def blockwise(
     formula: Callable[..., jax.Array], q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: MaskSpec
 ) -> jax.Array:
-    """Attention of whole sequences whose tokens are in order.
+    """`formula`, which is `dot_product_attention`, for whole sequences (T = S) whose tokens are in order.
 
     A block of queries meets the keys from the window of its first query to its own end only: later ones are in the
     future of all its queries.
-
-    Args:
-        formula: attention of some queries to some keys, such as `dot_product_attention`.
-        q_BTNH: queries; T = S.
-        k_BSKH: keys.
-        v_BSKH: values.
-        mask: which keys a query sees.
-
-    Returns:
-        heads_BTNH.
     """
     blocks = []
     for start in range(0, q_BTNH.shape[1], QUERIES_PER_BLOCK):

@@ -35,14 +35,7 @@ FASTEST = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}
 
 
 def choose_attention(
-    formula: Callable[..., jax.Array],
-    config: ModelConfig,
-    call: Call,
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    *,
-    has_cache: bool,
-    make_rng: Callable[[], jax.Array],
+    module: Any, formula: Callable[..., jax.Array], call: Call, q_BTNH: jax.Array, k_BSKH: jax.Array, *, has_cache: bool
 ) -> Attend:
     """The formula, or a faster way to its numbers.
 
@@ -50,24 +43,24 @@ def choose_attention(
     by itself.
 
     Args:
-        formula: `dot_product_attention` with its hook.
-        config: the model.
+        module: `SelfAttention`, in which the formula records and drops.
+        formula: `dot_product_attention`.
         call: the call of the model.
         q_BTNH: queries, for their shape.
         k_BSKH: keys, for their shape.
         has_cache: keys and values are those of a cache.
-        make_rng: gives the key of a ring's dropout.
 
     Raises:
         UserError: `config.attention` names an implementation that does not run on the devices, or has no documents.
     """
+    config: ModelConfig = module.config
     scale, soft_cap = config.attention_scale, config.attention_soft_cap
     is_watched = call.records or call.edits is not None
     has_dropout = config.dropout > 0 and not call.deterministic
     ring = None if has_cache or is_watched else find_ring(q_BTNH.shape, k_BSKH.shape)
     if ring is not None:
-        attend = functools.partial(ring_attention, ring, scale=scale, soft_cap=soft_cap)
-        return functools.partial(attend, dropout=config.dropout, rng=make_rng()) if has_dropout else attend
+        drops = {"dropout": config.dropout, "rng": module.make_rng("dropout")} if has_dropout else {}
+        return functools.partial(ring_attention, ring, scale=scale, soft_cap=soft_cap, **drops)
 
     is_plain = call.in_order and not (is_watched or has_dropout)
     kernel = choose_kernel(config, has_documents=call.segments_BT is not None) if is_plain else "reference"
@@ -76,7 +69,12 @@ def choose_attention(
     if kernel in FUSED:
         return functools.partial(on_each_device, functools.partial(FUSED[kernel], scale=scale, soft_cap=soft_cap))
 
-    formula = functools.partial(formula, scale=scale, soft_cap=soft_cap)
+    record, dropout = call.hook(module), nn.Dropout(config.dropout, deterministic=call.deterministic)
+
+    def hook(name: str, x_BKGTS: jax.Array) -> jax.Array:
+        return dropout(record(name, x_BKGTS)) if name == "weights" else record(name, x_BKGTS)
+
+    formula = functools.partial(formula, scale=scale, soft_cap=soft_cap, hook=hook)
     if config.remat == "attention" and not call.records:
         formula = jax.checkpoint(formula, prevent_cse=not config.scan_layers)
     return functools.partial(blockwise, formula) if kernel == "blockwise" else formula

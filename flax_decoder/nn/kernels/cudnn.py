@@ -18,18 +18,9 @@ def cudnn(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """Causal attention of whole sequences, in bfloat16.
+    """`dot_product_attention` of whole sequences (T = S), in bfloat16.
 
-    Args:
-        q_BTNH: queries; T = S.
-        k_BSKH: keys.
-        v_BSKH: values.
-        mask: which keys a query sees; only its window is read, as the tokens are in order.
-        scale: factor of the scores; None is 1 / sqrt(H).
-        soft_cap: must be None.
-
-    Returns:
-        heads_BTNH in the dtype of the queries.
+    Of the mask only the window is read, as the tokens are in order.
 
     Raises:
         ValueError: `soft_cap` is given, which cuDNN does not have.

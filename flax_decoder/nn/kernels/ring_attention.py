@@ -55,22 +55,14 @@ def ring_attention(
     """The numbers of `attention.dot_product_attention`, for causal sequences that are split over a ring of devices.
 
     Tokens may lie in any order; `parallel.zigzag` gives one in which all devices have the same work. A pair of blocks
-    in which no query sees a key costs nothing.
+    in which no query sees a key costs nothing. Other arguments: see there.
 
     Args:
         ring: from `find_ring`.
-        q_BTNH: queries.
-        k_BSKH: keys; S = T.
-        v_BSKH: values.
-        mask: which keys a query sees; each position of a document is there once.
-        scale: factor of the scores; None is 1 / sqrt(H).
-        soft_cap: scores go through soft_cap * tanh(score / soft_cap) first (Gemma 2).
+        mask: which keys a query sees (T = S); each position of a document is there once.
         dropout: probability of zeroing a weight, where there is an `rng`.
         rng: key of the dropout; None is no dropout.
         max_tokens: most queries, and most keys, of a block.
-
-    Returns:
-        heads_BTNH, in the dtype of the values.
     """
     params = ScoreParams(q_BTNH.shape[-1] ** -0.5 if scale is None else scale, soft_cap, dropout, max_tokens)
     return _attend(ring, params, q_BTNH, k_BSKH, v_BSKH, mask, rng)
@@ -90,10 +82,7 @@ class ScoreParams:
         scores_BKGTS = products_BKGTS * self.scale
         if self.soft_cap is not None:
             scores_BKGTS = self.soft_cap * jnp.tanh(scores_BKGTS / self.soft_cap)
-        bias_BNTS = mask.bias_BNTS()
-        if bias_BNTS is not None:
-            scores_BKGTS += bias_BNTS.reshape(-1, *scores_BKGTS.shape[1:]).astype(scores_BKGTS.dtype)
-        return jnp.where(mask.visible_BTS()[:, None, None], scores_BKGTS, -jnp.inf)
+        return mask.masked(scores_BKGTS)
 
     def drop(self, rng: jax.Array | None, mask: MaskSpec, weights_BKGTS: jax.Array) -> jax.Array:
         """Zeroes some weights: of one pair of blocks always the same ones, since both passes must agree on them."""

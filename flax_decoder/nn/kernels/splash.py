@@ -28,20 +28,10 @@ def splash(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """Causal attention of whole sequences by the Splash kernel; CPUs interpret it, slowly, for tests.
+    """`dot_product_attention` of whole sequences (T = S) by the Splash kernel; CPUs interpret it, slowly, for tests.
 
-    The sequence is padded to whole blocks. Padding lies in the future of all real tokens, so none of them sees it.
-
-    Args:
-        q_BTNH: queries; T = S.
-        k_BSKH: keys.
-        v_BSKH: values.
-        mask: which keys a query sees; its window and segments are read, as the tokens are in order.
-        scale: factor of the scores; None is 1 / sqrt(H).
-        soft_cap: scores go through soft_cap * tanh(score / soft_cap) first.
-
-    Returns:
-        heads_BTNH in the dtype of the queries.
+    Of the mask the window and the segments are read, as the tokens are in order. The sequence is padded to whole
+    blocks. Padding lies in the future of all real tokens, so none of them sees it.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     block_tokens = block_size(T, H, q_BTNH.dtype.itemsize)
