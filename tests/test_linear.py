@@ -32,7 +32,7 @@ def test_a_float32_product_of_bfloat16_factors_has_a_gradient_of_such_factors():
 @pytest.mark.parametrize("axis", ["data", "fsdp", "context"])
 def test_devices_sum_the_gradient_of_a_matrix_before_it_is_rounded(axis):
     x_BTI, matrix_IO = of_float32(8, 8, I).astype(jnp.bfloat16), of_float32(I, O).astype(jnp.bfloat16)
-    with use_mesh(make_mesh(load_config(None, {f"mesh.{axis}": 8}), jax.devices())):
+    with use_mesh(make_mesh(load_config(None, {f"mesh.{axis}": 8, "training.batch_size": 8}), jax.devices())):
         gradient = jax.jit(jax.grad(lambda matrix_IO: project(x_BTI, matrix_IO).sum()))
         program = gradient.lower(matrix_IO).as_text()
     assert re.findall(rf"dot_general .* -> tensor<{I}x{O}x(\w+)>", program) == ["f32"]
