@@ -47,8 +47,10 @@ def sinusoidal(position, width):
     return wave_D
 
 
-def rotary_frequencies(head_width, config, window=None):
+def rotary_frequencies(head_width, config, window=None, length=1):
     """Su et al. 2021, equation 15, and how linear scaling (Chen et al. 2023) and Llama 3.1 stretch the waves.
+
+    LongRoPE (Ding et al. 2024) and dynamic NTK scaling depend on the length of the text.
 
     Gemma 3 (section 2) has another base, and no stretching, in its layers with a window.
     """
@@ -64,6 +66,13 @@ def rotary_frequencies(head_width, config, window=None):
             frequency = llama3_frequency(frequency, config)
         if config.rotary_scaling == "yarn":
             frequency = yarn_frequency(i, frequency, rotated, config)
+        is_long = length > config.rotary_original_context
+        if config.rotary_scaling == "longrope":
+            frequency /= (config.rotary_long_factors if is_long else config.rotary_short_factors)[i]
+        if config.rotary_scaling == "dynamic" and is_long:
+            growth = config.rotary_scaling_factor * length / config.rotary_original_context
+            growth -= config.rotary_scaling_factor - 1
+            frequency = (config.rotary_base * growth ** (rotated / (rotated - 2))) ** (-2 * i / rotated)
         frequencies.append(frequency)
     return frequencies
 
@@ -85,7 +94,9 @@ def yarn_frequency(i, frequency, rotated, config):
 
 def magnitude(config, window):
     """The other half of YaRN: rotated numbers grow, so that the softmax stays as sharp; not in windows of Gemma 3."""
-    if config.rotary_scaling != "yarn" or (window is not None and config.rotary_window_base is not None):
+    if config.rotary_scaling not in ("yarn", "longrope") or (
+        window is not None and config.rotary_window_base is not None
+    ):
         return 1.0
     return config.rotary_magnitude
 
@@ -241,7 +252,7 @@ def self_attention(x_TD, params, config, window, rotates=True):
             if config.qk_norm == "head" and config.qk_norm_position == "before":
                 array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
             if config.positions == "rotary" and rotates:
-                frequencies = rotary_frequencies(array.shape[2], config, window)
+                frequencies = rotary_frequencies(array.shape[2], config, window, len(x_TD))
                 array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
                 array[t, head, : 2 * len(frequencies)] *= magnitude(config, window)
             if config.qk_norm == "head" and config.qk_norm_position == "after":

@@ -12,6 +12,7 @@ import pytest
 import flax_decoder as fd
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.folder import write_folder
+from flax_decoder.nn.cache import empty_cache
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -230,6 +231,18 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_p
 YARN |= {"beta_fast": 3.0, "beta_slow": 0.4}
 SHAPES["llama"].append(SIZES | {"rope_parameters": YARN, "head_dim": 20})
 SHAPES["gpt_neox"].append(NEOX | {"rotary_pct": 0.67, "rope_scaling": YARN | {"attention_factor": 1.7}})
+# At the length of the logits they are stretched, at that of greedy text not yet: there `transformers` takes the longest
+# of a batch for the length of all.
+BORDER = 80
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 9.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.3], "long_factor": [1.5, 4.0]}
+SHAPES["llama"].append(SIZES | {"rope_parameters": DYNAMIC, "head_dim": 10, "max_position_embeddings": BORDER})
+SHAPES["gpt_neox"].append(NEOX | {"rotary_pct": 0.67, "rope_scaling": DYNAMIC, "max_position_embeddings": BORDER})
+SHAPES["phi3"].append(
+    SIZES
+    | {"rope_scaling": LONGROPE, "partial_rotary_factor": 0.67, "original_max_position_embeddings": BORDER}
+    | {"max_position_embeddings": 2 * CONTEXT}
+)
 SHAPES |= {
     "olmo3": [
         SIZES
@@ -402,6 +415,34 @@ def test_greedy_text_equals_transformers(model_type, number):
         rows = fd.generate(model, params, batch, NEW_TOKENS, temperature=0)
         for row, prompt, new_tokens in zip(rows, batch, expected[:, T:].numpy(), strict=True):
             np.testing.assert_array_equal(row, np.concatenate([prompt, new_tokens]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("length", [77, 79, 80, 81])
+@pytest.mark.parametrize(("model_type", "number"), [("llama", 5), ("gpt_neox", 4), ("phi3", 3)])
+@pytest.mark.filterwarnings("ignore:.*past_key_values")
+def test_a_text_crosses_the_original_context_as_with_transformers(model_type, number, length):
+    """Prefilled whole; in part, and then token by token; and by both libraries' own loops."""
+    model, params, _ = loaded(model_type, number)
+    tokens_BT = np.random.default_rng(3).integers(0, V, (1, CONTEXT)).astype(np.int32)
+    prompt_BT = tokens_BT[:, :length]
+    # Models of their own, as they keep the frequencies of longer texts.
+    expected_BT = torch_model.__wrapped__(model_type, number).generate(
+        torch.tensor(prompt_BT, dtype=torch.int64),
+        **{"attention_mask": torch.ones((1, length), dtype=torch.int64), "max_new_tokens": 20},
+        **{"do_sample": False, "pad_token_id": 0},
+    )
+    found_BT = fd.generate(model, params, prompt_BT, 20, temperature=0)
+    np.testing.assert_array_equal(found_BT, expected_BT.numpy())
+
+    theirs = torch_model.__wrapped__(model_type, number)
+    cache, their_cache = empty_cache(model.config, 1, CONTEXT), transformers.DynamicCache(config=theirs.config)
+    for start, end in [(0, length), *((t, t + 1) for t in range(length, CONTEXT))]:
+        logits_BTV, cache = model.apply({"params": params}, tokens_BT[:, start:end], cache=cache)
+        with torch.no_grad():
+            step_BT = torch.tensor(tokens_BT[:, start:end], dtype=torch.int64)
+            expected_BTV = theirs(step_BT, past_key_values=their_cache).logits.numpy()
+        np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=0, atol=2e-5 * np.abs(expected_BTV).max())
 
 
 @a_case_each

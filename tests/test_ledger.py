@@ -290,6 +290,14 @@ FORWARD = {
     "linear scaling": ("llama-2", {"rotary_scaling": "none"}, Q_ROTATED, "positions count 3 times as much in ours"),
     "llama3 scaling": ("llama-1", {"rotary_scaling": "none"}, Q_ROTATED, "some wavelengths are stretched on one side"),
     "yarn": ("llama-4", {"rotary_magnitude": 1.0}, Q_ROTATED, "rotary magnitude: what ours turns is 0.8782"),
+    "dynamic": (
+        *("llama-5", {"rotary_original_context": 10}),
+        *(Q_ROTATED, "rotary base: ours 7,902.63, PyTorch's 500"),
+    ),
+    "longrope": (
+        *("phi3-3", {"rotary_original_context": 10}),
+        *(Q_ROTATED, "some wavelengths are stretched on one side"),
+    ),
     "rotary layout of weights": ("llama-0", edited(QUERY, reordered), Q, "are reordered, from adjacent pairs to pairs"),
     "scale of a norm": ("olmo-0", {"norm_epsilon": 1e-6}, "attention_norm", "norm: ours 1e-06, PyTorch's 1e-05"),
     "K and V swapped": ("gpt2-0", swapped("attention", "key", "value"), "attention.k", "keys and values are swapped"),

@@ -206,6 +206,8 @@ HUNYUAN = LLAMA31 | {"model_type": "hunyuan_v1_dense", "head_dim": 8, "attention
 HUNYUAN |= {"use_qk_norm": True, "norm_type": "rms", "use_cla": False, "cla_share_factor": 2, "rope_theta": 10000.0}
 HUNYUAN_ROPE = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "factor": 6.0}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2, 4.0, 9.0]}
 OLMO3 = OLMO2 | {"model_type": "olmo3", "sliding_window": 7, "rope_theta": 500000}
 INTERNLM3 = LLAMA2 | {
     "model_type": "internlm3",
@@ -413,6 +415,23 @@ OPENS = {
     "opt without the last norm": OPT | V4 | {"_remove_final_layer_norm": True, "enable_bias": False},
     "mpt-7b storywriter": MPT | V4 | {"attn_config": MPT_ATTENTION | {"clip_qkv": 1.0}},
     "olmo-7b": OLMO | V4 | {"clip_qkv": 0.9},
+    "phi-3-mini-128k": PHI3 | V4 | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 16},
+    "phi-3-medium-128k of su": PHI3
+    | {"rope_scaling": LONGROPE | {"type": "su", "original_max_position_embeddings": 16}}
+    | {"original_max_position_embeddings": 16},
+    "phi-4-mini": PHI3
+    | V4
+    | {"rope_scaling": {name: value[:3] if isinstance(value, list) else value for name, value in LONGROPE.items()}}
+    | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 16, "tie_word_embeddings": True},
+    "phi-3.5 of version 5": without(PHI3, "rope_scaling", "rope_theta")
+    | V5
+    | {"rope_parameters": LONGROPE | {"rope_theta": 500.0, "attention_factor": 1.19, "factor": 3.0}}
+    | {"original_max_position_embeddings": 16},
+    "llama with dynamic": LLAMA2
+    | V4
+    | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    "qwen with dynamic": QWEN2 | V4 | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16},
+    "internlm3 with dynamic": INTERNLM3 | V4 | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -433,9 +452,14 @@ REFUSED = {
     ),
     "olmo3 with an old name": (OLMO3 | {"rope_scaling": YARN}, "rope_scaling.type = 'yarn' must be called rope_type"),
     "olmo3 with one table": (OLMO3 | {"rope_parameters": {"rope_theta": 5.0}}, "must hold full_attention"),
-    "phi-3 128k": (PHI3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type = 'longrope'"),
+    "phi-3 128k of one factor": (PHI3 | {"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "a list of 4 positive"),
+    "phi-3 128k of two contexts": (
+        PHI3 | {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 5}},
+        "original_max_position_embeddings = 5, but original_max_position_embeddings = 48",
+    ),
+    "gemma 3 with dynamic": (GEMMA3 | {"rope_scaling": DYNAMIC}, "rope_type = 'dynamic'"),
     "yarn-llama": (LLAMA2 | {"auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"}}, "auto_map names Python"),
-    "llama with dynamic": (LLAMA2 | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+    "dynamic of a word": (LLAMA2 | {"rope_scaling": DYNAMIC | {"factor": "x"}}, "factor = 'x' must be a number"),
     "granite as llama": (LLAMA2 | {"logits_scaling": 8.0}, "logits_scaling = 8.0"),
     "llama with experts": (LLAMA2 | {"num_local_experts": 8}, "num_local_experts = 8"),
     "mixtral": (MISTRAL | {"model_type": "mixtral", "num_local_experts": 8}, "model_type = 'mixtral'"),
@@ -602,7 +626,13 @@ NEW = (*NEW, OLMO3, PHI, GPTJ, GRANITE, CLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN,
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}
-OTHERS |= {"rotary_dim", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
+OTHERS |= {
+    "original_max_position_embeddings",
+    "rotary_dim",
+    "layer_types",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+}
 OTHERS |= {"no_rope_layers", "no_rope_layer_interval", "attention_types", "attention_layers", "window_size"}
 
 

@@ -216,6 +216,8 @@ UNUSED = {
     "model.rotary_scaling_factor": (4.0, {"model.positions": "rotary"}),
     "model.rotary_low_frequency_factor": (2.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
     "model.rotary_high_frequency_factor": (8.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "model.rotary_short_factors": ([1.5, 2.0], {}),
+    "model.rotary_long_factors": ([1.5, 2.0], {}),
     "model.rotary_original_context": (4, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
     "data.bpe_vocab_size": (300, {}),
     "data.bpe_train_bytes": (5000, {}),

@@ -166,10 +166,10 @@ class SelfAttention(nn.Module):
         if self.config.qk_norm == "head" and before:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.positions == "rotary" and self.kind.rotates:
-            frequencies = rotary_frequencies(self.config, self.kind.window)
+            frequencies = rotary_frequencies(self.config, self.kind.window, T)
             q, k = (rotate(y, frequencies, self.config.rotary_layout) for y in (q, k))
             is_stretched = self.kind.window is None or self.config.rotary_window_base is None
-            if self.config.rotary_scaling == "yarn" and is_stretched:
+            if self.config.rotary_scaling in ("yarn", "longrope") and is_stretched:
                 factors = torch.ones(self.config.head_width, dtype=q.dtype)
                 factors[: 2 * len(frequencies)] = self.config.rotary_magnitude
                 q, k = q * factors, k * factors
@@ -238,7 +238,7 @@ def sinusoidal(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(length, width)
 
 
-def rotary_frequencies(config: ModelConfig, window: int | None) -> torch.Tensor:
+def rotary_frequencies(config: ModelConfig, window: int | None, length: int) -> torch.Tensor:
     """Radians per position of each rotated pair (Su et al. 2021), stretched as the config says."""
     width = int(config.head_width * config.rotary_fraction)
     exponents = -torch.arange(0, width, 2, dtype=torch.float64) / width
@@ -262,6 +262,14 @@ def rotary_frequencies(config: ModelConfig, window: int | None) -> torch.Tensor:
         low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
         ramp = (torch.arange(width // 2, dtype=torch.float64) - low) / (high - low if high != low else 0.001)
         return torch.lerp(frequencies, stretched, ramp.clamp(0, 1))
+    original = config.rotary_original_context
+    if config.rotary_scaling == "longrope":
+        factors = config.rotary_long_factors if length > original else config.rotary_short_factors
+        return frequencies / torch.tensor(factors, dtype=torch.float64)
+    if config.rotary_scaling == "dynamic" and length > original:
+        growth = config.rotary_scaling_factor * (length / original - 1) + 1
+        base: float = config.rotary_base * growth ** (width / (width - 2))
+        return base**exponents
     return frequencies
 
 

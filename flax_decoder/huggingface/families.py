@@ -49,6 +49,9 @@ from flax_decoder.huggingface.pieces import (
     with_defaults,
 )
 
+# Without "dynamic", which means something else there, or would count in some layers only.
+STATIC_TYPES = ("default", "linear", "llama3", "yarn")
+
 # --- The families, in the order in which `choose_family` prefers them ---
 
 
@@ -156,9 +159,8 @@ PHI3 = Family(
         *ATTENTION_OUT,
         *GATE_UP_MATRICES,
     ),
-    rotary=Rotary(fraction="partial_rotary_factor", types=("default",)),
+    rotary=Rotary(fraction="partial_rotary_factor", types=("default", "longrope"), original_context=4096),
     windows=Windows("all"),
-    ignored=frozenset({"original_max_position_embeddings"}),  # only longrope reads it, which is refused
 )
 
 STARCODER2 = Family(
@@ -235,7 +237,7 @@ GEMMA3 = replace(
         Setting("final_logit_softcapping", ("logit_soft_cap",), None),
     ),
     rules=(*ends(1.0), *layer_norms(BOTH_NORMS, 1.0), *layer_norms(QK_NORMS, 1.0), *MATRICES),
-    rotary=Rotary(default_base=1_000_000.0, window_base="rope_local_base_freq"),
+    rotary=Rotary(default_base=1_000_000.0, types=STATIC_TYPES, window_base="rope_local_base_freq"),
     windows=Windows("periodic", default=4096, period=6),
     supported={"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
     ignored=frozenset({"hidden_act"}),
@@ -560,7 +562,7 @@ OLMO3 = replace(
     OLMO2,
     model_type="olmo3",
     architecture="Olmo3ForCausalLM",
-    rotary=Rotary(default_base=500_000.0, default_window_base=500_000.0, by_kind=True),
+    rotary=Rotary(default_base=500_000.0, types=STATIC_TYPES, default_window_base=500_000.0, by_kind=True),
     windows=Windows("periodic", default=4096, period=4),
 )
 
@@ -745,7 +747,7 @@ HUNYUAN = Family(
             {"attention/query_norm": "self_attn.query_layernorm", "attention/key_norm": "self_attn.key_layernorm"}
         ),
     ),
-    rotary=Rotary(has_alpha=True),
+    rotary=Rotary(types=STATIC_TYPES, has_alpha=True),
     supported={
         "norm_type": ("rms",),
         "use_cla": (False,),

@@ -43,6 +43,7 @@ class Rotary:
         width: the family gives how many numbers of a head are rotated, by this name, and nothing else.
         default_width: its default.
         types: values of `rope_type` that transformers supports for the family.
+        original_context: original_max_position_embeddings stands beside the rotary settings, with this default.
         window_base: name of the base in layers with a window; None if all layers share one.
         default_window_base: its default.
         by_kind: instead, version 5 has a table for layers with a window and one for those without; in older files the
@@ -58,7 +59,8 @@ class Rotary:
     default_fraction: float = 1.0
     width: str | None = None
     default_width: int = 64
-    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
+    original_context: int | None = None
     window_base: str | None = None
     default_window_base: float = 10_000.0
     by_kind: bool = False

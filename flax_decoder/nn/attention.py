@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
             with jax.named_scope("rotary"):
                 magnitude = rotary_magnitude(config, kind)
                 turn = functools.partial(rotate, layout=config.rotary_layout, magnitude=magnitude)
-                frequencies = rotary_frequencies(config, kind)
+                frequencies = rotary_frequencies(config, kind, call)
                 q_BTNH, k_BTKH = (turn(x, call.positions_BT, frequencies) for x in (q_BTNH, k_BTKH))
                 if config.qk_norm_position == "after":
                     q_BTNH, k_BTKH = self.normalise(q_BTNH, k_BTKH)
