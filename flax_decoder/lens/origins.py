@@ -167,6 +167,6 @@ def _project(config: ModelConfig, params: Any, name: str, h_BTOD: jax.Array) -> 
         return x_BTONH
     axes = (-1,) if config.qk_norm == "head" else (-2, -1)
     mean_square = jnp.square(x_BTONH.sum(2, keepdims=True)).mean(axes, keepdims=True)
-    width = (1, -1) if config.qk_norm == "head" else x_BTONH.shape[3:]
-    scale = params[f"{name}_norm"]["scale"].reshape(1, 1, 1, *width)
-    return x_BTONH * jax.lax.rsqrt(mean_square + config.norm_epsilon) * scale
+    x_BTONH *= jax.lax.rsqrt(mean_square + config.norm_epsilon)
+    norm, width = norm_params(params, f"{name}_norm"), (1, -1) if config.qk_norm == "head" else x_BTONH.shape[3:]
+    return x_BTONH * norm["scale"].reshape(1, 1, 1, *width) if "scale" in norm else x_BTONH
