@@ -24,7 +24,7 @@ import time
 from typing import Any
 
 from measuring import random_batch
-from train_step import NUM_THREADS, Contestant, Step
+from train_step import NUM_THREADS, Contestant, Step, our_step
 
 from flax_decoder.config import Config
 from flax_decoder.config_file import load_config
@@ -42,24 +42,6 @@ def config_of(context_length: int) -> Config:
     settings = {f"model.{name}": value for name, value in (SHAPE | KIND | {"context_length": context_length}).items()}
     run = {"lora.rank": RANK, "lora.alpha": ALPHA, "training.batch_size": 4}
     return load_config(None, settings | run)
-
-
-def our_step(config: Config) -> Step:
-    """A step of this package."""
-    import jax
-
-    import flax_decoder as fd
-
-    model = fd.Decoder(config.model, config.lora.adapter)
-    state = fd.init_state(model, config, rng=jax.random.key(0))
-    take_step: Any = jax.jit(fd.train_step, donate_argnums=0)
-    batch = random_batch(config)
-
-    def step() -> None:
-        nonlocal state
-        state, _ = jax.block_until_ready(take_step(state, batch))
-
-    return step
 
 
 def their_step(config: Config) -> Step:
@@ -100,7 +82,7 @@ def their_step(config: Config) -> Step:
 
 
 def take_turns(name: str, config: Config) -> None:
-    """The process of a library: for each line of standard input, takes a step and prints its seconds."""
+    """Runs one library: for each line of standard input, takes a step and prints its seconds."""
     step = our_step(config) if name == "ours" else their_step(config)
     for _ in range(2):  # compiles, and allocates memory
         step()

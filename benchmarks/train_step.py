@@ -46,12 +46,12 @@ def config_of(shape: tuple[int, ...]) -> Config:
 
 
 def our_step(config: Config) -> Step:
-    """A training step of this package."""
+    """A training step of this package, of adapters if the config has some."""
     import jax
 
     import flax_decoder as fd
 
-    state = fd.init_state(fd.Decoder(config.model), config, rng=jax.random.key(0))
+    state = fd.init_state(fd.Decoder(config.model, config.lora.adapter), config, rng=jax.random.key(0))
     take_step: Any = jax.jit(fd.train_step, donate_argnums=0)
     batch = random_batch(config)
 

@@ -101,9 +101,12 @@ def _run(arguments: Sequence[str]) -> int:
     except FaultError as error:
         print_escaped(f"fault: {error}", file=sys.stderr)
         return 1
-    except LostProcessError as error:
-        print_escaped(f"fault: {error}", file=sys.stderr)
-        return 75
+    except LostProcessError:
+        from flax_decoder.parallel.processes import end_lost
+
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        end_lost()
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -289,7 +292,7 @@ def chat(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """Prints loss, perplexity and bits per byte of a model on a text, or on the answers of conversations."""
     from flax_decoder.data.corpus import read_text
-    from flax_decoder.data.example_corpus import has_examples
+    from flax_decoder.data.example_corpus import has_examples, split_of
 
     has_talks = has_examples(DataConfig(path=options.file))
     text = "" if has_talks else read_text(options.file).text
@@ -300,8 +303,6 @@ def evaluate(options: argparse.Namespace) -> int:
     T, start = model.config.context_length, list[int]()
     batch_size = max(4096 // T, 1)
     if has_talks:
-        from flax_decoder.data.example_corpus import split_of
-
         folder = Path(options.path)
         split = split_of(options.file, tokenizer, folder if folder.is_dir() else None, T)
         length = min(T, len(split.tokens) - 1)

@@ -137,6 +137,7 @@ CHOICES = {
         "rotary_scaling_factor": 3.0,
         "window": 1,
         "attention": "splash",
+        "remat": "heads",
     },
     "sloped window": {"positions": "alibi", "window": 4, "scan_layers": True, "remat": "full", "norm_epsilon": 0.3},
     "llama4": {
@@ -266,6 +267,9 @@ def loss_and_gradients(scan_layers, remat, dropout):
 
 
 @pytest.mark.short("True-full-0.3")
+@pytest.mark.short(
+    "False-attention-0.3", "False-dots-0.0", "False-heads-0.0", "True-none-0.3", "True-dots-0.3", "True-full-0.3"
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("scan_layers", "remat"), WAYS[1:])
 def test_scan_and_remat_change_no_number(scan_layers, remat, dropout):

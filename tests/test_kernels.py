@@ -428,7 +428,7 @@ def test_a_program_for_tpus_holds_the_kernel_and_no_scores(settings):
     assert f"{T}x{T}x" in lowered("tpu", dataclasses.replace(config, attention="reference"))
 
 
-@pytest.mark.short("tpu-False")
+@pytest.mark.full
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_with_remat_heads_the_kernel_is_not_called_again(platform, scan_layers, monkeypatch):

@@ -266,6 +266,7 @@ def test_the_parameters_drawn_do_not_depend_on_the_mesh():
 # --- Checkpoints ---
 
 
+@pytest.mark.full  # another case of it is in tests/faults/test_resume.py
 def test_a_run_goes_on_with_the_same_batches_and_losses_on_other_devices(tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question:\n" * 40)
     settings = {

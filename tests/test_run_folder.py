@@ -226,7 +226,6 @@ UNUSED = {
     "optimizer.muon_momentum": (0.5, {}),
     "optimizer.decay_fraction": (0.5, {}),
     "optimizer.final_fraction": (0.5, {"optimizer.schedule": "constant"}),
-    "optimizer.restarts": (5, {"optimizer.schedule": "constant"}),
     "optimizer.decay": ("all", {"optimizer.weight_decay": 0.0}),
     "lora.alpha": (8.0, {}),
     "lora.rank_stabilised": (True, {}),

@@ -619,6 +619,7 @@ def test_each_device_cuts_its_own_tokens_into_chunks(sizes, tied_head):
         pytest.param(0.3, {"data": 4}, "auto", marks=pytest.mark.full),
     ],
 )
+@pytest.mark.full  # tests/test_collectives.py counts what is sent
 def test_copies_sum_their_gradients_once_whatever_the_number_of_parts(dropout, sizes, attention):
     changes = {"model__dropout": dropout, "model__context_length": 8, "model__num_heads": 4, "model__vocab_size": 38}
     changes |= {"model__num_kv_heads": 2, "model__embed_dim": 16, "training__batch_size": 8}

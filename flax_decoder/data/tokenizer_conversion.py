@@ -127,7 +127,7 @@ def _sentencepiece(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] 
         return None
     vocab = {piece.text: id for id, piece in enumerate(model.pieces)}
     if len(vocab) < len(model.pieces):
-        raise UserError(f"{path}: has a token twice; get it again")
+        raise UserError(f"{path}: lists a token twice; get it again")
     unknown = next((piece.text for piece in model.pieces if piece.kind == UNKNOWN), None)
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _MARK}
     as_spaces = {"type": "Replace", "pattern": {"String": _MARK}, "content": " "}

@@ -12,10 +12,11 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ T = TypeVar("T")
 SHUTDOWN_SECONDS = 3600
 # The exit code of a process whose job has lost another one: a start of all processes goes on.
 LOST_CODE = 75
-_LOST = (
+LOST = (
     "another process of the job has ended, or no longer answers; its output may say why. Start all processes again: "
     "training goes on from the newest checkpoint"
 )
@@ -41,6 +42,7 @@ _LOST = (
 _SAID_OF_LOST = re.compile(
     "Gloo|NCCL|Connection (closed|reset)|coordination service|[Hh]eartbeat|UNAVAILABLE|BarrierError"
 )
+_ENDING = threading.Lock()
 # How long a process that has failed waits for the others, which may fail for the same reason.
 _LEAVE_SECONDS = 10
 # The longest path on Linux, in bytes.
@@ -100,9 +102,19 @@ def join(config: DistributedConfig) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
-    """Ends the process with a line and an exit code of its own, after what JAX has printed."""
-    os.write(sys.stderr.fileno(), f"fault: {_LOST}\n".encode())
-    os._exit(LOST_CODE)
+    end_lost()
+
+
+def end_lost() -> NoReturn:
+    """Ends this process, as the job has lost another one: with a line, which is the last, and `LOST_CODE`.
+
+    A thread of JAX may notice the same at this moment, print, and end the process, too.
+    """
+    with _ENDING:
+        line = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(line, f"fault: {LOST}\n".encode())
+        os._exit(LOST_CODE)
 
 
 @contextlib.contextmanager
@@ -112,7 +124,7 @@ def telling_of_lost() -> Iterator[None]:
         yield
     except Exception as error:
         if jax.process_count() > 1 and is_lost(error):
-            raise LostProcessError(_LOST) from error
+            raise LostProcessError(LOST) from error
         raise
 
 
@@ -139,12 +151,9 @@ def leave(code: int) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    with contextlib.suppress(ImportError, AttributeError, RuntimeError):  # not public; not all have come
-        from jax._src import distributed
-
-        if code != LOST_CODE and distributed.global_state.client is not None:
-            distributed.global_state.client.wait_at_barrier("leave", _LEAVE_SECONDS * 1000)
-            return
+    with contextlib.suppress(RuntimeError):  # not all have come
+        _client().wait_at_barrier("leave", _LEAVE_SECONDS * 1000)
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -236,6 +245,13 @@ def broadcast_path(find: Callable[[], Path] | None) -> Path:
     return Path(os.fsdecode(sent))
 
 
+def _client() -> Any:
+    """What talks to the coordination service of the job."""
+    from orbax.checkpoint import multihost  # loaded by then; at the top it would slow down what saves nothing
+
+    return multihost.get_jax_distributed_client()
+
+
 def gather_at_first(name: str, make: Callable[[], str]) -> list[str]:
     """The texts that all processes make, in the first one; nothing in the others.
 
@@ -248,9 +264,7 @@ def gather_at_first(name: str, make: Callable[[], str]) -> list[str]:
     Raises:
         FaultError: in the first process, if another one could not make its text, and does not say so itself.
     """
-    from orbax.checkpoint import multihost  # loaded by then; at the top it would slow down what saves nothing
-
-    client = multihost.get_jax_distributed_client()
+    client = _client()
     if not is_first():
         text = ""
         try:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax_decoder.config import Config
@@ -10,7 +10,7 @@ from flax_decoder.errors import UserError
 from flax_decoder.planning.plan import Plan, make_plan
 
 MAX_TRIES = 8  # each compiles the step
-# From least to most memory saved and time spent. "attention" is not proposed: fast attention stores no scores anyway.
+# From least to most memory saved and time spent.
 REMAT = ("none", "attention", "dots", "heads", "full")
 # A step may take this part of the memory that there is: what it takes is not known to the last byte before it runs.
 FREE_ENOUGH = 0.9
@@ -30,10 +30,7 @@ def smallest_change(config: Config, devices: list[Any], plan: Plan) -> tuple[dic
 
 def less_remat(config: Config, devices: list[Any], plan: Plan) -> tuple[dict[str, Any], Plan] | None:
     """The least recomputation with which the step still fits well, and its plan; None if that is what it has."""
-    for policy in REMAT[: REMAT.index(config.model.remat)]:
-        change = {"model.remat": policy}
-        if policy == "attention":
-            continue
+    for change in _remats(REMAT[: REMAT.index(config.model.remat)]):
         tried = make_plan(changed(config, change), devices)
         if tried.memory.capacity is not None and tried.memory.total <= FREE_ENOUGH * tried.memory.capacity:
             return change, tried
@@ -46,8 +43,7 @@ def changes(config: Config, plan: Plan) -> Iterator[dict[str, Any]]:
     Split parameters cost communication, recomputed activations a third more products, and accumulation repeats the
     communication of fsdp in each part.
     """
-    policies = REMAT[REMAT.index(config.model.remat) + 1 :]
-    remats: list[dict[str, Any]] = [{"model.remat": policy} for policy in policies if policy != "attention"]
+    remats = _remats(REMAT[REMAT.index(config.model.remat) + 1 :])
     rows, parts = config.training.rows_per_device, config.training.accumulation_steps
     accumulations: list[dict[str, Any]] = []
     while rows is not None and rows > 1:
@@ -63,6 +59,11 @@ def changes(config: Config, plan: Plan) -> Iterator[dict[str, Any]]:
                 yield mesh | remat
         for accumulation in accumulations:
             yield mesh | (remats[-1] if remats else {}) | accumulation
+
+
+def _remats(policies: Sequence[str]) -> list[dict[str, Any]]:
+    """Overrides with these policies. "attention" is not proposed: fast attention stores no scores anyway."""
+    return [{"model.remat": policy} for policy in policies if policy != "attention"]
 
 
 def changed(config: Config, change: dict[str, Any]) -> Config:

@@ -176,7 +176,7 @@ def train_from(
     facts = facts_of(config, folder)
     with use_mesh(mesh), Checkpoints(folder, training.keep_newest, facts, interruption.place) as checkpoints:
         interruption.writers = [log, watch, checkpoints]
-        slower = slower_attention(config.model, has_documents=config.data.document_mask)
+        slower = slower_attention(config.model, has_documents=corpus.train.has_segments)
         if slower is not None and mesh.shape["context"] == 1:
             print_escaped(slower)
         schedule = learning_rate_schedule(config.optimizer, training.num_steps)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from job import TEXT, Job, assert_same_run, train_here
+from job import Job, assert_same_run, train_here
 
 from flax_decoder.cli import main
 from flax_decoder.parallel.processes import LOST_CODE
@@ -27,13 +27,6 @@ POINTS = {
 }
 # What only the first process does.
 OF_THE_FIRST = {"hashes": ("after arrays", 2), "manifest": ("after manifest", 1), "rename": ("after rename", 1)}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "hamlet.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +78,7 @@ def test_a_job_that_loses_a_process_goes_on(expected, text, tmp_path, sent, poin
 @pytest.mark.fault("A process of a job fails")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_fails_does_not_wait_for_the_others(text, tmp_path, victim):
-    """Its name is that of a signal which Python turns into an exception, as a mistake in the program would be."""
+    """It gets a signal that becomes an exception, as a mistake in the program would."""
     with Job(2, 1, tmp_path / "run", text, victim, ("SIGUSR1", "step", "6", "0")) as job:
         codes, outputs = job.end()
     assert codes[victim] == 1 and "RuntimeError: a mistake" in outputs[victim]
