@@ -164,7 +164,7 @@ PIECES = {
 
 
 def test_every_piece_is_of_a_family():
-    assert {model_type for model_type, _ in PIECES.values()} <= FAMILIES.keys() and len(PIECES) == 22
+    assert {model_type for model_type, _ in PIECES.values()} <= FAMILIES.keys() and len(PIECES) == 24
 
 
 def logits_of_both(model_type, settings, seed):

@@ -138,10 +138,9 @@ class PyTorchSide:
     def backward(self, batch: Mapping[str, np.ndarray]) -> None:
         """Computes the loss of a batch and its gradients."""
         self.optimizer.zero_grad()
-        with self.lift or contextlib.nullcontext():
-            logits_BTV = self._logits(batch["inputs"])
-            targets = torch.tensor(batch["targets"], dtype=torch.int64).reshape(-1)
-            loss = torch.nn.functional.cross_entropy(logits_BTV.reshape(len(targets), -1), targets)
+        logits_BTV = self._logits(batch["inputs"])
+        targets = torch.tensor(batch["targets"], dtype=torch.int64).reshape(-1)
+        loss = torch.nn.functional.cross_entropy(logits_BTV.reshape(len(targets), -1), targets)
         loss.backward()
         self.loss = float(loss.detach())
         norms = [parameter.grad.norm() for parameter in self.distinct if parameter.grad is not None]
