@@ -32,7 +32,10 @@ _WITH_ROTARY = UsedWhere(lambda model: model.positions == "rotary")
 _WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling not in ("none", "longrope"))
 _WITH_LONGROPE = UsedWhere(lambda model: model.rotary_scaling == "longrope")
 _WITH_MAGNITUDE = UsedWhere(lambda model: model.rotary_scaling in ("yarn", "longrope"))
-_WITH_ORIGINAL_CONTEXT = UsedWhere(lambda model: model.rotary_scaling not in ("none", "linear"))
+_WITH_ORIGINAL_CONTEXT = UsedWhere(
+    lambda model: model.rotary_scaling not in ("none", "linear") or model.rotary_query_scaling > 0
+)
+_WITH_YARN = UsedWhere(lambda model: model.rotary_scaling == "yarn")
 _WITH_SCALING_BY_TURNS = UsedWhere(lambda model: model.rotary_scaling in ("llama3", "yarn"))
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
 _WITHOUT_VALIDATION_PATH = UsedWhere(lambda data: data.validation_path is None)
@@ -178,7 +181,7 @@ class ModelConfig(_Shown):
     rotary_high_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 4.0
     """llama3, yarn: wavelengths under original context / this stay as they are; yarn's own value is 32"""
     rotary_original_context: Annotated[Count, _WITH_ORIGINAL_CONTEXT] = 8192
-    """all but linear: the context length of the first training, in tokens"""
+    """all but linear, and query scaling: the context length of the first training, in tokens"""
     rotary_short_factors: Annotated[Factors, _WITH_LONGROPE] = ()
     """longrope: by what each rotated pair is stretched in texts of up to the original context"""
     rotary_long_factors: Annotated[Factors, _WITH_LONGROPE] = ()
@@ -186,6 +189,10 @@ class ModelConfig(_Shown):
     rotary_magnitude: Annotated[Positive, _WITH_MAGNITUDE] = 1.0
     """yarn, longrope: what is rotated is also multiplied by this, in queries and in keys; yarn's own value is
     0.1 ln(factor) + 1"""
+    rotary_truncate: Annotated[bool, _WITH_YARN] = True
+    """yarn: the pairs between which it blends are whole ones, rounded outwards; false: fractions of pairs count"""
+    rotary_query_scaling: NonNegative = 0.0
+    """queries are multiplied by 1 + this ln(1 + floor(position / original context)): scores of long texts stay sharp"""
     embed_scale: Positive = 1.0
     """token embeddings are multiplied by this"""
     embedding_norm: bool = False
@@ -360,7 +367,10 @@ class ModelConfig(_Shown):
         )
         refuse_if(
             not rotary
-            and (self.rotary_scaling != "none" or self.rotary_fraction != 1.0 or self.rotary_pattern != (True,)),
+            and (
+                (self.rotary_scaling, self.rotary_fraction, self.rotary_pattern, self.rotary_query_scaling)
+                != ("none", 1.0, (True,), 0.0)
+            ),
             f'rotary settings need positions = "rotary", not "{self.positions}"',
         )
         refuse_if(

@@ -84,12 +84,19 @@ def yarn_frequency(i, frequency, rotated, config):
         log = math.log(config.rotary_original_context / (turns * 2 * math.pi))
         return rotated * log / (2 * math.log(config.rotary_base))
 
-    low = max(math.floor(pair(config.rotary_high_frequency_factor)), 0)
-    high = min(math.ceil(pair(config.rotary_low_frequency_factor)), rotated - 1)
+    low, high = pair(config.rotary_high_frequency_factor), pair(config.rotary_low_frequency_factor)
+    if config.rotary_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
     if low == high:
         high += 0.001
     stretched = min(max((i - low) / (high - low), 0.0), 1.0)
     return frequency / config.rotary_scaling_factor * stretched + frequency * (1 - stretched)
+
+
+def query_growth(position, config):
+    """Llama 4's "attention temperature tuning" (`attn_scale` and `floor_scale`), counted from 0 as in Ministral 3."""
+    return 1 + config.rotary_query_scaling * math.log(1 + position // config.rotary_original_context)
 
 
 def magnitude(config, window):
@@ -261,6 +268,7 @@ def self_attention(x_TD, params, config, window, rotates=True):
             if config.qk_norm == "all" and config.qk_norm_position == "after":
                 whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
                 array[t] = whole.reshape(array[t].shape)
+    q_TNH = np.array([query_growth(t, config) * q_NH for t, q_NH in enumerate(q_TNH)])
     slopes_N = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
     heads_TNH = attention(q_TNH, k_TKH, v_TKH, window, slopes_N, config.attention_soft_cap, config.attention_scale)
     return np.array([linear(heads_NH, params["out"]) for heads_NH in heads_TNH])

@@ -263,6 +263,7 @@ RULES = [
         'rotary_scaling = "dynamic" stretches all pairs of a head but the first',
     ),
     ({"model.rotary_scaling": "linear"}, 'need positions = "rotary", not "learned"'),
+    ({"model.rotary_query_scaling": 0.1}, 'need positions = "rotary", not "learned"'),
     ({"model.rotary_low_frequency_factor": 4.0}, "rotary_low_frequency_factor = 4.0 must be under"),
     (
         {"model.positions": "sinusoidal", "model.embed_dim": 13, "model.num_heads": 13},

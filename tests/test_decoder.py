@@ -80,6 +80,7 @@ CHOICES = {
         "rotary_short_factors": (1.1, 1.7),
         "rotary_long_factors": (2.5, 9.0),
         "rotary_magnitude": 1.2,
+        "rotary_query_scaling": 0.3,
         "parallel_residual": True,
         "shared_norm": True,
         "residual_scale": 0.7,
@@ -129,7 +130,7 @@ CHOICES = {
         **{"positions": "rotary", "rotary_scaling": "yarn", "rotary_scaling_factor": 4.0, "rotary_fraction": 0.8},
         **{"rotary_original_context": 29, "rotary_high_frequency_factor": 6.0, "rotary_magnitude": 1.3},
         **{"rotary_low_frequency_factor": 0.4, "window": 3, "window_pattern": (True, False)},
-        **{"rotary_window_base": 97.0},
+        **{"rotary_window_base": 97.0, "rotary_truncate": False},
     },
     "stretched": {
         "positions": "rotary",

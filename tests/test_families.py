@@ -243,7 +243,18 @@ SHAPES["phi3"].append(
     | {"rope_scaling": LONGROPE, "partial_rotary_factor": 0.67, "original_max_position_embeddings": BORDER}
     | {"max_position_embeddings": 2 * CONTEXT}
 )
+FIRST_7 = {"original_max_position_embeddings": 7}
+QUERY_SCALING = {"llama_4_scaling_beta": 0.3}
+SHAPES["qwen3"].append(SIZES | {"rope_parameters": YARN | {"truncate": False}, "head_dim": 20})
 SHAPES |= {
+    "ministral3": [
+        SIZES  # the ledger reads texts of 19 tokens
+        | {"rope_parameters": YARN | QUERY_SCALING | {"mscale": 1.0, "mscale_all_dim": 1.0, **FIRST_7}, "head_dim": 20},
+        SIZES
+        | {"rope_parameters": LLAMA3 | QUERY_SCALING, "tie_word_embeddings": True, "head_dim": 10}
+        | {"sliding_window": WINDOW, "num_key_value_heads": 1},
+        SIZES | {"rope_parameters": YARN | QUERY_SCALING | {"truncate": False}, "hidden_act": "gelu", "head_dim": 20},
+    ],
     "olmo3": [
         SIZES
         | {"sliding_window": WINDOW, "layer_types": SLIDING_FIRST, "head_dim": 16}
@@ -328,7 +339,7 @@ SHAPES |= {
 NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo", "mpt"}
 NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium", "smollm3", "exaone4"}
 NEW_TABLES |= {"jais2", "internlm3", "iquestcoder", "gptj", "hyperclovax", "cohere", "cohere2"}
-NEW_TABLES |= {"exaone", "codegen", "olmo3", "phi", "granite", "bloom", "hunyuan_v1_dense"}
+NEW_TABLES |= {"exaone", "codegen", "olmo3", "ministral3", "phi", "granite", "bloom", "hunyuan_v1_dense"}
 # One shape per family, not the same number for all; with --full, all.
 a_case_each = pytest.mark.parametrize(
     ("model_type", "number"),

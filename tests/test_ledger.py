@@ -298,6 +298,10 @@ FORWARD = {
         *("phi3-3", {"rotary_original_context": 10}),
         *(Q_ROTATED, "some wavelengths are stretched on one side"),
     ),
+    "scaling of queries": (
+        *("ministral3-0", {"rotary_query_scaling": 0.1}),
+        *(Q_ROTATED, "those at 7 are 0.885235 times PyTorch's"),
+    ),
     "rotary layout of weights": ("llama-0", edited(QUERY, reordered), Q, "are reordered, from adjacent pairs to pairs"),
     "scale of a norm": ("olmo-0", {"norm_epsilon": 1e-6}, "attention_norm", "norm: ours 1e-06, PyTorch's 1e-05"),
     "K and V swapped": ("gpt2-0", swapped("attention", "key", "value"), "attention.k", "keys and values are swapped"),

@@ -100,6 +100,18 @@ PIECES = {
         lambda r: sizes(r, sliding_window=int(r.integers(1, 20)), sliding_window_pattern=int(r.integers(2, 4))),
     ),
     "yarn": ("llama", lambda r: sizes(r, rope_parameters=rope(r, "yarn"), head_dim=(6, 16, 22)[r.integers(3)])),
+    "yarn of fractions": (
+        "llama",
+        lambda r: sizes(r, rope_parameters=rope(r, "yarn") | {"truncate": False}, head_dim=(6, 16, 22)[r.integers(3)]),
+    ),
+    "queries scaled by position": (
+        "ministral3",
+        lambda r: sizes(
+            r,
+            rope_parameters=rope(r, "yarn", "llama3") | {"llama_4_scaling_beta": float(r.uniform(0, 2))},
+            head_dim=(6, 16, 22)[r.integers(3)],
+        ),
+    ),
     "yarn in part": (
         "gpt_neox",
         lambda r: NEOX | {"rotary_pct": (0.34, 0.67, 1.0)[r.integers(3)], "rope_scaling": rope(r, "yarn")},
@@ -164,7 +176,7 @@ PIECES = {
 
 
 def test_every_piece_is_of_a_family():
-    assert {model_type for model_type, _ in PIECES.values()} <= FAMILIES.keys() and len(PIECES) == 24
+    assert {model_type for model_type, _ in PIECES.values()} <= FAMILIES.keys() and len(PIECES) == 26
 
 
 def logits_of_both(model_type, settings, seed):

@@ -34,6 +34,7 @@ ROTARY_KINDS = {
     "llama3": LLAMA3,
     "llama3 partial": LLAMA3 | {"rotary_fraction": 0.6},
     "yarn": LLAMA3 | {"rotary_scaling": "yarn", "rotary_low_frequency_factor": 0.4},
+    "yarn of fractions": LLAMA3 | {"rotary_scaling": "yarn", "rotary_truncate": False},
     "dynamic": {"rotary_scaling": "dynamic", "rotary_original_context": 50, "rotary_scaling_factor": 3.0},
     "longrope": {
         **{"rotary_scaling": "longrope", "rotary_original_context": 50, "rotary_fraction": 0.6},

@@ -208,6 +208,11 @@ HUNYUAN_ROPE = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0,
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 DYNAMIC = {"rope_type": "dynamic", "factor": 6.0}
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2, 4.0, 9.0]}
+MINISTRAL3_ROPE = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 3.0, "llama_4_scaling_beta": 0.1}
+MINISTRAL3_ROPE |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+MINISTRAL3_ROPE |= {"original_max_position_embeddings": 16, "type": "yarn"}
+MINISTRAL3 = without(MISTRAL, "rope_theta") | {"model_type": "ministral3", "head_dim": 8, "sliding_window": None}
+MINISTRAL3 |= {"attention_dropout": 0.0, "rope_parameters": MINISTRAL3_ROPE}
 OLMO3 = OLMO2 | {"model_type": "olmo3", "sliding_window": 7, "rope_theta": 500000}
 INTERNLM3 = LLAMA2 | {
     "model_type": "internlm3",
@@ -432,6 +437,11 @@ OPENS = {
     | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
     "qwen with dynamic": QWEN2 | V4 | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16},
     "internlm3 with dynamic": INTERNLM3 | V4 | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16},
+    "qwen3 with yarn of fractions": QWEN3 | V4 | {"rope_scaling": YARN | {"truncate": False}},
+    "ministral-3-8b": MINISTRAL3 | V5,
+    "ministral-3 with the context in its table": MINISTRAL3
+    | V5
+    | {"rope_parameters": MINISTRAL3_ROPE | {"max_position_embeddings": CONTEXT}, "tie_word_embeddings": True},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -442,9 +452,18 @@ NOT_IN_TRANSFORMERS = {"mistral with window 0"}
 REFUSED = {
     "llama-2-gptq": (LLAMA2 | {"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "quantised weights"),
     "qwen-mlx": (QWEN2 | {"quantization": {"group_size": 64, "bits": 4}}, "quantised weights"),
-    "yarn without whole numbers": (
-        QWEN2 | {"rope_scaling": YARN | {"truncate": False}},
-        "truncate = False must be true",
+    "yarn without whole numbers in one kind of layer": (
+        OLMO3 | {"rope_scaling": without(YARN, "type") | {"rope_type": "yarn", "truncate": False}},
+        "truncate = False must be true, the only way supported for this type",
+    ),
+    "yarn with a number for a switch": (QWEN2 | {"rope_scaling": YARN | {"truncate": 1}}, "must be true or false"),
+    "ministral-3 without its scaling": (
+        MINISTRAL3 | {"rope_parameters": without(MINISTRAL3_ROPE, "llama_4_scaling_beta")},
+        "llama_4_scaling_beta = None must be a number from 0 on",
+    ),
+    "llama with the scaling of ministral-3": (
+        LLAMA2 | {"rope_parameters": MINISTRAL3_ROPE},
+        "llama_4_scaling_beta = 0.1 is not known for rope_type = 'yarn'",
     ),
     "yarn of a word": (
         QWEN2 | {"rope_scaling": YARN | {"beta_fast": "x"}},
@@ -621,7 +640,7 @@ BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, 
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
 NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
-NEW = (*NEW, EXAONE, CODEGEN, FALCON, without(OPT, "word_embed_proj_dim"))
+NEW = (*NEW, MINISTRAL3, EXAONE, CODEGEN, FALCON, without(OPT, "word_embed_proj_dim"))
 NEW = (*NEW, OLMO3, PHI, GPTJ, GRANITE, CLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO, JAIS2, INTERNLM3, IQUEST)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.

@@ -212,6 +212,7 @@ UNUSED = {
     "model.rotary_base": (5000.0, {}),
     "model.rotary_layout": ("interleaved", {}),
     "model.rotary_magnitude": (1.3, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
+    "model.rotary_truncate": (False, {"model.positions": "rotary", "model.rotary_scaling": "llama3"}),
     "model.qk_norm_position": ("after", {"model.positions": "rotary"}),
     "model.rotary_scaling_factor": (4.0, {"model.positions": "rotary"}),
     "model.rotary_low_frequency_factor": (2.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),

@@ -38,6 +38,7 @@ VALUES = {
     "rotary_short_factors": ((), (1.3, 1.9)),
     "rotary_long_factors": ((), (2.3, 4.9)),
     "rotary_magnitude": (1.0, 1.3),
+    "rotary_query_scaling": (0.0, 0.3),
     "embed_scale": (1.0, 3.7),
     "residual_scale": (1.0, 0.7),
     "qkv_clip": (None, 0.4),

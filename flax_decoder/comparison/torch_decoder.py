@@ -177,6 +177,8 @@ class SelfAttention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         elif self.config.qk_norm == "all" and not before:
             q, k = self.query_norm(q.flatten(2)).view_as(q), self.key_norm(k.flatten(2)).view_as(k)
+        contexts = torch.arange(T).div(self.config.rotary_original_context, rounding_mode="floor").to(q.dtype)
+        q = q * (1 + self.config.rotary_query_scaling * torch.log1p(contexts))[:, None, None]
         heads, _ = self.dot_product(q, k, v)
         return self.out(heads.reshape(B, T, -1))
 
@@ -259,7 +261,9 @@ def rotary_frequencies(config: ModelConfig, window: int | None, length: int) -> 
             / (2 * math.log(config.rotary_base))
             for turns in (config.rotary_high_frequency_factor, config.rotary_low_frequency_factor)
         )
-        low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+        if config.rotary_truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
         ramp = (torch.arange(width // 2, dtype=torch.float64) - low) / (high - low if high != low else 0.001)
         return torch.lerp(frequencies, stretched, ramp.clamp(0, 1))
     original = config.rotary_original_context

@@ -284,6 +284,17 @@ MINISTRAL = replace(
     MISTRAL, model_type="ministral", architecture="MinistralForCausalLM", windows=Windows("typed", default=4096)
 )
 
+MINISTRAL3 = replace(
+    MISTRAL,
+    model_type="ministral3",
+    architecture="Ministral3ForCausalLM",
+    settings=with_defaults(
+        LLAMA_SETTINGS, num_key_value_heads=REQUIRED, head_dim=128, max_position_embeddings=262_144, rms_norm_eps=1e-5
+    ),
+    rotary=Rotary(types=("yarn", "llama3"), scales_queries=True),
+    windows=Windows("all"),
+)
+
 NEMOTRON = Family(
     "nemotron",
     "NemotronForCausalLM",
@@ -884,7 +895,7 @@ OPT = Family(
 
 _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
-    *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
+    *(ARCEE, SEED_OSS, MINISTRAL, MINISTRAL3, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
     *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
     *(JAIS2, INTERNLM3, IQUESTCODER, OLMO, PHI, GPTJ, GRANITE, HYPERCLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO3),
     *(EXAONE, CODEGEN, FALCON, OPT),

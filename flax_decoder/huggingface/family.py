@@ -48,6 +48,7 @@ class Rotary:
         default_window_base: its default.
         by_kind: instead, version 5 has a table for layers with a window and one for those without; in older files the
             base in layers with a window is the default.
+        scales_queries: the table must also hold `llama_4_scaling_beta`, by which queries grow with their position.
         has_alpha: rope_type "dynamic" with a number `alpha` multiplies the base by alpha^(H / (H - 2)).
         layers: which layers rotate: "all"; those that are 1 in `no_rope_layers`, without it all but every
             `no_rope_layer_interval`-th ("listed"); or, if any has a window, those ("windowed").
@@ -64,6 +65,7 @@ class Rotary:
     window_base: str | None = None
     default_window_base: float = 10_000.0
     by_kind: bool = False
+    scales_queries: bool = False
     has_alpha: bool = False
     layers: Literal["all", "listed", "windowed"] = "all"
 

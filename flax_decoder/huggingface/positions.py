@@ -24,6 +24,7 @@ _TYPES: dict[str, dict[str, str]] = {
         "beta_slow": "rotary_low_frequency_factor",
         "beta_fast": "rotary_high_frequency_factor",
         "attention_factor": "rotary_magnitude",
+        "truncate": "rotary_truncate",
     },
     "dynamic": _LINEAR,
     "longrope": {
@@ -34,6 +35,7 @@ _TYPES: dict[str, dict[str, str]] = {
     },
 }
 _FIRST_CONTEXT = "original_max_position_embeddings"
+_QUERY_SCALING = "llama_4_scaling_beta"
 # What stands beside a number alpha, and is not read.
 _BESIDE_ALPHA = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _GPT_NEO_TYPES = ["global", "local"]  # without a window, with one
@@ -103,7 +105,7 @@ def read_rotary(
         values["rotary_base"] *= alpha ** (head_width / (head_width - 2))
         rope = {name: value for name, value in rope.items() if name not in (*_BESIDE_ALPHA, "rope_type")}
     rotated = int(head_width * fraction) if type(fraction) in (int, float) else 0
-    return values | _read_scaling(rope, rotary.types, context_length, rotated, source)
+    return values | _read_scaling(rope, rotary, context_length, rotated, source)
 
 
 def _read_width(rest: dict[str, Any], name: str, default: int, head_width: int, source: str) -> dict[str, Any]:
@@ -148,20 +150,26 @@ def _merged(given: list[tuple[str, str, Any]], source: str) -> dict[str, Any]:
 
 
 def _read_scaling(
-    rope: dict[str, Any], types: tuple[str, ...], context_length: int, rotated: int, source: str
+    rope: dict[str, Any], rotary: Rotary, context_length: int, rotated: int, source: str
 ) -> dict[str, Any]:
     """Reads how wavelengths are stretched from what is left of the rotary settings."""
-    kind = rope.pop("rope_type", "default")
+    kind, types = rope.pop("rope_type", "default"), rotary.types
     kind = "longrope" if kind == "su" and "longrope" in types else kind  # its first name
     if kind not in types:
         raise UserError(f"{source}: rope_type = {shown(kind)} is not supported for this type, only {', '.join(types)}")
+    values: dict[str, Any] = {"rotary_scaling": "none" if kind == "default" else kind}
+    if rotary.scales_queries:
+        rope.pop("max_position_embeddings", None)  # nothing reads it there
+        growth = values["rotary_query_scaling"] = rope.pop(_QUERY_SCALING, None)
+        if type(growth) not in (int, float) or growth < 0:
+            raise UserError(f"{source}: {_QUERY_SCALING} = {shown(growth)} must be a number from 0 on")
     if kind in ("llama3", "yarn", "longrope") and rope.get(_FIRST_CONTEXT) is None:
         rope[_FIRST_CONTEXT] = context_length
     if kind == "yarn":
-        rope = _whole_yarn(rope, context_length, source)
+        # transformers looks for `truncate` in a table for all layers.
+        rope = _whole_yarn(rope, context_length, source, must_truncate=rotary.by_kind or rotary.window_base is not None)
     elif kind == "longrope":
         rope = _whole_longrope(rope, context_length, rotated, source)
-    values: dict[str, Any] = {"rotary_scaling": "none" if kind == "default" else kind}
     for name in _TYPES[kind]:
         if name not in rope:
             raise UserError(f"{source}: {name} is missing; rope_type = {shown(kind)} needs it")
@@ -178,16 +186,18 @@ def _read_scaling(
     return values
 
 
-def _whole_yarn(rope: dict[str, Any], context_length: int, source: str) -> dict[str, Any]:
+def _whole_yarn(rope: dict[str, Any], context_length: int, source: str, *, must_truncate: bool) -> dict[str, Any]:
     """YaRN's settings with the defaults of transformers filled in."""
+    rope = {name: value for name, value in rope.items() if value is not None}
+    truncates = rope.pop("truncate", True)
+    if type(truncates) is not bool or (must_truncate and not truncates):
+        wanted = "true, the only way supported for this type" if must_truncate else "true or false"
+        raise UserError(f"{source}: truncate = {shown(truncates)} must be {wanted}")
     for name, value in rope.items():
-        is_switch = name == "truncate"
-        if value is not None and (type(value) not in (int, float) or value <= 0) and not (is_switch and value is True):
-            wanted = "true, the only way supported" if is_switch else "a positive number"
-            raise UserError(f"{source}: {name} = {shown(value)} must be {wanted}")
-    rope = {name: value for name, value in rope.items() if value is not None and name != "truncate"}
+        if type(value) not in (int, float) or value <= 0:
+            raise UserError(f"{source}: {name} = {shown(value)} must be a positive number")
     factor = rope.setdefault("factor", context_length / rope["original_max_position_embeddings"])
-    rope = {"beta_fast": 32.0, "beta_slow": 1.0} | rope
+    rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": truncates} | rope
 
     def magnitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
@@ -266,6 +276,8 @@ def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
         scaling = {name: getattr(config, ours) for name, ours in fields}
         if rotary.original_context is not None:
             document[_FIRST_CONTEXT] = scaling[_FIRST_CONTEXT]
+        if rotary.scales_queries:
+            scaling[_QUERY_SCALING] = config.rotary_query_scaling
         document["rope_scaling"] = {"rope_type": kind} | {
             name: [*value] if isinstance(value, tuple) else value for name, value in scaling.items()
         }

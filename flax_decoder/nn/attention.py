@@ -18,7 +18,7 @@ from flax_decoder.nn.kernels.choice import choose_attention
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.nn.norm import Norm
-from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotary_magnitude, rotate
+from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotary_magnitude, rotate, scale_queries
 from flax_decoder.nn.precision import accumulation_dtype
 
 
@@ -77,6 +77,7 @@ class SelfAttention(nn.Module):
                 q_BTNH, k_BTKH = (turn(x, call.positions_BT, frequencies) for x in (q_BTNH, k_BTKH))
                 if config.qk_norm_position == "after":
                     q_BTNH, k_BTKH = self.normalise(q_BTNH, k_BTKH)
+                q_BTNH = scale_queries(config, q_BTNH, call.positions_BT)
                 q_BTNH, k_BTKH = record("q_rotated", q_BTNH), record("k_rotated", k_BTKH)
 
         k_BSKH, v_BSKH, key_positions_BS, window = k_BTKH, v_BTKH, call.positions_BT, kind.window

@@ -41,7 +41,8 @@ def rotary_frequencies(
 
     `linear` scaling divides all of them by the factor (Chen et al. 2023). `llama3` divides those whose wavelength is
     long compared with the original context, keeps those with a short one, and blends in between (Llama 3.1). `yarn`
-    does so too, and blends by the number of the pair (Peng et al. 2023, section 3.2, with whole numbers as bounds).
+    does so too, and blends by the number of the pair (Peng et al. 2023, section 3.2), between bounds that the authors'
+    code rounds to whole numbers (`rotary_truncate`).
 
     `dynamic` and `longrope` depend on the length of the text; see `_stretched_by_length`.
 
@@ -78,8 +79,10 @@ def rotary_frequencies(
                 / (2 * math.log(config.rotary_base))
             )
 
-        first = max(math.floor(pair(config.rotary_high_frequency_factor)), 0)
-        last: float = min(math.ceil(pair(config.rotary_low_frequency_factor)), rotated - 1)
+        first, last = pair(config.rotary_high_frequency_factor), pair(config.rotary_low_frequency_factor)
+        if config.rotary_truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, rotated - 1)
         last = last + 0.001 if last == first else last  # as in the authors' code
         stretched = np.clip((np.arange(rotated // 2) - first) / (last - first), 0, 1)
         frequencies = stretched * frequencies / factor + (1 - stretched) * frequencies
@@ -124,6 +127,29 @@ def rotary_magnitude(config: ModelConfig, kind: LayerKind = PLAIN_LAYER) -> floa
     """What is rotated is multiplied by this: only where wavelengths are stretched as in YaRN or LongRoPE."""
     is_plain = not kind.rotates or (kind.window is not None and config.rotary_window_base is not None)
     return config.rotary_magnitude if config.rotary_scaling in ("yarn", "longrope") and not is_plain else 1.0
+
+
+def scale_queries(config: ModelConfig, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Queries that grow with their position, where the model has `rotary_query_scaling` b (Llama 4, Ministral 3).
+
+        q (1 + b ln(1 + floor(position / C))),   C the original context
+
+    More keys flatten a softmax; larger scores sharpen it again.
+
+    Args:
+        config: the model.
+        q_BTNH: queries.
+        positions_BT: position of each token; B may be 1.
+
+    Returns:
+        The same shape and dtype.
+    """
+    if config.rotary_query_scaling == 0:
+        return q_BTNH
+    dtype = accumulation_dtype(q_BTNH.dtype)
+    contexts_BT = (positions_BT // config.rotary_original_context).astype(dtype)
+    scale_BT = 1 + config.rotary_query_scaling * jnp.log1p(contexts_BT)
+    return (q_BTNH.astype(dtype) * scale_BT[:, :, None, None]).astype(q_BTNH.dtype)
 
 
 def rotate(
