@@ -35,6 +35,7 @@ _WITH_MAGNITUDE = UsedWhere(lambda model: model.rotary_scaling in ("yarn", "long
 _WITH_ORIGINAL_CONTEXT = UsedWhere(
     lambda model: model.rotary_scaling not in ("none", "linear") or model.rotary_query_scaling > 0
 )
+_WITH_QK_NORM = UsedWhere(lambda model: model.qk_norm != "none")
 _WITH_YARN = UsedWhere(lambda model: model.rotary_scaling == "yarn")
 _WITH_SCALING_BY_TURNS = UsedWhere(lambda model: model.rotary_scaling in ("llama3", "yarn"))
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
@@ -210,9 +211,14 @@ class ModelConfig(_Shown):
     """with parallel_residual: they read the output of one norm; without, each has its own"""
     residual_scale: Positive = 1.0
     """what attention and feed-forward add to the residual stream is multiplied by this"""
-    qk_norm: Literal["none", "head", "all"] = "none"
-    """normalises queries and keys (RMS): over the width of each head, or over all heads at once"""
-    qk_norm_position: Annotated[Literal["before", "after"], UsedWhere(lambda model: model.qk_norm != "none")] = "before"
+    qk_norm: Literal["none", "head", "each_head", "all"] = "none"
+    """normalises queries and keys: over the width of each head, with one scale for all or for each head one of its own,
+    or over all heads at once"""
+    qk_norm_kind: Annotated[Literal["rmsnorm", "layernorm"], _WITH_QK_NORM] = "rmsnorm"
+    """how queries and keys are normalised"""
+    qk_norm_bias: Annotated[bool, _WITH_QK_NORM] = False
+    """LayerNorm of queries and keys also learns a shift"""
+    qk_norm_position: Annotated[Literal["before", "after"], _WITH_QK_NORM] = "before"
     """queries and keys are normalised before they are rotated, or after"""
 
     qkv_clip: Positive | None = None
@@ -393,6 +399,14 @@ class ModelConfig(_Shown):
         refuse_if(
             self.norm_bias and not self.norm_scale,
             "norm_bias = true needs norm_scale = true, or both false",
+        )
+        refuse_if(
+            self.qk_norm != "none" and self.qk_norm_bias and self.qk_norm_kind == "rmsnorm",
+            'qk_norm_bias = true needs qk_norm_kind = "layernorm": RMSNorm has no shift',
+        )
+        refuse_if(
+            self.qk_norm != "none" and self.qk_norm_bias and not self.norm_scale,
+            "qk_norm_bias = true needs norm_scale = true, or both false",
         )
         refuse_if(
             self.parallel_residual and self.norm_position != "pre",

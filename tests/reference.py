@@ -32,9 +32,19 @@ def norm(x_D, params, config):
     return layer_norm(x_D, scale_D, params["bias"] if config.norm_bias else 0.0, config.norm_epsilon)
 
 
-def scale_of(params, name):
-    """What a norm has learned to multiply with; 1 if it learns nothing."""
-    return params.get(name, {}).get("scale", 1.0)
+def qk_norm(x, params, name, config):
+    """A norm of queries or keys, over one head or all (Henry et al. 2020; with LayerNorm, Dehghani et al. 2023)."""
+    learned = params.get(name, {})
+    if config.qk_norm_kind == "rmsnorm":
+        return rms_norm(x, learned.get("scale", 1.0), config.norm_epsilon)
+    return layer_norm(x, learned.get("scale", 1.0), learned.get("bias", 0.0), config.norm_epsilon)
+
+
+def of_head(params, name, head, config):
+    """What the norm of a head has learned: the same as that of others, or its own."""
+    if config.qk_norm == "each_head":
+        return params | {name: {leaf: array[head] for leaf, array in params.get(name, {}).items()}}
+    return params
 
 
 def sinusoidal(position, width):
@@ -253,20 +263,20 @@ def self_attention(x_TD, params, config, window, rotates=True):
     for name, array in (("query_norm", q_TNH), ("key_norm", k_TKH)):
         for t in range(len(array)):
             if config.qk_norm == "all" and config.qk_norm_position == "before":
-                whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
+                whole = qk_norm(array[t].reshape(-1), params, name, config)
                 array[t] = whole.reshape(array[t].shape)
         for t, head in np.ndindex(array.shape[:2]):
-            if config.qk_norm == "head" and config.qk_norm_position == "before":
-                array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
+            if config.qk_norm in ("head", "each_head") and config.qk_norm_position == "before":
+                array[t, head] = qk_norm(array[t, head], of_head(params, name, head, config), name, config)
             if config.positions == "rotary" and rotates:
                 frequencies = rotary_frequencies(array.shape[2], config, window, len(x_TD))
                 array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
                 array[t, head, : 2 * len(frequencies)] *= magnitude(config, window)
-            if config.qk_norm == "head" and config.qk_norm_position == "after":
-                array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
+            if config.qk_norm in ("head", "each_head") and config.qk_norm_position == "after":
+                array[t, head] = qk_norm(array[t, head], of_head(params, name, head, config), name, config)
         for t in range(len(array)):
             if config.qk_norm == "all" and config.qk_norm_position == "after":
-                whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
+                whole = qk_norm(array[t].reshape(-1), params, name, config)
                 array[t] = whole.reshape(array[t].shape)
     q_TNH = np.array([query_growth(t, config) * q_NH for t, q_NH in enumerate(q_TNH)])
     slopes_N = alibi_slopes(config.num_heads) if config.positions == "alibi" else None

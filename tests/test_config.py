@@ -196,7 +196,7 @@ MODELS = st.fixed_dictionaries(
         "window": st.integers(1, 99),
         "window_pattern": st.lists(st.booleans(), min_size=1, max_size=4).map(tuple),
         "logit_soft_cap": st.none() | st.floats(1e-15, 1e15),
-        "qk_norm": st.sampled_from(["none", "head", "all"]),
+        "qk_norm": st.sampled_from(["none", "head", "each_head", "all"]),
     }
 )
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -263,6 +263,7 @@ RULES = [
         'rotary_scaling = "dynamic" stretches all pairs of a head but the first',
     ),
     ({"model.rotary_scaling": "linear"}, 'need positions = "rotary", not "learned"'),
+    ({"model.qk_norm": "head", "model.qk_norm_bias": True}, 'qk_norm_bias = true needs qk_norm_kind = "layernorm"'),
     ({"model.rotary_query_scaling": 0.1}, 'need positions = "rotary", not "learned"'),
     ({"model.rotary_low_frequency_factor": 4.0}, "rotary_low_frequency_factor = 4.0 must be under"),
     (

@@ -109,7 +109,7 @@ CHOICES = {
     },
     "bloom": {
         **{"positions": "alibi", "norm_bias": True, "mlp_bias": True, "attention_out_bias": True},
-        **{"embedding_norm": True},
+        **{"embedding_norm": True, "qk_norm": "each_head", "qk_norm_kind": "layernorm", "qk_norm_bias": True},
     },
     "olmo": {
         "norm_position": "output",

@@ -312,6 +312,9 @@ SHAPES |= {
 FALCON = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "intermediate_size")}
 OPT = FALCON | {"ffn_dim": 37, "word_embed_proj_dim": 24}
 SHAPES["olmo"].append(SIZES | {"clip_qkv": 0.7, "attention_bias": True})
+SHAPES["phi"].append(SIZES | {"qk_layernorm": True, "partial_rotary_factor": 0.67})
+SHAPES["cohere"].append(SIZES | {"use_qk_norm": True, "logit_scale": 0.3})
+SHAPES["cohere"].append(SIZES | {"use_qk_norm": True, "num_key_value_heads": 1, "logit_scale": 1.0})
 SHAPES["mpt"].append(MPT | {"attn_config": {"clip_qkv": 0.6}})
 SHAPES |= {
     "exaone": [

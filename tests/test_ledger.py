@@ -106,7 +106,8 @@ def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type
             name = observation.name
             kind = name.split()[-1 if name.startswith("step") else 0]
             # Unless they are rotated, key biases move all scores of a query alike: their gradient is zero.
-            tensors = [t for t in observation.tensors if not (t[0] or name).endswith(("key.bias", "key/bias"))]
+            biases = tuple(f"{module}{mark}bias" for module in ("key", "key_norm") for mark in "./")
+            tensors = [t for t in observation.tensors if not (t[0] or name).endswith(biases)]
             if tensors:
                 row = comparison.compare_float32(dataclasses.replace(observation, tensors=tensors))
                 worst[exact, kind] = max(worst.get((exact, kind), 0.0), row.relative)
@@ -297,6 +298,10 @@ FORWARD = {
     "longrope": (
         *("phi3-3", {"rotary_original_context": 10}),
         *(Q_ROTATED, "some wavelengths are stretched on one side"),
+    ),
+    "RMSNorm of queries": (
+        *("cohere-3", {"qk_norm_kind": "rmsnorm"}),
+        *(Q, "ours is RMSNorm, PyTorch's LayerNorm"),
     ),
     "scaling of queries": (
         *("ministral3-0", {"rotary_query_scaling": 0.1}),

@@ -100,6 +100,14 @@ PIECES = {
         lambda r: sizes(r, sliding_window=int(r.integers(1, 20)), sliding_window_pattern=int(r.integers(2, 4))),
     ),
     "yarn": ("llama", lambda r: sizes(r, rope_parameters=rope(r, "yarn"), head_dim=(6, 16, 22)[r.integers(3)])),
+    "LayerNorm of queries": (
+        "phi",
+        lambda r: sizes(r, qk_layernorm=True, partial_rotary_factor=1.0, rope_parameters=rope(r, *NEW)),
+    ),
+    "LayerNorm of each head": (
+        "cohere",
+        lambda r: sizes(r, use_qk_norm=True, logit_scale=0.3, rope_parameters=rope(r, *NEW)) | some(r, **BIASES),
+    ),
     "yarn of fractions": (
         "llama",
         lambda r: sizes(r, rope_parameters=rope(r, "yarn") | {"truncate": False}, head_dim=(6, 16, 22)[r.integers(3)]),
@@ -176,7 +184,7 @@ PIECES = {
 
 
 def test_every_piece_is_of_a_family():
-    assert {model_type for model_type, _ in PIECES.values()} <= FAMILIES.keys() and len(PIECES) == 26
+    assert {model_type for model_type, _ in PIECES.values()} <= FAMILIES.keys() and len(PIECES) == 28
 
 
 def logits_of_both(model_type, settings, seed):

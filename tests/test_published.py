@@ -438,6 +438,8 @@ OPENS = {
     "qwen with dynamic": QWEN2 | V4 | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16},
     "internlm3 with dynamic": INTERNLM3 | V4 | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16},
     "qwen3 with yarn of fractions": QWEN3 | V4 | {"rope_scaling": YARN | {"truncate": False}},
+    "command-r-plus": COHERE | V4 | {"use_qk_norm": True},
+    "phi with normalised queries": PHI | V4 | {"qk_layernorm": True},
     "ministral-3-8b": MINISTRAL3 | V5,
     "ministral-3 with the context in its table": MINISTRAL3
     | V5
@@ -505,9 +507,8 @@ REFUSED = {
         "a list of 0 and 1, one for each of the 3",
     ),
     "smollm3 without a period": (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0"),
-    "command-r-plus": (COHERE | {"use_qk_norm": True}, "use_qk_norm = True"),
     "bloom with other residuals": (BLOOM | {"apply_residual_connection_post_layernorm": True}, "post_layernorm = True"),
-    "phi with normalised queries": (PHI | {"qk_layernorm": True}, "qk_layernorm = True"),
+    "command-r7b with normalised queries": (COHERE2 | {"use_qk_norm": True}, "use_qk_norm = True"),
     "gptj that rotates too much": (GPTJ | {"rotary_dim": 64}, "rotary_dim = 64 must be a whole number up to 8"),
     "hunyuan without alpha": (HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
     "granite that divides by zero": (GRANITE | {"logits_scaling": 0}, "logits_scaling = 0 must be a positive number"),

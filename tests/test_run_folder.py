@@ -214,6 +214,8 @@ UNUSED = {
     "model.rotary_magnitude": (1.3, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
     "model.rotary_truncate": (False, {"model.positions": "rotary", "model.rotary_scaling": "llama3"}),
     "model.qk_norm_position": ("after", {"model.positions": "rotary"}),
+    "model.qk_norm_kind": ("layernorm", {}),
+    "model.qk_norm_bias": (True, {}),
     "model.rotary_scaling_factor": (4.0, {"model.positions": "rotary"}),
     "model.rotary_low_frequency_factor": (2.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),
     "model.rotary_high_frequency_factor": (8.0, {"model.positions": "rotary", "model.rotary_scaling": "linear"}),

@@ -109,7 +109,7 @@ def _norm(row: Mismatch, y: Array, x: Array | None = None) -> _Norm | None:
 
 def _last_axis(array: Array, scale: Array) -> Array:
     """(B, T, N, H) as (B, T, N * H) if one norm spans all heads."""
-    return array if array.shape[-1] == scale.size else array.reshape(*array.shape[:2], -1)
+    return array if array.shape[-1] == scale.shape[-1] else array.reshape(*array.shape[:2], -1)
 
 
 def _parallel(row: Mismatch, own: Array, other: Array) -> bool:

@@ -148,10 +148,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(N * H, D, bias=config.attention_out_bias)
         self.dot_product = DotProductAttention(config, kind.window)
         if config.qk_norm != "none":
-            per_head = config.qk_norm == "head"
-            settings: Any = {"eps": config.norm_epsilon, "elementwise_affine": config.norm_scale}
-            self.query_norm = nn.RMSNorm(H if per_head else N * H, **settings)
-            self.key_norm = nn.RMSNorm(H if per_head else K * H, **settings)
+            self.query_norm, self.key_norm = make_qk_norm(config, N * H), make_qk_norm(config, K * H)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (B, T, D) to (B, T, D)."""
@@ -163,7 +160,7 @@ class SelfAttention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (y.view(B, T, -1, self.config.head_width) for y in (q, k, v))
         before = self.config.qk_norm_position == "before"
-        if self.config.qk_norm == "head" and before:
+        if self.config.qk_norm in ("head", "each_head") and before:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.positions == "rotary" and self.kind.rotates:
             frequencies = rotary_frequencies(self.config, self.kind.window, T)
@@ -173,7 +170,7 @@ class SelfAttention(nn.Module):
                 factors = torch.ones(self.config.head_width, dtype=q.dtype)
                 factors[: 2 * len(frequencies)] = self.config.rotary_magnitude
                 q, k = q * factors, k * factors
-        if self.config.qk_norm == "head" and not before:
+        if self.config.qk_norm in ("head", "each_head") and not before:
             q, k = self.query_norm(q), self.key_norm(k)
         elif self.config.qk_norm == "all" and not before:
             q, k = self.query_norm(q.flatten(2)).view_as(q), self.key_norm(k.flatten(2)).view_as(k)
@@ -181,6 +178,23 @@ class SelfAttention(nn.Module):
         q = q * (1 + self.config.rotary_query_scaling * torch.log1p(contexts))[:, None, None]
         heads, _ = self.dot_product(q, k, v)
         return self.out(heads.reshape(B, T, -1))
+
+
+class HeadNorm(nn.Module):
+    """A norm over the width of each head (B, T, N, H), with a scale and perhaps a shift (N, H) for each."""
+
+    def __init__(self, config: ModelConfig, num_heads: int) -> None:
+        super().__init__()
+        self.norm = F.rms_norm if config.qk_norm_kind == "rmsnorm" else F.layer_norm
+        self.epsilon, shape = config.norm_epsilon, (num_heads, config.head_width)
+        self.weight = nn.Parameter(torch.ones(shape)) if config.norm_scale else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if config.qk_norm_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (B, T, N, H) to (B, T, N, H)."""
+        x = self.norm(x, x.shape[-1:], eps=self.epsilon)
+        x = x if self.weight is None else x * self.weight
+        return x if self.bias is None else x + self.bias
 
 
 class DotProductAttention(nn.Module):
@@ -227,10 +241,21 @@ class FeedForward(nn.Module):
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm of a residual stream."""
+    return norm_of(config, config.norm, config.norm_bias, config.embed_dim)
+
+
+def make_qk_norm(config: ModelConfig, width: int) -> nn.Module:
+    """The norm of queries or keys, of this width in all heads."""
+    if config.qk_norm == "each_head":
+        return HeadNorm(config, width // config.head_width)
+    own = config.head_width if config.qk_norm == "head" else width
+    return norm_of(config, config.qk_norm_kind, config.qk_norm_bias, own)
+
+
+def norm_of(config: ModelConfig, kind: str, bias: bool, width: int) -> nn.Module:
+    """A norm over so many numbers."""
     settings: Any = {"eps": config.norm_epsilon, "elementwise_affine": config.norm_scale}
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.embed_dim, **settings)
-    return nn.LayerNorm(config.embed_dim, bias=config.norm_bias, **settings)
+    return nn.RMSNorm(width, **settings) if kind == "rmsnorm" else nn.LayerNorm(width, bias=bias, **settings)
 
 
 def sinusoidal(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:

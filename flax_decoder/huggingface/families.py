@@ -44,6 +44,7 @@ from flax_decoder.huggingface.pieces import (
     layer_norms,
     negated,
     num_layers,
+    qk_norm,
     size,
     switch,
     with_defaults,
@@ -582,6 +583,7 @@ PHI = Family(
     "PhiForCausalLM",
     constants={
         **{"positions": "rotary", "parallel_residual": True, "shared_norm": True, "head_bias": True},
+        **{"qk_norm_kind": "layernorm", "qk_norm_bias": True},
         **dict.fromkeys(BIASES, True),
     },
     settings=(
@@ -590,11 +592,13 @@ PHI = Family(
         size("head_dim", "head_dim", None),
         Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
         activation("hidden_act", PLAIN, "gelu_new"),
+        qk_norm("qk_layernorm", "head"),
     ),
     rules=(
         Rule("embed_tokens.weight", ("embedding",)),
         *norm_rules("final_layernorm", "final_norm"),
         *layer_norms({"attention_norm": "input_layernorm"}),
+        *layer_norms({"attention/query_norm": "self_attn.q_layernorm", "attention/key_norm": "self_attn.k_layernorm"}),
         *linear_rules("layers.{}.self_attn.q_proj", "attention/query"),
         *linear_rules("layers.{}.self_attn.k_proj", "attention/key"),
         *linear_rules("layers.{}.self_attn.v_proj", "attention/value"),
@@ -679,7 +683,7 @@ COHERE = Family(
     "CohereForCausalLM",
     constants={
         **{"positions": "rotary", "rotary_layout": "interleaved", "norm": "layernorm"},
-        **{"parallel_residual": True, "shared_norm": True},
+        **{"parallel_residual": True, "shared_norm": True, "qk_norm_kind": "layernorm"},
     },
     settings=(
         *with_defaults(GROUPED_SIZES, max_position_embeddings=8192),
@@ -687,8 +691,9 @@ COHERE = Family(
         activation("hidden_act", GATED, "silu"),
         ATTENTION_BIAS,
         Setting("logit_scale", ("logit_scale",), 0.0625),
+        qk_norm("use_qk_norm", "each_head"),
     ),
-    rules=(*ends(), *layer_norms({"attention_norm": "input_layernorm"}), *MATRICES),
+    rules=(*ends(), *layer_norms({"attention_norm": "input_layernorm"}), *layer_norms(QK_NORMS), *MATRICES),
     tied=True,
     rotary=Rotary(default_base=500_000.0),
     divides_width=True,
@@ -698,6 +703,7 @@ COHERE2 = replace(
     COHERE,
     model_type="cohere2",
     architecture="Cohere2ForCausalLM",
+    settings=tuple(setting for setting in COHERE.settings if setting.name != "use_qk_norm"),
     rotary=Rotary(layers="windowed"),
     windows=Windows("periodic", default=4096, period=4),
     supported={

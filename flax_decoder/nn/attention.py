@@ -113,9 +113,10 @@ class SelfAttention(nn.Module):
         """Queries and keys of unit size, per head or over all heads of a position; as they are without qk_norm."""
         config, normal = self.config, []
         for name, x_BTNH in zip(("query_norm", "key_norm"), projections, strict=True):
-            norm = functools.partial(Norm, "rmsnorm", config.norm_epsilon, use_scale=config.norm_scale, name=name)
-            if config.qk_norm == "head":
-                x_BTNH = norm()(x_BTNH)
+            settings = config.qk_norm_kind, config.norm_epsilon, config.qk_norm_bias, config.norm_scale
+            norm = functools.partial(Norm, *settings, name=name)
+            if config.qk_norm in ("head", "each_head"):
+                x_BTNH = norm(num_axes=2 if config.qk_norm == "each_head" else 1)(x_BTNH)
             elif config.qk_norm == "all":
                 x_BTNH = norm()(x_BTNH.reshape(*x_BTNH.shape[:2], -1)).reshape(x_BTNH.shape)
             normal.append(x_BTNH)

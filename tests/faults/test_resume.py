@@ -63,6 +63,8 @@ WITH = {
     "model.rotary_long_factors": {"model.rotary_scaling": "longrope", "model.rotary_short_factors": [1.5] * 4},
     "model.shared_norm": {"model.parallel_residual": True},
     "model.qk_norm_position": {"model.qk_norm": "head"},
+    "model.qk_norm_kind": {"model.qk_norm": "head"},
+    "model.qk_norm_bias": {"model.qk_norm": "head", "model.qk_norm_kind": "layernorm"},
     "data.bpe_vocab_size": {"data.tokenizer": "bpe"},
     "data.bpe_train_bytes": {"data.tokenizer": "bpe"},
     "model.rotary_low_frequency_factor": {"model.rotary_scaling": "llama3"},
