@@ -50,6 +50,7 @@ def test_sinusoidal():
     np.testing.assert_allclose(waves_BTD, expected_BTD, atol=TOLERANCE)
 
 
+@pytest.mark.short(*(kind for kind in ROTARY_KINDS if kind not in ("llama3 partial", "base", "partial")))
 @pytest.mark.parametrize("kind", ROTARY_KINDS)
 def test_rotary(kind):
     config = dataclasses.replace(ROTARY, **ROTARY_KINDS[kind])
