@@ -29,7 +29,14 @@ class UsedWhere:
 
 
 _WITH_ROTARY = UsedWhere(lambda model: model.positions == "rotary")
-_WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling != "none")
+_WITH_ROTARY_SCALING = UsedWhere(lambda model: model.rotary_scaling not in ("none", "longrope"))
+_WITH_LONGROPE = UsedWhere(lambda model: model.rotary_scaling == "longrope")
+_WITH_MAGNITUDE = UsedWhere(lambda model: model.rotary_scaling in ("yarn", "longrope"))
+_WITH_ORIGINAL_CONTEXT = UsedWhere(
+    lambda model: model.rotary_scaling not in ("none", "linear") or model.rotary_query_scaling > 0
+)
+_WITH_QK_NORM = UsedWhere(lambda model: model.qk_norm != "none")
+_WITH_YARN = UsedWhere(lambda model: model.rotary_scaling == "yarn")
 _WITH_SCALING_BY_TURNS = UsedWhere(lambda model: model.rotary_scaling in ("llama3", "yarn"))
 _WITH_BPE = UsedWhere(lambda data: data.tokenizer == "bpe")
 _WITHOUT_VALIDATION_PATH = UsedWhere(lambda data: data.validation_path is None)
@@ -85,6 +92,8 @@ def _as_steps(value: Any) -> Any:
 
 # The matrices of a layer, by the names of `nn/attention.py` and `nn/feed_forward.py`.
 Targets = Annotated[tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...], Field(min_length=1)]
+# By what each rotated pair is stretched.
+Factors = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
 # A number of devices, or -1 for all that the other mesh axes leave.
 NumDevices = Annotated[int, Field(ge=-1), AfterValidator(_is_not_zero)]
 
@@ -154,18 +163,28 @@ class ModelConfig(_Shown):
     """which numbers of the rotated part R turn as a pair: half: i and i + R/2; interleaved: 2 i and 2 i + 1"""
     rotary_pattern: Annotated[tuple[bool, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (True,)
     """which layers rotate, repeated over the stack: [true, true, true, false] leaves every fourth without positions"""
-    rotary_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """how rotary wavelengths are stretched to reach beyond the length of the first training"""
+    rotary_scaling: Literal["none", "linear", "llama3", "yarn", "dynamic", "longrope"] = "none"
+    """how rotary wavelengths are stretched to reach beyond the length of the first training; `dynamic` and `longrope`
+    depend on how long a text is"""
     rotary_scaling_factor: Annotated[float, Field(ge=1, le=1e15), _WITH_ROTARY_SCALING] = 8.0
     """by how much they are stretched"""
     rotary_low_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 1.0
     """llama3, yarn: wavelengths over original context / this are stretched in full"""
     rotary_high_frequency_factor: Annotated[Positive, _WITH_SCALING_BY_TURNS] = 4.0
     """llama3, yarn: wavelengths under original context / this stay as they are; yarn's own value is 32"""
-    rotary_original_context: Annotated[Count, _WITH_SCALING_BY_TURNS] = 8192
-    """llama3, yarn: the context length of the first training, in tokens"""
-    rotary_magnitude: Annotated[Positive, UsedWhere(lambda model: model.rotary_scaling == "yarn")] = 1.0
-    """yarn: what is rotated is also multiplied by this, in queries and in keys; its own value is 0.1 ln(factor) + 1"""
+    rotary_original_context: Annotated[Count, _WITH_ORIGINAL_CONTEXT] = 8192
+    """all but linear, and query scaling: the context length of the first training, in tokens"""
+    rotary_short_factors: Annotated[Factors, _WITH_LONGROPE] = ()
+    """longrope: by what each rotated pair is stretched in texts of up to the original context"""
+    rotary_long_factors: Annotated[Factors, _WITH_LONGROPE] = ()
+    """longrope: by what each is stretched in longer texts"""
+    rotary_magnitude: Annotated[Positive, _WITH_MAGNITUDE] = 1.0
+    """yarn, longrope: what is rotated is also multiplied by this, in queries and in keys; yarn's own value is
+    0.1 ln(factor) + 1"""
+    rotary_truncate: Annotated[bool, _WITH_YARN] = True
+    """yarn: the pairs between which it blends are whole ones, rounded outwards; false: fractions of pairs count"""
+    rotary_query_scaling: NonNegative = 0.0
+    """queries are multiplied by 1 + this ln(1 + floor(position / original context)): scores of long texts stay sharp"""
     embed_scale: Positive = 1.0
     """token embeddings are multiplied by this"""
     embedding_norm: bool = False
@@ -183,9 +202,14 @@ class ModelConfig(_Shown):
     """with parallel_residual: they read the output of one norm; without, each has its own"""
     residual_scale: Positive = 1.0
     """what attention and feed-forward add to the residual stream is multiplied by this"""
-    qk_norm: Literal["none", "head", "all"] = "none"
-    """normalises queries and keys (RMS): over the width of each head, or over all heads at once"""
-    qk_norm_position: Annotated[Literal["before", "after"], UsedWhere(lambda model: model.qk_norm != "none")] = "before"
+    qk_norm: Literal["none", "head", "each_head", "all"] = "none"
+    """normalises queries and keys: over the width of each head, with one scale for all or for each head one of its own,
+    or over all heads at once"""
+    qk_norm_kind: Annotated[Literal["rmsnorm", "layernorm"], _WITH_QK_NORM] = "rmsnorm"
+    """how queries and keys are normalised"""
+    qk_norm_bias: Annotated[bool, _WITH_QK_NORM] = False
+    """LayerNorm of queries and keys also learns a shift"""
+    qk_norm_position: Annotated[Literal["before", "after"], _WITH_QK_NORM] = "before"
     """queries and keys are normalised before they are rotated, or after"""
 
     qkv_clip: Positive | None = None
@@ -268,6 +292,11 @@ class ModelConfig(_Shown):
         return self.qk_norm != "none" and self.qk_norm_position == "before"
 
     @property
+    def rotates_by_length(self) -> bool:
+        """Whether the turn of a token depends on the length of its text, once that exceeds the original context."""
+        return self.positions == "rotary" and self.rotary_scaling in ("dynamic", "longrope")
+
+    @property
     def output_stddev(self) -> float:
         """Standard deviation, at the start, of the two matrices of each block that write into the residual stream.
 
@@ -324,9 +353,21 @@ class ModelConfig(_Shown):
             f"rotary positions turn pairs of numbers, but head_dim = {self.head_width} times rotary_fraction = "
             f"{self.rotary_fraction} gives {rotated}, not an even number",
         )
+        for name in ("rotary_short_factors", "rotary_long_factors") if self.rotary_scaling == "longrope" else ():
+            refuse_if(
+                len(getattr(self, name)) != rotated // 2,
+                f"{name} has {len(getattr(self, name))} numbers, but {rotated // 2} pairs of a head are rotated",
+            )
+        refuse_if(
+            self.rotary_scaling == "dynamic" and rotated <= 2,
+            'rotary_scaling = "dynamic" stretches all pairs of a head but the first; here there is no other',
+        )
         refuse_if(
             not rotary
-            and (self.rotary_scaling != "none" or self.rotary_fraction != 1.0 or self.rotary_pattern != (True,)),
+            and (
+                (self.rotary_scaling, self.rotary_fraction, self.rotary_pattern, self.rotary_query_scaling)
+                != ("none", 1.0, (True,), 0.0)
+            ),
             f'rotary settings need positions = "rotary", not "{self.positions}"',
         )
         refuse_if(
@@ -345,6 +386,14 @@ class ModelConfig(_Shown):
         no_shift = 'norm_bias = true needs norm = "layernorm": RMSNorm has no shift'
         refuse_if(self.norm == "rmsnorm" and self.norm_bias, no_shift)
         refuse_if(self.norm_bias and not self.norm_scale, "norm_bias = true needs norm_scale = true, or both false")
+        refuse_if(
+            self.qk_norm != "none" and self.qk_norm_bias and self.qk_norm_kind == "rmsnorm",
+            'qk_norm_bias = true needs qk_norm_kind = "layernorm": RMSNorm has no shift',
+        )
+        refuse_if(
+            self.qk_norm != "none" and self.qk_norm_bias and not self.norm_scale,
+            "qk_norm_bias = true needs norm_scale = true, or both false",
+        )
         refuse_if(
             self.parallel_residual and self.norm_position != "pre",
             f'parallel_residual = true needs norm_position = "pre", not "{self.norm_position}"',

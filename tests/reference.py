@@ -32,9 +32,19 @@ def norm(x_D, params, config):
     return layer_norm(x_D, scale_D, params["bias"] if config.norm_bias else 0.0, config.norm_epsilon)
 
 
-def scale_of(params, name):
-    """What a norm has learned to multiply with; 1 if it learns nothing."""
-    return params.get(name, {}).get("scale", 1.0)
+def qk_norm(x, params, name, config):
+    """A norm of queries or keys, over one head or all (Henry et al. 2020; with LayerNorm, Dehghani et al. 2023)."""
+    learned = params.get(name, {})
+    if config.qk_norm_kind == "rmsnorm":
+        return rms_norm(x, learned.get("scale", 1.0), config.norm_epsilon)
+    return layer_norm(x, learned.get("scale", 1.0), learned.get("bias", 0.0), config.norm_epsilon)
+
+
+def of_head(params, name, head, config):
+    """What the norm of a head has learned: the same as that of others, or its own."""
+    if config.qk_norm == "each_head":
+        return params | {name: {leaf: array[head] for leaf, array in params.get(name, {}).items()}}
+    return params
 
 
 def sinusoidal(position, width):
@@ -47,8 +57,10 @@ def sinusoidal(position, width):
     return wave_D
 
 
-def rotary_frequencies(head_width, config, window=None):
+def rotary_frequencies(head_width, config, window=None, length=1):
     """Su et al. 2021, equation 15, and how linear scaling (Chen et al. 2023) and Llama 3.1 stretch the waves.
+
+    LongRoPE (Ding et al. 2024) and dynamic NTK scaling depend on the length of the text.
 
     Gemma 3 (section 2) has another base, and no stretching, in its layers with a window.
     """
@@ -64,6 +76,13 @@ def rotary_frequencies(head_width, config, window=None):
             frequency = llama3_frequency(frequency, config)
         if config.rotary_scaling == "yarn":
             frequency = yarn_frequency(i, frequency, rotated, config)
+        is_long = length > config.rotary_original_context
+        if config.rotary_scaling == "longrope":
+            frequency /= (config.rotary_long_factors if is_long else config.rotary_short_factors)[i]
+        if config.rotary_scaling == "dynamic" and is_long:
+            growth = config.rotary_scaling_factor * length / config.rotary_original_context
+            growth -= config.rotary_scaling_factor - 1
+            frequency = (config.rotary_base * growth ** (rotated / (rotated - 2))) ** (-2 * i / rotated)
         frequencies.append(frequency)
     return frequencies
 
@@ -75,17 +94,26 @@ def yarn_frequency(i, frequency, rotated, config):
         log = math.log(config.rotary_original_context / (turns * 2 * math.pi))
         return rotated * log / (2 * math.log(config.rotary_base))
 
-    low = max(math.floor(pair(config.rotary_high_frequency_factor)), 0)
-    high = min(math.ceil(pair(config.rotary_low_frequency_factor)), rotated - 1)
+    low, high = pair(config.rotary_high_frequency_factor), pair(config.rotary_low_frequency_factor)
+    if config.rotary_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
     if low == high:
         high += 0.001
     stretched = min(max((i - low) / (high - low), 0.0), 1.0)
     return frequency / config.rotary_scaling_factor * stretched + frequency * (1 - stretched)
 
 
+def query_growth(position, config):
+    """Llama 4's "attention temperature tuning" (`attn_scale` and `floor_scale`), counted from 0 as in Ministral 3."""
+    return 1 + config.rotary_query_scaling * math.log(1 + position // config.rotary_original_context)
+
+
 def magnitude(config, window):
     """The other half of YaRN: rotated numbers grow, so that the softmax stays as sharp; not in windows of Gemma 3."""
-    if config.rotary_scaling != "yarn" or (window is not None and config.rotary_window_base is not None):
+    if config.rotary_scaling not in ("yarn", "longrope") or (
+        window is not None and config.rotary_window_base is not None
+    ):
         return 1.0
     return config.rotary_magnitude
 
@@ -235,21 +263,22 @@ def self_attention(x_TD, params, config, window, rotates=True):
     for name, array in (("query_norm", q_TNH), ("key_norm", k_TKH)):
         for t in range(len(array)):
             if config.qk_norm == "all" and config.qk_norm_position == "before":
-                whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
+                whole = qk_norm(array[t].reshape(-1), params, name, config)
                 array[t] = whole.reshape(array[t].shape)
         for t, head in np.ndindex(array.shape[:2]):
-            if config.qk_norm == "head" and config.qk_norm_position == "before":
-                array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
+            if config.qk_norm in ("head", "each_head") and config.qk_norm_position == "before":
+                array[t, head] = qk_norm(array[t, head], of_head(params, name, head, config), name, config)
             if config.positions == "rotary" and rotates:
-                frequencies = rotary_frequencies(array.shape[2], config, window)
+                frequencies = rotary_frequencies(array.shape[2], config, window, len(x_TD))
                 array[t, head] = rotate(array[t, head], t, frequencies, config.rotary_layout)
                 array[t, head, : 2 * len(frequencies)] *= magnitude(config, window)
-            if config.qk_norm == "head" and config.qk_norm_position == "after":
-                array[t, head] = rms_norm(array[t, head], scale_of(params, name), config.norm_epsilon)
+            if config.qk_norm in ("head", "each_head") and config.qk_norm_position == "after":
+                array[t, head] = qk_norm(array[t, head], of_head(params, name, head, config), name, config)
         for t in range(len(array)):
             if config.qk_norm == "all" and config.qk_norm_position == "after":
-                whole = rms_norm(array[t].reshape(-1), scale_of(params, name), config.norm_epsilon)
+                whole = qk_norm(array[t].reshape(-1), params, name, config)
                 array[t] = whole.reshape(array[t].shape)
+    q_TNH = np.array([query_growth(t, config) * q_NH for t, q_NH in enumerate(q_TNH)])
     slopes_N = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
     heads_TNH = attention(q_TNH, k_TKH, v_TKH, window, slopes_N, config.attention_soft_cap, config.attention_scale)
     return np.array([linear(heads_NH, params["out"]) for heads_NH in heads_TNH])

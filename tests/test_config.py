@@ -196,7 +196,7 @@ MODELS = st.fixed_dictionaries(
         "window": st.integers(1, 99),
         "window_pattern": st.lists(st.booleans(), min_size=1, max_size=4).map(tuple),
         "logit_soft_cap": st.none() | st.floats(1e-15, 1e15),
-        "qk_norm": st.sampled_from(["none", "head", "all"]),
+        "qk_norm": st.sampled_from(["none", "head", "each_head", "all"]),
     }
 )
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -254,7 +254,17 @@ RULES = [
     ({"model.embed_dim": 13}, "embed_dim = 13 is not a multiple of num_heads = 4"),
     ({"model.num_kv_heads": 3}, "num_heads = 4 is not a multiple of num_kv_heads = 3"),
     ({"model.positions": "rotary", "model.head_dim": 7}, "head_dim = 7 times rotary_fraction = 1.0 gives 7"),
+    (
+        {"model.positions": "rotary", "model.rotary_scaling": "longrope", "model.rotary_short_factors": [2.0]},
+        "rotary_short_factors has 1 numbers, but 16 pairs of a head are rotated",
+    ),
+    (
+        {"model.positions": "rotary", "model.rotary_scaling": "dynamic", "model.head_dim": 2},
+        'rotary_scaling = "dynamic" stretches all pairs of a head but the first',
+    ),
     ({"model.rotary_scaling": "linear"}, 'need positions = "rotary", not "learned"'),
+    ({"model.qk_norm": "head", "model.qk_norm_bias": True}, 'qk_norm_bias = true needs qk_norm_kind = "layernorm"'),
+    ({"model.rotary_query_scaling": 0.1}, 'need positions = "rotary", not "learned"'),
     ({"model.rotary_low_frequency_factor": 4.0}, "rotary_low_frequency_factor = 4.0 must be under"),
     (
         {"model.positions": "sinusoidal", "model.embed_dim": 13, "model.num_heads": 13},
@@ -317,6 +327,7 @@ VALUES = {
     "model.rotary_base": [1.0],
     "model.rotary_fraction": [0.0, 1.5],
     "model.rotary_scaling_factor": [0.5],
+    "model.rotary_long_factors": [3.0],
     "model.window": [0],
     "model.window_pattern": [[], [1]],
     "model.positions": ["rotatory"],

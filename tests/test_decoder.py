@@ -75,6 +75,12 @@ CHOICES = {
         "rotary_fraction": 0.4,
         "rotary_layout": "interleaved",
         "rotary_pattern": (True, False),
+        "rotary_scaling": "longrope",
+        "rotary_original_context": 5,
+        "rotary_short_factors": (1.1, 1.7),
+        "rotary_long_factors": (2.5, 9.0),
+        "rotary_magnitude": 1.2,
+        "rotary_query_scaling": 0.3,
         "parallel_residual": True,
         "shared_norm": True,
         "residual_scale": 0.7,
@@ -90,6 +96,9 @@ CHOICES = {
         "qk_norm": "head",
         "attention_scale": 0.17,
         "rotary_window_base": 97.0,
+        "rotary_scaling": "dynamic",
+        "rotary_scaling_factor": 3.0,
+        "rotary_original_context": 5,
         "feed_forward": "geglu",
         "embed_scale": 3.7,
         "attention_soft_cap": 1.3,
@@ -100,7 +109,7 @@ CHOICES = {
     },
     "bloom": {
         **{"positions": "alibi", "norm_bias": True, "mlp_bias": True, "attention_out_bias": True},
-        **{"embedding_norm": True},
+        **{"embedding_norm": True, "qk_norm": "each_head", "qk_norm_kind": "layernorm", "qk_norm_bias": True},
     },
     "olmo": {
         "norm_position": "output",
@@ -121,7 +130,7 @@ CHOICES = {
         **{"positions": "rotary", "rotary_scaling": "yarn", "rotary_scaling_factor": 4.0, "rotary_fraction": 0.8},
         **{"rotary_original_context": 29, "rotary_high_frequency_factor": 6.0, "rotary_magnitude": 1.3},
         **{"rotary_low_frequency_factor": 0.4, "window": 3, "window_pattern": (True, False)},
-        **{"rotary_window_base": 97.0},
+        **{"rotary_window_base": 97.0, "rotary_truncate": False},
     },
     "stretched": {
         "positions": "rotary",
@@ -176,6 +185,8 @@ def random_choices(rng):
             "logit_scale": rng.choice([1.0, 1.9]),
         }
         settings["window_pattern"] = rng.choice([(True,), (False, True)]) if settings["window"] else (True,)
+        num_pairs = int(SIZES["head_dim"] * settings["rotary_fraction"]) // 2
+        settings |= {"rotary_short_factors": (1.7,) * num_pairs, "rotary_long_factors": (3.1,) * num_pairs}
         if settings["positions"] != "rotary":
             settings |= {"rotary_scaling": "none", "rotary_fraction": 1.0, "rotary_pattern": (True,)}
         try:

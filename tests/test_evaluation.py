@@ -68,6 +68,29 @@ def test_with_a_start_the_first_token_is_predicted_too(model_and_params, num_tok
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("start", [[], [6, 2]])
+def test_padding_does_not_lengthen_a_text_that_is_turned_by_its_length(start):
+    """The last window has 3 tokens, within the original context; those before it have 5."""
+    settings = MODEL | {"positions": "rotary", "rotary_scaling": "longrope", "rotary_original_context": 3}
+    settings |= {"rotary_short_factors": (1.0, 1.3), "rotary_long_factors": (9.0, 40.0)}
+    model = fd.Decoder(fd.load_config(None, {f"model.{name}": value for name, value in settings.items()}).model)
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    tokens, losses = np.random.default_rng(2).integers(0, V, 6 if start else 9, np.int32), []
+    before, first = (start, 0) if start else (tokens[:1], 1)
+    while first < len(tokens):
+        targets = tokens[first : first + T - len(before) + 1]
+        inputs = np.concatenate([before, targets[:-1]]).astype(np.int32)
+        logits_TV = np.asarray(model.apply({"params": params}, inputs[None])[0], np.float64)
+        for logits_V, target in zip(logits_TV[len(before) - 1 :], targets, strict=True):
+            losses.append(math.log(np.exp(logits_V).sum()) - logits_V[target])
+        first += len(targets)
+        before = start or tokens[first - 1 : first]
+    result = evaluate(model, params, tokens, 100, batch_size=3, start=start)
+    assert result["num_tokens"] == len(losses)
+    assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
 def test_no_loss_is_asked_across_a_border(model_and_params):
     tokens = np.random.default_rng(0).integers(0, V, 2 * T + 1, np.int32)
     segments = np.asarray([[0, 0, 1, 1, 1], [1, 1, 1, 1, 4]], np.int32)

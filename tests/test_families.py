@@ -12,6 +12,7 @@ import pytest
 import flax_decoder as fd
 from flax_decoder.huggingface.families import FAMILIES
 from flax_decoder.huggingface.folder import write_folder
+from flax_decoder.nn.cache import empty_cache
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -230,7 +231,30 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_p
 YARN |= {"beta_fast": 3.0, "beta_slow": 0.4}
 SHAPES["llama"].append(SIZES | {"rope_parameters": YARN, "head_dim": 20})
 SHAPES["gpt_neox"].append(NEOX | {"rotary_pct": 0.67, "rope_scaling": YARN | {"attention_factor": 1.7}})
+# At the length of the logits they are stretched, at that of greedy text not yet: there `transformers` takes the longest
+# of a batch for the length of all.
+BORDER = 80
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 9.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.3], "long_factor": [1.5, 4.0]}
+SHAPES["llama"].append(SIZES | {"rope_parameters": DYNAMIC, "head_dim": 10, "max_position_embeddings": BORDER})
+SHAPES["gpt_neox"].append(NEOX | {"rotary_pct": 0.67, "rope_scaling": DYNAMIC, "max_position_embeddings": BORDER})
+SHAPES["phi3"].append(
+    SIZES
+    | {"rope_scaling": LONGROPE, "partial_rotary_factor": 0.67, "original_max_position_embeddings": BORDER}
+    | {"max_position_embeddings": 2 * CONTEXT}
+)
+FIRST_7 = {"original_max_position_embeddings": 7}
+QUERY_SCALING = {"llama_4_scaling_beta": 0.3}
+SHAPES["qwen3"].append(SIZES | {"rope_parameters": YARN | {"truncate": False}, "head_dim": 20})
 SHAPES |= {
+    "ministral3": [
+        SIZES  # the ledger reads texts of 19 tokens
+        | {"rope_parameters": YARN | QUERY_SCALING | {"mscale": 1.0, "mscale_all_dim": 1.0, **FIRST_7}, "head_dim": 20},
+        SIZES
+        | {"rope_parameters": LLAMA3 | QUERY_SCALING, "tie_word_embeddings": True, "head_dim": 10}
+        | {"sliding_window": WINDOW, "num_key_value_heads": 1},
+        SIZES | {"rope_parameters": YARN | QUERY_SCALING | {"truncate": False}, "hidden_act": "gelu", "head_dim": 20},
+    ],
     "olmo3": [
         SIZES
         | {"sliding_window": WINDOW, "layer_types": SLIDING_FIRST, "head_dim": 16}
@@ -288,6 +312,9 @@ SHAPES |= {
 FALCON = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "intermediate_size")}
 OPT = FALCON | {"ffn_dim": 37, "word_embed_proj_dim": 24}
 SHAPES["olmo"].append(SIZES | {"clip_qkv": 0.7, "attention_bias": True})
+SHAPES["phi"].append(SIZES | {"qk_layernorm": True, "partial_rotary_factor": 0.67})
+SHAPES["cohere"].append(SIZES | {"use_qk_norm": True, "logit_scale": 0.3})
+SHAPES["cohere"].append(SIZES | {"use_qk_norm": True, "num_key_value_heads": 1, "logit_scale": 1.0})
 SHAPES["mpt"].append(MPT | {"attn_config": {"clip_qkv": 0.6}})
 SHAPES |= {
     "exaone": [
@@ -315,7 +342,7 @@ SHAPES |= {
 NEW_TABLES = {"vaultgemma", "arcee", "seed_oss", "ministral", "nemotron", "stablelm", "gpt_neo", "mpt"}
 NEW_TABLES |= {"glm", "glm4", "ernie4_5", "helium", "smollm3", "exaone4"}
 NEW_TABLES |= {"jais2", "internlm3", "iquestcoder", "gptj", "hyperclovax", "cohere", "cohere2"}
-NEW_TABLES |= {"exaone", "codegen", "olmo3", "phi", "granite", "bloom", "hunyuan_v1_dense"}
+NEW_TABLES |= {"exaone", "codegen", "olmo3", "ministral3", "phi", "granite", "bloom", "hunyuan_v1_dense"}
 # One shape per family, not the same number for all; with --full, all.
 a_case_each = pytest.mark.parametrize(
     ("model_type", "number"),
@@ -402,6 +429,34 @@ def test_greedy_text_equals_transformers(model_type, number):
         rows = fd.generate(model, params, batch, NEW_TOKENS, temperature=0)
         for row, prompt, new_tokens in zip(rows, batch, expected[:, T:].numpy(), strict=True):
             np.testing.assert_array_equal(row, np.concatenate([prompt, new_tokens]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("length", [77, 79, 80, 81])
+@pytest.mark.parametrize(("model_type", "number"), [("llama", 5), ("gpt_neox", 4), ("phi3", 3)])
+@pytest.mark.filterwarnings("ignore:.*past_key_values")
+def test_a_text_crosses_the_original_context_as_with_transformers(model_type, number, length):
+    """Prefilled whole; in part, and then token by token; and by both libraries' own loops."""
+    model, params, _ = loaded(model_type, number)
+    tokens_BT = np.random.default_rng(3).integers(0, V, (1, CONTEXT)).astype(np.int32)
+    prompt_BT = tokens_BT[:, :length]
+    # Models of their own, as they keep the frequencies of longer texts.
+    expected_BT = torch_model.__wrapped__(model_type, number).generate(
+        torch.tensor(prompt_BT, dtype=torch.int64),
+        **{"attention_mask": torch.ones((1, length), dtype=torch.int64), "max_new_tokens": 20},
+        **{"do_sample": False, "pad_token_id": 0},
+    )
+    found_BT = fd.generate(model, params, prompt_BT, 20, temperature=0)
+    np.testing.assert_array_equal(found_BT, expected_BT.numpy())
+
+    theirs = torch_model.__wrapped__(model_type, number)
+    cache, their_cache = empty_cache(model.config, 1, CONTEXT), transformers.DynamicCache(config=theirs.config)
+    for start, end in [(0, length), *((t, t + 1) for t in range(length, CONTEXT))]:
+        logits_BTV, cache = model.apply({"params": params}, tokens_BT[:, start:end], cache=cache)
+        with torch.no_grad():
+            step_BT = torch.tensor(tokens_BT[:, start:end], dtype=torch.int64)
+            expected_BTV = theirs(step_BT, past_key_values=their_cache).logits.numpy()
+        np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=0, atol=2e-5 * np.abs(expected_BTV).max())
 
 
 @a_case_each

@@ -386,6 +386,41 @@ def test_a_prefix_changes_nothing_but_the_time(kind, num_prefix_tokens):
     np.testing.assert_allclose(longer.logits_BV, fd.prefill(model, params, batch[1]).logits_BV, atol=1e-4)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
+def test_where_turns_depend_on_the_length_a_text_is_as_if_it_were_alone(scaling):
+    """Beyond the original context, whatever stands beside it, behind it or was computed before."""
+    settings = {"context_length": 97, "rotary_scaling": scaling, "rotary_original_context": 40, "head_dim": 4}
+    settings |= (
+        {"rotary_short_factors": (1.0, 1.3), "rotary_long_factors": (3.0, 90.0)} if scaling == "longrope" else {}
+    )
+    model, params = make("rotary grouped", **settings)
+    texts = [prompts(1, length, seed=length)[0] for length in (37, 39, 40, 41, 70)]
+    alone = [fd.generate(model, params, text[None], 7, temperature=0.0)[0] for text in texts]
+    assert_equal_rows(fd.generate(model, params, texts, 7, temperature=0.0), alone)
+    for text, expected in zip(texts, alone, strict=True):
+        logits_1TV = np.asarray(model.apply({"params": params}, text[None]))
+        for length in (20, len(text) - 1):
+            prefix = fd.prefill(model, params, text[:length])
+            np.testing.assert_array_equal(
+                fd.generate(model, params, text[None], 7, temperature=0.0, prefix=prefix)[0], expected
+            )
+        np.testing.assert_allclose(fd.prefill(model, params, text).logits_BV[0], logits_1TV[0, -1], atol=1e-4)
+        if scaling == "longrope":  # its text is that of the model without a cache
+            whole = text
+            for _ in range(7):
+                logits_1TV = np.asarray(model.apply({"params": params}, whole[None]))
+                whole = np.append(whole, logits_1TV[0, -1].argmax())
+            np.testing.assert_array_equal(whole, expected)
+    others = [text[-1:] for text in texts]
+    scores, _ = fd.score(model, params, [text[:-1] for text in texts], others)
+    for text, found in zip(texts, scores, strict=True):
+        log_probs_TV = jax.nn.log_softmax(model.apply({"params": params}, text[None, :-1])[0])
+        np.testing.assert_allclose(found, log_probs_TV[-1, text[-1]], rtol=1e-4)
+    with pytest.raises(fd.UserError, match=f'rotary_original_context = 40; with rotary_scaling = "{scaling}"'):
+        fd.generate(model, params, texts[:1], 3, temperature=0.0, draft=fd.PromptLookup(4))
+
+
 def test_a_prefix_is_not_prefilled_again(monkeypatch):
     counts = record_prefill(monkeypatch)
     model, params = make("rotary grouped", context_length=200)

@@ -105,7 +105,8 @@ def test_float64_agrees_to_ten_digits_and_float32_to_what_is_promised(model_type
             name = observation.name
             kind = name.split()[-1 if name.startswith("step") else 0]
             # Unless they are rotated, key biases move all scores of a query alike: their gradient is zero.
-            tensors = [t for t in observation.tensors if not (t[0] or name).endswith(("key.bias", "key/bias"))]
+            biases = tuple(f"{module}{mark}bias" for module in ("key", "key_norm") for mark in "./")
+            tensors = [t for t in observation.tensors if not (t[0] or name).endswith(biases)]
             if tensors:
                 row = comparison.compare_float32(dataclasses.replace(observation, tensors=tensors))
                 worst[exact, kind] = max(worst.get((exact, kind), 0.0), row.relative)
@@ -281,6 +282,22 @@ FORWARD = {
     "linear scaling": ("llama-2", {"rotary_scaling": "none"}, Q_ROTATED, "positions count 3 times as much in ours"),
     "llama3 scaling": ("llama-1", {"rotary_scaling": "none"}, Q_ROTATED, "some wavelengths are stretched on one side"),
     "yarn": ("llama-4", {"rotary_magnitude": 1.0}, Q_ROTATED, "rotary magnitude: what ours turns is 0.8782"),
+    "dynamic": (
+        *("llama-5", {"rotary_original_context": 10}),
+        *(Q_ROTATED, "rotary base: ours 7,902.63, PyTorch's 500"),
+    ),
+    "longrope": (
+        *("phi3-3", {"rotary_original_context": 10}),
+        *(Q_ROTATED, "some wavelengths are stretched on one side"),
+    ),
+    "RMSNorm of queries": (
+        *("cohere-3", {"qk_norm_kind": "rmsnorm"}),
+        *(Q, "ours is RMSNorm, PyTorch's LayerNorm"),
+    ),
+    "scaling of queries": (
+        *("ministral3-0", {"rotary_query_scaling": 0.1}),
+        *(Q_ROTATED, "those at 7 are 0.885235 times PyTorch's"),
+    ),
     "rotary layout of weights": ("llama-0", edited(QUERY, reordered), Q, "are reordered, from adjacent pairs to pairs"),
     "scale of a norm": ("olmo-0", {"norm_epsilon": 1e-6}, "attention_norm", "norm: ours 1e-06, PyTorch's 1e-05"),
     "K and V swapped": ("gpt2-0", swapped("attention", "key", "value"), "attention.k", "keys and values are swapped"),

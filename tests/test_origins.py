@@ -18,7 +18,9 @@ MODELS = {
     **{name: SCORES[name] for name in ("grouped and rotary", "capped slopes")},
     "capped": {**SCORES["capped"], "attention_in_bias": True, "norm_bias": True, "mlp_bias": True},
     "clipped": {"qkv_clip": 0.3, "positions": "rotary", "attention_in_bias": True},
+    "own norms": {"qk_norm": "each_head", "qk_norm_kind": "layernorm", "qk_norm_bias": True, "num_kv_heads": 2},
     "unit heads": {"qk_norm": "head", "num_kv_heads": 2, "norm": "rmsnorm"},
+    "nothing learned": {"qk_norm": "all", "norm_scale": False, "qkv_clip": 0.3, "num_kv_heads": 2, "norm": "rmsnorm"},
     "not every layer turns": {"positions": "rotary", "rotary_pattern": (True, False)},
 }
 
@@ -64,11 +66,16 @@ def test_each_origin_is_what_it_gives_alone(name):
                 whole, own = whole + bias, own + bias * (origin == "bias")
                 if config.qkv_clip is not None:
                     own = own * np.minimum(1, config.qkv_clip / np.abs(whole))
+                    whole = whole.clip(-config.qkv_clip, config.qkv_clip)
                 if config.qk_norm != "none":
-                    flat = -1 if config.qk_norm == "head" else (-2, -1)
+                    flat = (-2, -1) if config.qk_norm == "all" else -1
+                    if config.qk_norm_kind == "layernorm":
+                        whole, own = (x - x.mean(flat, keepdims=True) for x in (whole, own))
                     size = np.sqrt((whole**2).mean(flat, keepdims=True) + config.norm_epsilon)
-                    scale = attention[f"{projection}_norm"]["scale"]
-                    own = own / size * (scale if config.qk_norm == "head" else scale.reshape(whole.shape[2:]))
+                    scale = attention[f"{projection}_norm"]["scale"] if config.norm_scale else np.ones(())
+                    own = own / size * (scale if config.qk_norm == "head" else np.resize(scale, whole.shape[2:]))
+                    if config.qk_norm_bias and origin == "bias":
+                        own = own + attention[f"{projection}_norm"]["bias"]
                 np.testing.assert_allclose(given_LBTONH[layer, :, :, number], own, atol=2e-5, err_msg=origin)
 
 

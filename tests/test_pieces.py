@@ -62,6 +62,21 @@ def of_heads(rng, width, heads, layers, **names):
     return {width: count * size, heads: count, layers: int(rng.integers(1, 4))} | names
 
 
+def longrope(rng):
+    """Random settings with a factor for each pair of a head, for texts beyond the original context and within it."""
+    drawn = sizes(rng, original_max_position_embeddings=int(rng.integers(5, 60)), max_position_embeddings=60)
+    pairs = drawn["hidden_size"] // drawn["num_attention_heads"] // 2
+    factors = {name: rng.uniform(1, 9, pairs).tolist() for name in ("short_factor", "long_factor")}
+    chosen = some(rng, attention_factor=(0.7, 1.4), factor=(3.0, 0.8))
+    return drawn | {"rope_scaling": {"rope_type": "longrope", "rope_theta": 100.0} | factors | chosen}
+
+
+def dynamic(rng):
+    """Random settings of a base that grows, for texts beyond the original context and within it."""
+    table = {"rope_type": "dynamic", "rope_theta": float(rng.uniform(20, 20_000)), "factor": float(rng.uniform(1, 9))}
+    return sizes(rng, rope_parameters=table, max_position_embeddings=int(rng.integers(5, 60)))
+
+
 ACTS = ("gelu", "relu", "gelu_new")
 BIASES = {"attention_bias": (True, False), "mlp_bias": (True, False)}
 NEW = ("default", "linear", "llama3", "yarn")
@@ -70,6 +85,8 @@ PIECES = {
     "relu squared": ("arcee", lambda r: sizes(r, rope_parameters=rope(r, *NEW)) | some(r, **BIASES)),
     "norm with an offset": ("nemotron", lambda r: sizes(r, partial_rotary_factor=1.0) | some(r, **BIASES)),
     "interleaved pairs": ("ernie4_5", lambda r: sizes(r, rope_parameters=rope(r, *NEW)) | some(r, use_bias=(True,))),
+    "longrope": ("phi3", longrope),
+    "dynamic": ("llama", dynamic),
     "part of a head": (
         "glm",
         lambda r: sizes(r, head_dim=8, partial_rotary_factor=(0.25, 0.5, 0.75, 1.0)[r.integers(4)]),
@@ -83,6 +100,26 @@ PIECES = {
         lambda r: sizes(r, sliding_window=int(r.integers(1, 20)), sliding_window_pattern=int(r.integers(2, 4))),
     ),
     "yarn": ("llama", lambda r: sizes(r, rope_parameters=rope(r, "yarn"), head_dim=(6, 16, 22)[r.integers(3)])),
+    "LayerNorm of queries": (
+        "phi",
+        lambda r: sizes(r, qk_layernorm=True, partial_rotary_factor=1.0, rope_parameters=rope(r, *NEW)),
+    ),
+    "LayerNorm of each head": (
+        "cohere",
+        lambda r: sizes(r, use_qk_norm=True, logit_scale=0.3, rope_parameters=rope(r, *NEW)) | some(r, **BIASES),
+    ),
+    "yarn of fractions": (
+        "llama",
+        lambda r: sizes(r, rope_parameters=rope(r, "yarn") | {"truncate": False}, head_dim=(6, 16, 22)[r.integers(3)]),
+    ),
+    "queries scaled by position": (
+        "ministral3",
+        lambda r: sizes(
+            r,
+            rope_parameters=rope(r, "yarn", "llama3") | {"llama_4_scaling_beta": float(r.uniform(0, 2))},
+            head_dim=(6, 16, 22)[r.integers(3)],
+        ),
+    ),
     "yarn in part": (
         "gpt_neox",
         lambda r: NEOX | {"rotary_pct": (0.34, 0.67, 1.0)[r.integers(3)], "rope_scaling": rope(r, "yarn")},
@@ -147,7 +184,7 @@ PIECES = {
 
 
 def test_every_piece_is_of_a_family():
-    assert {model_type for model_type, _ in PIECES.values()} <= FAMILIES.keys() and len(PIECES) == 22
+    assert {model_type for model_type, _ in PIECES.values()} <= FAMILIES.keys() and len(PIECES) == 28
 
 
 def logits_of_both(model_type, settings, seed):

@@ -7,6 +7,7 @@ import pytest
 import reference
 
 from flax_decoder.config import ModelConfig
+from flax_decoder.nn.call import Call
 from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotate, sinusoidal
 
 B, T, N, H = 2, 7, 3, 10
@@ -33,6 +34,12 @@ ROTARY_KINDS = {
     "llama3": LLAMA3,
     "llama3 partial": LLAMA3 | {"rotary_fraction": 0.6},
     "yarn": LLAMA3 | {"rotary_scaling": "yarn", "rotary_low_frequency_factor": 0.4},
+    "yarn of fractions": LLAMA3 | {"rotary_scaling": "yarn", "rotary_truncate": False},
+    "dynamic": {"rotary_scaling": "dynamic", "rotary_original_context": 50, "rotary_scaling_factor": 3.0},
+    "longrope": {
+        **{"rotary_scaling": "longrope", "rotary_original_context": 50, "rotary_fraction": 0.6},
+        **{"rotary_short_factors": (1.0, 1.3, 2.0), "rotary_long_factors": (1.5, 4.0, 9.0)},
+    },
     "interleaved": {"rotary_layout": "interleaved", "rotary_fraction": 0.6},
 }
 
@@ -43,6 +50,7 @@ def test_sinusoidal():
     np.testing.assert_allclose(waves_BTD, expected_BTD, atol=TOLERANCE)
 
 
+@pytest.mark.short(*(kind for kind in ROTARY_KINDS if kind not in ("llama3 partial", "base", "partial")))
 @pytest.mark.parametrize("kind", ROTARY_KINDS)
 def test_rotary(kind):
     config = dataclasses.replace(ROTARY, **ROTARY_KINDS[kind])
@@ -55,6 +63,25 @@ def test_rotary(kind):
     for b, t, n in np.ndindex(B, T, N):
         expected_H = reference.rotate(X_BTNH[b, t, n], POSITIONS_BT[b, t], expected, layout)
         np.testing.assert_allclose(turned_BTNH[b, t, n], expected_H, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_text_is_turned_by_its_own_length(kind):
+    """Not by that of its neighbours: in other rows, behind the end of a row, or in other documents of its row."""
+    config = dataclasses.replace(ROTARY, **ROTARY_KINDS[kind])
+    positions_BT, lengths = jnp.array([[46, 47, 48, 49], [52, 53, 54, 55]]), ([50], [56])
+
+    def expected(lengths_BT):
+        return [[[reference.rotary_frequencies(H, config, None, length)] for length in row] for row in lengths_BT]
+
+    frequencies = rotary_frequencies(config, call=Call(positions_BT))
+    np.testing.assert_allclose(frequencies, expected(lengths), rtol=1e-6)
+    frequencies = rotary_frequencies(config, call=Call(positions_BT, end_B=jnp.array([49, 53])))
+    np.testing.assert_allclose(frequencies, expected([[49], [53]]), rtol=1e-6)
+
+    positions_BT, segments_BT = jnp.array([[49, 0, 50, 3, 48]]), jnp.array([[-7, 4, -7, 4, 9]])
+    frequencies = rotary_frequencies(config, call=Call(positions_BT, segments_BT))
+    np.testing.assert_allclose(frequencies, expected([[51, 4, 51, 4, 49]]), rtol=1e-6)
 
 
 def test_llama3_keeps_short_waves_stretches_long_ones_and_blends_between():

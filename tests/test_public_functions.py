@@ -268,7 +268,8 @@ def test_params_of_another_model_are_refused_whatever_it_is_that_this_one_does_n
     others = [
         *({"norm_position": value} for value in ("pre", "post", "both", "output")),
         {"feed_forward": "swiglu", "qk_norm": "head", "tied_head": False, "head_bias": True, "final_norm": False},
-        {"positions": "rotary", "norm_bias": True, "embedding_norm": True},
+        {"positions": "rotary", "norm_bias": True, "embedding_norm": True, "norm_position": "both"},
+        {"qk_norm": "each_head", "qk_norm_kind": "layernorm", "qk_norm_bias": True},
         {"attention_in_bias": True, "attention_out_bias": True, "mlp_bias": True, "feed_forward": "geglu"},
     ]
     plain = {"norm_bias": False, "attention_in_bias": False, "attention_out_bias": False, "mlp_bias": False}

@@ -206,6 +206,13 @@ HUNYUAN = LLAMA31 | {"model_type": "hunyuan_v1_dense", "head_dim": 8, "attention
 HUNYUAN |= {"use_qk_norm": True, "norm_type": "rms", "use_cla": False, "cla_share_factor": 2, "rope_theta": 10000.0}
 HUNYUAN_ROPE = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "factor": 6.0}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2, 4.0, 9.0]}
+MINISTRAL3_ROPE = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 3.0, "llama_4_scaling_beta": 0.1}
+MINISTRAL3_ROPE |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+MINISTRAL3_ROPE |= {"original_max_position_embeddings": 16, "type": "yarn"}
+MINISTRAL3 = without(MISTRAL, "rope_theta") | {"model_type": "ministral3", "head_dim": 8, "sliding_window": None}
+MINISTRAL3 |= {"attention_dropout": 0.0, "rope_parameters": MINISTRAL3_ROPE}
 OLMO3 = OLMO2 | {"model_type": "olmo3", "sliding_window": 7, "rope_theta": 500000}
 INTERNLM3 = LLAMA2 | {
     "model_type": "internlm3",
@@ -413,6 +420,30 @@ OPENS = {
     "opt without the last norm": OPT | V4 | {"_remove_final_layer_norm": True, "enable_bias": False},
     "mpt-7b storywriter": MPT | V4 | {"attn_config": MPT_ATTENTION | {"clip_qkv": 1.0}},
     "olmo-7b": OLMO | V4 | {"clip_qkv": 0.9},
+    "phi-3-mini-128k": PHI3 | V4 | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 16},
+    "phi-3-medium-128k of su": PHI3
+    | {"rope_scaling": LONGROPE | {"type": "su", "original_max_position_embeddings": 16}}
+    | {"original_max_position_embeddings": 16},
+    "phi-4-mini": PHI3
+    | V4
+    | {"rope_scaling": {name: value[:3] if isinstance(value, list) else value for name, value in LONGROPE.items()}}
+    | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 16, "tie_word_embeddings": True},
+    "phi-3.5 of version 5": without(PHI3, "rope_scaling", "rope_theta")
+    | V5
+    | {"rope_parameters": LONGROPE | {"rope_theta": 500.0, "attention_factor": 1.19, "factor": 3.0}}
+    | {"original_max_position_embeddings": 16},
+    "llama with dynamic": LLAMA2
+    | V4
+    | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    "qwen with dynamic": QWEN2 | V4 | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16},
+    "internlm3 with dynamic": INTERNLM3 | V4 | {"rope_scaling": DYNAMIC, "max_position_embeddings": 16},
+    "qwen3 with yarn of fractions": QWEN3 | V4 | {"rope_scaling": YARN | {"truncate": False}},
+    "command-r-plus": COHERE | V4 | {"use_qk_norm": True},
+    "phi with normalised queries": PHI | V4 | {"qk_layernorm": True},
+    "ministral-3-8b": MINISTRAL3 | V5,
+    "ministral-3 with the context in its table": MINISTRAL3
+    | V5
+    | {"rope_parameters": MINISTRAL3_ROPE | {"max_position_embeddings": CONTEXT}, "tie_word_embeddings": True},
     "mpt with a scale": MPT | V4 | {"attn_config": {"softmax_scale": 0.3}},
 }
 # It holds a field that nobody knows.
@@ -423,9 +454,18 @@ NOT_IN_TRANSFORMERS = {"mistral with window 0"}
 REFUSED = {
     "llama-2-gptq": (LLAMA2 | {"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "quantised weights"),
     "qwen-mlx": (QWEN2 | {"quantization": {"group_size": 64, "bits": 4}}, "quantised weights"),
-    "yarn without whole numbers": (
-        QWEN2 | {"rope_scaling": YARN | {"truncate": False}},
-        "truncate = False must be true",
+    "yarn without whole numbers in one kind of layer": (
+        OLMO3 | {"rope_scaling": without(YARN, "type") | {"rope_type": "yarn", "truncate": False}},
+        "truncate = False must be true, the only way supported for this type",
+    ),
+    "yarn with a number for a switch": (QWEN2 | {"rope_scaling": YARN | {"truncate": 1}}, "must be true or false"),
+    "ministral-3 without its scaling": (
+        MINISTRAL3 | {"rope_parameters": without(MINISTRAL3_ROPE, "llama_4_scaling_beta")},
+        "llama_4_scaling_beta = None must be a number from 0 on",
+    ),
+    "llama with the scaling of ministral-3": (
+        LLAMA2 | {"rope_parameters": MINISTRAL3_ROPE},
+        "llama_4_scaling_beta = 0.1 is not known for rope_type = 'yarn'",
     ),
     "yarn of a word": (
         QWEN2 | {"rope_scaling": YARN | {"beta_fast": "x"}},
@@ -433,9 +473,14 @@ REFUSED = {
     ),
     "olmo3 with an old name": (OLMO3 | {"rope_scaling": YARN}, "rope_scaling.type = 'yarn' must be called rope_type"),
     "olmo3 with one table": (OLMO3 | {"rope_parameters": {"rope_theta": 5.0}}, "must hold full_attention"),
-    "phi-3 128k": (PHI3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type = 'longrope'"),
+    "phi-3 128k of one factor": (PHI3 | {"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "a list of 4 positive"),
+    "phi-3 128k of two contexts": (
+        PHI3 | {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 5}},
+        "original_max_position_embeddings = 5, but original_max_position_embeddings = 48",
+    ),
+    "gemma 3 with dynamic": (GEMMA3 | {"rope_scaling": DYNAMIC}, "rope_type = 'dynamic'"),
     "yarn-llama": (LLAMA2 | {"auto_map": {"AutoConfig": "configuration_llama.LlamaConfig"}}, "auto_map names Python"),
-    "llama with dynamic": (LLAMA2 | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+    "dynamic of a word": (LLAMA2 | {"rope_scaling": DYNAMIC | {"factor": "x"}}, "factor = 'x' must be a number"),
     "granite as llama": (LLAMA2 | {"logits_scaling": 8.0}, "logits_scaling = 8.0"),
     "llama with experts": (LLAMA2 | {"num_local_experts": 8}, "num_local_experts = 8"),
     "mixtral": (MISTRAL | {"model_type": "mixtral", "num_local_experts": 8}, "model_type = 'mixtral'"),
@@ -462,9 +507,8 @@ REFUSED = {
         "a list of 0 and 1, one for each of the 3",
     ),
     "smollm3 without a period": (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0"),
-    "command-r-plus": (COHERE | {"use_qk_norm": True}, "use_qk_norm = True"),
     "bloom with other residuals": (BLOOM | {"apply_residual_connection_post_layernorm": True}, "post_layernorm = True"),
-    "phi with normalised queries": (PHI | {"qk_layernorm": True}, "qk_layernorm = True"),
+    "command-r7b with normalised queries": (COHERE2 | {"use_qk_norm": True}, "use_qk_norm = True"),
     "gptj that rotates too much": (GPTJ | {"rotary_dim": 64}, "rotary_dim = 64 must be a whole number up to 8"),
     "hunyuan without alpha": (HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
     "granite that divides by zero": (GRANITE | {"logits_scaling": 0}, "logits_scaling = 0 must be a positive number"),
@@ -597,12 +641,18 @@ BARE = {d["model_type"]: d for d in (GPT2, LLAMA2, QWEN2, QWEN3, MISTRAL, NEOX, 
 BARE["gemma3_text"] = GEMMA3
 NEW = (VAULTGEMMA, ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, BIGCODE, GPT_NEO, MPT, GLM)
 NEW = (*NEW, GLM | {"model_type": "glm4"}, ERNIE, HELIUM, SMOLLM3, EXAONE4)
-NEW = (*NEW, EXAONE, CODEGEN, FALCON, without(OPT, "word_embed_proj_dim"))
+NEW = (*NEW, MINISTRAL3, EXAONE, CODEGEN, FALCON, without(OPT, "word_embed_proj_dim"))
 NEW = (*NEW, OLMO3, PHI, GPTJ, GRANITE, CLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO, JAIS2, INTERNLM3, IQUEST)
 BARE |= {document["model_type"]: document for document in NEW}
 # Fields that the family reads under names that are no settings of their own.
 OTHERS = {"rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers"}
-OTHERS |= {"rotary_dim", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
+OTHERS |= {
+    "original_max_position_embeddings",
+    "rotary_dim",
+    "layer_types",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+}
 OTHERS |= {"no_rope_layers", "no_rope_layer_interval", "attention_types", "attention_layers", "window_size"}
 
 

@@ -34,8 +34,11 @@ VALUES = {
     "rotary_scaling_factor": (8.0, 3.0),
     "rotary_low_frequency_factor": (1.0, 1.5),
     "rotary_high_frequency_factor": (4.0, 6.0),
-    "rotary_original_context": (8192, 24),
+    "rotary_original_context": (8192, 11),
+    "rotary_short_factors": ((), (1.3, 1.9)),
+    "rotary_long_factors": ((), (2.3, 4.9)),
     "rotary_magnitude": (1.0, 1.3),
+    "rotary_query_scaling": (0.0, 0.3),
     "embed_scale": (1.0, 3.7),
     "residual_scale": (1.0, 0.7),
     "qkv_clip": (None, 0.4),
@@ -117,7 +120,7 @@ def compare(settings, **options):
 
 
 def test_few_configs_have_every_value_of_every_setting_and_nearly_every_pair():
-    chosen = pairwise(60)
+    chosen = pairwise(64)
     for name, values in all_values().items():
         assert {repr(settings[name]) for settings in chosen} == set(map(repr, values)), name
     rng = np.random.default_rng(1)
@@ -125,9 +128,9 @@ def test_few_configs_have_every_value_of_every_setting_and_nearly_every_pair():
     assert len(possible - found) < 0.01 * len(possible)
 
 
-@pytest.mark.parametrize("number", [pytest.param(n, marks=() if n < 2 else pytest.mark.full) for n in range(60)])
+@pytest.mark.parametrize("number", [pytest.param(n, marks=() if n < 2 else pytest.mark.full) for n in range(64)])
 def test_the_twin_has_the_numbers_of_our_model(number):
-    settings = pairwise(60)[number]
+    settings = pairwise(64)[number]
     ledger = compare(settings, steps=3)
     assert ledger.holds, (settings, ledger.conclusion)
     assert {"logits", "loss", "gradient embedding", "step 3 params"} <= {row.name for row in ledger.rows}

@@ -116,7 +116,7 @@ def _norm(row: Mismatch, y: Array, x: Array | None = None) -> _Norm | None:
 
 def _last_axis(array: Array, scale: Array) -> Array:
     """(B, T, N, H) as (B, T, N * H) if one norm spans all heads."""
-    return array if array.shape[-1] == scale.size else array.reshape(*array.shape[:2], -1)
+    return array if array.shape[-1] == scale.shape[-1] else array.reshape(*array.shape[:2], -1)
 
 
 def _parallel(row: Mismatch, own: Array, other: Array) -> bool:
@@ -335,6 +335,15 @@ def _magnitude(row: Mismatch) -> Found:
     return factor is not None and not math.isclose(abs(factor), 1, rel_tol=TOLERANCE) and {"ratio": factor}
 
 
+def _growth(row: Mismatch) -> Found:
+    """Whether all that stands at a position is so many times PyTorch's, and at the first one equal."""
+    ratios = [factor_between(row.ours[:, t], row.theirs[:, t]) for t in range(row.ours.shape[1])]
+    if row.kind != "attention.q_rotated" or None in ratios or not math.isclose(ratios[0] or 0, 1, rel_tol=TOLERANCE):
+        return False
+    t = next((t for t, ratio in enumerate(ratios) if not math.isclose(ratio or 0, 1, rel_tol=TOLERANCE)), None)
+    return t is not None and {"position": t, "ratio": ratios[t]}
+
+
 def _opposite(row: Mismatch) -> bool:
     found = _angle_ratio(row)
     return isinstance(found, dict) and math.isclose(found["ratio"], -1, rel_tol=TOLERANCE)
@@ -530,6 +539,7 @@ FORWARD: tuple[tuple[str, Test, str], ...] = (
     (PROJECTION, _other_weights, OTHER),
     (ROTATED, _clipped, "{side} clips queries and keys to ± {limit:.4g}, the other side does not"),
     (ROTATED, one_side(_unturned), "rotary positions: {side} does not turn it, in this layer or in all"),
+    (ROTATED, _growth, "scaling of queries by position: those at {position} are {ratio:.6g} times PyTorch's"),
     (ROTATED, _magnitude, "rotary magnitude: what ours turns is {ratio:.6g} times PyTorch's"),
     (ROTATED, one_side(_no_rotation), "what {side} does to it is no rotation of pairs"),
     (ROTATED, rotation("layout"), "rotary layout: ours turns {ours.layout} pairs, PyTorch {theirs.layout} pairs"),

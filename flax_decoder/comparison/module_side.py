@@ -130,7 +130,7 @@ class ModuleSide(PyTorchSide):
             result = copy.deepcopy(model).double()
             self.inexact = _compute_again(result, self.config)
             return result
-        with _default_float64(), Lift():
+        with Lift():
             result = _made(self.make).double()
         exact_parameters = dict(result.named_parameters(remove_duplicate=False))
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -156,7 +156,7 @@ class ModuleSide(PyTorchSide):
 
     def _logits(self, tokens_BT: np.ndarray) -> torch.Tensor:
         self._batch_shape, self._layer = tokens_BT.shape, -1
-        with self.lift or contextlib.nullcontext(), _default_float64() if self.lift else contextlib.nullcontext():
+        with self.lift or contextlib.nullcontext():
             logits_BTV = call(self.model, torch.tensor(tokens_BT, dtype=torch.int64))
         return logits_BTV.cpu()
 
@@ -380,17 +380,6 @@ def _reported(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{what}:\n{type(error).__name__}: {' '.join(str(error).split()):.300}") from None
-
-
-@contextlib.contextmanager
-def _default_float64() -> Iterator[None]:
-    """Numbers that a module computes by itself, such as sinusoids, are float64."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def _load(module: torch.nn.Module, state: Mapping[str, Any]) -> None:

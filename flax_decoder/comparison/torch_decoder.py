@@ -148,10 +148,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(N * H, D, bias=config.attention_out_bias)
         self.dot_product = DotProductAttention(config, kind.window)
         if config.qk_norm != "none":
-            per_head = config.qk_norm == "head"
-            settings: Any = {"eps": config.norm_epsilon, "elementwise_affine": config.norm_scale}
-            self.query_norm = nn.RMSNorm(H if per_head else N * H, **settings)
-            self.key_norm = nn.RMSNorm(H if per_head else K * H, **settings)
+            self.query_norm, self.key_norm = make_qk_norm(config, N * H), make_qk_norm(config, K * H)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (B, T, D) to (B, T, D)."""
@@ -163,22 +160,41 @@ class SelfAttention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = (y.view(B, T, -1, self.config.head_width) for y in (q, k, v))
         before = self.config.qk_norm_position == "before"
-        if self.config.qk_norm == "head" and before:
+        if self.config.qk_norm in ("head", "each_head") and before:
             q, k = self.query_norm(q), self.key_norm(k)
         if self.config.positions == "rotary" and self.kind.rotates:
-            frequencies = rotary_frequencies(self.config, self.kind.window)
+            frequencies = rotary_frequencies(self.config, self.kind.window, T)
             q, k = (rotate(y, frequencies, self.config.rotary_layout) for y in (q, k))
             is_stretched = self.kind.window is None or self.config.rotary_window_base is None
-            if self.config.rotary_scaling == "yarn" and is_stretched:
+            if self.config.rotary_scaling in ("yarn", "longrope") and is_stretched:
                 factors = torch.ones(self.config.head_width, dtype=q.dtype)
                 factors[: 2 * len(frequencies)] = self.config.rotary_magnitude
                 q, k = q * factors, k * factors
-        if self.config.qk_norm == "head" and not before:
+        if self.config.qk_norm in ("head", "each_head") and not before:
             q, k = self.query_norm(q), self.key_norm(k)
         elif self.config.qk_norm == "all" and not before:
             q, k = self.query_norm(q.flatten(2)).view_as(q), self.key_norm(k.flatten(2)).view_as(k)
+        contexts = torch.arange(T).div(self.config.rotary_original_context, rounding_mode="floor").to(q.dtype)
+        q = q * (1 + self.config.rotary_query_scaling * torch.log1p(contexts))[:, None, None]
         heads, _ = self.dot_product(q, k, v)
         return self.out(heads.reshape(B, T, -1))
+
+
+class HeadNorm(nn.Module):
+    """A norm over the width of each head (B, T, N, H), with a scale and perhaps a shift (N, H) for each."""
+
+    def __init__(self, config: ModelConfig, num_heads: int) -> None:
+        super().__init__()
+        self.norm = F.rms_norm if config.qk_norm_kind == "rmsnorm" else F.layer_norm
+        self.epsilon, shape = config.norm_epsilon, (num_heads, config.head_width)
+        self.weight = nn.Parameter(torch.ones(shape)) if config.norm_scale else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if config.qk_norm_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (B, T, N, H) to (B, T, N, H)."""
+        x = self.norm(x, x.shape[-1:], eps=self.epsilon)
+        x = x if self.weight is None else x * self.weight
+        return x if self.bias is None else x + self.bias
 
 
 class DotProductAttention(nn.Module):
@@ -225,10 +241,21 @@ class FeedForward(nn.Module):
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm of a residual stream."""
+    return norm_of(config, config.norm, config.norm_bias, config.embed_dim)
+
+
+def make_qk_norm(config: ModelConfig, width: int) -> nn.Module:
+    """The norm of queries or keys, of this width in all heads."""
+    if config.qk_norm == "each_head":
+        return HeadNorm(config, width // config.head_width)
+    own = config.head_width if config.qk_norm == "head" else width
+    return norm_of(config, config.qk_norm_kind, config.qk_norm_bias, own)
+
+
+def norm_of(config: ModelConfig, kind: str, bias: bool, width: int) -> nn.Module:
+    """A norm over so many numbers."""
     settings: Any = {"eps": config.norm_epsilon, "elementwise_affine": config.norm_scale}
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.embed_dim, **settings)
-    return nn.LayerNorm(config.embed_dim, bias=config.norm_bias, **settings)
+    return nn.RMSNorm(width, **settings) if kind == "rmsnorm" else nn.LayerNorm(width, bias=bias, **settings)
 
 
 def sinusoidal(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -238,7 +265,7 @@ def sinusoidal(length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(length, width)
 
 
-def rotary_frequencies(config: ModelConfig, window: int | None) -> torch.Tensor:
+def rotary_frequencies(config: ModelConfig, window: int | None, length: int) -> torch.Tensor:
     """Radians per position of each rotated pair (Su et al. 2021), stretched as the config says."""
     width = int(config.head_width * config.rotary_fraction)
     exponents = -torch.arange(0, width, 2, dtype=torch.float64) / width
@@ -259,9 +286,19 @@ def rotary_frequencies(config: ModelConfig, window: int | None) -> torch.Tensor:
             / (2 * math.log(config.rotary_base))
             for turns in (config.rotary_high_frequency_factor, config.rotary_low_frequency_factor)
         )
-        low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+        if config.rotary_truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
         ramp = (torch.arange(width // 2, dtype=torch.float64) - low) / (high - low if high != low else 0.001)
         return torch.lerp(frequencies, stretched, ramp.clamp(0, 1))
+    original = config.rotary_original_context
+    if config.rotary_scaling == "longrope":
+        factors = config.rotary_long_factors if length > original else config.rotary_short_factors
+        return frequencies / torch.tensor(factors, dtype=torch.float64)
+    if config.rotary_scaling == "dynamic" and length > original:
+        growth = config.rotary_scaling_factor * (length / original - 1) + 1
+        base: float = config.rotary_base * growth ** (width / (width - 2))
+        return base**exponents
     return frequencies
 
 

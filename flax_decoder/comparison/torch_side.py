@@ -138,10 +138,9 @@ class PyTorchSide:
     def backward(self, batch: Mapping[str, np.ndarray]) -> None:
         """Computes the loss of a batch and its gradients."""
         self.optimizer.zero_grad()
-        with self.lift or contextlib.nullcontext():
-            logits_BTV = self._logits(batch["inputs"])
-            targets = torch.tensor(batch["targets"], dtype=torch.int64).reshape(-1)
-            loss = torch.nn.functional.cross_entropy(logits_BTV.reshape(len(targets), -1), targets)
+        logits_BTV = self._logits(batch["inputs"])
+        targets = torch.tensor(batch["targets"], dtype=torch.int64).reshape(-1)
+        loss = torch.nn.functional.cross_entropy(logits_BTV.reshape(len(targets), -1), targets)
         loss.backward()
         self.loss = float(loss.detach())
         norms = [parameter.grad.norm() for parameter in self.distinct if parameter.grad is not None]
@@ -261,7 +260,8 @@ class PyTorchSide:
         rule, prefix = place.rule, "" if place.layer is None else f"layers.{place.layer}."
         names = [prefix + path.removeprefix("layers/").rpartition("/")[0].replace("/", ".") for path in rule.paths]
 
-        limit: Any = self.config.qkv_clip  # what comes after the module is not seen otherwise
+        limit: Any = self.config.qkv_clip  # what comes after the module is not seen otherwise, but for a norm
+        clipped = ("value",) if self.config.normalises_before else ("query", "key", "value")
 
         def hook(module: Any, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             output, *args = (  # OPT's feed-forward has positions of all texts in one axis
@@ -273,7 +273,7 @@ class PyTorchSide:
                 B, T = args[0].shape[:2]
                 recorded[prefix + "attention.heads"] = args[0].reshape(B, T, -1, self.config.head_width)
             for name, part in zip(names, self._split_output(rule, output), strict=True):
-                is_clipped = limit is not None and name.endswith(("query", "key", "value"))
+                is_clipped = limit is not None and name.endswith(clipped)
                 recorded[name] = part.clamp(-limit, limit) if is_clipped else part
 
         return hook
@@ -366,7 +366,7 @@ class _SoftmaxInput(TorchFunctionMode):
 
 
 class Lift(TorchFunctionMode):
-    """Keeps a float64 model in float64: when its code asks for float32, it gets float64."""
+    """Keeps a float64 model in float64: when its code asks for float32, or makes numbers, it gets float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,10 +378,13 @@ class Lift(TorchFunctionMode):
             module_hooks.register_module_forward_pre_hook(lambda module, _: self._modules.append(module)),
             module_hooks.register_module_forward_hook(self._leave, always_call=True),
         ]
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        torch.set_default_dtype(self._default)
         for handle in self._handles:
             handle.remove()
         self._modules.clear()
@@ -409,13 +412,8 @@ class Lift(TorchFunctionMode):
 def _in_float64(model: Any) -> Any:
     """A copy in float64. Buffers that the model computed in float32, such as rotary frequencies, are computed again."""
     result = copy.deepcopy(model).double()
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Lift():
-            fresh = type(model)(copy.deepcopy(model.config))
-    finally:
-        torch.set_default_dtype(default)
+    with Lift():
+        fresh = type(model)(copy.deepcopy(model.config))
     buffers = dict(fresh.named_buffers())
     for name, buffer in result.named_buffers():
         exact = buffers.get(name)

@@ -75,8 +75,11 @@ def score_batches(
         for row, index in enumerate(rows):
             tokens_BT[row, : len(texts[index])] = texts[index]
         # Padding comes after the text, where nothing that counts can see it.
-        all_log_probs_BT, is_likeliest_BT = jax.device_get(_log_probs(model, params, tokens_BT))
         ends = [len(texts[index]) - 1 for index in rows]
+        segments_BT = None
+        if config.rotates_by_length:  # and there it must not lengthen the text
+            segments_BT = (np.arange(T)[None] >= np.resize(ends, batch_size)[:, None]).astype(np.int32)
+        all_log_probs_BT, is_likeliest_BT = jax.device_get(_log_probs(model, params, tokens_BT, segments_BT))
         scored = [(row, slice(end - len(afters[rows[row]]), end)) for row, end in enumerate(ends)]
         log_probs = np.array([all_log_probs_BT[one].sum(dtype=np.float64) for one in scored])
         yield rows, log_probs, np.array([is_likeliest_BT[one].all() for one in scored])
@@ -96,10 +99,12 @@ def _batches(lengths: list[int], max_length: int, vocab_size: int) -> Iterator[t
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _log_probs(model: Decoder, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _log_probs(
+    model: Decoder, params: Any, tokens_BT: jax.Array, segments_BT: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The log-probability of each token but the first, and whether it is the likeliest, both (B, T - 1)."""
     targets_BT = tokens_BT[:, 1:]
-    logits_BTV: Any = model.apply({"params": params}, tokens_BT[:, :-1])
+    logits_BTV: Any = model.apply({"params": params}, tokens_BT[:, :-1], segments_BT=segments_BT)
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(accumulation_dtype(logits_BTV.dtype)))
     log_probs_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
     return log_probs_BT, logits_BTV.argmax(axis=-1) == targets_BT

@@ -203,11 +203,16 @@ def cache_shapes(config: ModelConfig, num_rows: int, capacity: int, rollback_slo
 def prefill_rows(
     model: Decoder, params: Any, cache: KVCache, logits_BV: jax.Array, prompts: Sequence[np.ndarray]
 ) -> tuple[KVCache, jax.Array]:
-    """Appends prompts to the cache chunk by chunk; further rows of the cache are padding."""
+    """Appends prompts to the cache chunk by chunk; further rows of the cache are padding.
+
+    Where the turn of a token depends on the length of its text, there is one chunk.
+    """
     B, longest, start = logits_BV.shape[0], max(map(len, prompts)), 0
     while start < longest:
         T = SHORT_PREFILL_TOKENS if B > 1 or longest - start <= SHORT_PREFILL_TOKENS else PREFILL_TOKENS
         T = min(T, model.config.context_length)
+        if model.config.rotates_by_length:
+            T = max(T, 1 << (longest - 1).bit_length())  # a power of two, so that few lengths are ever compiled
         tokens_BT, num_tokens_B = np.zeros((B, T), np.int32), np.zeros(B, np.int32)
         for row, prompt in enumerate(prompts):
             chunk = prompt[start : start + T]

@@ -19,6 +19,7 @@ from flax_decoder.nn.arguments import check_key
 from flax_decoder.nn.cache import KVCache
 from flax_decoder.nn.decoder import Decoder
 from flax_decoder.nn.params import unstack_layers
+from flax_decoder.nn.positions import turns_alike
 
 # Streamed chunks take this long: too short to be seen, and long enough that handing them over costs little.
 STREAM_SECONDS = 0.03
@@ -113,7 +114,10 @@ class _Request:
 
 
 def _stream_plain(request: _Request, num_top: int | None, min_chunk_tokens: int) -> Iterator[steps.TokenChunk]:
-    """One token per pass; a full context that cannot roll is prefilled again from its last half."""
+    """One token per pass; a full context that cannot roll is prefilled again from its last half.
+
+    A text that outgrows the original context of `longrope` is prefilled again, as its keys are turned anew.
+    """
     model, params, texts = request.model, unstack_layers(request.params), request.texts
     config, context = model.config, model.config.context_length
     num_rows, B = len(texts), steps.batch_capacity(len(texts))
@@ -139,6 +143,9 @@ def _stream_plain(request: _Request, num_top: int | None, min_chunk_tokens: int)
             # A full context still gives the logits of one more token, which cannot be appended.
             longest = max(len(text) - start for text, start in zip(texts, starts, strict=True))
             num_tokens = min(num_tokens, context + 1 - longest)
+        elif config.rotates_by_length and config.rotary_scaling == "longrope":
+            border = config.rotary_original_context + 1
+            num_tokens = min([num_tokens, *(border - len(text) for text in texts if len(text) < border)])
         windows = [text[start:] for start, text in zip(starts, texts, strict=True)]
         # At first the samples of a prompt are equal, so one of them is prefilled.
         num_samples = request.num_samples if num_done == 0 else 1
@@ -255,6 +262,13 @@ def _check_draft(request: _Request, draft: PromptLookup | Draft) -> None:
                 f"prompt and new tokens, {request.max_length}, are more than context_length = {config.context_length}; "
                 f"with {config.positions} positions a draft is possible within the context only"
             )
+        longest = request.max_length + draft.num_tokens  # the last pass may draft more than is wanted
+        if not turns_alike(config, longest, 1):
+            raise UserError(
+                f"prompt, new and drafted tokens, {longest}, are more than rotary_original_context = "
+                f'{config.rotary_original_context}; with rotary_scaling = "{config.rotary_scaling}" a draft is '
+                "possible within it only"
+            )
         if config.vocab_size != model.config.vocab_size:
             raise UserError(
                 f"the draft model has vocab_size = {config.vocab_size}, the model {model.config.vocab_size}; "
@@ -276,7 +290,7 @@ def prefill_prompts(
     What the prompts share with the prefix is copied from it.
     """
     num_rows = steps.batch_capacity(len(prompts))
-    shared = 0 if prefix is None else _shared_length(prefix, prompts)
+    shared = 0 if prefix is None else _shared_length(model.config, prefix, prompts)
     if prefix is None or shared == 0:
         start = steps.empty_prefill(model, num_rows, capacity, rollback_slots)
     else:
@@ -292,10 +306,12 @@ def prefill_prompts(
     return steps.copy_rows(model.config, *prefilled, rows, np.int32(np.iinfo(np.int32).max), capacity, rollback_slots)
 
 
-def _shared_length(prefix: Prefix, prompts: Sequence[np.ndarray]) -> int:
+def _shared_length(config: ModelConfig, prefix: Prefix, prompts: Sequence[np.ndarray]) -> int:
     """How many tokens of the prefix all prompts begin with and can be copied from it."""
     length = len(prefix.tokens)
     for prompt in prompts:
+        if not turns_alike(config, len(prefix.tokens), len(prompt)):
+            return 0
         length = min(length, len(prompt))
         length = int(np.argmin(np.append(prompt[:length] == prefix.tokens[:length], False)))
     if length == len(prefix.tokens):

@@ -76,6 +76,8 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     unused = {name for name in values if not is_used(config, name)}
     if config.positions != "rotary":
         unused |= {name for name in values if name.startswith("rotary_")}
+    if config.rotary_scaling == "dynamic":
+        unused |= {"context_length"}  # what is written is the original context
     if config.rotary_scaling == "none":
         values["rotary_window_base"] = config.rotary_window_base or config.rotary_base
     if values["window"] == 0:

@@ -87,6 +87,8 @@ def write_settings(config: ModelConfig, family: Family) -> dict[str, Any]:
     """
     explicit = dataclasses.replace(
         config,
+        # Which dynamic scaling counts from.
+        context_length=config.rotary_original_context if config.rotary_scaling == "dynamic" else config.context_length,
         num_kv_heads=config.kv_heads,
         head_dim=config.head_width,
         mlp_dim=config.mlp_width,

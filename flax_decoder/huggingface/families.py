@@ -44,10 +44,14 @@ from flax_decoder.huggingface.pieces import (
     layer_norms,
     negated,
     num_layers,
+    qk_norm,
     size,
     switch,
     with_defaults,
 )
+
+# Without "dynamic", which means something else there, or would count in some layers only.
+STATIC_TYPES = ("default", "linear", "llama3", "yarn")
 
 # --- The families, in the order in which `choose_family` prefers them ---
 
@@ -156,9 +160,8 @@ PHI3 = Family(
         *ATTENTION_OUT,
         *GATE_UP_MATRICES,
     ),
-    rotary=Rotary(fraction="partial_rotary_factor", types=("default",)),
+    rotary=Rotary(fraction="partial_rotary_factor", types=("default", "longrope"), original_context=4096),
     windows=Windows("all"),
-    ignored=frozenset({"original_max_position_embeddings"}),  # only longrope reads it, which is refused
 )
 
 STARCODER2 = Family(
@@ -235,7 +238,7 @@ GEMMA3 = replace(
         Setting("final_logit_softcapping", ("logit_soft_cap",), None),
     ),
     rules=(*ends(1.0), *layer_norms(BOTH_NORMS, 1.0), *layer_norms(QK_NORMS, 1.0), *MATRICES),
-    rotary=Rotary(default_base=1_000_000.0, window_base="rope_local_base_freq"),
+    rotary=Rotary(default_base=1_000_000.0, types=STATIC_TYPES, window_base="rope_local_base_freq"),
     windows=Windows("periodic", default=4096, period=6),
     supported={"attn_logit_softcapping": (None,), "use_bidirectional_attention": (None, False)},
     ignored=frozenset({"hidden_act"}),
@@ -280,6 +283,17 @@ SEED_OSS = Family(
 
 MINISTRAL = replace(
     MISTRAL, model_type="ministral", architecture="MinistralForCausalLM", windows=Windows("typed", default=4096)
+)
+
+MINISTRAL3 = replace(
+    MISTRAL,
+    model_type="ministral3",
+    architecture="Ministral3ForCausalLM",
+    settings=with_defaults(
+        LLAMA_SETTINGS, num_key_value_heads=REQUIRED, head_dim=128, max_position_embeddings=262_144, rms_norm_eps=1e-5
+    ),
+    rotary=Rotary(types=("yarn", "llama3"), scales_queries=True),
+    windows=Windows("all"),
 )
 
 NEMOTRON = Family(
@@ -560,7 +574,7 @@ OLMO3 = replace(
     OLMO2,
     model_type="olmo3",
     architecture="Olmo3ForCausalLM",
-    rotary=Rotary(default_base=500_000.0, default_window_base=500_000.0, by_kind=True),
+    rotary=Rotary(default_base=500_000.0, types=STATIC_TYPES, default_window_base=500_000.0, by_kind=True),
     windows=Windows("periodic", default=4096, period=4),
 )
 
@@ -569,6 +583,7 @@ PHI = Family(
     "PhiForCausalLM",
     constants={
         **{"positions": "rotary", "parallel_residual": True, "shared_norm": True, "head_bias": True},
+        **{"qk_norm_kind": "layernorm", "qk_norm_bias": True},
         **dict.fromkeys(BIASES, True),
     },
     settings=(
@@ -577,11 +592,13 @@ PHI = Family(
         size("head_dim", "head_dim", None),
         Setting("layer_norm_eps", ("norm_epsilon",), 1e-5),
         activation("hidden_act", PLAIN, "gelu_new"),
+        qk_norm("qk_layernorm", "head"),
     ),
     rules=(
         Rule("embed_tokens.weight", ("embedding",)),
         *norm_rules("final_layernorm", "final_norm"),
         *layer_norms({"attention_norm": "input_layernorm"}),
+        *layer_norms({"attention/query_norm": "self_attn.q_layernorm", "attention/key_norm": "self_attn.k_layernorm"}),
         *linear_rules("layers.{}.self_attn.q_proj", "attention/query"),
         *linear_rules("layers.{}.self_attn.k_proj", "attention/key"),
         *linear_rules("layers.{}.self_attn.v_proj", "attention/value"),
@@ -666,7 +683,7 @@ COHERE = Family(
     "CohereForCausalLM",
     constants={
         **{"positions": "rotary", "rotary_layout": "interleaved", "norm": "layernorm"},
-        **{"parallel_residual": True, "shared_norm": True},
+        **{"parallel_residual": True, "shared_norm": True, "qk_norm_kind": "layernorm"},
     },
     settings=(
         *with_defaults(GROUPED_SIZES, max_position_embeddings=8192),
@@ -674,8 +691,9 @@ COHERE = Family(
         activation("hidden_act", GATED, "silu"),
         ATTENTION_BIAS,
         Setting("logit_scale", ("logit_scale",), 0.0625),
+        qk_norm("use_qk_norm", "each_head"),
     ),
-    rules=(*ends(), *layer_norms({"attention_norm": "input_layernorm"}), *MATRICES),
+    rules=(*ends(), *layer_norms({"attention_norm": "input_layernorm"}), *layer_norms(QK_NORMS), *MATRICES),
     tied=True,
     rotary=Rotary(default_base=500_000.0),
     divides_width=True,
@@ -685,6 +703,7 @@ COHERE2 = replace(
     COHERE,
     model_type="cohere2",
     architecture="Cohere2ForCausalLM",
+    settings=tuple(setting for setting in COHERE.settings if setting.name != "use_qk_norm"),
     rotary=Rotary(layers="windowed"),
     windows=Windows("periodic", default=4096, period=4),
     supported={
@@ -745,7 +764,7 @@ HUNYUAN = Family(
             {"attention/query_norm": "self_attn.query_layernorm", "attention/key_norm": "self_attn.key_layernorm"}
         ),
     ),
-    rotary=Rotary(has_alpha=True),
+    rotary=Rotary(types=STATIC_TYPES, has_alpha=True),
     supported={
         "norm_type": ("rms",),
         "use_cla": (False,),
@@ -882,7 +901,7 @@ OPT = Family(
 
 _ALL = (
     *(GPT2, LLAMA, QWEN2, MISTRAL, QWEN3, GPT_NEOX, PHI3, STARCODER2, OLMO2, GEMMA, GEMMA2, GEMMA3, VAULTGEMMA),
-    *(ARCEE, SEED_OSS, MINISTRAL, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
+    *(ARCEE, SEED_OSS, MINISTRAL, MINISTRAL3, NEMOTRON, STABLELM, GPT_BIGCODE, GPT_NEO, MPT),
     *(GLM, GLM4, ERNIE4_5, HELIUM, SMOLLM3, EXAONE4),
     *(JAIS2, INTERNLM3, IQUESTCODER, OLMO, PHI, GPTJ, GRANITE, HYPERCLOVAX, COHERE, COHERE2, BLOOM, HUNYUAN, OLMO3),
     *(EXAONE, CODEGEN, FALCON, OPT),

@@ -43,10 +43,12 @@ class Rotary:
         width: the family gives how many numbers of a head are rotated, by this name, and nothing else.
         default_width: its default.
         types: values of `rope_type` that transformers supports for the family.
+        original_context: original_max_position_embeddings stands beside the rotary settings, with this default.
         window_base: name of the base in layers with a window; None if all layers share one.
         default_window_base: its default.
         by_kind: instead, version 5 has a table for layers with a window and one for those without; in older files the
             base in layers with a window is the default.
+        scales_queries: the table must also hold `llama_4_scaling_beta`, by which queries grow with their position.
         has_alpha: rope_type "dynamic" with a number `alpha` multiplies the base by alpha^(H / (H - 2)).
         layers: which layers rotate: "all"; those that are 1 in `no_rope_layers`, without it all but every
             `no_rope_layer_interval`-th ("listed"); or, if any has a window, those ("windowed").
@@ -58,10 +60,12 @@ class Rotary:
     default_fraction: float = 1.0
     width: str | None = None
     default_width: int = 64
-    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
+    original_context: int | None = None
     window_base: str | None = None
     default_window_base: float = 10_000.0
     by_kind: bool = False
+    scales_queries: bool = False
     has_alpha: bool = False
     layers: Literal["all", "listed", "windowed"] = "all"
 

@@ -76,6 +76,19 @@ MULTI_QUERY = Setting(
     read=lambda value: 1 if switch(value) else None,
     write=lambda kv_heads: kv_heads == 1,
 )
+
+
+def qk_norm(name: str, kind: str) -> Setting:
+    """The switch of a norm of queries and keys, of this kind."""
+    return Setting(
+        name,
+        ("qk_norm",),
+        False,
+        read=lambda value: kind if switch(value) else "none",
+        write=lambda found: found != "none",
+    )
+
+
 GPT2_SETTINGS = (
     size("vocab_size", "vocab_size"),
     size("n_embd", "embed_dim", also=("hidden_size",)),

@@ -24,8 +24,18 @@ _TYPES: dict[str, dict[str, str]] = {
         "beta_slow": "rotary_low_frequency_factor",
         "beta_fast": "rotary_high_frequency_factor",
         "attention_factor": "rotary_magnitude",
+        "truncate": "rotary_truncate",
+    },
+    "dynamic": _LINEAR,
+    "longrope": {
+        "original_max_position_embeddings": "rotary_original_context",
+        "short_factor": "rotary_short_factors",
+        "long_factor": "rotary_long_factors",
+        "attention_factor": "rotary_magnitude",
     },
 }
+_FIRST_CONTEXT = "original_max_position_embeddings"
+_QUERY_SCALING = "llama_4_scaling_beta"
 # What stands beside a number alpha, and is not read.
 _BESIDE_ALPHA = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _GPT_NEO_TYPES = ["global", "local"]  # without a window, with one
@@ -42,9 +52,12 @@ def read_rotary(
     Args:
         rest: the fields of config.json that are not read yet.
         rotary: their names.
-        context_length: the default of llama3's original context.
+        context_length: the default of the original context.
         head_width: width of a head.
         source: how error messages begin.
+
+    Returns:
+        Settings of our model; with dynamic scaling among them the context length, which is longer by the factor.
 
     Raises:
         UserError: a setting is missing, unknown, or has two values.
@@ -69,6 +82,10 @@ def read_rotary(
             raise UserError(f"{source}: rope_parameters: layers with a window support rope_theta only")
     given += [(f"rope_scaling.{name}", name, value) for name, value in scaling.items()]
     given += [(f"rope_parameters.{name}", name, value) for name, value in new.items()]
+    if rotary.original_context is not None:
+        kind = new.get("rope_type") or scaling.get("rope_type") or "default"
+        original = rest.pop(_FIRST_CONTEXT, rotary.original_context)
+        given += [(_FIRST_CONTEXT, _FIRST_CONTEXT, original)] if kind != "default" else []  # else nothing reads it
     rope = _merged(given, source)
     # transformers 4.57 also writes the common names of what a family calls otherwise, but reads only the family's.
     for name, default in (("rope_theta", rotary.default_base), ("partial_rotary_factor", rotary.default_fraction)):
@@ -87,7 +104,8 @@ def read_rotary(
             raise UserError(f"{source}: alpha = {shown(alpha)} must be a number from 1 on")
         values["rotary_base"] *= alpha ** (head_width / (head_width - 2))
         rope = {name: value for name, value in rope.items() if name not in (*_BESIDE_ALPHA, "rope_type")}
-    return values | _read_scaling(rope, rotary.types, context_length, source)
+    rotated = int(head_width * fraction) if type(fraction) in (int, float) else 0
+    return values | _read_scaling(rope, rotary, context_length, rotated, source)
 
 
 def _read_width(rest: dict[str, Any], name: str, default: int, head_width: int, source: str) -> dict[str, Any]:
@@ -131,36 +149,55 @@ def _merged(given: list[tuple[str, str, Any]], source: str) -> dict[str, Any]:
     return merged
 
 
-def _read_scaling(rope: dict[str, Any], types: tuple[str, ...], context_length: int, source: str) -> dict[str, Any]:
+def _read_scaling(
+    rope: dict[str, Any], rotary: Rotary, context_length: int, rotated: int, source: str
+) -> dict[str, Any]:
     """Reads how wavelengths are stretched from what is left of the rotary settings."""
-    kind = rope.pop("rope_type", "default")
+    kind, types = rope.pop("rope_type", "default"), rotary.types
+    kind = "longrope" if kind == "su" and "longrope" in types else kind  # its first name
     if kind not in types:
         raise UserError(f"{source}: rope_type = {shown(kind)} is not supported for this type, only {', '.join(types)}")
-    if kind in ("llama3", "yarn") and rope.get("original_max_position_embeddings") is None:
-        rope["original_max_position_embeddings"] = context_length
-    if kind == "yarn":
-        rope = _whole_yarn(rope, context_length, source)
     values: dict[str, Any] = {"rotary_scaling": "none" if kind == "default" else kind}
+    if rotary.scales_queries:
+        rope.pop("max_position_embeddings", None)  # nothing reads it there
+        growth = values["rotary_query_scaling"] = rope.pop(_QUERY_SCALING, None)
+        if type(growth) not in (int, float) or growth < 0:
+            raise UserError(f"{source}: {_QUERY_SCALING} = {shown(growth)} must be a number from 0 on")
+    if kind in ("llama3", "yarn", "longrope") and rope.get(_FIRST_CONTEXT) is None:
+        rope[_FIRST_CONTEXT] = context_length
+    if kind == "yarn":
+        # transformers looks for `truncate` in a table for all layers.
+        rope = _whole_yarn(rope, context_length, source, must_truncate=rotary.by_kind or rotary.window_base is not None)
+    elif kind == "longrope":
+        rope = _whole_longrope(rope, context_length, rotated, source)
     for name in _TYPES[kind]:
         if name not in rope:
             raise UserError(f"{source}: {name} is missing; rope_type = {shown(kind)} needs it")
         values[_TYPES[kind][name]] = rope.pop(name)
+    if kind == "dynamic":
+        factor = values["rotary_scaling_factor"]
+        if type(factor) not in (int, float) or not 1 <= factor <= 1e6:
+            raise UserError(f"{source}: factor = {shown(factor)} must be a number from 1 to a million")
+        # max_position_embeddings is the original context; texts may be longer by the factor.
+        values |= {"rotary_original_context": context_length, "context_length": int(context_length * factor)}
     if rope:
         name, value = next(iter(rope.items()))
         raise UserError(f"{source}: {name} = {shown(value)} is not known for rope_type = {shown(kind)}")
     return values
 
 
-def _whole_yarn(rope: dict[str, Any], context_length: int, source: str) -> dict[str, Any]:
+def _whole_yarn(rope: dict[str, Any], context_length: int, source: str, *, must_truncate: bool) -> dict[str, Any]:
     """YaRN's settings with the defaults of transformers filled in."""
+    rope = {name: value for name, value in rope.items() if value is not None}
+    truncates = rope.pop("truncate", True)
+    if type(truncates) is not bool or (must_truncate and not truncates):
+        wanted = "true, the only way supported for this type" if must_truncate else "true or false"
+        raise UserError(f"{source}: truncate = {shown(truncates)} must be {wanted}")
     for name, value in rope.items():
-        is_switch = name == "truncate"
-        if value is not None and (type(value) not in (int, float) or value <= 0) and not (is_switch and value is True):
-            wanted = "true, the only way supported" if is_switch else "a positive number"
-            raise UserError(f"{source}: {name} = {shown(value)} must be {wanted}")
-    rope = {name: value for name, value in rope.items() if value is not None and name != "truncate"}
+        if type(value) not in (int, float) or value <= 0:
+            raise UserError(f"{source}: {name} = {shown(value)} must be a positive number")
     factor = rope.setdefault("factor", context_length / rope["original_max_position_embeddings"])
-    rope = {"beta_fast": 32.0, "beta_slow": 1.0} | rope
+    rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": truncates} | rope
 
     def magnitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
@@ -168,6 +205,24 @@ def _whole_yarn(rope: dict[str, Any], context_length: int, source: str) -> dict[
     scales = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
     inferred = magnitude(1) if None in scales else magnitude(scales[0]) / magnitude(scales[1])
     return {"attention_factor": inferred} | rope
+
+
+def _whole_longrope(rope: dict[str, Any], context_length: int, rotated: int, source: str) -> dict[str, Any]:
+    """LongRoPE's settings with the defaults of transformers filled in."""
+    rope = {name: value for name, value in rope.items() if value is not None}
+    for name in ("short_factor", "long_factor"):
+        factors = rope.get(name, [])
+        is_list = isinstance(factors, list) and all(type(factor) in (int, float) and factor > 0 for factor in factors)
+        if not is_list or len(factors) != rotated // 2:
+            raise UserError(f"{source}: {name} = {shown(factors)} must be a list of {rotated // 2} positive numbers")
+    original = rope[_FIRST_CONTEXT]
+    if type(original) is not int or original < 2:
+        raise UserError(f"{source}: {_FIRST_CONTEXT} = {shown(original)} must be a whole number from 2 on")
+    factor = rope.pop("factor", context_length / original)
+    if type(factor) not in (int, float) or factor <= 0:
+        raise UserError(f"{source}: factor = {shown(factor)} must be a positive number")
+    magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {"attention_factor": magnitude} | rope
 
 
 def read_rotary_layers(
@@ -218,7 +273,14 @@ def write_rotary(config: ModelConfig, rotary: Rotary) -> dict[str, Any]:
     kind = config.rotary_scaling
     if kind in rotary.types:  # "none" is not
         fields = _TYPES[kind].items()
-        document["rope_scaling"] = {"rope_type": kind} | {name: getattr(config, ours) for name, ours in fields}
+        scaling = {name: getattr(config, ours) for name, ours in fields}
+        if rotary.original_context is not None:
+            document[_FIRST_CONTEXT] = scaling[_FIRST_CONTEXT]
+        if rotary.scales_queries:
+            scaling[_QUERY_SCALING] = config.rotary_query_scaling
+        document["rope_scaling"] = {"rope_type": kind} | {
+            name: [*value] if isinstance(value, tuple) else value for name, value in scaling.items()
+        }
     if rotary.by_kind:
         full = (
             {"rope_type": "default"} | (document.pop("rope_scaling") or {}) | {"rope_theta": document.pop(rotary.base)}

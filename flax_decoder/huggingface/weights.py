@@ -265,7 +265,9 @@ def _num_parts(rule: Rule, shapes: Sequence[Shape]) -> int:
 
 
 def matrix_shape(path: str, shape: Shape) -> Shape:
-    """The shape with heads and their width merged: (in, out) of a matrix or table, (out,) of a bias or scale."""
+    """The shape with heads and their width merged: (in, out) of a matrix or table, (out,) of a bias; norms keep it."""
+    if "norm/" in path:
+        return tuple(shape)
     if path.endswith(("bias", "scale")):
         return (math.prod(shape),)
     num_inputs = 2 if path.endswith("/out/kernel") else 1

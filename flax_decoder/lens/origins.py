@@ -107,8 +107,12 @@ def _project(config: ModelConfig, params: Any, name: str, h_BTOD: jax.Array) -> 
         x_BTONH *= jnp.where(sum_BT1NH == 0, 1.0, clipped_BT1NH / sum_BT1NH)
     if config.qk_norm == "none" or config.qk_norm_position == "after":  # then it belongs to what the rotation changes
         return x_BTONH
-    axes = (-1,) if config.qk_norm == "head" else (-2, -1)
+    axes = (-2, -1) if config.qk_norm == "all" else (-1,)
+    if config.qk_norm_kind == "layernorm":
+        x_BTONH -= x_BTONH.mean(axes, keepdims=True)
     mean_square = jnp.square(x_BTONH.sum(2, keepdims=True)).mean(axes, keepdims=True)
-    width = (1, -1) if config.qk_norm == "head" else x_BTONH.shape[3:]
-    scale = params[f"{name}_norm"]["scale"].reshape(1, 1, 1, *width)
-    return x_BTONH * jax.lax.rsqrt(mean_square + config.norm_epsilon) * scale
+    x_BTONH *= jax.lax.rsqrt(mean_square + config.norm_epsilon)
+    norm, width = norm_params(params, f"{name}_norm"), (1, -1) if config.qk_norm == "head" else x_BTONH.shape[3:]
+    if "scale" in norm:
+        x_BTONH *= norm["scale"].reshape(1, 1, 1, *width)
+    return x_BTONH.at[:, :, BIAS].add(norm["bias"].reshape(1, 1, *width)) if "bias" in norm else x_BTONH

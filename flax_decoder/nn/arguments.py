@@ -27,12 +27,16 @@ READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "positions": ("positions", ("learned",)),
     "embedding_norm/scale": ("embedding_norm", (True,)),
     "final_norm/scale": ("final_norm", (True,)),
-    "norm/bias": ("norm_bias", (True,)),
+    **{
+        f"{of}_norm/bias": ("norm_bias", (True,))
+        for of in ("attention", "feed_forward", "output", "embedding", "final")
+    },
     "norm/scale": ("norm_scale", (True,)),
     "layers/feed_forward_norm/scale": ("shared_norm", (False,)),
     **dict.fromkeys(("attention_norm/scale", "feed_forward_norm/scale"), ("norm_position", ("pre", "post", "both"))),
     "output_norm/scale": ("norm_position", ("both", "output")),
-    **dict.fromkeys(("query_norm/scale", "key_norm/scale"), ("qk_norm", ("head", "all"))),
+    **dict.fromkeys(("query_norm/scale", "key_norm/scale"), ("qk_norm", ("head", "each_head", "all"))),
+    **dict.fromkeys(("query_norm/bias", "key_norm/bias"), ("qk_norm_bias", (True,))),
     **{f"{name}/bias": ("attention_in_bias", (True,)) for name in ("query", "key", "value")},
     "out/bias": ("attention_out_bias", (True,)),
     "gate/kernel": ("feed_forward", GATED),

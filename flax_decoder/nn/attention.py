@@ -18,7 +18,7 @@ from flax_decoder.nn.kernels.choice import choose_attention
 from flax_decoder.nn.linear import Linear
 from flax_decoder.nn.mask import MaskSpec
 from flax_decoder.nn.norm import normed_heads
-from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotary_magnitude, rotate
+from flax_decoder.nn.positions import alibi_slopes, rotary_frequencies, rotary_magnitude, rotate, scale_queries
 from flax_decoder.nn.precision import accumulation_dtype
 
 
@@ -71,11 +71,12 @@ class SelfAttention(nn.Module):
 
         if config.positions == "rotary":
             with jax.named_scope("rotary"):
-                frequencies, magnitude = rotary_frequencies(config, kind), rotary_magnitude(config, kind)
+                frequencies, magnitude = rotary_frequencies(config, kind, call), rotary_magnitude(config, kind)
                 how = call.positions_BT, frequencies, config.rotary_layout, magnitude
                 q_BTNH, k_BTKH = rotate(q_BTNH, *how), rotate(k_BTKH, *how)
                 if config.qk_norm_position == "after":
                     q_BTNH, k_BTKH = normed_heads(config, q_BTNH, k_BTKH)
+                q_BTNH = scale_queries(config, q_BTNH, call.positions_BT)
                 q_BTNH, k_BTKH = record("q_rotated", q_BTNH), record("k_rotated", k_BTKH)
 
         k_BSKH, v_BSKH, key_positions_BS, window = k_BTKH, v_BTKH, call.positions_BT, kind.window

@@ -51,6 +51,25 @@ class Call:
     edits: Mapping[str, Edit] | None = None
     layer: ArrayLike | None = 0
 
+    def lengths_BT(self) -> jax.Array:
+        """How many positions the text of each token has so far, the new tokens included.
+
+        Returns:
+            (B, 1), or (B, T) where a row holds several documents; B may be 1.
+        """
+        positions_BT = self.positions_BT
+        if self.end_B is not None:
+            positions_BT = jnp.minimum(positions_BT, self.end_B[:, None] - 1)
+        if self.segments_BT is None:
+            return positions_BT.max(axis=1, keepdims=True) + 1
+
+        def of_row(segments_T: jax.Array, positions_T: jax.Array) -> jax.Array:
+            T = len(segments_T)
+            _, documents_T = jnp.unique(segments_T, return_inverse=True, size=T)
+            return jax.ops.segment_max(positions_T, documents_T, num_segments=T)[documents_T] + 1
+
+        return jax.vmap(of_row)(*jnp.broadcast_arrays(self.segments_BT, positions_BT))
+
     def at_layer(self, layer: ArrayLike | None) -> "Call":
         """The same call, for the layer of this index."""
         return dataclasses.replace(self, layer=layer)

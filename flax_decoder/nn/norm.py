@@ -23,23 +23,26 @@ class Norm(nn.Module):
         epsilon: added under the root, so that a constant input is not divided by zero.
         use_bias: LayerNorm learns a shift.
         use_scale: the scale is learned; without, it is 1.
+        num_axes: how many of the last axes the scale and the shift have; the norm is over the last one.
     """
 
     kind: Literal["layernorm", "rmsnorm"]
     epsilon: float
     use_bias: bool = False
     use_scale: bool = True
+    num_axes: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., width) to the same shape and dtype."""
-        shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+        own = x.shape[-self.num_axes :]
+        shape = (1,) * (x.ndim - self.num_axes) + own
         normalise = with_statistics if saves_traffic() else normalised
         y = normalise(self.kind, self.epsilon, x.astype(accumulation_dtype(x.dtype)))
         if self.use_scale:
-            y *= self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(shape).astype(y.dtype)
+            y *= self.param("scale", nn.initializers.ones, own).reshape(shape).astype(y.dtype)
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(shape).astype(y.dtype)
+            y += self.param("bias", nn.initializers.zeros, own).reshape(shape).astype(y.dtype)
         y = y.astype(x.dtype)
         self.sow("intermediates", "output", y)
         return y
@@ -82,8 +85,9 @@ def normed_heads(config: ModelConfig, q_BTNH: jax.Array, k_BTKH: jax.Array) -> l
     heads = []
     for name, x in (("query_norm", q_BTNH), ("key_norm", k_BTKH)):
         if config.qk_norm != "none":
-            norm = Norm("rmsnorm", config.norm_epsilon, use_scale=config.norm_scale, name=name)
-            shape = x.shape if config.qk_norm == "head" else (*x.shape[:2], -1)
-            x = norm(x.reshape(shape)).reshape(x.shape)
+            num_axes = 2 if config.qk_norm == "each_head" else 1
+            settings = config.qk_norm_kind, config.norm_epsilon, config.qk_norm_bias, config.norm_scale, num_axes
+            shape = (*x.shape[:2], -1) if config.qk_norm == "all" else x.shape
+            x = Norm(*settings, name=name)(x.reshape(shape)).reshape(x.shape)
         heads.append(x)
     return heads

@@ -16,7 +16,7 @@ from flax_decoder.nn.traffic import copies, saves_traffic
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of norms, angles, scores and logits for activations in `dtype`: float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 @jax.custom_jvp

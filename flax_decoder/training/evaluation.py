@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_decoder.nn.decoder import Decoder
@@ -48,4 +49,8 @@ def evaluate_batches(
 
 @functools.partial(jax.jit, static_argnames=("model", "loss_chunk_tokens"))
 def _loss_sums(model: Decoder, params: Any, batch: Batch, loss_chunk_tokens: int | None) -> Metrics:
-    return loss_sum(params, model.apply, without_borders(batch), loss_chunk_tokens=loss_chunk_tokens)[1]
+    batch = without_borders(batch)
+    if model.config.rotates_by_length and "segments" not in batch:  # there padding must not lengthen the text
+        is_padding_BT = jnp.cumsum(batch["mask"][:, ::-1], axis=1)[:, ::-1] == 0
+        batch |= {"segments": is_padding_BT.astype(jnp.int32)}
+    return loss_sum(params, model.apply, batch, loss_chunk_tokens=loss_chunk_tokens)[1]
