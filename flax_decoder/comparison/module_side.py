@@ -93,7 +93,7 @@ def open_module(
     known = {name: pattern.transposed for name, pattern in patterns.items() if pattern.transposed is not None}
     family = family_of_names(names, found, shapes, names_source, layouts=known, agreement=agreement)
     left = left_over(family, found, shapes)
-    mapped = {id(tensors[spec.name]) for spec in tensor_specs(family, shapes) if spec.name in tensors}
+    mapped = {id(tensors[spec.name]) for spec in tensor_specs(family, shapes)}
     for name in list(left.theirs):  # a tied head has two names, and what is not trained is no parameter
         if id(tensors[name]) in mapped or not tensors[name].requires_grad:
             del left.theirs[name]

@@ -144,6 +144,7 @@ GPT_NEOX = Family(
     ),
     prefix="gpt_neox.",
     head="embed_out.weight",
+    head_bias="",
     rotary=Rotary(base="rotary_emb_base", fraction="rotary_pct", default_fraction=0.25),
     ignored_tensors=r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
 )

@@ -125,6 +125,7 @@ class Family:
         rules: the tensors, except the head.
         prefix: prefix of all tensor names except the head's.
         head: tensor name of the head.
+        head_bias: that of its bias; "" if none has one, or a rule names it.
         tied: default of `tie_word_embeddings`; None if there is no such setting, and all heads are the embedding.
         rotary: names of the rotary settings; None if positions are learned.
         windows: which layers have a window; None if none has.
@@ -146,6 +147,7 @@ class Family:
     rules: tuple[Rule, ...]
     prefix: str = "model."
     head: str = "lm_head.weight"
+    head_bias: str = "lm_head.bias"
     tied: bool | None = False
     rotary: Rotary | None = Rotary()
     windows: Windows | None = None
@@ -172,16 +174,11 @@ class Family:
         return frozenset(settings | self.supported.keys())
 
     @property
-    def head_bias(self) -> str:
-        """Tensor name of the head's bias."""
-        return f"{self.head.removesuffix('weight')}bias"
-
-    @property
     def all_rules(self) -> tuple[Rule, ...]:
         """The rules, and those of the head and its bias, unless they are among them or have no name."""
-        rules = (Rule(self.head, ("head",), transposed=True), Rule(self.head_bias, ("head_bias",))) if self.head else ()
+        rules = Rule(self.head, ("head",), transposed=True), Rule(self.head_bias, ("head_bias",))
         given = {path for rule in self.rules for path in rule.paths}
-        return *self.rules, *(rule for rule in rules if rule.paths[0] not in given)
+        return *self.rules, *(rule for rule in rules if rule.tensor and rule.paths[0] not in given)
 
     def full_name(self, tensor: str) -> str:
         """The name of a tensor with its prefix, which may be there already."""

@@ -124,6 +124,7 @@ def family_of_names(
         rules=tuple(rules),
         prefix="",
         head=head,
+        head_bias="",
         rotary=None,
         ignored_tensors="|".join(map(_pattern, ignored)) or "(?!)",
     )
