@@ -429,16 +429,18 @@ def prepare(options: argparse.Namespace) -> int:
     """Tokenizes texts once, for many runs: `--data.path FOLDER` then takes the result."""
     from flax_decoder.data.corpus import prepare_folder
     from flax_decoder.data.reading_progress import ReadingProgress
+    from flax_decoder.data.shards import SPLITS
 
     given = {name: value for name, value in vars(options).items() if "." in name}
     if "data.path" in given:
         raise UserError(f"give {given['data.path']} as DATA, without --data.path")
     data = load_config(None, given | {"data.path": [*options.data]}).data
     with ReadingProgress() as progress:
-        corpus = prepare_folder(data, options.out, num_processes=options.processes, progress=progress)
+        facts = prepare_folder(data, options.out, num_processes=options.processes, progress=progress)
+    train, validation = (sum(shard["tokens"] for shard in facts[split]["shards"]) for split in SPLITS)
     print_escaped(
-        f"{options.out}: {corpus.what_was_read}\n{corpus.train.num_tokens:,} tokens to train on, "
-        f"{corpus.validation.num_tokens:,} to validate; train with --data.path {options.out}"
+        f"{options.out}: {facts['what_was_read']}\n{train:,} tokens to train on, {validation:,} to validate; "
+        f"train with --data.path {options.out}"
     )
     return 0
 

@@ -108,7 +108,7 @@ def test_help_lists_every_field(capsys):
     kinds = dict(re.findall(r"^  --(\S+) (\S+)", shown, re.MULTILINE))
     assert kinds["model.num-layers"] == kinds["model.num-kv-heads"] == kinds["mesh.data"] == "INT"
     assert kinds["model.logit-soft-cap"] == "FLOAT" and kinds["model.window-pattern"] == "LIST"
-    assert kinds["model.qk-norm"] == "none|head|all" and kinds["data.path"] == "STR|LIST"
+    assert kinds["model.qk-norm"] == "none|head|each_head|all" and kinds["data.path"] == "STR|LIST"
     assert "[mesh]:\n  How devices share the work" in shown and "number of blocks (default: 4)" in shown
 
 

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import itertools
@@ -28,7 +29,7 @@ from flax_decoder.data.corpus import no_progress, prepare_corpus, prepare_folder
 from flax_decoder.data.formats import files, texts
 from flax_decoder.data.formats.part import BUILT_IN
 from flax_decoder.data.long_array import Shards
-from flax_decoder.data.shards import load_corpus
+from flax_decoder.data.shards import SPLITS, load_corpus
 from flax_decoder.data.tokenizer import SubwordTokenizer, make_tokenizer
 from flax_decoder.errors import FaultError, FolderWarning, UserError
 
@@ -446,10 +447,19 @@ def test_linked_folders_are_read_once():
     assert read_text("top") == "a\nx"
 
 
-def test_a_prepared_corpus_is_shared():
+def test_a_prepared_corpus_is_shared(monkeypatch):
     write("a.jsonl", as_lines(f"document {i}" for i in range(30)))
     data = DataConfig(path=("a.jsonl",), tokenizer="bpe", bpe_vocab_size=260)
-    prepare_folder(data, pathlib.Path("prepared"), progress=no_progress)
+    with monkeypatch.context() as limit:
+
+        def refuse(*args, **options):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        limit.setattr(np, "memmap", refuse)
+        facts = prepare_folder(data, pathlib.Path("prepared"), progress=no_progress)  # opens no shard
+        assert sum(shard["documents"] for split in SPLITS for shard in facts[split]["shards"]) == 30
+        with pytest.raises(FaultError, match=r"train-00000\.bin: the process may not map as much memory"):
+            load_corpus("prepared")
     tokenizer, corpus = prepare("run", path="prepared")
     assert tokenizer.vocab_size == 260 and corpus.num_documents == 30
     assert os.path.samefile("run/train-00000.bin", "prepared/train-00000.bin")

@@ -20,6 +20,14 @@ with Interruption() as interruption:
 """
 
 
+@pytest.fixture(autouse=True)
+def hang_up_is_heard():
+    """Also where the tests run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def handlers():
     return [signal.getsignal(each) for each in SIGNALS]
 

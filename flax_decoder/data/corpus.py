@@ -40,7 +40,6 @@ from flax_decoder.data.shards import (
     TOKENIZER,
     is_corpus,
     load_corpus,
-    load_one,
     read_facts,
     shard_name,
     starts_name,
@@ -113,34 +112,27 @@ def prepare_corpus(
     """
     try:
         plans = plans or make_plans(data, tokenizer)
-        if data.mixture is not None:
-            return _prepare_mixture(data, folder, tokenizer, plans, num_processes, progress)
-        plan = plans[0]
-        if isinstance(plan, Path):
-            return _take_prepared(data, plan, folder, tokenizer)
-        if plan.has_examples:
-            if context_length is None:
-                raise UserError(
-                    f"{', '.join(paths_of(data.path))}: has conversations, which each run prepares for its own model; "
-                    "give it to train.py with --data.path"
-                )
-            tokenizer = prepare_examples(plan, data, folder, model_folder, context_length, progress)
-            return tokenizer, load_one(folder)
-        _keep_what_is_done(plan, data, folder)
-        tokenizer = plan.tokenizer or _make_tokenizer([plan], data, folder, num_processes)
-        return tokenizer, _encode(plan, data, folder, tokenizer, num_processes, progress)
+        tokenizer = _write(data, folder, tokenizer, plans, model_folder, context_length, num_processes, progress)
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
+    return tokenizer, load_corpus(folder)
 
 
-def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = None, progress: Progress) -> Corpus:
+def prepare_folder(
+    data: DataConfig, out: Path, *, num_processes: int | None = None, progress: Progress
+) -> dict[str, Any]:
     """Makes a corpus in a new folder, for many runs; a call that was interrupted is finished by the same call.
+
+    It does not open the corpus, whose tokens may be more than the process may map into memory.
 
     Args:
         data: which texts, and how they become tokens.
         out: the folder; until the corpus is complete it is called .NAME.unfinished.
         num_processes: see `prepare_corpus`.
         progress: see `prepare_corpus`.
+
+    Returns:
+        What its corpus.json says.
 
     Raises:
         UserError: a text cannot be used, or the folder exists; nothing is left of it.
@@ -159,7 +151,7 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
             lock.take(unfinished)
             lock.announce()
             try:
-                prepare_corpus(data, unfinished, num_processes=num_processes, progress=progress)
+                _write(data, unfinished, None, make_plans(data), None, None, num_processes, progress)
             except UserError:
                 shutil.rmtree(unfinished)
                 raise
@@ -168,7 +160,7 @@ def prepare_folder(data: DataConfig, out: Path, *, num_processes: int | None = N
             flush_names(out.parent)
     except OSError as error:
         raise FaultError(f"{out}: cannot be written: {error.strerror or error}") from error
-    return load_one(out)
+    return read_facts(out)
 
 
 def make_plans(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Plan | Path]:
@@ -195,14 +187,43 @@ def make_plans(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Pla
     return plans
 
 
-def _prepare_mixture(
+def _write(
+    data: DataConfig,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    plans: Sequence[Plan | Path],
+    model_folder: Path | None,
+    context_length: int | None,
+    num_processes: int | None,
+    progress: Progress,
+) -> Tokenizer:
+    """Writes the files of a corpus; see `prepare_corpus`."""
+    if data.mixture is not None:
+        return _write_mixture(data, folder, tokenizer, plans, num_processes, progress)
+    plan = plans[0]
+    if isinstance(plan, Path):
+        return _take_prepared(data, plan, folder, tokenizer)
+    if plan.has_examples:
+        if context_length is None:
+            raise UserError(
+                f"{', '.join(paths_of(data.path))}: has conversations, which each run prepares for its own model; "
+                "give it to train.py with --data.path"
+            )
+        return prepare_examples(plan, data, folder, model_folder, context_length, progress)
+    _keep_what_is_done(plan, data, folder)
+    tokenizer = plan.tokenizer or _make_tokenizer([plan], data, folder, num_processes)
+    _encode(plan, data, folder, tokenizer, num_processes, progress)
+    return tokenizer
+
+
+def _write_mixture(
     data: DataConfig,
     folder: Path,
     tokenizer: Tokenizer | None,
     plans: Sequence[Plan | Path],
     num_processes: int | None,
     progress: Progress,
-) -> tuple[Tokenizer, Corpus | Mixture]:
+) -> Tokenizer:
     """A corpus of each source in a folder of its own, all with one tokenizer."""
     sources = [source for source, _ in data.sources]
     made = [plan for plan in plans if isinstance(plan, Plan)]
@@ -224,8 +245,8 @@ def _prepare_mixture(
             shutil.rmtree(inner)
         make_folder(inner)
         if isinstance(plan, Plan):
-            corpus = _encode(plan, source, inner, tokenizer, num_processes, go_on)
-            before = [before[0] + plan.num_bytes, before[1] + corpus.num_documents]
+            num_documents = _encode(plan, source, inner, tokenizer, num_processes, go_on)
+            before = [before[0] + plan.num_bytes, before[1] + num_documents]
         else:
             _take_prepared(source, plan, inner, tokenizer)
         (inner / TOKENIZER).unlink()
@@ -235,7 +256,7 @@ def _prepare_mixture(
         for index, (name, (_, weight)) in enumerate(zip(names, data.sources, strict=True))
     ]
     write_facts(folder, {"mixture": facts})
-    return tokenizer, load_corpus(folder)
+    return tokenizer
 
 
 def _common_tokenizer(folders: Sequence[Path | None]) -> Tokenizer | None:
@@ -270,7 +291,8 @@ def prepared_folder(data: DataConfig) -> Path | None:
 
 def _encode(
     plan: Plan, data: DataConfig, folder: Path, tokenizer: Tokenizer, num_processes: int | None, progress: Progress
-) -> Corpus:
+) -> int:
+    """Writes the corpus of a plan; returns the number of its documents."""
     write_tokenizer(folder / TOKENIZER, tokenizer)
     ending = ending_of(plan, data, tokenizer)
     tasks = {
@@ -300,7 +322,7 @@ def _encode(
     for path in folder.iterdir():
         if path.name == PLAN or path.suffix in (".hashes", ".done"):
             path.unlink()
-    return load_one(folder)
+    return sum(result.documents for result in found)
 
 
 def source_identity(data: DataConfig) -> str:
@@ -509,9 +531,7 @@ def _as_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _take_prepared(
-    data: DataConfig, prepared: Path, folder: Path, tokenizer: Tokenizer | None
-) -> tuple[Tokenizer, Corpus]:
+def _take_prepared(data: DataConfig, prepared: Path, folder: Path, tokenizer: Tokenizer | None) -> Tokenizer:
     """Puts the files of a prepared corpus into a folder: as second names of the same files where that can be."""
     facts, own = read_facts(prepared), load_tokenizer(prepared / TOKENIZER)
     if tokenizer is not None and tokenizer.to_json() != own.to_json():
@@ -530,4 +550,4 @@ def _take_prepared(
             os.link(prepared / name, target, follow_symlinks=False)
         except OSError:  # another file system, or one without such links
             shutil.copyfile(prepared / name, target, follow_symlinks=False)
-    return own, load_one(folder)
+    return own

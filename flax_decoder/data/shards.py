@@ -7,6 +7,7 @@ corpus.json is written last.
 That of a mixture has a corpus folder for each source, 0, 1, and so on, and a corpus.json that names and weighs them.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import numpy as np
 from flax_decoder.config import MAX_SOURCES
 from flax_decoder.data.long_array import Shards
 from flax_decoder.data.splits import Corpus, ExampleSplit, Mixture, Source, Split
-from flax_decoder.errors import BrokenError, UserError
+from flax_decoder.errors import BrokenError, FaultError, UserError
 from flax_decoder.io.files import is_sha256, open_regular, sha256_of, write_text
 from flax_decoder.io.strict_json import LISTING, parse_object
 
@@ -215,6 +216,8 @@ def _map(path: Path, dtype: str, length: int, sha256: str | None) -> np.ndarray:
             raise ValueError(f"its SHA-256 is {actual}, but {CORPUS} says {sha256}")
         return np.memmap(path, dtype, "r", shape=(length,)) if length else np.zeros(0, dtype)
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENOMEM:
+            raise FaultError(f"{path}: the process may not map as much memory: see ulimit -v") from None
         raise _damaged(path, error) from None
 
 
