@@ -112,7 +112,16 @@ def prepare_corpus(
     """
     try:
         plans = plans or make_plans(data, tokenizer)
-        tokenizer = _write(data, folder, tokenizer, plans, model_folder, context_length, num_processes, progress)
+        tokenizer = _write(
+            data,
+            folder,
+            plans,
+            num_processes,
+            progress,
+            tokenizer=tokenizer,
+            model_folder=model_folder,
+            context_length=context_length,
+        )
     except OSError as error:
         raise FaultError(f"{folder}: cannot write the corpus: {error.strerror or error}") from error
     return tokenizer, load_corpus(folder)
@@ -151,7 +160,7 @@ def prepare_folder(
             lock.take(unfinished)
             lock.announce()
             try:
-                _write(data, unfinished, None, make_plans(data), None, None, num_processes, progress)
+                _write(data, unfinished, make_plans(data), num_processes, progress)
             except UserError:
                 shutil.rmtree(unfinished)
                 raise
@@ -190,12 +199,13 @@ def make_plans(data: DataConfig, tokenizer: Tokenizer | None = None) -> list[Pla
 def _write(
     data: DataConfig,
     folder: Path,
-    tokenizer: Tokenizer | None,
     plans: Sequence[Plan | Path],
-    model_folder: Path | None,
-    context_length: int | None,
     num_processes: int | None,
     progress: Progress,
+    *,
+    tokenizer: Tokenizer | None = None,
+    model_folder: Path | None = None,
+    context_length: int | None = None,
 ) -> Tokenizer:
     """Writes the files of a corpus; see `prepare_corpus`."""
     if data.mixture is not None:

@@ -55,7 +55,7 @@ def ring_attention(
     """The numbers of `attention.dot_product_attention`, for causal sequences that are split over a ring of devices.
 
     Tokens may lie in any order; `parallel.zigzag` gives one in which all devices have the same work. A pair of blocks
-    in which no query sees a key costs nothing. Other arguments: see there.
+    in which no query sees a key costs nothing. Other arguments: see `attention.dot_product_attention`.
 
     Args:
         ring: from `find_ring`.
