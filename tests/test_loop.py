@@ -131,7 +131,7 @@ def test_a_run_that_crashed_continues_to_the_same_end(finished, text, tmp_path, 
     assert_equal_to_the_last_bit(tmp_path / "run", expected)
 
 
-@pytest.mark.short("adamw-5-SIGTERM")
+@pytest.mark.full  # tests/faults/test_signals.py has two of it in processes of their own
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("step", [5, 6])  # no multiple of save_every, and one where it would evaluate
 def test_a_run_that_was_stopped_continues_to_the_same_end(finished, text, tmp_path, monkeypatch, capsys, number, step):
